@@ -1,0 +1,49 @@
+"""Entry point of ``calib`` and ``python -m calib_lightning``."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, pickle.UnpicklingError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        Exit code: 0 if the command succeeded, 1 if the input was at fault. A wrong command line ends with 2, a run that
+        was told to stop by a signal with 143 (SIGTERM) or 130 (SIGINT).
+    """
+    from calib_lightning.cli import CalibCLI  # the import takes seconds
+    from calib_lightning.config_search import resolve_configs
+    from calib_lightning.run_folder import forget_run_folder
+
+    forget_run_folder()
+    try:
+        CalibCLI(resolve_configs(sys.argv[1:] if argv is None else argv))
+    except USER_ERRORS as error:
+        _report(error)
+        return 1
+    return 0
+
+
+def _report(error: Exception) -> None:
+    """Say what is wrong in one line; the traceback goes to the run's folder, or comes first where there is none."""
+    from calib_lightning.run_folder import current_run_folder
+
+    folder = current_run_folder()
+    if folder is None:
+        print(f"calib: error: {error}", file=sys.stderr)
+        return
+    path = folder / "error.log"
+    path.write_text("".join(traceback.format_exception(error)))
+    print(f"calib: error: {error}\n(full traceback: {path})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

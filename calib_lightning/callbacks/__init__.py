@@ -1,0 +1,7 @@
+"""Callbacks: what is written down about a run."""
+
+from calib_lightning.callbacks.predictions import SavePredictions
+from calib_lightning.callbacks.record import RunRecord
+from calib_lightning.callbacks.run_logger import RunLogger
+
+__all__ = ["RunLogger", "RunRecord", "SavePredictions"]

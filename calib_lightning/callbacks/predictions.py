@@ -1,0 +1,125 @@
+"""Save what the network said about every evaluated set, so that every figure can be computed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from calib_lightning.types import Batch, Prediction
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+class SavePredictions(Callback):
+    """Writes ``<folder>/<set>.npz`` after ``validate``, ``test`` and ``predict``, in the order of the source file.
+
+    Arrays: ``logits`` (N, K) float32, ``labels`` (N,) int64 (-1 where a set has none), ``index`` (N,) int64 (the row
+    in the source file) and, where the method brings its own confidence, ``confidence`` (N,) float32. Every rank's rows
+    are gathered; rank zero writes under a temporary name and renames.
+
+    Args:
+        folder: Where the files go; made when the first one is written.
+
+    Example:
+        ``Trainer(callbacks=[SavePredictions("predictions")]).test(module, datamodule)``
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._rows: dict[str, list[Columns]] = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Keep one batch of ``validate``; validation during a fit is not kept."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._keep("val", outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep one batch of ``test`` under the name of its set."""
+        prefix: str = pl_module.test_prefixes[dataloader_idx]  # type: ignore[index, union-attr, assignment]
+        self._keep(prefix.removeprefix("test/"), outputs, batch)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep one batch of ``predict`` under the name of its set."""
+        names = getattr(getattr(trainer, "datamodule", None), "test_names", None)
+        self._keep(names[dataloader_idx] if names else f"predict-{dataloader_idx}", outputs, batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the validation set."""
+        self._write(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the test sets and the calibration split."""
+        self._write(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the predicted set."""
+        self._write(trainer)
+
+    def _keep(self, name: str, outputs: Prediction, batch: Any) -> None:
+        batch = Batch(*batch)
+        columns: Columns = {
+            "logits": outputs.logits.detach().float().cpu().numpy(),
+            "labels": batch.label.detach().cpu().numpy(),
+            "index": batch.index.detach().cpu().numpy(),
+        }
+        if outputs.confidence is not None:
+            columns["confidence"] = outputs.confidence.detach().float().cpu().numpy()
+        self._rows.setdefault(name, []).append(columns)
+
+    def _write(self, trainer: Trainer) -> None:
+        rows, self._rows = self._rows, {}
+        # Every rank has seen every set (if only as an empty batch), so the names and their order agree.
+        for name, batches in rows.items():
+            gathered = _gather(trainer, _concatenate(batches))
+            if gathered is not None:
+                self._save(trainer, name, _concatenate(gathered))
+
+    def _save(self, trainer: Trainer, name: str, columns: Columns) -> None:
+        order = np.argsort(columns["index"], kind="stable")
+        columns = {key: value[order] for key, value in columns.items()}
+        source_rows = getattr(getattr(trainer, "datamodule", None), "source_rows", None)
+        if source_rows is not None:
+            columns["index"] = source_rows(name)[columns["index"]]
+        path = self.folder / f"{name}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, **columns)
+        temporary.replace(path)
+
+
+def _concatenate(batches: list[Columns]) -> Columns:
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def _gather(trainer: Trainer, columns: Columns) -> list[Columns] | None:
+    """All ranks' rows on rank zero, None elsewhere."""
+    if trainer.world_size == 1:
+        return [columns]
+    gathered: list[Columns] | None = [columns] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(columns, gathered)
+    return gathered

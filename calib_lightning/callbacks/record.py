@@ -1,0 +1,194 @@
+"""What a run cost and on what it ran, in ``run.json``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from calib_lightning.run_folder import write_json
+from calib_lightning.seeding import run_seed
+
+_PACKAGES = ("calib-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
+
+
+class RunRecord(Callback):
+    """Keeps ``run.json`` of a run: seconds per stage, images per second, peak memory, versions, revision, results.
+
+    The file is written when the run starts and after every epoch and stage, so a run that dies leaves one too; a
+    resumed run adds its stages to those that are there.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / "run.json"
+        self._record: dict[str, Any] = {}
+        self._started = 0.0
+        self._images = 0
+        self._training_seconds = 0.0
+        self._clock = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write down what is known before the stage begins."""
+        if not self._record:
+            self._record = json.loads(self.path.read_text()) if self.path.is_file() else {"stages": []}
+            self._record |= {
+                "seed": run_seed(),
+                "world_size": trainer.world_size,
+                "device": _device_name(trainer),
+                "threads": torch.get_num_threads(),
+                "versions": _versions() | {"torch": torch.__version__},  # with the CUDA build
+                "revision": _revision(),
+            }
+        self._record_splits(trainer)
+        self._record["stages"].append({"stage": str(getattr(stage, "value", stage)), "status": "started"})
+        self._started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._write(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the training clock."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count images."""
+        self._images += len(batch[0])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the training clock: validation is not training."""
+        self._stop_clock()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the training clock again, or write down the results of ``validate``."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._finish_evaluation(trainer)
+        else:
+            self._clock = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down how far the run has come."""
+        self._stop_clock()
+        self._finish_stage(trainer, "running")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down the fit's cost and the chosen checkpoint."""
+        checkpoint = trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint):
+            self._record["checkpoint"] = {
+                "select_on": checkpoint.monitor or "last",
+                "path": self._relative(checkpoint.best_model_path or checkpoint.last_model_path),
+            }
+        self._finish_stage(trainer, "finished")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down the results of ``test``."""
+        self._finish_evaluation(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down the stage's cost."""
+        self._finish_stage(trainer, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write down why the stage ended."""
+        self._finish_stage(trainer, f"stopped by {type(exception).__name__}: {exception}".rstrip(": "))
+
+    def _relative(self, path: str) -> str:
+        """A path inside the run folder is written relative to it, so that the folder can be moved."""
+        folder = self.path.parent.resolve()
+        inside = Path(path).resolve()
+        return inside.relative_to(folder).as_posix() if inside.is_relative_to(folder) else path
+
+    def _record_splits(self, trainer: Trainer) -> None:
+        """Save the rows of every split once; a run whose splits have changed is not the same run."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(datamodule, "save_splits"):
+            return
+        known, found = self._record.get("splits"), datamodule.splits_hash
+        if known is None:
+            self._record["splits"] = found
+            if trainer.is_global_zero:
+                datamodule.save_splits(self.path.with_name("splits.npz"))
+        elif known != found:
+            raise ValueError(
+                f"The splits of the data ({found[:12]}) are not those that this run began with ({known[:12]}, in "
+                f"{self.path.with_name('splits.npz')}): held-out images would be trained on. Resume with the data and "
+                "the split settings of its config.yaml, or start a new run."
+            )
+
+    def _finish_evaluation(self, trainer: Trainer) -> None:
+        self._record["results"] = {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
+        self._finish_stage(trainer, "finished")
+
+    def _stop_clock(self) -> None:
+        if self._clock:
+            self._training_seconds += time.perf_counter() - self._clock
+            self._clock = 0.0
+
+    def _finish_stage(self, trainer: Trainer, status: str) -> None:
+        stage = self._record["stages"][-1]
+        stage["status"] = status
+        stage["seconds"] = round(time.perf_counter() - self._started, 3)
+        if stage["stage"] == "fit":
+            stage["epochs"] = trainer.current_epoch
+            stage["steps"] = trainer.global_step
+            images = self._images * trainer.world_size
+            stage["images_per_second"] = round(images / self._training_seconds, 1) if self._training_seconds else None
+        stage["peak_memory_mib"] = _peak_memory_mib()
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            write_json(self.path, self._record)
+
+
+def _device_name(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _revision() -> str | None:
+    """Git revision of the package's own checkout, with ``+changes`` where files differ from it; None elsewhere."""
+    here = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _peak_memory_mib() -> dict[str, float | None]:
+    memory: dict[str, float | None] = {"process": None, "device": None}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        memory["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    if torch.cuda.is_available():
+        memory["device"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return memory

@@ -1,0 +1,299 @@
+"""The command line ``calib fit | validate | test | predict``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+
+from calib_lightning import data, methods
+from calib_lightning.callbacks import RunLogger, RunRecord, SavePredictions
+from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
+from calib_lightning.core.module import module_record
+from calib_lightning.core.registry import class_path_of
+from calib_lightning.metrics import DIRECTION
+from calib_lightning.report import print_table
+from calib_lightning.run_folder import create_run_folder, run_of, use_run_folder
+
+EVALUATION = ("validate", "test", "predict")
+
+
+class CalibParser(LightningArgumentParser):
+    """Lightning's parser; its errors name what comes nearest to a misspelt name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with exit code 2, the message and the nearest known names."""
+        super().error(message + self._nearest(message), ex)
+
+    def _nearest(self, message: str) -> str:
+        options = {option.lstrip("-") for action in self._actions for option in action.option_strings}
+        keys = {action.dest.rpartition(".")[2] for action in self._actions}
+        known = sorted(options | keys | set(methods.__all__) | set(data.__all__))
+        hints = []
+        for word in dict.fromkeys(re.findall(r"[A-Za-z_][\w.]*", message)):
+            near = difflib.get_close_matches(word, known, n=2, cutoff=0.75)
+            if near and word not in known:
+                hints.append(f"{word!r}: did you mean {' or '.join(near)}?")
+        return "".join(f"\n  {hint}" for hint in hints)
+
+
+class CalibCLI(LightningCLI):
+    """LightningCLI with a folder for every run, exact evaluation and nothing lost.
+
+    ``model``, ``data``, recipe (``-c``) and ``trainer`` are separate parts of a configuration that compose. See
+    ``calib fit --help``.
+
+    Args:
+        args: Arguments of the command line; those of the process by default.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        self.run_folder = Path()
+        super().__init__(
+            model_class=ClassificationModule,
+            datamodule_class=LightningDataModule,
+            save_config_callback=None,
+            trainer_defaults={"log_every_n_steps": 50},
+            seed_everything_default=0,
+            parser_class=CalibParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+            # Checkpoints hold plain hyper-parameters; load_module rebuilds the class from them.
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's commands and the arguments that they do not offer.
+
+        ``weights_only=False`` would execute what a checkpoint holds; the trainer's own table repeats ours.
+        """
+        skipped = {"weights_only", "verbose", "return_predictions"}
+        return {name: arguments | skipped for name, arguments in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a run and tell the model how many classes the data has."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run; a number is added where it exists. Default: runs/DATA-METHOD.",
+        )
+        parser.add_argument(
+            "--select_on",
+            type=str,
+            default="val/nll",
+            help="Validation metric that chooses the checkpoint (val/nll, val/accuracy, val/ece, ...), or 'last'.",
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=True,
+            help="After fit, test the chosen checkpoint, save all predictions and print the table.",
+        )
+        parser.add_argument("--quiet", type=bool, default=False, help="No progress bar and no model summary.")
+        parser.link_arguments("data", "model.init_args.num_classes", compute_fn=_num_classes, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; arguments given from Python do not clash with those of the process."""
+        self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Check a checkpoint before anything is built; its hyper-parameters never replace the configuration."""
+        config = self._command_config()
+        if self.config.subcommand in EVALUATION and config.ckpt_path is None:
+            config.ckpt_path = self._checkpoint_of_run(config)
+        if config.ckpt_path is None or config.ckpt_path in ("best", "last", "hpc"):
+            return
+        checkpoint = load_checkpoint(config.ckpt_path)
+        record = module_record(checkpoint)
+        model = config.model
+        if class_path_of(_class_of(model.class_path)) != record["class_path"]:
+            warnings.warn(
+                f"The checkpoint {config.ckpt_path} holds a {record['class_path']}, but the configuration asks for "
+                f"{model.class_path}: its weights are loaded into the latter.",
+                stacklevel=2,
+            )
+        saved = checkpoint.get("hyper_parameters", {})
+        asked = {**(model.get("init_args") or {}), **(model.get("dict_kwargs") or {})}
+        for name in sorted(set(saved) & set(asked)):
+            if saved[name] != asked[name]:
+                warnings.warn(
+                    f"The checkpoint {config.ckpt_path} was trained with {name}={saved[name]!r}; the configuration "
+                    f"says {name}={asked[name]!r}, which is used.",
+                    stacklevel=2,
+                )
+
+    def _command_config(self) -> Namespace:
+        return self.config[self.config.subcommand]  # type: ignore[no-any-return]
+
+    def _checkpoint_of_run(self, config: Namespace) -> str:
+        """The chosen checkpoint of the run whose ``config.yaml`` was given."""
+        for path in reversed(config.get("config") or []):
+            run = run_of(str(path))
+            if run is not None:
+                chosen = json.loads((run / "run.json").read_text()).get("checkpoint", {}).get("path")
+                if chosen and (run / chosen).is_file():
+                    return str(run / chosen)
+        raise ValueError(
+            f"calib {self.config.subcommand} needs a trained network: give --ckpt_path FILE, or -c RUN/config.yaml of "
+            "a finished run, whose chosen checkpoint is then used."
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Check what can be checked, then make the folder of the run."""
+        config = self._command_config()
+        _check_select_on(config.select_on)
+        self.run_folder = self._make_folder(config)
+        for logger in _configured_loggers(config.trainer):
+            # Loggers write into the run's folder unless they were told another place.
+            if logger.get("init_args", Namespace()).get("save_dir", "") in (None, "", "."):
+                logger.init_args.save_dir = str(self.run_folder)
+
+    def _make_folder(self, config: Namespace) -> Path:
+        run = run_of(config.ckpt_path) if config.ckpt_path else None
+        if self.config.subcommand == "fit" and run is not None:
+            return use_run_folder(run)  # a resumed run goes on where it was
+        if run is not None:
+            return create_run_folder(run / self.config.subcommand)
+        default = Path("runs") / f"{_slug(config.data.class_path, 'DataModule')}-{_slug(config.model.class_path)}"
+        return create_run_folder(config.run_dir or default)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with the callbacks, the loggers and the checkpoint writer that every run has."""
+        command = self._command_config()
+        config = self._get(self.config_init, "trainer")
+        loggers: list[Logger] = [RunLogger(self.run_folder)]
+        if isinstance(config.logger, Logger):
+            loggers.append(config.logger)
+        elif isinstance(config.logger, list | tuple):
+            loggers.extend(config.logger)
+        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
+        callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        if command.quiet:
+            kwargs |= {"enable_progress_bar": False, "enable_model_summary": False}
+        return super().instantiate_trainer(
+            default_root_dir=str(self.run_folder),
+            logger=loggers,
+            plugins=[*plugins, AtomicCheckpointIO()],
+            callbacks=[*(c for c in callbacks if c is not None), *self._callbacks(command)],
+            **kwargs,
+        )
+
+    def _callbacks(self, command: Namespace) -> list[Callback]:
+        record = RunRecord(self.run_folder)
+        saved = SavePredictions(self.run_folder / "predictions")
+        if self.config.subcommand != "fit":
+            return [record, saved]
+        folder = self.run_folder / "checkpoints"
+        return [StepSeed(), record, saved, Preemption(folder), _checkpoint_callback(command.select_on, folder)]
+
+    # --- the commands ------------------------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Check that the checkpoint can be chosen as asked; write down the configuration."""
+        command = self._command_config()
+        if command.select_on != "last" and not _has_validation(self.datamodule):
+            raise ValueError(
+                f"select_on is {command.select_on!r}, but the data has no validation split. Set "
+                "data.init_args.split.val to a size above 0, or select_on: last."
+            )
+        if self.trainer.is_global_zero:
+            path, number = self.run_folder / "config.yaml", 2
+            while path.exists():
+                path, number = self.run_folder / f"config-{number}.yaml", number + 1
+            self._parser("fit").save(command, path, skip_unset=False)
+
+    def after_fit(self) -> None:
+        """Test the chosen checkpoint, once."""
+        if self.trainer.fast_dev_run or not self._command_config().test_after_fit:
+            return
+        chosen = self.trainer.checkpoint_callback
+        assert isinstance(chosen, ModelCheckpoint)
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=chosen.best_model_path, verbose=False)
+        self._report(f"{self.run_folder} ({Path(chosen.best_model_path).name}, chosen by {chosen.monitor or 'last'})")
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate the validation split."""
+        self.trainer.validate(verbose=False, **kwargs)
+        self._report(str(self.run_folder))
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate every test set and the calibration split."""
+        self.trainer.test(verbose=False, **kwargs)
+        self._report(str(self.run_folder))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Save the predictions."""
+        self.trainer.predict(return_predictions=False, **kwargs)
+        if self.trainer.is_global_zero:
+            print(f"Predictions are in {self.run_folder / 'predictions'}.")
+
+    def _report(self, title: str) -> None:
+        if self.trainer.is_global_zero:
+            print_table({key: float(value) for key, value in self.trainer.callback_metrics.items()}, title)
+
+
+def _num_classes(datamodule: LightningDataModule) -> int:
+    number = getattr(datamodule, "num_classes", None)
+    if not isinstance(number, int):
+        raise ValueError(
+            f"{type(datamodule).__name__} does not say how many classes it has: give it an int attribute num_classes."
+        )
+    return number
+
+
+def _has_validation(datamodule: Any) -> bool:
+    """Whether a benchmark of ours has a validation split; other data modules are believed."""
+    split = getattr(datamodule, "split", None)
+    return split is None or split.val > 0
+
+
+def _check_select_on(key: str) -> None:
+    if key == "last":
+        return
+    prefix, _, name = key.rpartition("/")
+    usable = [metric for metric, direction in DIRECTION.items() if direction != "zero"]
+    if prefix != "val" or name not in usable:
+        reason = " Choosing by a test metric would fit the test set." if prefix.startswith("test") else ""
+        allowed = ", ".join(f"val/{metric}" for metric in usable)
+        raise ValueError(f"select_on is {key!r}; it must be 'last' or one of {allowed}.{reason}")
+
+
+def _checkpoint_callback(select_on: str, folder: Path) -> ModelCheckpoint:
+    # Saved when the epoch is over, so that a resumed run begins with the next one.
+    if select_on == "last":
+        return ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True)
+    mode = "max" if DIRECTION[select_on.rpartition("/")[2]] == "higher" else "min"
+    return ModelCheckpoint(
+        folder, filename="best", monitor=select_on, mode=mode, save_last=True, save_on_train_epoch_end=True
+    )
+
+
+def _configured_loggers(trainer: Namespace) -> list[Namespace]:
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    return [logger for logger in loggers if isinstance(logger, Namespace)]
+
+
+def _class_of(class_path: str) -> type:
+    from jsonargparse._util import import_object
+
+    cls: type = import_object(class_path)
+    return cls
+
+
+def _slug(class_path: str, suffix: str = "") -> str:
+    """``calib_lightning.methods.LabelSmoothing`` -> ``label_smoothing``."""
+    name = class_path.rpartition(".")[2].removesuffix(suffix)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()

@@ -1,0 +1,82 @@
+"""Find configuration files by name: in the working directory, the clone, the package."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+_FOLDER_OF_OPTION = {"-c": "", "--config": "", "--data": "data", "--model": "method"}
+
+
+def config_folders() -> list[Path]:
+    """Return the folders that are searched, in order; those that do not exist are left out."""
+    candidates = [Path.cwd() / "configs", _PACKAGE.parent / "configs", _PACKAGE / "configs"]
+    return [folder for folder in candidates if folder.is_dir()]
+
+
+def find_config(name: str, axis: str = "") -> Path | None:
+    """Find a configuration file by path or name.
+
+    Args:
+        name: A path, or a name such as ``quickstart`` or ``recipe/digits``, with or without ``.yaml``.
+        axis: Sub-folder of ``configs`` in which a bare name is looked up first (``data``, ``method``).
+
+    Returns:
+        The file, or None if there is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    for folder in config_folders():
+        for place in (folder / axis / name, folder / name):
+            for path in (place, place.with_name(f"{place.name}.yaml")):
+                if path.is_file():
+                    return path
+    return None
+
+
+def resolve_configs(argv: list[str]) -> list[str]:
+    """Replace names of configuration files in a command line by their paths.
+
+    ``-c``/``--config`` must name a file; ``--data`` and ``--model`` may also be class names, which stay.
+
+    Args:
+        argv: Arguments of the command line.
+
+    Returns:
+        The arguments with paths.
+
+    Raises:
+        FileNotFoundError: If ``-c`` names no file; the nearest names are in the message.
+    """
+    resolved = list(argv)
+    for i, argument in enumerate(argv):
+        option, equals, value = argument.partition("=")
+        if option not in _FOLDER_OF_OPTION:
+            continue
+        if not equals and i + 1 == len(argv):
+            continue  # the parser will say that the value is missing
+        value = value if equals else argv[i + 1]
+        path = find_config(value, _FOLDER_OF_OPTION[option])
+        if path is not None:
+            resolved[i if equals else i + 1] = f"{option}={path}" if equals else str(path)
+        elif option in ("-c", "--config") and not value.lstrip().startswith(("{", "[")):
+            raise FileNotFoundError(_not_found(value))
+    return resolved
+
+
+def _not_found(name: str) -> str:
+    known = sorted(
+        {
+            path.relative_to(folder).with_suffix("").as_posix()
+            for folder in config_folders()
+            for path in folder.rglob("*.yaml")
+        }
+    )
+    wanted = name.removesuffix(".yaml")
+    short = {entry.rpartition("/")[2]: entry for entry in known}
+    near = difflib.get_close_matches(wanted, known, n=3) or [
+        short[entry] for entry in difflib.get_close_matches(wanted, list(short), n=3)
+    ]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"There is no configuration file {name!r}, as a path or among the shipped ones ({', '.join(known)}).{hint}"

@@ -1,0 +1,170 @@
+"""Checkpoint files that are either whole or absent, and that cannot run code when they are read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.core import strip_protocol  # type: ignore[import-untyped]
+from fsspec.utils import get_protocol  # type: ignore[import-untyped]
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints so that a crash at any moment leaves the older file or the newer one, never a half.
+
+    Saving: write under a temporary name *in the target folder* (another folder may be another file system, where a
+    rename is a copy), flush and fsync the file, rename it to its final name, fsync the folder. If anything fails, the
+    temporary file is removed, the older file stays as it was and the error goes on. A killed process cannot remove its
+    temporary file; the name starts with a dot and does not end in ``.ckpt``, so nobody takes it for a checkpoint, and
+    the next save in that folder on the same machine removes it once its writer is dead.
+
+    Loading: ``weights_only=True`` unless the caller says otherwise, so that a file from a stranger cannot run code.
+
+    Paths with a protocol other than ``file`` (``s3://...``) are left to the parent class.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(plugins=[AtomicCheckpointIO()], logger=False)
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``: all of it or nothing.
+
+        Args:
+            checkpoint: What Lightning wants stored.
+            path: Final name of the file; missing folders are made.
+            storage_options: Must be ``None`` (the parent class explains).
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written; ``path`` is then as it was before.
+        """
+        if not _is_local(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(strip_protocol(str(path)))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+        try:
+            _write(checkpoint, temporary)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+        _remove_leftovers(target.parent)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[[Any, Any], Any] | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint without running code that it may contain.
+
+        Args:
+            path: File or URL.
+            map_location: As in `torch.load`; the default keeps the tensors on the CPU.
+            weights_only: ``None`` means ``True``. Pass ``False`` only for a file that you made yourself.
+
+        Returns:
+            The stored dictionary.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            pickle.UnpicklingError: If the file holds anything but tensors and plain data.
+            RuntimeError: If the file is damaged or incomplete.
+        """
+        try:
+            return super().load_checkpoint(path, map_location, weights_only is not False)
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(
+                f"refused to load {path}: it is no checkpoint of tensors and plain data ({_reason(error)}). If you "
+                "made the file yourself and trust all of it, load it once with weights_only=False and save it again "
+                "with plain data only; never do so with a file from somebody else."
+            ) from error
+        except (EOFError, RuntimeError) as error:
+            # torch says RuntimeError for other troubles too (a missing device), which are told well as they are
+            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{path} is damaged or incomplete ({_reason(error)}). Copy it again from where it came, or resume "
+                "from an older checkpoint in the same folder."
+            ) from error
+
+
+class _Sink:
+    """A file that remembers why a write failed: torch's archive writer hides the cause behind its own error."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    sink = _Sink(path)
+    try:
+        with sink.file:
+            torch.save(checkpoint, sink)  # type: ignore[arg-type]  # write and flush are all that torch asks for
+            sink.flush()
+            os.fsync(sink.file.fileno())
+    except RuntimeError as error:
+        raise (sink.error or error) from error
+
+
+def _is_local(path: str | Path) -> bool:
+    return str(get_protocol(str(path))) in ("file", "local")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of writers on this machine that are dead."""
+    if os.name != "posix":
+        return
+    ours = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)\.tmp")
+    for entry in folder.iterdir():
+        match = ours.fullmatch(entry.name)
+        if match and not _is_alive(int(match[1])):
+            entry.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """The line of torch's long message that says what was wrong."""
+    told = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+    return told[1].strip() if told else str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,320 @@
+"""Encoders: the part of a classifier that maps images to features; three of our own, and every timm model."""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..types import EncoderSpec
+
+
+class NoBlocksError(RuntimeError):
+    """An encoder cannot be written as a plain sequence of blocks; the message says which one and why."""
+
+
+class Encoder(nn.Module):
+    """Maps images ``(N, C, H, W)`` to features ``(N, d)``: blocks in sequence, then flatten.
+
+    Build one with `build_encoder`.
+
+    Args:
+        network: The blocks: stem, stages, pool.
+        name: The encoder's name.
+        num_features: d.
+        in_channels: C.
+
+    Attributes:
+        num_features: d.
+        in_channels: C.
+    """
+
+    def __init__(self, network: nn.Module, *, name: str, num_features: int, in_channels: int) -> None:
+        super().__init__()
+        self.network = network
+        self.name = name
+        self.num_features = num_features
+        self.in_channels = in_channels
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """How to build this encoder again, with `build_encoder`; plain data, safe to change."""
+        return {"name": self.name, "in_channels": self.in_channels}
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """Stem, stages and pool: the encoder's own modules, so freezing one here freezes it in the encoder.
+
+        ``encoder(image)`` equals ``encoder.blocks(image).flatten(1)``; a method may stop, mix or cut between blocks.
+
+        Raises:
+            NoBlocksError: If the encoder is not a sequence of modules, as a transformer with a class token.
+        """
+        assert isinstance(self.network, nn.Sequential)
+        return self.network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Features ``(N, d)`` of images ``(N, C, H, W)``.
+
+        Raises:
+            ValueError: If the images do not have `in_channels` channels.
+        """
+        if image.ndim != 4 or image.shape[1] != self.in_channels:
+            found = f"{image.shape[1]} channels" if image.ndim == 4 else f"{image.ndim} dimensions"
+            hint = image.shape[1] if image.ndim == 4 else self.in_channels
+            raise ValueError(
+                f"The encoder {self.name!r} expects images (N, {self.in_channels}, H, W) and got {tuple(image.shape)}, "
+                f"with {found}. Set the number of channels with `encoder: {{name: {self.name}, in_channels: {hint}}}`."
+            )
+        features: Tensor = self.network(image).flatten(1)
+        return features
+
+
+class TimmEncoder(Encoder):
+    """A timm model without its classifier; ``forward`` is timm's own and gives its pooled features.
+
+    Args:
+        name: A timm model, with or without a tag of pretrained weights (``resnet18``, ``resnet18.a1_in1k``).
+        in_channels: C; timm adapts the first convolution of pretrained weights to it.
+        pretrained: Whether to download timm's weights.
+
+    Raises:
+        ValueError: If timm has no such model or tag.
+
+    Example:
+        >>> TimmEncoder("resnet18")(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 512])
+    """
+
+    def __init__(self, name: str, in_channels: int = 3, pretrained: bool = False) -> None:
+        import timm  # here: it takes seconds, and most runs use an encoder of our own
+
+        if name not in timm.list_models() and name not in timm.list_pretrained():
+            # timm itself would also take "hf-hub:..." and paths, from which it reads code and weights of anyone
+            raise _unknown(name, [*timm.list_models(), *timm.list_pretrained()])
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_channels)
+        # where there is a layer between pooling and classifier, its width is called head_hidden_size
+        num_features = getattr(model, "head_hidden_size", None) or model.num_features
+        super().__init__(model, name=name, num_features=num_features, in_channels=in_channels)
+        self.pretrained = pretrained
+        self._blocks_verified = False
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """How to build this encoder again, with `build_encoder`; plain data, safe to change."""
+        return {**super().spec, "pretrained": self.pretrained}
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """Blocks cut after the stages that timm names; checked once, on first use, against the model's own forward.
+
+        The first block holds the stem (and, where timm does not name the stem, the first stage), the last one all
+        that follows the last stage: final convolution and norm, pooling. The containers are new on each use, only what
+        is in them belongs to the encoder.
+
+        Raises:
+            NoBlocksError: If timm names no stages, if a parameter is in none of the blocks, or if running them in order
+                does not give what the model gives.
+        """
+        # not kept: as a submodule it would list every parameter twice, elsewhere it would miss replaced modules
+        blocks = nn.Sequential(*(nn.Sequential(*block) for block in self._cut()))
+        if not self._blocks_verified:
+            self._verify(blocks)
+            self._blocks_verified = True
+        for container in (blocks, *blocks):
+            container.training = self.training
+        return blocks
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Features ``(N, d)`` of images ``(N, C, H, W)``: timm's own forward.
+
+        Raises:
+            ValueError: If the images do not have `in_channels` channels, or the model does not pool its features.
+        """
+        features = super().forward(image)
+        if features.shape[1] != self.num_features:
+            raise ValueError(
+                f"The timm model {self.name!r} gives {features.shape[1]} numbers for each image and not its "
+                f"{self.num_features} features: it does not pool them. Choose a model that ends in a pooling layer."
+            )
+        return features
+
+    def _cut(self) -> Iterator[list[nn.Module]]:
+        try:
+            stages = [stage["module"] for stage in getattr(self.network, "feature_info", ())]
+        except (KeyError, TypeError):
+            stages = []
+        if not stages:
+            raise self._no_blocks("timm does not name its stages")
+        block: list[nn.Module] = []
+        for path, module in _parts(self.network, stages):
+            block.append(module)
+            if path in stages:
+                yield block
+                block = []
+        yield block
+
+    @torch.no_grad()
+    def _verify(self, blocks: nn.Sequential) -> None:
+        inside = {id(p) for p in blocks.parameters()}
+        # a check on random weights alone would miss a position embedding that starts at zero
+        outside = [name for name, p in self.network.named_parameters() if id(p) not in inside]
+        if outside:
+            raise self._no_blocks(f"its parameter {outside[0]} belongs to the model itself and not to a stage")
+        reference = next(self.network.parameters())
+        config: Any = getattr(self.network, "pretrained_cfg", {})
+        size = config.get("input_size", (3, 224, 224))[1:]
+        # its own generator: asking for the blocks must not change the run's random numbers
+        image = torch.randn(2, self.in_channels, *size, generator=torch.Generator().manual_seed(0)).to(reference)
+        modes = {module: module.training for module in self.network.modules()}
+        self.network.eval()
+        try:
+            expected = self.network(image)
+            found = blocks(image).flatten(1)
+        except Exception as error:
+            raise self._no_blocks(f"its parts do not run in order ({type(error).__name__}: {error})") from error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if found.shape != expected.shape:
+            raise self._no_blocks(f"its parts in order give {tuple(found.shape)}, the model {tuple(expected.shape)}")
+        difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+        if not difference <= 1e-6 * scale or scale == 0:
+            raise self._no_blocks(f"its parts in order differ from the model by {difference:g} in outputs of {scale:g}")
+
+    def _no_blocks(self, reason: str) -> NoBlocksError:
+        return NoBlocksError(
+            f"The timm model {self.name!r} cannot be cut into blocks: {reason}. It trains as it is; for a method that "
+            "works between blocks choose a convolutional network, such as resnet18_cifar, resnet50 or convnext_tiny."
+        )
+
+
+def encoder_names() -> list[str]:
+    """Return the names of our own encoders; every name in ``timm.list_models()`` works as well."""
+    return sorted(_OWN)
+
+
+def build_encoder(spec: EncoderSpec, *, pretrained: bool | None = None) -> Encoder:
+    """Build an encoder from its name, or from its name and options.
+
+    Our own: ``digits_cnn`` (53 k parameters, for 8x8 digits, one channel), and ``resnet18_cifar`` and
+    ``resnet50_cifar`` (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, with a 3x3 stem of
+    stride 1 and no max-pooling, for 32x32 images). Any other name is a timm model.
+
+    Args:
+        spec: A name, or ``{"name": ..., "in_channels": C, "pretrained": bool}``; the last for timm models only.
+        pretrained: Overrides the option; False where the weights come from a checkpoint, so nothing is downloaded.
+
+    Returns:
+        A new encoder; ``build_encoder(encoder.spec)`` builds another like it.
+
+    Raises:
+        TypeError: If the spec is neither a name nor a dict, or has an unknown option or one of the wrong type.
+        ValueError: If there is no such encoder, ``in_channels`` is not positive, or one of our own encoders is asked
+            for pretrained weights.
+
+    Example:
+        >>> build_encoder({"name": "resnet18_cifar", "in_channels": 1}).num_features
+        512
+    """
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str):
+        raise TypeError(f"An encoder is a name or {{'name': ..., 'in_channels': ...}}, not {spec!r}.")
+    name, own = options["name"], _OWN.get(options["name"])
+    unknown = sorted(map(str, set(options) - {"name", "in_channels", "pretrained"}))
+    if unknown:
+        raise TypeError(f"The encoder {name!r} has no option {unknown[0]!r}; allowed: name, in_channels, pretrained.")
+    if pretrained is None:
+        pretrained = options.get("pretrained", False)
+    if type(pretrained) is not bool:
+        raise TypeError(f"The encoder option pretrained is {pretrained!r}; it must be true or false.")
+    in_channels = options.get("in_channels", own.in_channels if own else 3)
+    if type(in_channels) is not int:
+        raise TypeError(f"The encoder option in_channels is {in_channels!r}; it must be a whole number.")
+    if in_channels < 1:
+        raise ValueError(f"The encoder option in_channels is {in_channels}; it must be at least 1.")
+    if own is None:
+        return TimmEncoder(name, in_channels, pretrained)
+    if pretrained:
+        raise ValueError(f"There are no pretrained weights for {name!r}: leave `pretrained` out, or name a timm model.")
+    network = own.build(in_channels)
+    return Encoder(network, name=name, num_features=own.num_features, in_channels=in_channels)
+
+
+def _unknown(name: str, names: list[str]) -> ValueError:
+    near = difflib.get_close_matches(name, [*encoder_names(), *names], n=3)
+    suggestion = f" Did you mean {' or '.join(near)}?" if near else ""
+    return ValueError(
+        f"There is no encoder called {name!r}.{suggestion} Ours are {', '.join(encoder_names())}; the others are the "
+        "names in timm.list_models()."
+    )
+
+
+def _parts(module: nn.Module, stages: list[str], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The module's children in order, with those that contain a stage replaced by their own children."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if path not in stages and any(stage.startswith(f"{path}.") for stage in stages):
+            yield from _parts(child, stages, f"{path}.")
+        else:
+            yield path, child
+
+
+def _digits_cnn(in_channels: int) -> nn.Sequential:
+    def convolution(inputs: int, outputs: int, *more: nn.Module) -> nn.Sequential:
+        layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU(), *more)
+
+    return nn.Sequential(
+        OrderedDict(
+            stem=convolution(in_channels, 24),
+            stage1=convolution(24, 48, nn.MaxPool2d(2)),
+            stage2=convolution(48, 96, nn.MaxPool2d(2)),
+            pool=nn.AdaptiveAvgPool2d(1),
+        )
+    )
+
+
+def _resnet18_cifar(in_channels: int) -> nn.Sequential:
+    from torchvision.models import resnet18
+
+    return _cifar_resnet(resnet18(), in_channels)
+
+
+def _resnet50_cifar(in_channels: int) -> nn.Sequential:
+    from torchvision.models import resnet50
+
+    return _cifar_resnet(resnet50(), in_channels)
+
+
+def _cifar_resnet(model: Any, in_channels: int) -> nn.Sequential:
+    """Torchvision's stages behind a stem for small images."""
+    stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Sequential(stem, model.bn1, model.relu),
+            stage1=model.layer1,
+            stage2=model.layer2,
+            stage3=model.layer3,
+            stage4=model.layer4,
+            pool=model.avgpool,
+        )
+    )
+
+
+class _Own(NamedTuple):
+    build: Callable[[int], nn.Sequential]
+    num_features: int
+    in_channels: int
+
+
+_OWN = {
+    "digits_cnn": _Own(_digits_cnn, num_features=96, in_channels=1),
+    "resnet18_cifar": _Own(_resnet18_cifar, num_features=512, in_channels=3),
+    "resnet50_cifar": _Own(_resnet50_cifar, num_features=2048, in_channels=3),
+}

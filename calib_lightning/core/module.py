@@ -1,0 +1,341 @@
+"""The LightningModule under every training-time method, and the way back from a checkpoint to it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
+from calib_lightning.core.encoders import build_encoder
+from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
+from calib_lightning.core.registry import class_path_of, find_class
+from calib_lightning.functional import at_least_float32
+from calib_lightning.metrics import EvaluationState
+from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
+
+CHECKPOINT_KEY = "calib_lightning"
+
+
+class ModuleRecord(TypedDict):
+    """What a checkpoint says about the module in it; plain data."""
+
+    class_path: str
+    num_classes: int
+    stage: int
+    head: HeadSpec
+    train_state: dict[str, Tensor]
+
+
+def default_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+    """SGD with the settings that the calibration literature shares: lr 0.1, momentum 0.9, weight decay 5e-4."""
+    return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+class ClassificationModule(LightningModule):
+    """Encoder, head, criterion and metrics with one optimiser: the base of every training-time method.
+
+    A method is a subclass that brings its criterion; one that needs more overrides `loss`. Batches are
+    `Batch(image, label, index)`, or a plain tuple of these three. Logged keys are ``train/loss``,
+    ``{train,val}/<metric>`` and ``test/<set>/<metric>``, where ``<metric>`` is the name of the function in
+    `calib_lightning.metrics.functional`.
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        criterion: Maps ``(logits (N, K) in float32 or wider, labels (N,))`` to a scalar. Default: cross-entropy.
+        encoder: An encoder's name (``digits_cnn``, ``resnet18_cifar``, ``resnet50_cifar`` or any timm model), or
+            ``{"name": ..., **options}``.
+        optimizer: Called with the trainable parameters. Default: SGD, lr 0.1, momentum 0.9, weight decay 5e-4.
+        scheduler: Called with the optimiser; stepped once an epoch. ``ReduceLROnPlateau`` watches ``val/nll``.
+
+    Raises:
+        ValueError: If ``num_classes`` is not positive or the encoder's name is unknown.
+
+    Example:
+        >>> module = ClassificationModule(10, encoder="digits_cnn")
+        >>> module(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    stage: int = 0
+    """How many stage switches this module has been through."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        criterion: Criterion | None = None,
+        encoder: EncoderSpec = "resnet18_cifar",
+        optimizer: OptimizerCallable = default_optimizer,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; it must be at least 1.")
+        # Plain data only, here only: checkpoints then load with weights_only=True.
+        self.save_hyperparameters(ignore=["criterion", "optimizer", "scheduler"])
+        self.num_classes = num_classes
+        self.encoder = build_encoder(encoder)
+        self.head: Head = LinearHead(self.encoder.num_features, num_classes)
+        self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.train_state = EvaluationState(ranks=False)
+        self.val_state = EvaluationState()
+        self.test_states = nn.ModuleList()
+        self.test_prefixes: list[str] = []
+
+    # --- the network -------------------------------------------------------------------------------------------------
+
+    def features(self, image: Tensor) -> Tensor:
+        """Features ``(N, d)`` of images ``(N, C, H, W)``."""
+        features: Tensor = self.encoder(image)
+        return features
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)``."""
+        logits: Tensor = self.head(self.features(image))
+        return logits
+
+    def outputs(self, image: Tensor) -> Prediction:
+        """Logits and, for a method that brings its own, confidences; one pass through the network."""
+        return Prediction(self(image))
+
+    def confidence(self, image: Tensor) -> Tensor:
+        """Confidence ``(N,)`` in the predicted class: the largest softmax probability unless the method has its own."""
+        logits, confidence = self.outputs(image)
+        return at_least_float32(logits).softmax(dim=-1).amax(dim=-1) if confidence is None else confidence
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss (scalar) and logits ``(N, K)`` of one batch; methods that need more than a criterion override it."""
+        logits = self(batch.image)
+        # A loss in half precision loses the tail of the softmax; autocast would not widen it for every operation.
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.criterion(at_least_float32(logits), batch.label), logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step: loss, log, training metrics."""
+        batch = self._checked(batch)
+        loss, logits = self.loss(batch)
+        self.log("train/loss", loss.detach(), batch_size=len(batch.label))
+        self.train_state.update(logits.detach(), batch.label)
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's training metrics from nothing."""
+        self.train_state.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Compute and log the epoch's training metrics, once."""
+        self._log_state("train", self.train_state)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser over the parameters that are to be trained, and its scheduler."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/nll"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the validation metrics from nothing; the sanity check leaves no trace."""
+        self.val_state.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Prediction:
+        """Add one batch to the validation metrics; return its prediction for callbacks."""
+        return self._evaluate(self._checked(batch), self.val_state)
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute and log the validation metrics, once."""
+        if not self.trainer.sanity_checking:
+            self._log_state("val", self.val_state)
+
+    def on_test_start(self) -> None:
+        """Make one accumulator for each test set."""
+        loaders = self.trainer.test_dataloaders
+        count = len(loaders) if isinstance(loaders, list | tuple) else 1
+        self.test_prefixes = _prefixes(getattr(self._datamodule(), "evaluation_names", None), count)
+        self.test_states = nn.ModuleList(EvaluationState() for _ in range(count)).to(self.device)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+        """Add one batch to the metrics of its set; return its prediction for callbacks."""
+        state = self.test_states[dataloader_idx]
+        assert isinstance(state, EvaluationState)
+        return self._evaluate(self._checked(batch), state)
+
+    def on_test_epoch_end(self) -> None:
+        """Compute and log the metrics of every test set, once."""
+        for prefix, state in zip(self.test_prefixes, self.test_states, strict=True):
+            assert isinstance(state, EvaluationState)
+            self._log_state(prefix, state)
+            rows: Tensor = self.trainer.strategy.reduce(state.count.clone(), reduce_op="sum")
+            self.log(f"{prefix}/n", rows.float(), add_dataloader_idx=False)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+        """Logits and confidence of one batch; labels are not looked at."""
+        return self.outputs(self._checked(batch).image)
+
+    def _evaluate(self, batch: Batch, state: EvaluationState) -> Prediction:
+        prediction = self.outputs(batch.image)
+        state.update(prediction.logits, batch.label, prediction.confidence)
+        return prediction
+
+    def _log_state(self, prefix: str, state: EvaluationState) -> None:
+        # compute() has summed over the ranks already
+        values = {f"{prefix}/{name}": value.float() for name, value in state.compute().items()}
+        self.log_dict(values, add_dataloader_idx=False)
+
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    def _checked(self, batch: Any) -> Batch:
+        if isinstance(batch, Batch):
+            return batch
+        if isinstance(batch, list | tuple) and len(batch) == 3:
+            return Batch(*batch)
+        got = f"{len(batch)} parts" if isinstance(batch, list | tuple) else type(batch).__name__
+        raise TypeError(
+            f"{type(self).__name__} needs batches Batch(image, label, index), but this one is {got}. Let the data set "
+            "return (image, label, index), where index is the sample's position in its set."
+        )
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint describe itself: class, K, stage, head, and the training metrics of a begun epoch."""
+        # summed over the ranks; Lightning calls this hook on all of them
+        with self.train_state.sync_context():
+            train_state = {name: value.clone() for name, value in self.train_state.metric_state.items()}
+        checkpoint[CHECKPOINT_KEY] = ModuleRecord(
+            class_path=class_path_of(type(self)),
+            num_classes=self.num_classes,
+            stage=self.stage,
+            head=self.head.spec,
+            train_state=train_state,
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the head that the checkpoint's weights belong to; Lightning calls this before they arrive."""
+        record = module_record(checkpoint)
+        if record["num_classes"] != self.num_classes:
+            raise ValueError(
+                f"The checkpoint was trained on {record['num_classes']} classes, this module has {self.num_classes}. "
+                "Use the data that the checkpoint was trained on, or a module with as many classes."
+            )
+        self.stage = record["stage"]
+        if record["head"] != self.head.spec:
+            self.head = build_head(record["head"]).to(self.device)
+        self.train_state.reset()
+        if self.global_rank == 0:
+            device = self.train_state.count.device
+            self.train_state.merge_state({name: value.to(device) for name, value in record["train_state"].items()})
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint with ``weights_only=True``: nothing in it is executed.
+
+    Args:
+        path: The file.
+        map_location: Where the tensors go.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        pickle.UnpicklingError: If it holds anything but tensors and plain data.
+        RuntimeError: If it is damaged or incomplete.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    return AtomicCheckpointIO().load_checkpoint(path, map_location)  # type: ignore[arg-type]
+
+
+def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
+    """Return what a loaded checkpoint says about its module.
+
+    Args:
+        checkpoint: A checkpoint as `load_checkpoint` returns it.
+
+    Returns:
+        Class path, K, stage and head.
+
+    Raises:
+        ValueError: If it was not written by a `ClassificationModule`.
+    """
+    record = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(record, dict) or not ModuleRecord.__required_keys__ <= set(record):
+        raise ValueError(
+            "This checkpoint does not say which calib_lightning module it holds; only checkpoints of a "
+            "ClassificationModule do. Load other weights with torch.load and load_state_dict."
+        )
+    return ModuleRecord(**{key: record[key] for key in ModuleRecord.__required_keys__})  # type: ignore[typeddict-item]
+
+
+def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> ClassificationModule:
+    """Rebuild the trained module from a checkpoint alone: right class, right head, weights, evaluation mode.
+
+    The file is read with ``weights_only=True``: nothing in it is executed, and classes are looked up only in this
+    package and in modules that are imported already.
+
+    Args:
+        path: A checkpoint written by any method of this package.
+        map_location: Where the tensors go.
+
+    Returns:
+        The module in ``eval()`` mode.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        pickle.UnpicklingError: If it holds anything but tensors and plain data.
+        RuntimeError: If it is damaged or incomplete.
+        ValueError: If it was not written by a `ClassificationModule` or names a class that is not known.
+
+    Example:
+        ``module = load_module("runs/quickstart/checkpoints/best.ckpt")``
+    """
+    checkpoint = load_checkpoint(path, map_location)
+    record = module_record(checkpoint)
+    cls = find_class(record["class_path"], ClassificationModule)
+    hyper_parameters = dict(checkpoint.get("hyper_parameters", {}))
+    encoder = hyper_parameters.get("encoder")
+    if isinstance(encoder, dict) and encoder.get("pretrained"):
+        # the weights come from the checkpoint: nothing is downloaded
+        hyper_parameters["encoder"] = {**encoder, "pretrained": False}
+    module = cls(**_accepted(cls, hyper_parameters))
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.to(map_location).eval()
+
+
+def _accepted(cls: type[ClassificationModule], hyper_parameters: dict[str, Any]) -> dict[str, Any]:
+    """Keep what the class's constructor takes: frames of base classes add theirs to the saved hyper-parameters."""
+    parameters = inspect.signature(cls).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return hyper_parameters
+    names = {p.name for p in parameters}
+    return {key: value for key, value in hyper_parameters.items() if key in names}
+
+
+def _prefixes(names: list[str] | None, count: int) -> list[str]:
+    """Metric prefixes of the evaluated sets: ``test/<name>``, but ``calibration`` for the calibration split."""
+    if names is None:
+        names = ["iid"] if count == 1 else [str(i) for i in range(count)]
+    if len(names) != count:
+        raise ValueError(f"The data module names {len(names)} sets ({', '.join(names)}) but has {count} test loaders.")
+    return [name if name == "calibration" else f"test/{name}" for name in names]

@@ -1,0 +1,27 @@
+"""Benchmarks: data modules, splits, long tails and loaders that resume exactly."""
+
+from calib_lightning.data.base import BenchmarkDataModule, Source
+from calib_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from calib_lightning.data.digits import DigitsDataModule
+from calib_lightning.data.loader import InMemorySet, ResumableLoader
+from calib_lightning.data.longtail import long_tail_counts, long_tail_rows
+from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.toy import ToyDataModule
+from calib_lightning.data.transforms import Compose, CropFlip, Normalize
+
+__all__ = [
+    "BenchmarkDataModule",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "Compose",
+    "CropFlip",
+    "DigitsDataModule",
+    "InMemorySet",
+    "Normalize",
+    "ResumableLoader",
+    "Source",
+    "SplitSpec",
+    "ToyDataModule",
+    "long_tail_counts",
+    "long_tail_rows",
+]

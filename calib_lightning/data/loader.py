@@ -1,0 +1,225 @@
+"""A loader that can stop and go on anywhere and reads every row exactly once on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from calib_lightning.data.transforms import Transform
+from calib_lightning.seeding import derive_seed
+from calib_lightning.types import Batch
+
+_Key = tuple[int, NDArray[np.int64]]
+"""Epoch and positions of one batch: all a worker needs, so workers keep no state."""
+
+
+@dataclass(frozen=True)
+class InMemorySet:
+    """Images held in memory as bytes, read and transformed a batch at a time.
+
+    Args:
+        image: ``(N, C, H, W)`` uint8.
+        label: ``(N,)`` int64.
+        rows: ``(N,)`` int64, the row of each image in the file that it came from.
+        transform: Applied to each batch; ``None`` returns the bytes.
+    """
+
+    image: Tensor
+    label: Tensor
+    rows: Tensor
+    transform: Transform | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def fetch(self, index: Tensor, epoch: int) -> Batch:
+        """Read one batch.
+
+        Args:
+            index: Positions ``(B,)`` int64 in ``0..N-1``; they become ``Batch.index``.
+            epoch: Epoch number, for transforms that draw random numbers.
+
+        Returns:
+            The batch, in the order of ``index``.
+        """
+        image = self.image.index_select(0, index)
+        if self.transform is not None:
+            image = self.transform(image, index, epoch)
+        return Batch(image, self.label.index_select(0, index), index)
+
+
+class ResumableLoader:
+    """Batches of a set whose order is a function of (seed, epoch), so that a position is all there is to save.
+
+    The order of the epoch is cut into global batches of ``batch_size * world`` rows, and rank r takes rows
+    ``r::world`` of each. A last global batch with fewer rows than there are ranks joins the one before it. So every
+    row is read exactly once, nothing is repeated to fill up, all ranks have the same number of batches, and a rank
+    has an empty batch only if the whole set has fewer rows than there are ranks. A step sees the same rows for every
+    number of processes with the same global batch, but for that last joined batch.
+
+    Lightning leaves it alone, since it is not a ``DataLoader``, but calls ``sampler.set_epoch`` before an epoch,
+    ``state_dict`` when it saves in the middle of one, and ``load_state_dict`` on resume. Epoch, position, rank and
+    world are read when the first batch of a pass is asked for, not when the iterator is made.
+
+    Args:
+        data: The set to read.
+        batch_size: Rows of one batch of one process.
+        shuffle: Whether each epoch has its own random order.
+        seed: Seed of the order.
+        drop_last: Whether to leave out a last global batch that is not full.
+        num_workers: Processes that prepare batches; the batches are the same bit for bit for any number.
+
+    Raises:
+        ValueError: If a number is outside its range or the set is empty.
+
+    Example:
+        >>> rows = torch.arange(5)
+        >>> data = InMemorySet(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64), rows)
+        >>> [batch.index.tolist() for batch in ResumableLoader(data, 2, shuffle=False, seed=0)]
+        [[0, 1], [2, 3], [4]]
+    """
+
+    # Lightning looks here for a sampler that shuffles; there is none.
+    batch_sampler = None
+
+    def __init__(
+        self,
+        data: InMemorySet,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1 (rows of one batch of one process).")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} must be 0 (load in this process) or more.")
+        if not len(data):
+            raise ValueError("the set has 0 rows; it needs at least 1: check the sizes of the splits.")
+        # Not called `dataset`: under `overfit_batches` Lightning rebuilds every loader that has one as a DataLoader.
+        self.data = data
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.drop_last, self.num_workers = drop_last, num_workers
+        self._epoch: int | None = None
+        self._position = 0
+        self._loaded: dict[str, int] | None = None
+
+    @property
+    def sampler(self) -> ResumableLoader:
+        """The loader itself: where Lightning looks for ``set_epoch``."""
+        return self
+
+    @property
+    def epoch(self) -> int:
+        """The epoch given to `set_epoch`, else that of a loaded state, else 0."""
+        if self._epoch is not None:
+            return self._epoch
+        return 0 if self._loaded is None else self._loaded["epoch"]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass.
+
+        Args:
+            epoch: Epoch number.
+        """
+        if epoch != self.epoch:
+            self._position = 0
+        self._epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of batches that this process has been given in it."""
+        return {"epoch": self.epoch, "position": self._position if self._loaded is None else self._resumed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass go on where the state was taken.
+
+        The epoch of `set_epoch` wins over that of the state, called before or after: a state of another epoch or of a
+        finished one starts the epoch from its first batch.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self._loaded = {"epoch": int(state["epoch"]), "position": int(state["position"])}
+
+    def __len__(self) -> int:
+        return len(self._bounds()) - 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        # a generator runs nothing before its first `next`, so `set_epoch` and a state that come after this count
+        self._position, epoch = self._resumed(), self.epoch
+        self._epoch, self._loaded = epoch, None
+        keys = self._keys(epoch)[self._position :]
+        loader: DataLoader[Batch] = DataLoader(
+            dataset=_Keyed(self.data),
+            batch_size=None,
+            sampler=keys,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            persistent_workers=False,
+            pin_memory=torch.cuda.is_available(),
+            # its own generator: without one it draws a seed from the global generator
+            generator=torch.Generator(),
+        )
+        for number, batch in enumerate(loader, start=self._position + 1):
+            self._position = number
+            yield batch
+
+    def _resumed(self) -> int:
+        """Where the next pass starts."""
+        state = self._loaded
+        if state is None or state["epoch"] != self.epoch or state["position"] >= len(self):
+            return 0
+        return state["position"]
+
+    def _bounds(self) -> list[int]:
+        """Where the global batches of an epoch start, and where the last one ends."""
+        rows, step, world = len(self.data), self.batch_size * _world()[1], _world()[1]
+        if self.drop_last:
+            return list(range(0, rows - rows % step + 1, step))
+        starts = list(range(0, rows, step))
+        if len(starts) > 1 and rows - starts[-1] < world:
+            starts.pop()
+        return [*starts, rows]
+
+    def _keys(self, epoch: int) -> list[_Key]:
+        """One key for each batch of this rank, in the order of the epoch."""
+        order = np.arange(len(self.data))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+            order = torch.randperm(len(self.data), generator=generator).numpy()
+        rank, world = _world()
+        bounds = self._bounds()
+        return [(epoch, order[start:stop][rank::world]) for start, stop in pairwise(bounds)]
+
+
+class _Keyed(Dataset[Batch]):
+    """Lets a ``DataLoader`` ask for a whole batch by its key."""
+
+    def __init__(self, data: InMemorySet) -> None:
+        self.data = data
+
+    def __getitem__(self, key: _Key) -> Batch:
+        epoch, index = key
+        return self.data.fetch(torch.tensor(index), epoch)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _world() -> tuple[int, int]:
+    """Rank and number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -1,0 +1,67 @@
+"""A tiny made-up image set for tests and examples."""
+
+from __future__ import annotations
+
+import torch
+
+from calib_lightning.data.base import BenchmarkDataModule, Source
+from calib_lightning.data.split import SplitSpec
+from calib_lightning.seeding import row_uniform
+
+_PATTERN, _TRAIN, _TEST = 1, 2, 3  # seeds of the three random streams
+
+
+class ToyDataModule(BenchmarkDataModule):
+    """Grey images (1, 8, 8), each a faint pattern of its class under uniform noise: learnable, but not without errors.
+
+    ``pixel = 0.2 * pattern[label] + 0.8 * noise`` with all numbers uniform in ``[0, 1)``; labels take turns. The
+    images depend on nothing but their row, so every machine and every run has the same ones.
+
+    Args:
+        split: How the training images are divided; by default all are for training.
+        batch_size: Rows of one batch of one process.
+        num_workers: Processes that prepare batches.
+        train_size: Images that the split divides.
+        test_size: Images in the test set.
+        num_classes: K.
+
+    Example:
+        >>> data = ToyDataModule(SplitSpec(val=30), train_size=90)
+        >>> data.setup()
+        >>> data.class_counts
+        tensor([20, 20, 20])
+    """
+
+    mean = (0.5,)
+    std = (0.24,)
+
+    def __init__(
+        self,
+        split: SplitSpec | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        train_size: int = 300,
+        test_size: int = 150,
+        num_classes: int = 3,
+    ) -> None:
+        super().__init__(split, batch_size, num_workers)
+        for name, value in (("train_size", train_size), ("test_size", test_size), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        self.num_classes = num_classes
+        self._sizes = train_size, test_size
+
+    def load_train(self) -> Source:
+        """Make the images that the split divides."""
+        return self._make(self._sizes[0], _TRAIN)
+
+    def load_test(self) -> Source:
+        """Make the test images."""
+        return self._make(self._sizes[1], _TEST)
+
+    def _make(self, size: int, seed: int) -> Source:
+        row = torch.arange(size)
+        label = row % self.num_classes
+        pattern = row_uniform(torch.arange(self.num_classes), 64, seed=_PATTERN)
+        pixel = 0.2 * pattern[label] + 0.8 * row_uniform(row, 64, seed=seed)
+        return Source((pixel * 256).to(torch.uint8).view(size, 1, 8, 8), label)

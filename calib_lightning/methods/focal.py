@@ -1,0 +1,81 @@
+"""Focal loss (Lin et al., ICCV 2017), for calibration (Mukhoti et al., NeurIPS 2020)."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from calib_lightning.core import ClassificationModule
+from calib_lightning.types import ModuleOptions
+
+
+def focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
+    """Focal loss (Lin et al., ICCV 2017), ``L = -mean_n (1 - p_{n, y_n})^gamma log p_{n, y_n}``.
+
+    The gradient flows through the factor. ``gamma = 0`` is cross-entropy.
+
+    Args:
+        logits: ``(N, K)``.
+        labels: ``(N,)`` int64, or soft targets ``(N, K)``: then ``-mean_n sum_k t_nk (1 - p_nk)^gamma log p_nk``.
+        gamma: Focusing parameter, at least 0; 3 is the usual baseline of calibration papers.
+
+    Returns:
+        Scalar, in nats.
+
+    Deviations:
+        No class weights alpha. ``1 - p`` is computed as ``-expm1(log p)`` and kept at or above 1e-12, because the
+        gradient of ``x^gamma`` at 0 is not finite for ``0 < gamma < 1``.
+
+    Example:
+        >>> import torch
+        >>> round(focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0).item(), 4)
+        0.3466
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    if labels.ndim == 2:
+        return (labels * _focal_terms(log_probs, gamma)).sum(dim=-1).mean()
+    return _focal_terms(log_probs.gather(-1, labels.unsqueeze(-1)), gamma).mean()
+
+
+def _focal_terms(log_probs: Tensor, gamma: float) -> Tensor:
+    return -torch.expm1(log_probs).neg().clamp_min(1e-12).pow(gamma) * log_probs
+
+
+class FocalLoss(nn.Module):
+    """Criterion of `focal_loss`.
+
+    Args:
+        gamma: Focusing parameter, at least 0.
+
+    Raises:
+        ValueError: If ``gamma`` is negative.
+    """
+
+    def __init__(self, gamma: float = 3.0) -> None:
+        super().__init__()
+        if gamma < 0:
+            raise ValueError(f"gamma is {gamma}; it must be at least 0 (0 is cross-entropy, 3 the usual value).")
+        self.gamma = gamma
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)`` or ``(N, K)``."""
+        return focal_loss(logits, labels, gamma=self.gamma)
+
+
+class Focal(ClassificationModule):
+    """Train with the focal loss (Mukhoti et al., NeurIPS 2020).
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        gamma: Focusing parameter; 3 is the usual baseline of calibration papers.
+        **options: See `ClassificationModule`.
+
+    Example:
+        >>> Focal(10, gamma=2.0, encoder="digits_cnn").hparams.gamma
+        2.0
+    """
+
+    def __init__(self, num_classes: int, gamma: float = 3.0, **options: Unpack[ModuleOptions]) -> None:
+        super().__init__(num_classes, criterion=FocalLoss(gamma), **options)

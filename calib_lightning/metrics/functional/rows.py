@@ -1,0 +1,281 @@
+"""What one batch says row by row: input checks, and the few quantities that every metric is made of."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from calib_lightning.functional import at_least_float32
+
+InputKind = Literal["logits", "probs"]
+"""What the scores ``(N, K)`` are; the caller says so, it is never guessed from the values."""
+
+PROBS_TOLERANCE = 1e-3
+"""How far the sum of a row of probabilities may be from one."""
+
+FAULTS = ("logits", "labels", "confidence")
+"""The kinds of invalid values, in the order of `fault_masks`."""
+
+
+class Rows:
+    """The rows of one batch, with every derived quantity computed once and only when asked for.
+
+    With ``t`` the largest logit, ``m`` the runner-up, ``r = sum_{k != top} exp(z_k - m)`` and
+    ``q = r exp(m - t)`` the odds against the top class, all quantities follow without cancellation or saturation:
+    ``c = 1 / (1 + q)``, ``log c / (1 - c) = t - m - log r`` and ``-log p_y = log(1 + q) + t - z_y``. What has K
+    entries a row stays in the dtype of the logits (at least float32); what has one is float64.
+
+    Args:
+        logits: Scores ``(N, K)`` that passed `check_shapes`: logits, or probabilities with ``input="probs"``.
+        labels: Class labels ``(N,)`` in ``0..K-1``.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability, or ``None``.
+        input: ``"logits"`` or ``"probs"``.
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind) -> None:
+        self.scores = at_least_float32(logits.detach())
+        self.labels = labels.long()
+        self.is_probs = input == "probs"
+        self._given = None if confidence is None else confidence.detach()
+
+    @cached_property
+    def _top(self) -> tuple[Tensor, Tensor]:
+        top, index = self.scores.max(dim=-1, keepdim=True)
+        return top, index
+
+    @cached_property
+    def correct(self) -> Tensor:
+        """Whether the predicted class (the first of the largest) is the label, ``(N,)`` bool."""
+        return self._top[1].squeeze(-1) == self.labels
+
+    @cached_property
+    def _score_of_label(self) -> Tensor:
+        return self.scores.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1).double()
+
+    @cached_property
+    def _others(self) -> tuple[Tensor, Tensor]:
+        # exp(z - runner-up) with a zero for the top class, and t - m. Taken relative to the runner-up it cannot
+        # underflow as a whole; the clamp is for K = 1, which has no runner-up.
+        top, index = self._top
+        others = self.scores.scatter(-1, index, -torch.inf)
+        second = others.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(others.dtype).min)
+        gap = (top.double() - second.double()).squeeze(-1)
+        return others.sub_(second).exp_(), gap
+
+    @cached_property
+    def _rest(self) -> Tensor:
+        # The sum is float64 so that the result does not depend on how the rows were cut into batches.
+        return self._others[0].sum(dim=-1, dtype=torch.float64)
+
+    @cached_property
+    def _second_to_top(self) -> Tensor:
+        return torch.exp(-self._others[1])
+
+    @cached_property
+    def _odds_against(self) -> Tensor:
+        return self._rest * self._second_to_top
+
+    @cached_property
+    def _largest_prob(self) -> Tensor:
+        if self.is_probs:
+            return self._top[0].squeeze(-1)
+        return (1.0 + self._odds_against).reciprocal_()
+
+    @property
+    def confidence(self) -> Tensor:
+        """Confidence ``(N,)``: the given one, else the largest probability."""
+        return self._largest_prob if self._given is None else self._given
+
+    @cached_property
+    def log_odds(self) -> Tensor:
+        """Log-odds of the confidence ``(N,)``; float64 if the input it comes from is, else float32."""
+        if self._given is None and not self.is_probs:
+            return (self._others[1] - torch.log(self._rest)).to(self.scores.dtype)
+        # A probability may exceed 1 by the tolerance of the row sums.
+        confidence = self.confidence.double().clamp(max=1.0)
+        width = at_least_float32(self.confidence).dtype
+        return (torch.log(confidence) - torch.log1p(-confidence)).to(width)
+
+    @cached_property
+    def nll(self) -> Tensor:
+        """Negative log-likelihood ``(N,)`` of the label in nats, float64."""
+        if self.is_probs:
+            return -torch.log(self._score_of_label)
+        return torch.log1p(self._odds_against) + (self._top[0].squeeze(-1).double() - self._score_of_label)
+
+    @cached_property
+    def brier(self) -> Tensor:
+        """Squared distance ``(N,)`` between the probabilities and the one-hot label, float64."""
+        if self.is_probs:
+            squares, of_label = self.scores.double().square().sum(dim=-1), self._score_of_label
+        else:
+            squares = 1.0 + self._others[0].square().sum(dim=-1, dtype=torch.float64) * self._second_to_top.square()
+            squares *= self._largest_prob.square()
+            of_label = torch.exp(-self.nll)
+        return squares - 2.0 * of_label + 1.0
+
+
+def check_kind(input: str) -> None:
+    """Refuse an ``input`` other than ``"logits"`` and ``"probs"``.
+
+    Args:
+        input: What the caller says the scores are.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if input not in ("logits", "probs"):
+        raise ValueError(f"input={input!r}: say input='logits' or input='probs'; the kind is never guessed")
+
+
+def check_shapes(logits: Tensor, labels: Tensor, confidence: Tensor | None, where: str) -> None:
+    """Refuse inputs of the wrong type or shape; this reads no values, so it costs no device synchronisation.
+
+    Args:
+        logits: Scores, should be ``(N, K)`` floating point with K >= 1.
+        labels: Should be ``(N,)`` of an integer dtype.
+        confidence: Should be ``None`` or ``(N,)`` floating point.
+        where: Who asks, for the message.
+
+    Raises:
+        TypeError: Not a tensor, or a wrong dtype.
+        ValueError: A wrong shape.
+    """
+    named = {"logits": logits, "labels": labels} | ({} if confidence is None else {"confidence": confidence})
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+        is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+        if name == "labels" and not is_integer:
+            raise TypeError(
+                f"{where}: labels must be class numbers of an integer dtype, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}; give the hard labels of mixed or soft targets"
+            )
+        if name != "labels" and not tensor.is_floating_point():
+            raise TypeError(f"{where}: {name} must be floating point, got {tensor.dtype}; convert with .float()")
+    if logits.ndim != 2 or logits.shape[1] < 1:
+        raise ValueError(f"{where}: logits must have shape (N, K) with K >= 1, got {tuple(logits.shape)}")
+    for name in named.keys() - {"logits"}:
+        if named[name].shape != logits.shape[:1]:
+            raise ValueError(
+                f"{where}: {name} must have shape ({logits.shape[0]},) to go with logits of shape "
+                f"{tuple(logits.shape)}, got {tuple(named[name].shape)}"
+            )
+
+
+def fault_masks(logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind) -> Tensor:
+    """Mark the rows with invalid values.
+
+    Args:
+        logits: Scores ``(N, K)``.
+        labels: ``(N,)``.
+        confidence: ``(N,)`` or ``None``.
+        input: ``"logits"`` or ``"probs"``.
+
+    Returns:
+        ``(3, N)`` bool on the device of the inputs, one row for each of `FAULTS`.
+    """
+    if input == "probs":
+        wide = at_least_float32(logits)
+        bad_scores = ~(((wide.sum(dim=-1) - 1.0).abs() <= PROBS_TOLERANCE) & (wide >= 0).all(dim=-1))
+    else:
+        bad_scores = ~logits.isfinite().all(dim=-1)
+    bad_labels = (labels < 0) | (labels >= logits.shape[1])
+    valid = torch.ones_like(bad_labels) if confidence is None else (confidence >= 0) & (confidence <= 1)
+    return torch.stack([bad_scores, bad_labels, ~valid])
+
+
+def check_values(logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind, where: str) -> None:
+    """Refuse invalid values at once; it reads them, so it is for tensors on the CPU (or outside of loops).
+
+    Args:
+        logits: Scores ``(N, K)``: finite logits, or non-negative rows that sum to one.
+        labels: ``(N,)`` in ``0..K-1``.
+        confidence: ``(N,)`` in ``[0, 1]``, or ``None``.
+        input: ``"logits"`` or ``"probs"``.
+        where: Who asks, for the message.
+
+    Raises:
+        ValueError: Names the kind of fault, how many rows have it, the first of them, its value and what is allowed.
+    """
+    if len(labels) == 0 or _seem_valid(logits, labels, confidence, input):
+        return
+    for kind, mask in zip(FAULTS, fault_masks(logits, labels, confidence, input), strict=True):
+        count = int(mask.sum())
+        if count:
+            row = int(mask.int().argmax())
+            found, allowed = _describe(kind, row, logits, labels, confidence, input)
+            raise ValueError(
+                f"{where}: {count} of {len(labels)} rows have invalid {input if kind == 'logits' else kind}; "
+                f"row {row} {found}, allowed: {allowed}"
+            )
+
+
+def _seem_valid(logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind) -> bool:
+    # A few whole-tensor reductions that no invalid value passes; only where they object are the rows looked at.
+    # Comparisons are written such that NaN fails them.
+    logits, confidence = logits.detach(), None if confidence is None else confidence.detach()
+    if input == "probs":
+        wide = at_least_float32(logits)
+        low, high = wide.sum(dim=-1).aminmax()
+        valid = 1.0 - PROBS_TOLERANCE <= float(low) <= float(high) <= 1.0 + PROBS_TOLERANCE and float(wide.min()) >= 0
+    else:
+        valid = abs(float(logits.sum(dtype=at_least_float32(logits).dtype))) < torch.inf
+    least, most = labels.aminmax()
+    valid = valid and int(least) >= 0 and int(most) < logits.shape[1]
+    if confidence is not None:
+        low, high = confidence.aminmax()
+        valid = valid and 0.0 <= float(low) <= float(high) <= 1.0
+    return valid
+
+
+class _Finding(NamedTuple):
+    found: str
+    allowed: str
+
+
+def _describe(
+    kind: str, row: int, logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind
+) -> _Finding:
+    if kind == "labels":
+        hint = "; a set without labels (-1) has no such metrics" if int(labels[row]) == -1 else ""
+        return _Finding(f"has label {int(labels[row])}", f"0..{logits.shape[1] - 1}{hint}")
+    if kind == "confidence" and confidence is not None:
+        return _Finding(f"has confidence {float(confidence[row])}", "numbers in [0, 1]")
+    scores = logits[row].double()
+    if input == "logits":
+        column = int((~scores.isfinite()).int().argmax())
+        return _Finding(f"has {float(scores[column])} for class {column}", "finite numbers")
+    total = float(scores.sum())
+    lowest = int(scores.argmin())
+    found = f"has {float(scores[lowest])} for class {lowest} and sums to {total:.6g}"
+    hint = "; pass input='logits' if these are logits"
+    return _Finding(found, f"numbers >= 0 that sum to 1 +- {PROBS_TOLERANCE}{hint}")
+
+
+def checked_rows(
+    name: str, logits: Tensor, labels: Tensor, confidence: Tensor | None = None, input: InputKind = "logits"
+) -> Rows:
+    """Check everything about the inputs of a function and return their rows.
+
+    Args:
+        name: Name of the function, for messages.
+        logits: Scores ``(N, K)``.
+        labels: Class labels ``(N,)``.
+        confidence: Confidence ``(N,)``, or ``None``.
+        input: ``"logits"`` or ``"probs"``.
+
+    Returns:
+        The rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value.
+    """
+    check_kind(input)
+    check_shapes(logits, labels, confidence, name)
+    check_values(logits, labels, confidence, input, name)
+    return Rows(logits, labels, confidence, input)

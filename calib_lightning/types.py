@@ -1,0 +1,50 @@
+"""Types that every part of the package shares; this module imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""Maps ``(logits (N, K), labels (N,))`` to a scalar loss."""
+
+EncoderSpec = str | dict[str, Any]
+"""An encoder's name, or ``{"name": ..., **options}``: plain data, so that it can travel in a checkpoint."""
+
+
+class Batch(NamedTuple):
+    """One mini-batch, with the position of every sample in its set.
+
+    Attributes:
+        image: Images ``(N, C, H, W)``, floating point.
+        label: Class labels ``(N,)``, int64 in ``0..K-1``, or -1 where a set has none.
+        index: Position ``(N,)``, int64, of each sample in the split that it was read from.
+    """
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class Prediction(NamedTuple):
+    """What a classifier says about one batch.
+
+    Attributes:
+        logits: Unnormalised log-probabilities ``(N, K)``.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` of the predicted class where the method brings its own
+            (a confidence network, say); ``None`` means the largest softmax probability.
+    """
+
+    logits: Tensor
+    confidence: Tensor | None = None
+
+
+class ModuleOptions(TypedDict, total=False):
+    """Options that every method passes through to `ClassificationModule`, typed once."""
+
+    encoder: EncoderSpec
+    optimizer: OptimizerCallable
+    scheduler: LRSchedulerCallable | None

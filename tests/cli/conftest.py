@@ -1,0 +1,55 @@
+"""Run the command line in this process, in a folder of the test's own."""
+
+import io
+import os
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from calib_lightning.__main__ import main
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def calib(tmp_path, monkeypatch):
+    """``calib("fit", "-c", ...)`` in ``tmp_path``: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("always")
+            try:
+                code = main([str(argument) for argument in argv])
+            except SystemExit as leaving:
+                code = leaving.code if isinstance(leaving.code, int) else 1
+            finally:
+                os.environ.pop("PL_GLOBAL_SEED", None)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+TOY = ("--data=ToyDataModule", "--data.split.val=30", "--data.split.calibration=30", "--quiet=true")
+QUICK = ("fit", "-c", "quickstart", "--quiet=true")
+
+
+@pytest.fixture
+def only_run(tmp_path):
+    """The run folder after exactly one run."""
+
+    def find(root="runs"):
+        folders = sorted(path for path in (tmp_path / root).iterdir() if path.is_dir())
+        assert len(folders) == 1, folders
+        return Path(folders[0])
+
+    return find

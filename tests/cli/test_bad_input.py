@@ -1,0 +1,173 @@
+"""Bad input gets a message that names it and a non-zero exit; nothing is overwritten."""
+
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from calib_lightning.core import load_checkpoint, load_module
+
+from .conftest import QUICK, TOY
+
+NET = ("--model=CrossEntropy", "--model.encoder=digits_cnn", "--trainer.accelerator=cpu", "--trainer.max_epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("fit", "-c", "quikstart"), ["quikstart", "Did you mean quickstart"]),
+        ((*QUICK, "--model=Focl"), ["Focl", "Focal"]),
+        ((*QUICK, "--model=focl"), ["focl", "Focal"]),
+        ((*QUICK, "--data=DigitDataModule"), ["DigitDataModule", "DigitsDataModule"]),
+        ((*QUICK, "--model.gama=2"), ["gama"]),
+        ((*QUICK, "--trainer.max_epoch=2"), ["max_epoch", "max_epochs"]),
+        ((*QUICK, "--trainer.max_epochs=many"), ["max_epochs", "many"]),
+        ((*QUICK, "--data.split.val=lots"), ["val", "lots"]),
+        ((*QUICK, "--model.encoder=digit_cnn"), ["digit_cnn", "digits_cnn"]),
+        ((*QUICK, "--model=focal", "--model.gamma=-1"), ["gamma", "-1", "at least 0"]),
+        ((*QUICK, "--select_on=test/iid/accuracy"), ["test/iid/accuracy", "test set", "val/nll"]),
+        ((*QUICK, "--select_on=val/acc"), ["val/acc", "val/accuracy"]),
+        ((*QUICK, "--select_on=val/signed_gap"), ["val/signed_gap"]),
+        ((*QUICK, "--data.split.val=0"), ["validation split", "select_on"]),
+        ((*QUICK, "--data.split.val=5000"), ["5000"]),
+        ((*QUICK, "--data.split.imbalance=2"), ["imbalance", "2"]),
+        (
+            (*QUICK, "--data", "cifar10", "--data.download=false"),
+            ["cifar-10-batches-py", "c58f30108f718f92721af3b95e74349a"],
+        ),
+        ((*QUICK, "--ckpt_path=nowhere.ckpt"), ["nowhere.ckpt"]),
+        (("test", "-c", "quickstart"), ["--ckpt_path"]),
+        (("train",), ["train"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_message_names_what_is_wrong(calib, argv, words):
+    done = calib(*argv)
+    assert done.code not in (0, None)
+    for word in words:
+        assert word in done.err, done.err
+    assert "Traceback (most recent call last)" not in done.err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of three classes."""
+    from lightning.pytorch import Trainer
+
+    from calib_lightning.data import ToyDataModule
+    from calib_lightning.methods import CrossEntropy
+
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(CrossEntropy(3, encoder="digits_cnn"), datamodule=ToyDataModule())
+    trainer.save_checkpoint(folder / "three.ckpt")
+    return folder / "three.ckpt"
+
+
+def test_checkpoint_of_another_class_count(calib, trained):
+    done = calib(*QUICK, "--ckpt_path", trained)
+    assert done.code == 1
+    assert "3 classes" in done.err
+    assert "10" in done.err
+
+
+def test_checkpoint_of_another_method_and_setting_is_said(calib, trained):
+    done = calib("test", *TOY, *NET, "--model=Focal", "--ckpt_path", trained)
+    assert done.code == 0, done.err
+    assert "CrossEntropy" in done.err
+    assert "Focal" in done.err
+
+
+def test_truncated_checkpoint(calib, trained, tmp_path):
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(trained.read_bytes()[:2000])
+    done = calib("test", *TOY, *NET, "--ckpt_path", broken)
+    assert done.code == 1
+    assert "broken.ckpt" in done.err
+    assert "damaged" in done.err
+    with pytest.raises(RuntimeError, match=r"broken\.ckpt"):
+        load_module(broken)
+
+
+class _Gadget:
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+def _hostile(kind, mark, trained):
+    import os
+    import subprocess
+
+    command = f"touch {mark}"
+    if kind == "instantiator":
+        checkpoint = torch.load(trained, weights_only=True)
+        checkpoint["hyper_parameters"]["_instantiator"] = "os.system"
+        checkpoint["hyper_parameters"]["num_classes"] = command
+        return checkpoint
+    if kind == "class_path":
+        checkpoint = torch.load(trained, weights_only=True)
+        checkpoint["calib_lightning"]["class_path"] = "os.system"
+        return checkpoint
+    if kind == "head":
+        checkpoint = torch.load(trained, weights_only=True)
+        checkpoint["calib_lightning"]["head"] = {"class_path": "os.system", "init_args": {"command": command}}
+        return checkpoint
+    function, argument = {
+        "os.system": (os.system, command),
+        "eval": (eval, f"__import__('os').system({command!r})"),
+        "subprocess": (subprocess.call, ["touch", str(mark)]),
+    }[kind]
+    return {"state_dict": {}, "gadget": _Gadget(function, argument)}
+
+
+@pytest.mark.parametrize("kind", ["os.system", "eval", "subprocess", "instantiator", "class_path", "head"])
+def test_nothing_in_a_checkpoint_is_executed(calib, trained, tmp_path, kind):
+    mark, path = tmp_path / "executed", tmp_path / "hostile.ckpt"
+    torch.save(_hostile(kind, mark, trained), path)
+    harmless = kind in (
+        "instantiator",
+        "class_path",
+    )  # what is not looked at may stay: the configuration builds the module
+    for command in ("fit", "test", "validate", "predict"):
+        done = calib(command, *TOY, *NET, "--ckpt_path", path, "--trainer.max_steps=2")
+        assert done.code == 0 if harmless else done.code == 1, done.err
+        assert not mark.exists()
+    with pytest.raises((pickle.UnpicklingError, ValueError, TypeError)):
+        load_module(path)
+    assert not mark.exists()
+
+
+def test_a_checkpoint_with_a_foreign_zip_entry_is_no_checkpoint(tmp_path):
+    path = tmp_path / "odd.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises((RuntimeError, pickle.UnpicklingError), match=r"odd\.ckpt"):
+        load_checkpoint(path)
+
+
+def test_wrong_command_line_leaves_no_folder(calib, tmp_path):
+    assert calib(*QUICK, "--model=Focl").code == 2
+    assert calib(*QUICK, "--select_on=test/iid/nll").code == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_and_print_config(calib):
+    assert "fit" in calib("--help").out
+    text = calib("fit", "--help").out
+    for word in ("--run_dir", "--select_on", "--test_after_fit", "Validation metric"):
+        assert word in text
+    assert "gamma" in calib("fit", "--model.help=Focal").out
+    printed = calib(*QUICK, "--print_config")
+    assert printed.code == 0
+    assert "digits_cnn" in printed.out

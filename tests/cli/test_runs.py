@@ -1,0 +1,222 @@
+"""A run from the command line: what it leaves behind, and that everything in it can be had again."""
+
+import csv
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from calib_lightning.core import load_module
+from calib_lightning.methods import LabelSmoothing
+
+from .conftest import QUICK
+
+
+def _reference(logits, labels, bins=15):
+    """All figures of the table in float64 numpy, written from the definitions."""
+    z = logits.astype(np.float64)
+    z = z - z.max(axis=1, keepdims=True)
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    c, right = p.max(axis=1), p.argmax(axis=1) == labels
+    nll = -np.mean(z[np.arange(len(z)), labels] - np.log(np.exp(z).sum(axis=1)))
+    brier = np.mean(((p - np.eye(p.shape[1])[labels]) ** 2).sum(axis=1))
+    edges = np.linspace(0, 1, bins + 1)
+    ece = 0.0
+    for low, high in itertools.pairwise(edges):
+        inside = (c > low) & (c <= high)
+        if inside.any():
+            ece += inside.mean() * abs(c[inside].mean() - right[inside].mean())
+    rest = np.sort(z, axis=1)[:, :-1]
+    score = z.max(axis=1) - np.log(np.exp(rest).sum(axis=1))
+    wins = (score[right][:, None] > score[~right][None]).mean() + 0.5 * (
+        score[right][:, None] == score[~right][None]
+    ).mean()
+    return {
+        "accuracy": right.mean(),
+        "nll": nll,
+        "brier": brier,
+        "ece": ece,
+        "signed_gap": c.mean() - right.mean(),
+        "correctness_auroc": wins,
+    }
+
+
+def _weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def _assert_equal_weights(one, two):
+    one, two = _weights(one), _weights(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_a_run_leaves_everything_and_every_figure_can_be_computed_again(calib, tmp_path):
+    done = calib(*QUICK, "--trainer.max_epochs=3")
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "quickstart"
+    for name in (
+        "config.yaml",
+        "metrics.csv",
+        "run.json",
+        "splits.npz",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+    ):
+        assert (run / name).is_file(), name
+
+    for word in ("iid", "calibration", "400", "accuracy % ↑", "ECE % ↓", "correctness AUROC % ↑"):
+        assert word in done.out, word
+
+    record = json.loads((run / "run.json").read_text())
+    assert [stage["status"] for stage in record["stages"]] == ["finished", "finished"]
+    fit = record["stages"][0]
+    assert fit["seconds"] > 0
+    assert fit["images_per_second"] > 0
+    assert fit["peak_memory_mib"]["process"] > 0
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["checkpoint"]["select_on"] == "val/nll"
+
+    with np.load(run / "splits.npz") as splits:
+        sets = {name: splits[name] for name in ("train", "val", "calibration", "test/iid")}
+        assert str(splits["hash"]) == record["splits"]
+    assert len(np.unique(np.concatenate(list(sets.values())))) == sum(map(len, sets.values()))
+
+    for name, prefix in (("iid", "test/iid"), ("calibration", "calibration")):
+        with np.load(run / "predictions" / f"{name}.npz") as saved:
+            assert saved["logits"].dtype == np.float32
+            np.testing.assert_array_equal(saved["index"], sets.get(prefix, sets.get(name)))
+            for metric, value in _reference(saved["logits"], saved["labels"]).items():
+                assert record["results"][f"{prefix}/{metric}"] == pytest.approx(value, abs=2e-6), metric
+            assert record["results"][f"{prefix}/n"] == len(saved["labels"])
+
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    best = min(float(row["val/nll"]) for row in rows if row["val/nll"])
+    chosen = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    scores = [state["best_model_score"] for key, state in chosen["callbacks"].items() if "ModelCheckpoint" in key]
+    assert float(scores[0]) == pytest.approx(best, abs=1e-6)
+
+
+def test_test_reproduces_the_figures_and_nothing_is_overwritten(calib, tmp_path):
+    assert calib(*QUICK, "--trainer.max_epochs=2").code == 0
+    run = tmp_path / "runs" / "quickstart"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    results = json.loads((run / "run.json").read_text())["results"]
+
+    for arguments in (
+        ("-c", run / "config.yaml"),
+        ("-c", run / "config.yaml", "--ckpt_path", run / "checkpoints/best.ckpt"),
+    ):
+        done = calib("test", *arguments, "--quiet=true")
+        assert done.code == 0, done.err
+    for folder in ("test", "test-2"):
+        again = json.loads((run / folder / "run.json").read_text())["results"]
+        tested = {key: value for key, value in results.items() if key.startswith(("test/", "calibration/"))}
+        assert {key: again[key] for key in tested} == tested
+        with np.load(run / folder / "predictions" / "iid.npz") as new, np.load(run / "predictions" / "iid.npz") as old:
+            np.testing.assert_array_equal(new["logits"], old["logits"])
+
+    assert calib("validate", "-c", run / "config.yaml", "--quiet=true").code == 0
+    assert (run / "validate" / "predictions" / "val.npz").is_file()
+    assert calib("predict", "-c", run / "config.yaml", "--quiet=true").code == 0
+    with np.load(run / "predict" / "predictions" / "iid.npz") as new, np.load(run / "predictions" / "iid.npz") as old:
+        np.testing.assert_array_equal(new["logits"], old["logits"])
+
+    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
+    assert (tmp_path / "runs" / "quickstart-2" / "checkpoints" / "last.ckpt").is_file()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_resumed_run_goes_on_in_its_folder_and_ends_as_if_never_stopped(calib, tmp_path):
+    whole = (*QUICK, "--test_after_fit=false", "--trainer.max_epochs=4")
+    assert calib(*whole, "--run_dir=runs/whole").code == 0
+    assert calib(*QUICK, "--test_after_fit=false", "--trainer.max_epochs=2", "--run_dir=runs/part").code == 0
+    part = tmp_path / "runs" / "part"
+    done = calib(
+        "fit", "-c", part / "config.yaml", "--trainer.max_epochs=4", "--ckpt_path", part / "checkpoints/last.ckpt"
+    )
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["part", "whole"]
+    assert (part / "config-2.yaml").is_file()
+    _assert_equal_weights(tmp_path / "runs/whole/checkpoints/last.ckpt", part / "checkpoints/last.ckpt")
+    _assert_equal_weights(tmp_path / "runs/whole/checkpoints/best.ckpt", part / "checkpoints/best.ckpt")
+    columns = []
+    for run in ("whole", "part"):
+        with (tmp_path / "runs" / run / "metrics.csv").open() as file:
+            columns.append([row["val/nll"] for row in csv.DictReader(file) if row["val/nll"]])
+    assert len(columns[0]) == 4
+    assert columns[0] == columns[1]
+
+
+def test_resuming_on_other_splits_is_refused(calib, tmp_path):
+    assert calib(*QUICK, "--test_after_fit=false", "--trainer.max_epochs=1").code == 0
+    run = tmp_path / "runs" / "quickstart"
+    done = calib(*QUICK, "--trainer.max_epochs=2", "--ckpt_path", run / "checkpoints/last.ckpt", "--data.split.seed=7")
+    assert done.code == 1
+    assert "splits" in done.err
+
+
+def test_parts_of_a_configuration_compose(calib, tmp_path):
+    done = calib(
+        *QUICK, "--model", "label_smoothing", "--model.smoothing=0.2", "--trainer.max_epochs=1", "--select_on=last"
+    )
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "quickstart"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["class_path"].endswith("LabelSmoothing")
+    assert config["model"]["init_args"]["smoothing"] == 0.2
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["momentum"] == 0.9
+    assert config["model"]["init_args"]["encoder"] == "digits_cnn"
+    module = load_module(run / "checkpoints" / "last.ckpt")
+    assert isinstance(module, LabelSmoothing)
+    assert module.criterion.smoothing == 0.2
+    assert not (run / "checkpoints" / "best.ckpt").exists()
+
+
+def test_same_seed_same_bits_with_and_without_workers(calib, tmp_path):
+    short = (*QUICK, "--trainer.max_epochs=2", "--test_after_fit=false")
+    for name, options in (("a", ()), ("b", ()), ("c", ("--data.num_workers=2",)), ("d", ("--seed_everything=1",))):
+        assert calib(*short, f"--run_dir=runs/{name}", *options).code == 0
+    runs = tmp_path / "runs"
+    _assert_equal_weights(runs / "a/checkpoints/last.ckpt", runs / "b/checkpoints/last.ckpt")
+    _assert_equal_weights(runs / "a/checkpoints/last.ckpt", runs / "c/checkpoints/last.ckpt")
+    other = _weights(runs / "d/checkpoints/last.ckpt")
+    assert any(
+        not torch.equal(value, other[name]) for name, value in _weights(runs / "a/checkpoints/last.ckpt").items()
+    )
+
+
+def test_tensorboard_and_offline_wandb_stand_beside_the_csv_file(calib, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    short = (*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false")
+    assert calib(*short, "--run_dir=runs/tb", "-c", "logger/tensorboard").code == 0
+    assert list((tmp_path / "runs/tb").rglob("events.out.tfevents*"))
+    done = calib(*short, "--run_dir=runs/wb", "-c", "logger/wandb", "--trainer.logger.init_args.offline=true")
+    assert done.code == 0, done.err
+    assert list((tmp_path / "runs/wb").rglob("*.wandb"))
+    for name in ("tb", "wb"):
+        assert (tmp_path / "runs" / name / "metrics.csv").is_file()
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_93_percent_and_label_smoothing_miscalibrates(calib, tmp_path):
+    results = {"cross_entropy": [], "label_smoothing": []}
+    for method, rows in results.items():
+        for seed in range(5):
+            folder = f"runs/{method}-{seed}"
+            done = calib(*QUICK, "--model", method, f"--seed_everything={seed}", f"--run_dir={folder}")
+            assert done.code == 0, done.err
+            rows.append(json.loads((tmp_path / folder / "run.json").read_text())["results"])
+    for row in results["cross_entropy"]:
+        assert row["test/iid/accuracy"] >= 0.93
+    ece = {method: np.mean([row["test/iid/ece"] for row in rows]) for method, rows in results.items()}
+    assert ece["label_smoothing"] >= ece["cross_entropy"] + 0.03
+    for method, rows in results.items():
+        for name in ("accuracy", "ece", "nll", "brier", "correctness_auroc"):
+            values = [row[f"test/iid/{name}"] for row in rows]
+            print(f"{method} {name}: {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}")

@@ -1,0 +1,220 @@
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from calib_lightning.data import SplitSpec, long_tail_counts, long_tail_rows
+from calib_lightning.data.split import cut_balanced
+
+# file order mixed, 5000 of each of 10 classes and 500 of each of 100
+CIFAR10 = np.random.RandomState(3).permutation(np.repeat(np.arange(10), 5000))
+CIFAR100 = np.random.RandomState(4).permutation(np.repeat(np.arange(100), 500))
+
+
+def official_rows(labels, counts, seed):
+    """The published loop, written out with numpy's global generator."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    rows = []
+    for label in np.unique(labels):
+        index = np.where(labels == label)[0]
+        np.random.shuffle(index)
+        rows += index[: counts[label]].tolist()
+    np.random.set_state(state)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("labels", "imbalance", "total"),
+    [
+        (CIFAR10, 0.1, 20431),
+        (CIFAR10, 0.02, 13996),
+        (CIFAR10, 0.01, 12406),
+        (CIFAR10, 0.005, 11203),
+        (CIFAR100, 0.1, 19573),
+        (CIFAR100, 0.02, 12608),
+        (CIFAR100, 0.01, 10847),
+        (CIFAR100, 0.005, 9502),
+    ],
+)
+def test_total_of_exponential_profile(labels, imbalance, total):
+    splits = SplitSpec(imbalance=imbalance).draw(labels, labels.max() + 1)
+    assert len(splits["train"]) == total
+    assert not len(splits["val"])
+    assert not len(splits["calibration"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "imbalance", "total"),
+    [(CIFAR10, 0.1, 18388), (CIFAR10, 0.01, 11165), (CIFAR100, 0.1, 17614), (CIFAR100, 0.01, 9754)],
+)
+@pytest.mark.parametrize("held_out", [{"val": 5000}, {"calibration": 5000}, {"val": 2000, "calibration": 3000}])
+def test_total_with_5000_held_out(labels, imbalance, total, held_out):
+    classes = labels.max() + 1
+    splits = SplitSpec(imbalance=imbalance, **held_out).draw(labels, classes)
+    assert len(splits["train"]) == total
+    for name, size in held_out.items():
+        assert (np.bincount(labels[splits[name]], minlength=classes) == size // classes).all()
+
+
+@pytest.mark.parametrize(("labels", "imbalance", "total"), [(CIFAR10, 0.1, 27500), (CIFAR100, 0.01, 25250)])
+def test_step_profile(labels, imbalance, total):
+    classes = labels.max() + 1
+    train = SplitSpec(imbalance=imbalance, profile="step").draw(labels, classes)["train"]
+    counts = np.bincount(labels[train])
+    assert len(train) == total
+    assert (counts[: classes // 2] == len(labels) // classes).all()
+    assert (counts[classes // 2 :] == imbalance * len(labels) // classes).all()
+
+
+def test_step_profile_keeps_the_last_class_of_an_odd_number():
+    assert long_tail_counts([10] * 5, 0.2, "step") == [10, 10, 2, 2, 2]
+
+
+def test_published_class_sizes():
+    assert long_tail_counts([5000] * 10, 0.1) == [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]
+    assert long_tail_counts([5000] * 10, 0.01) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    hundred = long_tail_counts([500] * 100, 0.1)
+    assert hundred[:5] == [500, 488, 477, 466, 455]
+    assert hundred[-5:] == [54, 53, 52, 51, 50]
+    assert min(long_tail_counts([450] * 100, 0.01)) == 4
+    assert sum(long_tail_counts([500] * 200, 0.1)) == 39072
+    assert sum(long_tail_counts([500] * 200, 0.01)) == 21549
+
+
+def test_sizes_are_capped_by_what_a_class_has():
+    assert long_tail_counts([100, 20, 100], 0.25) == [100, 20, 25]
+    assert long_tail_counts([7], 0.5) == [7]
+
+
+@pytest.mark.parametrize("seed", [0, 1234])
+def test_rows_are_those_of_the_official_code(seed):
+    counts = long_tail_counts([5000] * 10, 0.1)
+    rows = SplitSpec(imbalance=0.1, seed=seed).draw(CIFAR10, 10)["train"]
+    np.testing.assert_array_equal(rows, np.sort(official_rows(CIFAR10, counts, seed)))
+    np.testing.assert_array_equal(rows, long_tail_rows(CIFAR10, counts, seed))
+
+
+def test_no_imbalance_keeps_every_image():
+    labels = np.array([0, 1, 1, 2, 1, 0])
+    np.testing.assert_array_equal(SplitSpec().draw(labels, 3)["train"], np.arange(6))
+
+
+def test_same_spec_same_rows_other_seed_other_rows():
+    spec = SplitSpec(val=100, calibration=50, imbalance=0.5, subset=1000, seed=5)
+    first, again = spec.draw(CIFAR10, 10), spec.draw(CIFAR10, 10)
+    other = SplitSpec(val=100, calibration=50, imbalance=0.5, subset=1000, seed=6).draw(CIFAR10, 10)
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+        assert not np.array_equal(first[name], other[name])
+
+
+def test_rows_of_a_seed_never_change():
+    labels = np.tile(np.arange(3), 8)
+    splits = SplitSpec(val=4, calibration=4, imbalance=0.5, subset=6, seed=9).draw(labels, 3)
+    assert {name: rows.tolist() for name, rows in splits.items()} == {
+        "train": [3, 8, 12, 13, 15, 22],
+        "val": [7, 9, 17, 19],
+        "calibration": [0, 1, 6, 14],
+    }
+
+
+def test_held_out_sets_do_not_depend_on_the_training_settings():
+    plain = SplitSpec(val=100, calibration=50).draw(CIFAR10, 10)
+    thin = SplitSpec(val=100, calibration=50, imbalance=0.01, profile="step", subset=500).draw(CIFAR10, 10)
+    np.testing.assert_array_equal(plain["val"], thin["val"])
+    np.testing.assert_array_equal(plain["calibration"], thin["calibration"])
+    assert set(thin["train"]) < set(plain["train"])
+
+
+def test_validation_set_does_not_depend_on_the_calibration_set():
+    with_calibration = SplitSpec(val=100, calibration=500).draw(CIFAR10, 10)["val"]
+    np.testing.assert_array_equal(with_calibration, SplitSpec(val=100).draw(CIFAR10, 10)["val"])
+
+
+def test_subset_keeps_proportions_by_largest_remainder():
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    train = SplitSpec(subset=7).draw(labels, 3)["train"]
+    # quotas 3.5, 2.1, 1.4: whole parts 3, 2, 1, and the one left over goes to class 0
+    assert np.bincount(labels[train]).tolist() == [4, 2, 1]
+    # quotas 2.5, 1.5, 1.0: the remainders are equal, the lower class wins
+    assert np.bincount(labels[SplitSpec(subset=5).draw(labels, 3)["train"]]).tolist() == [3, 1, 1]
+    np.testing.assert_array_equal(SplitSpec(subset=100).draw(labels, 3)["train"], np.arange(100))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(8, 30), min_size=1, max_size=6),
+    val=st.integers(0, 20),
+    calibration=st.integers(0, 20),
+    imbalance=st.floats(0.3, 1.0),
+    profile=st.sampled_from(["exponential", "step"]),
+    share=st.none() | st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_possible_request(sizes, val, calibration, imbalance, profile, share, seed):
+    classes = len(sizes)
+    labels = np.random.RandomState(1).permutation(np.repeat(np.arange(classes), sizes))
+    spec = SplitSpec(val=val, calibration=calibration, imbalance=imbalance, profile=profile, seed=seed)
+    # enough is left of every class for the long tail to keep some
+    assume(-(-(val + calibration) // classes) + 4 <= min(sizes))
+    splits = spec.draw(labels, classes)
+    if share is not None:
+        subset = max(1, int(share * len(splits["train"])))
+        before, splits = splits, SplitSpec(val, calibration, imbalance, profile, seed, subset).draw(labels, classes)
+        assert len(splits["train"]) == subset
+        assert set(splits["train"]) <= set(before["train"])
+        exact = subset * np.bincount(labels[before["train"]], minlength=classes) / len(before["train"])
+        assert (abs(np.bincount(labels[splits["train"]], minlength=classes) - exact) < 1).all()
+    every = np.concatenate(list(splits.values()))
+    assert len(np.unique(every)) == len(every)
+    assert set(every) <= set(range(len(labels)))
+    assert [len(splits["val"]), len(splits["calibration"])] == [val, calibration]
+    for rows in splits.values():
+        assert rows.dtype == np.int64
+        assert (np.diff(rows) > 0).all()
+    held_out = [np.bincount(labels[splits[name]], minlength=classes) for name in ("val", "calibration")]
+    for counts in (*held_out, sum(held_out)):
+        assert counts.max() - counts.min() <= 1
+
+
+def test_left_over_held_out_images_go_to_seeded_classes():
+    labels = np.repeat(np.arange(10), 5)
+    chosen = {
+        tuple(labels[cut_balanced(labels, {"a": 3}, num_classes=10, seed=seed)[0]].tolist()) for seed in range(20)
+    }
+    assert len(chosen) > 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val": -1}, r"val=-1 is negative"),
+        ({"calibration": -5}, r"calibration=-5 is negative"),
+        ({"imbalance": 0.0}, r"imbalance=0.0 is outside \(0, 1\]"),
+        ({"imbalance": 10}, r"imbalance=10 is outside \(0, 1\]"),
+        ({"imbalance": float("nan")}, r"imbalance=nan is outside"),
+        ({"profile": "linear"}, r"profile='linear' is unknown: use one of exponential, step"),
+        ({"seed": -1}, r"seed=-1 is outside"),
+        ({"seed": 2**32}, r"seed=4294967296 is outside"),
+        ({"subset": 0}, r"subset=0 keeps no image"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SplitSpec(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val": 15}, r"val=15 takes 5 images of class 0, which has 5, .* hold out fewer than 15 images"),
+        ({"val": 6, "calibration": 9}, r"val=6 \+ calibration=9 takes 5 images of class 0"),
+        ({"subset": 16}, r"subset=16 is more than the 15 training images"),
+        ({"val": 3, "subset": 13}, r"subset=13 is more than the 12 training images"),
+        ({"imbalance": 0.1}, r"imbalance=0.1 keeps no image of class 2: .* must be at least 0.2"),
+    ],
+)
+def test_requests_too_large_for_the_file(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SplitSpec(**settings).draw(np.repeat([0, 1, 2], 5), 3)

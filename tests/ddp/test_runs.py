@@ -1,0 +1,51 @@
+"""Two processes do what one does."""
+
+import numpy as np
+import pytest
+
+from tests.ddp import cases
+from tests.methods.table import ROWS
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)), ids=lambda number: ROWS[number].module.__name__)
+def test_ranks_end_with_equal_weights(pool2, tmp_path, number):
+    one, two = pool2.run(cases.fit_method, str(tmp_path), number)
+    assert one["digest"] == two["digest"] != one["before"]
+    assert one["metrics"] == two["metrics"]
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(12, 1), (13, 4), (15, 6), (101, 3), (1, 4), (101, 1000)])
+def test_evaluation_is_exact_on_a_fixed_table(pool2, size, batch_size):
+    alone = cases.test_table(0, 1, size, batch_size)
+    assert alone["n"] == size
+    for together in pool2.run(cases.test_table, size, batch_size):
+        assert together["n"] == size
+        assert together["accuracy"] == alone["accuracy"]
+        assert together == pytest.approx(alone, rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+def test_evaluation_of_a_network_and_its_predictions(pool2, tmp_path):
+    alone = cases.test_network(0, 1, str(tmp_path / "one"))
+    together, _ = pool2.run(cases.test_network, str(tmp_path / "two"))
+    assert together["metrics"]["test/iid/n"] == alone["metrics"]["test/iid/n"] == 151
+    assert together["metrics"]["calibration/n"] == 33
+    assert together["metrics"]["test/iid/accuracy"] == alone["metrics"]["test/iid/accuracy"]
+    assert together["metrics"] == pytest.approx(alone["metrics"], abs=1e-5)
+    for name, columns in alone["files"].items():
+        np.testing.assert_array_equal(together["files"][name]["index"], columns["index"])
+        np.testing.assert_array_equal(together["files"][name]["labels"], columns["labels"])
+        np.testing.assert_allclose(together["files"][name]["logits"], columns["logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 6, 8])
+def test_resumed_run_is_bit_equal_on_two_processes(pool2, tmp_path, stop_after):
+    # 99 training images in batches of 2 x 16: 4 steps an epoch; 4 is the last of one
+    whole = pool2.run(cases.fit, str(tmp_path / "whole"))
+    stopped = pool2.run(cases.fit, str(tmp_path / "part"), stop_after)
+    resumed = pool2.run(cases.fit, str(tmp_path / "part"), None, True)
+    assert [part["stopped"] for part in stopped] == [143, 143]
+    assert whole[0]["digest"] == whole[1]["digest"] == resumed[0]["digest"] == resumed[1]["digest"]
+    assert whole[0]["metrics"] == resumed[0]["metrics"]
+    for epoch in range(3):
+        seen = [row for runs in (stopped, resumed) for run in runs for row in run["rows"].get(epoch, [])]
+        assert sorted(seen) == list(range(99))

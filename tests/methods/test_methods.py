@@ -1,0 +1,94 @@
+"""What holds for every method: it is complete, it learns, it comes back from its checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer, seed_everything
+
+from calib_lightning import methods
+from calib_lightning.core import ClassificationModule, load_module
+from calib_lightning.data import DigitsDataModule, ToyDataModule
+
+from .table import ROWS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+by_method = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module.__name__)
+
+
+def _sgd(params):
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9)
+
+
+def test_files_exports_configs_and_rows_are_the_same_set():
+    rows = {row.file for row in ROWS}
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__"}
+    configs = {path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml")}
+    exported = {
+        name
+        for name in methods.__all__
+        if isinstance(getattr(methods, name), type) and issubclass(getattr(methods, name), ClassificationModule)
+    }
+    assert files == configs == rows
+    assert exported == {row.module.__name__ for row in ROWS}
+    for row in ROWS:
+        config = yaml.safe_load((REPOSITORY / "configs" / "method" / f"{row.file}.yaml").read_text())
+        assert config["class_path"] == row.module.__name__
+        assert row.module.__module__ == f"calib_lightning.methods.{row.file}"
+
+
+@by_method
+def test_loss_falls_and_the_checkpoint_rebuilds_the_module(row, tmp_path):
+    seed_everything(0)
+    data = DigitsDataModule(batch_size=32)
+    module = row.module(data.num_classes, encoder="digits_cnn", optimizer=_sgd, **row.options)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    batch = _first_batch(data)
+    before = _loss(module, batch)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = load_module(tmp_path / "model.ckpt")
+    assert type(loaded) is row.module
+    assert not loaded.training
+    assert {name: loaded.hparams[name] for name in row.options} == row.options
+    with torch.no_grad():
+        assert torch.equal(loaded(batch.image), module.eval()(batch.image))
+    assert _loss(module, batch) < 0.7 * before
+
+
+@by_method
+def test_gradients_are_finite_under_bf16_autocast(row):
+    torch.manual_seed(0)
+    module = row.module(3, encoder="digits_cnn", **row.options)
+    data = ToyDataModule(batch_size=16)
+    batch = _first_batch(data)
+    module.log = lambda *args, **kwargs: None
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module.training_step(batch, 0)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    gradients = [p.grad for p in module.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+def _first_batch(data):
+    data.prepare_data()
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+def _loss(module, batch):
+    # in training mode: after two short epochs the running statistics of BatchNorm still lag behind
+    with torch.no_grad():
+        loss, _ = module.train().loss(batch)
+    return loss.item()

@@ -1,0 +1,481 @@
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from lightning import LightningModule
+from torchmetrics import MetricCollection
+
+from calib_lightning import metrics
+from calib_lightning.metrics import DIRECTION, EvaluationState, functional
+from calib_lightning.metrics import state as state_module
+from tests.metrics.golden import GOLDEN, GOLDEN_COUNTS, KEYS, golden_set, random_set, reference
+
+CLASSES = {
+    "accuracy": metrics.Accuracy,
+    "nll": metrics.NegativeLogLikelihood,
+    "brier": metrics.BrierScore,
+    "ece": metrics.ExpectedCalibrationError,
+    "signed_gap": metrics.SignedGap,
+    "correctness_auroc": metrics.CorrectnessAUROC,
+}
+EVERY = [EvaluationState, *CLASSES.values()]
+
+
+def feed(metric, logits, labels, sizes=(50,), confidence=None):
+    start = turn = 0
+    while start < len(labels):
+        cut = slice(start, start + sizes[turn % len(sizes)])
+        metric.update(logits[cut], labels[cut], None if confidence is None else confidence[cut])
+        start, turn = cut.stop, turn + 1
+    return metric
+
+
+def numbers(metric):
+    value = metric.compute()
+    return {k: v.item() for k, v in value.items()} if isinstance(value, dict) else value.item()
+
+
+@pytest.fixture
+def deferred(monkeypatch):
+    """Treat the CPU like a device whose values cannot be read without a wait."""
+    monkeypatch.setattr(state_module, "checks_at_once", lambda device: False)
+
+
+def test_golden_values_in_batches():
+    state = feed(EvaluationState(), *golden_set(), sizes=(7, 64, 1))
+    values = state.compute()
+    assert tuple(values) == KEYS
+    assert all(v.dtype == torch.float64 and v.shape == () for v in values.values())
+    assert numbers(state) == pytest.approx(GOLDEN, abs=1e-12)
+    assert state.bins[:, 0].tolist() == GOLDEN_COUNTS
+    assert state.settings == {"n_bins": 15, "bins": "(lo, hi]", "input": "logits", "rows": 500}
+    assert "n_bins=15, input='logits'" in repr(state)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["logits", "probs", "confidence"])
+def test_class_equals_function_and_state(key, dtype, kind):
+    logits, labels = random_set(400, 6)
+    options, confidence = {}, None
+    if kind == "probs":
+        dtype = dtype if dtype in (torch.float64, torch.float32) else torch.float32
+        logits, options = logits.softmax(1), {"input": "probs"}
+    elif kind == "confidence":
+        confidence = torch.rand(400, generator=torch.Generator().manual_seed(2)).to(dtype)
+    logits = logits.to(dtype)
+    single = feed(CLASSES[key](**options), logits, labels, (33,), confidence)
+    whole = feed(EvaluationState(**options), logits, labels, (150, 3), confidence)
+    given = {"confidence": confidence} if key in ("ece", "signed_gap", "correctness_auroc") else {}
+    expected = getattr(functional, key)(logits, labels, **options, **given)
+    assert single.compute().dtype == torch.float64
+    assert single.compute().shape == ()
+    assert numbers(single) == pytest.approx(expected.item(), abs=1e-14)
+    assert numbers(whole)[key] == pytest.approx(expected.item(), abs=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(1,), (7,), (1000,), (1, 0, 130)])
+def test_cutting_into_batches_does_not_matter(dtype, sizes):
+    logits, labels = random_set(1500, 11, scale=5.0)
+    logits = logits.to(dtype)
+    order = torch.randperm(1500, generator=torch.Generator().manual_seed(0))
+    whole = numbers(feed(EvaluationState(), logits, labels, (1500,)))
+    parts = feed(EvaluationState(), logits[order], labels[order], sizes)
+    assert numbers(parts) == pytest.approx(whole, rel=1e-12)
+    assert numbers(parts)["correctness_auroc"] == whole["correctness_auroc"]
+
+
+def test_bins_and_kind_are_settings():
+    logits, labels = golden_set()
+    assert numbers(feed(metrics.ExpectedCalibrationError(n_bins=4), logits, labels)) == pytest.approx(
+        reference(logits, labels, 4)["ece"], abs=1e-12
+    )
+    assert numbers(feed(EvaluationState(n_bins=4, input="probs"), logits.softmax(1), labels))["ece"] == pytest.approx(
+        reference(logits, labels, 4)["ece"], abs=1e-12
+    )
+    for metric in EVERY:
+        with pytest.raises(ValueError, match="input='probabilities'"):
+            metric(input="probabilities")
+    with pytest.raises(ValueError, match="n_bins=0"):
+        EvaluationState(n_bins=0)
+
+
+# --- what the state holds
+
+
+def test_a_metric_holds_only_what_it_needs():
+    shared = {"count", "faults", "first_fault"}
+    held = {key: set(metric().metric_state) - shared for key, metric in CLASSES.items()}
+    assert held == {
+        "accuracy": {"correct_sum"},
+        "nll": {"nll_sum"},
+        "brier": {"brier_sum"},
+        "ece": {"bins"},
+        "signed_gap": {"correct_sum", "confidence_sum"},
+        "correctness_auroc": {"rank_scores", "rank_correct"},
+    }
+    assert set(EvaluationState().metric_state) - shared == set().union(*held.values())
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 5), (torch.bfloat16, 5), (torch.float64, 9)])
+def test_bytes_of_the_state(dtype, width):
+    logits, labels = random_set(300, 5)
+    state = feed(EvaluationState(), logits.to(dtype), labels)
+    rows = sum(t.nbytes for name in ("rank_scores", "rank_correct") for t in getattr(state, name))
+    assert rows == width * 300
+    without = feed(EvaluationState(ranks=False), logits.to(dtype), labels)
+    assert sum(t.nbytes for t in without.metric_state.values()) <= 1024
+    assert tuple(without.compute()) == KEYS[:-1]
+
+
+def test_given_confidence_sets_the_width_of_the_score():
+    logits, labels = random_set(20, 3)
+    state = feed(EvaluationState(), logits.float(), labels, confidence=torch.rand(20, dtype=torch.float64))
+    assert state.rows_of("rank_scores").dtype == torch.float64
+
+
+def test_a_part_and_a_read_out_can_be_added(monkeypatch):
+    largest = state_module._sum_part("score_sum", lambda rows: rows.scores.amax(1))
+    read = state_module.ReadOut(("largest", "correct"), lambda state: state.score_sum / state.count, "higher")
+    monkeypatch.setitem(state_module.PARTS, "largest", largest)
+    monkeypatch.setitem(state_module.READ_OUTS, "mean_largest", read)
+
+    class Wider(EvaluationState):
+        read_outs = (*EvaluationState.read_outs, "mean_largest")
+
+    class Single(state_module.ReadOutMetric):
+        key = "mean_largest"
+
+    logits, labels = random_set(100, 4)
+    expected = logits.amax(1).mean().item()
+    assert numbers(feed(Wider(), logits, labels))["mean_largest"] == pytest.approx(expected)
+    assert numbers(feed(Single(), logits, labels)) == pytest.approx(expected)
+
+
+def test_directions():
+    assert DIRECTION == {
+        "accuracy": "higher",
+        "nll": "lower",
+        "brier": "lower",
+        "ece": "lower",
+        "signed_gap": "zero",
+        "correctness_auroc": "higher",
+    }
+    for key, metric in CLASSES.items():
+        assert metric.higher_is_better == {"higher": True, "lower": False, "zero": None}[DIRECTION[key]]
+        assert metric.is_differentiable is False
+        assert metric.full_state_update is False
+
+
+# --- behaviour as a torchmetrics metric
+
+
+def test_reset_forgets_everything():
+    logits, labels = random_set(100, 5)
+    other = random_set(60, 3, seed=1)
+    state = feed(EvaluationState(), logits, labels)
+    state.compute()
+    state.reset()
+    assert int(state.count) == 0
+    assert numbers(feed(state, *other)) == numbers(feed(EvaluationState(), *other))
+
+
+def test_forward_returns_the_batch_and_keeps_the_set():
+    logits, labels = random_set(90, 5)
+    state = EvaluationState()
+    for part in logits.split(30):
+        start = int(state.count)
+        values = state(part, labels[start : start + 30])
+        expected = reference(part, labels[start : start + 30])
+        assert {k: v.item() for k, v in values.items()} == pytest.approx(expected, abs=1e-12)
+    assert numbers(state) == pytest.approx(reference(logits, labels), abs=1e-12)
+    with pytest.raises(ValueError, match=r"EvaluationState, batch 4: logits have 4 classes but earlier batches had 5"):
+        state(logits[:, :4], labels)
+
+
+def test_merge_state():
+    logits, labels = random_set(100, 5)
+    left = feed(EvaluationState(), logits[:30], labels[:30])
+    left.merge_state(feed(EvaluationState(), logits[30:], labels[30:]))
+    assert numbers(left) == pytest.approx(reference(logits, labels), abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", EVERY)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_carry_the_state(metric, clone):
+    logits, labels = random_set(100, 5)
+    first = feed(metric(), logits[:40], labels[:40])
+    second = clone(first)
+    feed(second, logits[40:], labels[40:])
+    assert numbers(second) == pytest.approx(numbers(feed(metric(), logits, labels)), abs=1e-14)
+    assert int(first.count) == 40
+
+
+def test_metric_collection():
+    logits, labels = random_set(120, 5)
+    single = MetricCollection([metric() for metric in CLASSES.values()])
+    both = MetricCollection({"all": EvaluationState(), "ece10": metrics.ExpectedCalibrationError(n_bins=10)})
+    for collection in (single, both):
+        for part in range(0, 120, 25):
+            collection.update(logits[part : part + 25], labels[part : part + 25])
+    expected = reference(logits, labels)
+    values = {key: single.compute()[metric.__name__].item() for key, metric in CLASSES.items()}
+    assert values == pytest.approx(expected, abs=1e-12)
+    values = {key: value.item() for key, value in both.compute().items()}
+    assert values == pytest.approx(expected | {"ece10": reference(logits, labels, 10)["ece"]}, abs=1e-12)
+    single.reset()
+    single.update(logits[:60], labels[:60])
+    assert single.compute()["Accuracy"].item() == pytest.approx(reference(logits[:60], labels[:60])["accuracy"])
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu", torch.float16),
+        lambda m: m.float(),
+        lambda m: m.type(torch.float16),
+    ],
+)
+def test_the_dtype_of_the_module_does_not_reach_the_state(convert):
+    class Holder(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+            self.state = EvaluationState()
+
+    logits, labels = random_set(80, 5)
+    module = Holder()
+    feed(module.state, logits[:40], labels[:40])
+    dtypes = [t.dtype for t in module.state.metric_state.values() if not isinstance(t, list)]
+    convert(module)
+    assert [t.dtype for t in module.state.metric_state.values() if not isinstance(t, list)] == dtypes
+    feed(module.state, logits[40:], labels[40:])
+    assert numbers(module.state) == pytest.approx(reference(logits, labels), abs=1e-12)
+    module.state.set_dtype(torch.float16)
+    assert module.state.nll_sum.dtype == torch.float64
+
+
+def test_a_device_without_float64_leaves_the_state_on_the_cpu(monkeypatch):
+    # "meta" stands in for such a device: a state that went there would have lost its numbers.
+    monkeypatch.setattr(state_module, "has_float64", lambda device: device.type != "meta")
+    logits, labels = random_set(80, 5)
+    state = feed(EvaluationState(), logits[:40], labels[:40]).to("meta")
+    assert all(t.device.type == "cpu" for t in state.metric_state.values() if not isinstance(t, list))
+    assert numbers(feed(state, logits[40:], labels[40:])) == pytest.approx(reference(logits, labels), abs=1e-12)
+    # Tensors of that device are moved before anything is computed.
+    monkeypatch.setattr(state_module, "has_float64", lambda device: False)
+    moved = []
+    original = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape) or original(self))
+    state.update(logits[:4], labels[:4], torch.rand(4))
+    assert moved == [(4, 5), (4,), (4,)]
+
+
+def test_inference_mode_and_gradients():
+    logits, labels = random_set(80, 5)
+    state = EvaluationState()
+    with torch.inference_mode():
+        feed(state, logits[:20], labels[:20])
+        state.reset()
+        feed(state, logits[:40], labels[:40])
+    trained = logits[40:].clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state(trained, labels[40:])
+    assert not any(t.requires_grad for t in (state.nll_sum, state.bins, *state.rank_scores))
+    assert numbers(state) == pytest.approx(reference(logits, labels), abs=1e-12)
+
+
+def test_the_inputs_are_not_changed():
+    logits, labels = random_set(30, 4)
+    confidence = torch.rand(30, dtype=torch.float64)
+    before = [t.clone() for t in (logits, labels, confidence)]
+    EvaluationState().update(logits, labels, confidence)
+    EvaluationState(input="probs").update(probs := logits.softmax(1), labels)
+    assert all(a.equal(b) for a, b in zip(before, (logits, labels, confidence), strict=True))
+    assert probs.equal(logits.softmax(1))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_memory_layout_does_not_matter(layout):
+    logits, labels = random_set(60, 5)
+    strided = logits.t().contiguous().t() if layout == "transposed" else logits.repeat_interleave(2, dim=1)[:, ::2]
+    assert not strided.is_contiguous()
+    assert numbers(feed(EvaluationState(), strided, labels)) == pytest.approx(reference(logits, labels), abs=1e-12)
+
+
+# --- nothing, or nothing to rank
+
+
+@pytest.mark.parametrize("metric", EVERY)
+def test_only_empty_batches(metric):
+    empty = metric()
+    empty.update(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+    with pytest.warns(UserWarning, match=f"{metric.__name__}: no rows") as caught:
+        values = empty.compute()
+    assert len(caught) == 1
+    assert all(math.isnan(v) for v in (values.values() if isinstance(values, dict) else [values]))
+
+
+@pytest.mark.parametrize("metric", EVERY)
+def test_never_updated(metric):
+    with pytest.warns(UserWarning, match="before the ``update``") as caught:
+        values = metric().compute()
+    assert len(caught) == 1
+    assert all(math.isnan(v) for v in (values.values() if isinstance(values, dict) else [values]))
+
+
+def test_empty_batches_in_between():
+    logits, labels = random_set(50, 4)
+    state = EvaluationState()
+    state.update(logits[:0], labels[:0])
+    feed(state, logits, labels)
+    state.update(logits[:0], labels[:0])
+    assert numbers(state) == pytest.approx(reference(logits, labels), abs=1e-12)
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_all_correct(classes):
+    logits, _ = random_set(50, classes)
+    state = feed(EvaluationState(), logits, logits.argmax(1))
+    with pytest.warns(UserWarning, match="all 50 rows are positive") as caught:
+        values = numbers(state)
+    assert len(caught) == 1
+    assert math.isnan(values["correctness_auroc"])
+    assert values["accuracy"] == 1.0
+    assert values["ece"] == pytest.approx(1 - logits.softmax(1).amax(1).mean().item(), abs=1e-12)
+
+
+# --- invalid values
+
+FAULTY = {
+    "nan": ("logits", 3, (slice(None), torch.nan)),
+    "inf": ("logits", 5, (1, torch.inf)),
+    "-inf": ("logits", 7, (0, -torch.inf)),
+    "label": ("labels", 2, 4),
+    "negative label": ("labels", 0, -1),
+    "confidence": ("confidence", 6, 1.5),
+    "nan confidence": ("confidence", 1, torch.nan),
+}
+
+
+def faulty_batch(case):
+    logits, labels = random_set(10, 4)
+    batch = {"logits": logits, "labels": labels, "confidence": torch.full((10,), 0.5)}
+    name, row, value = FAULTY[case]
+    if name == "logits":
+        batch[name][row, value[0]] = value[1]
+    else:
+        batch[name][row] = value
+    return batch, name, row
+
+
+@pytest.mark.parametrize("metric", EVERY)
+@pytest.mark.parametrize("case", FAULTY)
+def test_invalid_values_raise_at_once_on_the_cpu(metric, case):
+    logits, labels = random_set(20, 4)
+    good = feed(metric(), logits, labels, (10,))
+    before = numbers(good)
+    batch, name, row = faulty_batch(case)
+    with pytest.raises(ValueError, match=rf"{metric.__name__}, batch 3: 1 of 10 rows have invalid {name}; row {row} "):
+        good.update(**batch)
+    assert numbers(good) == before
+    assert int(good.count) == 20
+
+
+@pytest.mark.parametrize("metric", EVERY)
+@pytest.mark.parametrize("case", FAULTY)
+@pytest.mark.parametrize("forward", [False, True])
+def test_invalid_values_are_counted_elsewhere_and_raise_at_the_end(metric, case, forward, deferred):
+    logits, labels = random_set(20, 4)
+    bad = metric()
+    batch, name, _ = faulty_batch(case)
+    if forward:
+        bad(logits, labels)
+        with pytest.raises(ValueError, match=f"1 with invalid {name} among 10 rows, the first in batch 2 "):
+            bad(**batch)
+        return
+    feed(bad, logits, labels, (10,))
+    for _ in range(2):
+        bad.update(**batch)
+    feed(bad, logits, labels)
+    message = rf"{metric.__name__}: 2 with invalid {name} among 60 rows, the first in batch 3 "
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            bad.compute()
+    bad.reset()
+    assert numbers(feed(bad, logits, labels)) == pytest.approx(numbers(feed(metric(), logits, labels)), nan_ok=True)
+
+
+def test_counted_faults_are_told_apart_and_merged(deferred):
+    logits, labels = random_set(10, 4)
+    probs = logits.softmax(1)
+    state = EvaluationState(input="probs")
+    state.update(probs, labels)
+    other = EvaluationState(input="probs")
+    other.update(probs * 1.01, torch.where(torch.arange(10) < 3, 9, labels))
+    state.merge_state(other)
+    with pytest.raises(ValueError, match="10 with invalid probs, 3 with invalid labels among 20 rows"):
+        state.compute()
+
+
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+def test_the_deferred_path_gives_the_same_numbers(kind, deferred):
+    logits, labels = random_set(100, 5)
+    expected = reference(logits, labels)
+    state = feed(EvaluationState(input=kind), logits if kind == "logits" else logits.softmax(1), labels)
+    assert numbers(state) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+@pytest.mark.parametrize("own_confidence", [False, True])
+def test_the_deferred_path_never_reads_a_value(kind, own_confidence, deferred):
+    # A meta tensor has no values, so whatever would have to wait for a device raises here.
+    state = EvaluationState(input=kind).to("meta")
+    confidence = torch.empty(8, device="meta") if own_confidence else None
+    labels = torch.empty(8, dtype=torch.int64, device="meta")
+    for _ in range(2):
+        state.update(torch.empty(8, 5, device="meta"), labels, confidence)
+    assert state.bins.shape == (15, 3)
+    assert [t.shape for t in state.rank_scores] == [(8,), (8,)]
+
+
+@pytest.mark.parametrize("metric", EVERY)
+def test_wrong_shapes_and_dtypes_raise_at_once_everywhere(metric, deferred):
+    logits, labels = random_set(10, 4)
+    bad = metric()
+    bad.update(logits, labels)
+    name = metric.__name__
+    with pytest.raises(TypeError, match=f"{name}, batch 2: labels must be class numbers.*float32"):
+        bad.update(logits, labels.float())
+    with pytest.raises(ValueError, match=rf"{name}, batch 3: labels must have shape \(10,\)"):
+        bad.update(logits, labels[:9])
+    with pytest.raises(ValueError, match=f"{name}, batch 4: logits have 3 classes but earlier batches had 4"):
+        bad.update(logits[:, :3], labels)
+    with pytest.raises(ValueError, match=rf"{name}, batch 5: confidence must have shape \(10,\)"):
+        bad.update(logits, labels, torch.zeros(10, 1))
+
+
+@pytest.mark.gpu
+def test_on_a_device():
+    logits, labels = random_set(500, 7)
+    state = EvaluationState().to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        device = [(a.cuda(non_blocking=True), b.cuda(non_blocking=True)) for a, b in [(logits, labels)]]
+        for a, b in device:
+            state.update(a, b)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert numbers(state) == pytest.approx(reference(logits, labels), abs=1e-12)
+    labels[7] = 9
+    state.update(logits.cuda(), labels.cuda())
+    with pytest.raises(ValueError, match="1 with invalid labels among 1000 rows, the first in batch 2"):
+        state.compute()

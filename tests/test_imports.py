@@ -1,0 +1,68 @@
+"""Imports point one way: walk the syntax trees and refuse an upward arrow."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import calib_lightning
+
+PACKAGE = Path(calib_lightning.__file__).parent
+ALLOWED = {
+    "types": set(),
+    "seeding": set(),
+    "functional": {"types"},
+    "metrics": {"types", "functional"},
+    "run_folder": set(),
+    "config_search": set(),
+    "report": {"metrics"},
+    "data": {"types", "seeding"},
+    "core": {"types", "functional", "metrics", "seeding"},
+    "methods": {"types", "functional", "core"},
+    "callbacks": {"types", "metrics", "core", "seeding", "run_folder"},
+    "cli": {"data", "methods", "callbacks", "core", "metrics", "report", "run_folder"},
+    "__main__": {"cli", "config_search", "run_folder"},
+    "__init__": set(),
+}
+WITHOUT_TRAINER = {"functional", "metrics", "seeding", "report"}
+
+
+def _parts():
+    return sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})
+
+
+def _imports(part):
+    """(module name, file) of everything that the part imports, ours as ``calib_lightning.<part>``."""
+    root = PACKAGE / part
+    for path in sorted(root.rglob("*.py")) if root.is_dir() else [PACKAGE / f"{part}.py"]:
+        package = ("calib_lightning", *path.relative_to(PACKAGE).parts[:-1])
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((alias.name, path) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = list(package[: len(package) - node.level + 1]) if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                names = [f"{module}.{alias.name}" for alias in node.names] if module == "calib_lightning" else [module]
+                yield from ((name, path) for name in names)
+
+
+@pytest.mark.parametrize("part", _parts())
+def test_imports_point_one_way(part):
+    assert part in ALLOWED, f"{part} has no place in the order of imports"
+    for name, path in _imports(part):
+        if name.startswith("calib_lightning."):
+            other = name.split(".")[1]
+            assert other == part or other in ALLOWED[part], f"{path.name} of {part} imports {name}"
+        if part in WITHOUT_TRAINER:
+            assert not name.startswith("lightning"), f"{path.name} of {part} imports {name}"
+
+
+def test_methods_import_no_other_method_module():
+    names = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__"}
+    for path in (PACKAGE / "methods").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module in names:
+                for alias in node.names:
+                    assert alias.name.endswith(("Loss", "_loss")), f"{path.name} imports {alias.name}"
