@@ -24,6 +24,7 @@ from calib_lightning.metrics import EvaluationState
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
 
 CHECKPOINT_KEY = "calib_lightning"
+PENDING_BATCHES = 50
 
 
 class ModuleRecord(TypedDict):
@@ -90,6 +91,7 @@ class ClassificationModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.train_state = EvaluationState(ranks=False)
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self.val_state = EvaluationState()
         self.test_states = nn.ModuleList()
         self.test_prefixes: list[str] = []
@@ -129,16 +131,27 @@ class ClassificationModule(LightningModule):
         batch = self._checked(batch)
         loss, logits = self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
-        self.train_state.update(logits.detach(), batch.label)
+        self._pending.append((logits.detach(), batch.label))
+        if len(self._pending) == PENDING_BATCHES:
+            self._settle_training()
         return loss
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's training metrics from nothing."""
+        self._pending.clear()
         self.train_state.reset()
 
     def on_train_epoch_end(self) -> None:
         """Compute and log the epoch's training metrics, once."""
+        self._settle_training()
         self._log_state("train", self.train_state)
+
+    def _settle_training(self) -> None:
+        """Add the waiting batches to the training metrics in one update: fifty small ones would cost a step's time."""
+        if self._pending:
+            logits, labels = zip(*self._pending, strict=True)
+            self._pending.clear()
+            self.train_state.update(torch.cat(logits), torch.cat(labels))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameters that are to be trained, and its scheduler."""
@@ -204,10 +217,8 @@ class ClassificationModule(LightningModule):
         return getattr(self.trainer, "datamodule", None)
 
     def _checked(self, batch: Any) -> Batch:
-        if isinstance(batch, Batch):
-            return batch
         if isinstance(batch, list | tuple) and len(batch) == 3:
-            return Batch(*batch)
+            return batch if isinstance(batch, Batch) else Batch(*batch)
         got = f"{len(batch)} parts" if isinstance(batch, list | tuple) else type(batch).__name__
         raise TypeError(
             f"{type(self).__name__} needs batches Batch(image, label, index), but this one is {got}. Let the data set "
@@ -218,6 +229,7 @@ class ClassificationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint describe itself: class, K, stage, head, and the training metrics of a begun epoch."""
+        self._settle_training()
         # summed over the ranks; Lightning calls this hook on all of them
         with self.train_state.sync_context():
             train_state = {name: value.clone() for name, value in self.train_state.metric_state.items()}

@@ -369,7 +369,7 @@ class EvaluationState(RowMetric):
         >>> state = EvaluationState()
         >>> state.update(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 0, 0]))
         >>> {name: round(float(value), 3) for name, value in state.compute().items()}
-        {'accuracy': 0.667, 'nll': 0.496, 'brier': 0.369, 'ece': 0.3, 'signed_gap': 0.188, 'correctness_auroc': 1.0}
+        {'accuracy': 0.667, 'nll': 0.496, 'brier': 0.367, 'ece': 0.299, 'signed_gap': 0.188, 'correctness_auroc': 1.0}
     """
 
     correct_sum: Tensor

@@ -93,7 +93,7 @@ class BatchCounter(Callback):
     """Stands after `Preemption` in the user's list and changes state at the end of a batch and around an epoch."""
 
     def __init__(self) -> None:
-        self.ends, self.starts = 0, 0
+        self.ends, self.starts, self.logged = 0, 0, 0
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.ends += 1
@@ -142,6 +142,7 @@ def fit(
     LAST.clear()
     LAST.append(module)
     trainer.fit(module, Loader(batches, rank), Loader(2, rank), ckpt_path=ckpt_path)
+    counter.logged = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step that loggers see
     return module, counter
 
 
@@ -194,6 +195,8 @@ def test_resume_ends_in_the_same_bits(moment: str, tmp_path: Path) -> None:
 
     resumed = fit(tmp_path / "cut", ckpt_path="last", **options)
     assert state(resumed) == state(whole)
+    if moment != "end of an epoch, limited by steps":  # there Lightning counts one logged step more after a resume
+        assert resumed[1].logged == whole[1].logged
     assert first + resumed[0].seen == whole[0].seen  # each batch once: none repeated, none left out
     assert not list((tmp_path / "cut").glob("last-*"))
 

@@ -96,8 +96,9 @@ def test_evaluation_loaders_give_every_row_in_order_unaugmented():
         assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(len(rows)))
         assert torch.equal(torch.cat([batch.label for batch in batches]), source.label[rows])
         assert torch.equal(torch.cat([batch.image for batch in batches]), normalize(source.image[rows], rows, 0))
-    for found in (data.test_dataloader(), data.predict_dataloader()):
-        assert [len(loader.data) for loader in found] == [150]
+    # a test also reads the calibration split
+    assert [len(loader.data) for loader in data.test_dataloader()] == [150, 60]
+    assert [len(loader.data) for loader in data.predict_dataloader()] == [150]
     assert len(data.calibration_dataloader().data) == 60
 
 

@@ -384,7 +384,10 @@ def test_invalid_values_raise_at_once_on_the_cpu(metric, case):
     good = feed(metric(), logits, labels, (10,))
     before = numbers(good)
     batch, name, row = faulty_batch(case)
-    with pytest.raises(ValueError, match=rf"{metric.__name__}, batch 3: 1 of 10 rows have invalid {name}; row {row} "):
+    message = rf"{metric.__name__}, batch 3: 1 of 10 rows have invalid {name}; row {row} "
+    with pytest.raises(ValueError, match=message):
+        good(**batch)
+    with pytest.raises(ValueError, match=message):
         good.update(**batch)
     assert numbers(good) == before
     assert int(good.count) == 20
@@ -467,11 +470,10 @@ def test_wrong_shapes_and_dtypes_raise_at_once_everywhere(metric, deferred):
 def test_on_a_device():
     logits, labels = random_set(500, 7)
     state = EvaluationState().to("cuda")
+    batch = logits.cuda(), labels.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        device = [(a.cuda(non_blocking=True), b.cuda(non_blocking=True)) for a, b in [(logits, labels)]]
-        for a, b in device:
-            state.update(a, b)
+        state.update(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert numbers(state) == pytest.approx(reference(logits, labels), abs=1e-12)
