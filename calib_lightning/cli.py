@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from calib_lightning import data, methods
 from calib_lightning.callbacks import RunLogger, RunRecord, SavePredictions
@@ -38,11 +38,12 @@ class CalibParser(LightningArgumentParser):
         options = {option.lstrip("-") for action in self._actions for option in action.option_strings}
         keys = {action.dest.rpartition(".")[2] for action in self._actions}
         known = sorted(options | keys | set(methods.__all__) | set(data.__all__))
+        by_lower_case = {name.lower(): name for name in known}
         hints = []
         for word in dict.fromkeys(re.findall(r"[A-Za-z_][\w.]*", message)):
-            near = difflib.get_close_matches(word, known, n=2, cutoff=0.75)
+            near = difflib.get_close_matches(word.lower(), by_lower_case, n=2, cutoff=0.75)
             if near and word not in known:
-                hints.append(f"{word!r}: did you mean {' or '.join(near)}?")
+                hints.append(f"{word!r}: did you mean {' or '.join(by_lower_case[name] for name in near)}?")
         return "".join(f"\n  {hint}" for hint in hints)
 
 
@@ -65,6 +66,8 @@ class CalibCLI(LightningCLI):
             trainer_defaults={"log_every_n_steps": 50},
             seed_everything_default=0,
             parser_class=CalibParser,
+            # An abbreviated option would be taken for the one that it begins: a misspelling in disguise.
+            parser_kwargs={name: {"allow_abbrev": False} for name in self.subcommands()},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
@@ -120,19 +123,17 @@ class CalibCLI(LightningCLI):
         record = module_record(checkpoint)
         model = config.model
         if class_path_of(_class_of(model.class_path)) != record["class_path"]:
-            warnings.warn(
+            rank_zero_warn(
                 f"The checkpoint {config.ckpt_path} holds a {record['class_path']}, but the configuration asks for "
                 f"{model.class_path}: its weights are loaded into the latter.",
-                stacklevel=2,
             )
         saved = checkpoint.get("hyper_parameters", {})
         asked = {**(model.get("init_args") or {}), **(model.get("dict_kwargs") or {})}
-        for name in sorted(set(saved) & set(asked)):
+        for name in sorted(set(saved) & set(asked) - {"num_classes"}):  # K comes from the data
             if saved[name] != asked[name]:
-                warnings.warn(
+                rank_zero_warn(
                     f"The checkpoint {config.ckpt_path} was trained with {name}={saved[name]!r}; the configuration "
                     f"says {name}={asked[name]!r}, which is used.",
-                    stacklevel=2,
                 )
 
     def _command_config(self) -> Namespace:
@@ -213,16 +214,21 @@ class CalibCLI(LightningCLI):
             path, number = self.run_folder / "config.yaml", 2
             while path.exists():
                 path, number = self.run_folder / f"config-{number}.yaml", number + 1
-            self._parser("fit").save(command, path, skip_unset=False)
+            self._parser("fit").save(command, path, skip_unset=False, multifile=False)
 
     def after_fit(self) -> None:
         """Test the chosen checkpoint, once."""
         if self.trainer.fast_dev_run or not self._command_config().test_after_fit:
             return
-        chosen = self.trainer.checkpoint_callback
-        assert isinstance(chosen, ModelCheckpoint)
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=chosen.best_model_path, verbose=False)
-        self._report(f"{self.run_folder} ({Path(chosen.best_model_path).name}, chosen by {chosen.monitor or 'last'})")
+        keeper = self.trainer.checkpoint_callback
+        assert isinstance(keeper, ModelCheckpoint)
+        chosen = keeper.best_model_path or keeper.last_model_path
+        if not chosen:
+            rank_zero_warn("No epoch was trained, so there is no checkpoint to test.")
+            return
+        rule = f"chosen by {keeper.monitor}" if keeper.monitor and keeper.best_model_path else "the last one"
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=False)
+        self._report(f"{self.run_folder} ({Path(chosen).name}, {rule})")
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate the validation split."""

@@ -105,6 +105,8 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write down why the stage ended."""
+        if not self._record:
+            return  # it ended before anything was known about it
         self._finish_stage(trainer, f"stopped by {type(exception).__name__}: {exception}".rstrip(": "))
 
     def _relative(self, path: str) -> str:

@@ -91,7 +91,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         except (EOFError, RuntimeError) as error:
             # torch says RuntimeError for other troubles too (a missing device), which are told well as they are
-            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            if isinstance(error, RuntimeError) and not any(
+                name in str(error) for name in ("PytorchStreamReader", "inline_container")
+            ):
                 raise
             raise RuntimeError(
                 f"{path} is damaged or incomplete ({_reason(error)}). Copy it again from where it came, or resume "

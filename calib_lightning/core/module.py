@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
@@ -35,11 +35,6 @@ class ModuleRecord(TypedDict):
     stage: int
     head: HeadSpec
     train_state: dict[str, Tensor]
-
-
-def default_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
-    """SGD with the settings that the calibration literature shares: lr 0.1, momentum 0.9, weight decay 5e-4."""
-    return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 class ClassificationModule(LightningModule):
@@ -76,7 +71,7 @@ class ClassificationModule(LightningModule):
         *,
         criterion: Criterion | None = None,
         encoder: EncoderSpec = "resnet18_cifar",
-        optimizer: OptimizerCallable = default_optimizer,
+        optimizer: OptimizerCallable = lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()

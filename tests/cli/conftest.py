@@ -26,7 +26,7 @@ def calib(tmp_path, monkeypatch):
 
     def run(*argv):
         out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 code = main([str(argument) for argument in argv])
@@ -34,7 +34,8 @@ def calib(tmp_path, monkeypatch):
                 code = leaving.code if isinstance(leaving.code, int) else 1
             finally:
                 os.environ.pop("PL_GLOBAL_SEED", None)
-        return Done(code, out.getvalue(), err.getvalue())
+        said = "".join(f"{warning.message}\n" for warning in caught)
+        return Done(code, out.getvalue(), err.getvalue() + said)
 
     return run
 

@@ -28,6 +28,4 @@ def test_resnet18_learns_real_cifar10_and_test_reproduces_the_figures(calib, tmp
     done = calib("test", "-c", run / "config.yaml", "--quiet=true")
     assert done.code == 0, done.err
     again = json.loads((run / "test" / "run.json").read_text())["results"]
-    assert again == {
-        key: value for key, value in results.items() if not key.startswith("train/")
-    }
+    assert again == {key: value for key, value in results.items() if not key.startswith("train/")}
