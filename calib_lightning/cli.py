@@ -30,6 +30,10 @@ EVALUATION = ("validate", "test", "predict")
 class CalibParser(LightningArgumentParser):
     """Lightning's parser; its errors name what comes nearest to a misspelt name."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviated option would be taken for the one that it begins: a misspelling in disguise.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2, the message and the nearest known names."""
         super().error(message + self._nearest(message), ex)
@@ -66,8 +70,6 @@ class CalibCLI(LightningCLI):
             trainer_defaults={"log_every_n_steps": 50},
             seed_everything_default=0,
             parser_class=CalibParser,
-            # An abbreviated option would be taken for the one that it begins: a misspelling in disguise.
-            parser_kwargs={name: {"allow_abbrev": False} for name in self.subcommands()},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
@@ -159,7 +161,7 @@ class CalibCLI(LightningCLI):
         self.run_folder = self._make_folder(config)
         for logger in _configured_loggers(config.trainer):
             # Loggers write into the run's folder unless they were told another place.
-            if logger.get("init_args", Namespace()).get("save_dir", "") in (None, "", "."):
+            if (logger.get("init_args") or {}).get("save_dir", "") in (None, "", "."):
                 logger.init_args.save_dir = str(self.run_folder)
 
     def _make_folder(self, config: Namespace) -> Path:
@@ -218,7 +220,7 @@ class CalibCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the chosen checkpoint, once."""
-        if self.trainer.fast_dev_run or not self._command_config().test_after_fit:
+        if self._get(self.config, "trainer").fast_dev_run or not self._command_config().test_after_fit:
             return
         keeper = self.trainer.checkpoint_callback
         assert isinstance(keeper, ModelCheckpoint)

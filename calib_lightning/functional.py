@@ -34,21 +34,3 @@ def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32
     if labels.ndim == 2:
         return labels.to(dtype)
     return torch.nn.functional.one_hot(labels, num_classes).to(dtype)
-
-
-def log_odds(logits: Tensor) -> Tensor:
-    """Log-odds of the top-label confidence, ``s = z_top - logsumexp(z without top)``.
-
-    Strictly increasing in the confidence ``c`` (it is ``log(c / (1 - c))``) but never saturated: confidences that
-    round to 1 keep their order. It is the score of every ranking metric.
-
-    Args:
-        logits: ``(N, K)``; half precision is widened to float32 first.
-
-    Returns:
-        Scores ``(N,)``, float32 or float64; ``inf`` for K = 1.
-    """
-    logits = at_least_float32(logits)
-    top, index = logits.max(dim=-1, keepdim=True)
-    rest = logits.scatter(-1, index, -torch.inf)
-    return top.squeeze(-1) - rest.logsumexp(dim=-1)

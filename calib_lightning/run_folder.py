@@ -28,7 +28,7 @@ def create_run_folder(wanted: str | Path) -> Path:
         OSError: If the folder cannot be made (read-only parent, no space).
     """
     wanted = Path(wanted)
-    if rank_zero_only.rank != 0:
+    if not _is_rank_zero():
         return Path(os.environ.get(_ENVIRONMENT, wanted))
     wanted.parent.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -44,7 +44,7 @@ def create_run_folder(wanted: str | Path) -> Path:
 
 def use_run_folder(folder: Path) -> Path:
     """Use a folder that exists (a resumed run goes on in its own) and tell it to processes started from here."""
-    if rank_zero_only.rank == 0:
+    if _is_rank_zero():
         os.environ[_ENVIRONMENT] = str(folder)
     return folder
 
@@ -57,7 +57,7 @@ def current_run_folder() -> Path | None:
 
 def forget_run_folder() -> None:
     """Begin without a folder; a process that was started by rank zero keeps what it was told."""
-    if rank_zero_only.rank == 0:
+    if _is_rank_zero():
         os.environ.pop(_ENVIRONMENT, None)
 
 
@@ -67,6 +67,11 @@ def run_of(path: str | Path) -> Path | None:
         if (folder / "run.json").is_file():
             return folder
     return None
+
+
+def _is_rank_zero() -> bool:
+    """Whether this process leads, as Lightning reads it from the environment before a process group exists."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

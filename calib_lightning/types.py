@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
     image: Tensor
     label: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name; nobody searches a batch with it
 
 
 class Prediction(NamedTuple):

@@ -51,7 +51,7 @@ class SavePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep one batch of ``test`` under the name of its set."""
-        prefix: str = pl_module.test_prefixes[dataloader_idx]  # type: ignore[index, union-attr, assignment]
+        prefix: str = pl_module.test_prefixes[dataloader_idx]  # type: ignore[index, assignment]
         self._keep(prefix.removeprefix("test/"), outputs, batch)
 
     def on_predict_batch_end(
@@ -108,7 +108,7 @@ class SavePredictions(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("wb") as file:
-            np.savez(file, **columns)
+            np.savez(file, **columns)  # type: ignore[arg-type]  # the stub takes any name for allow_pickle
         temporary.replace(path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ class RunLogger(CSVLogger):
         folder: The run folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | Path) -> None:
         super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
 
     @property
@@ -40,7 +39,7 @@ class RunLogger(CSVLogger):
     def experiment(self) -> Any:
         """The writer, made at its first use."""
         if self._experiment is None:
-            self._experiment = _AppendingWriter(log_dir=self.log_dir)  # type: ignore[assignment]
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return self._experiment
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:

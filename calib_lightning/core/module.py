@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -164,7 +164,7 @@ class ClassificationModule(LightningModule):
         """Start the validation metrics from nothing; the sanity check leaves no trace."""
         self.val_state.reset()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Prediction:
+    def validation_step(self, batch: Any, batch_idx: int) -> Prediction:  # type: ignore[override]
         """Add one batch to the validation metrics; return its prediction for callbacks."""
         return self._evaluate(self._checked(batch), self.val_state)
 
@@ -180,7 +180,9 @@ class ClassificationModule(LightningModule):
         self.test_prefixes = _prefixes(getattr(self._datamodule(), "evaluation_names", None), count)
         self.test_states = nn.ModuleList(EvaluationState() for _ in range(count)).to(self.device)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+    def test_step(  # type: ignore[override]
+        self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> Prediction:
         """Add one batch to the metrics of its set; return its prediction for callbacks."""
         state = self.test_states[dataloader_idx]
         assert isinstance(state, EvaluationState)
@@ -227,7 +229,9 @@ class ClassificationModule(LightningModule):
         self._settle_training()
         # summed over the ranks; Lightning calls this hook on all of them
         with self.train_state.sync_context():
-            train_state = {name: value.clone() for name, value in self.train_state.metric_state.items()}
+            train_state = {
+                name: torch.as_tensor(value).clone() for name, value in self.train_state.metric_state.items()
+            }
         checkpoint[CHECKPOINT_KEY] = ModuleRecord(
             class_path=class_path_of(type(self)),
             num_classes=self.num_classes,
@@ -291,7 +295,7 @@ def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
             "This checkpoint does not say which calib_lightning module it holds; only checkpoints of a "
             "ClassificationModule do. Load other weights with torch.load and load_state_dict."
         )
-    return ModuleRecord(**{key: record[key] for key in ModuleRecord.__required_keys__})  # type: ignore[typeddict-item]
+    return cast(ModuleRecord, record)
 
 
 def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> ClassificationModule:
