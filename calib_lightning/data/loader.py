@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -167,6 +168,7 @@ class ResumableLoader:
             collate_fn=_as_is,
             num_workers=self.num_workers,
             persistent_workers=False,
+            worker_init_fn=_leave_signals_to_the_main_process,
             pin_memory=torch.cuda.is_available(),
             # its own generator: without one it draws a seed from the global generator
             generator=torch.Generator(),
@@ -212,6 +214,12 @@ class _Keyed(Dataset[Batch]):
     def __getitem__(self, key: _Key) -> Batch:
         epoch, index = key
         return self.data.fetch(torch.tensor(index), epoch)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C and a scheduler signal the whole group: workers must live until the main process has saved and left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

@@ -197,8 +197,8 @@ def test_toy_set_is_learnable_but_not_without_errors():
     fraction = train.image.double() / 255
     assert float(fraction.mean()) == pytest.approx(data.mean[0], abs=0.01)
     assert float(fraction.std()) == pytest.approx(data.std[0], abs=0.01)
-    model = LogisticRegression(max_iter=500).fit(train.image.flatten(1) / 255, train.label)
-    assert 0.8 < model.score(test.image.flatten(1) / 255, test.label) < 0.99
+    model = LogisticRegression(max_iter=500).fit((train.image.flatten(1) / 255).numpy(), train.label.numpy())
+    assert 0.8 < model.score((test.image.flatten(1) / 255).numpy(), test.label.numpy()) < 0.99
 
 
 def test_toy_set_is_the_same_every_time():

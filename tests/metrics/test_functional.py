@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from calib_lightning.functional import log_odds
 from calib_lightning.metrics import functional as F
 from tests.metrics.golden import (
     EDGE_CONFIDENCE,
@@ -196,17 +195,6 @@ def test_half_precision_is_widened_before_the_softmax(dtype):
     narrow = logits.to(dtype)
     assert all_metrics(narrow, labels) == pytest.approx(all_metrics(narrow.float(), labels), abs=0)
     assert all_metrics(narrow, labels) == pytest.approx(reference(narrow, labels), abs=1e-6)
-
-
-def test_scores_agree_with_the_shared_log_odds():
-    logits, labels = random_set(300, 9, scale=30.0)
-    for z in (logits, logits.float()):
-        margin = log_odds(z)
-        correct = z.argmax(1) == labels
-        assert F.correctness_auroc(z, labels).item() == pytest.approx(F.auroc(margin, correct).item(), abs=1e-6)
-
-
-# --- degenerate sets
 
 
 @pytest.mark.parametrize("key", KEYS)
