@@ -124,6 +124,7 @@ class ClassificationModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: loss, log, training metrics."""
         batch = self._checked(batch)
+        self._check_labels(batch.label)
         loss, logits = self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
         self._pending.append((logits.detach(), batch.label))
@@ -221,6 +222,18 @@ class ClassificationModule(LightningModule):
             f"{type(self).__name__} needs batches Batch(image, label, index), but this one is {got}. Let the data set "
             "return (image, label, index), where index is the sample's position in its set."
         )
+
+    def _check_labels(self, labels: Tensor) -> None:
+        # On a GPU a look would wait for the device in every step; data modules check their labels when they load them.
+        if labels.device.type != "cpu" or labels.ndim != 1 or len(labels) == 0:
+            return
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high >= self.num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"A training batch holds the label {wrong}, but labels must lie in 0..{self.num_classes - 1}. Map the "
+                "labels where they are loaded, or set num_classes to the number of classes."
+            )
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -173,7 +174,9 @@ class ResumableLoader:
             # its own generator: without one it draws a seed from the global generator
             generator=torch.Generator(),
         )
-        for number, batch in enumerate(loader, start=self._position + 1):
+        with _signals_held():
+            batches = iter(loader)
+        for number, batch in enumerate(batches, start=self._position + 1):
             self._position = number
             yield batch
 
@@ -216,10 +219,26 @@ class _Keyed(Dataset[Batch]):
         return self.data.fetch(torch.tensor(index), epoch)
 
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 def _leave_signals_to_the_main_process(worker: int) -> None:
     """Ctrl-C and a scheduler signal the whole group: workers must live until the main process has saved and left."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in _STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back stop signals while workers start: they inherit this, and are not killed before they can ignore them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_is(batch: Any) -> Any:

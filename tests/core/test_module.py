@@ -1,0 +1,186 @@
+"""The module under every method: what it accepts, refuses, logs and saves."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
+
+from calib_lightning.core import ClassificationModule, Head, LinearHead, load_module
+from calib_lightning.core.module import PENDING_BATCHES
+from calib_lightning.data import SplitSpec, ToyDataModule
+from calib_lightning.metrics import EvaluationState
+from calib_lightning.types import Prediction
+from tests.ddp.cases import sgd, trainer
+
+
+class Remembering(ClassificationModule):
+    """Keeps what it was trained on, to compute the figures of the epoch in another way."""
+
+    def loss(self, batch):
+        loss, logits = super().loss(batch)
+        self.seen.append((logits.detach(), batch.label))
+        return loss, logits
+
+
+class Sure(ClassificationModule):
+    """A method with a confidence of its own."""
+
+    def outputs(self, image):
+        return Prediction(self(image), torch.full((len(image),), 0.75))
+
+
+class CosineHead(Head):
+    def __init__(self, in_features: int, num_classes: int, scale: float = 10.0) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, num_classes, bias=False)
+        self.scale = scale
+
+    def forward(self, features):
+        weight = torch.nn.functional.normalize(self.linear.weight)
+        return self.scale * torch.nn.functional.linear(torch.nn.functional.normalize(features), weight)
+
+
+def _tuples(images=8, parts=3, label=0):
+    columns = [torch.zeros(images, 1, 8, 8), torch.full((images,), label), torch.arange(images)][:parts]
+    return DataLoader(TensorDataset(*columns), batch_size=4)
+
+
+def test_training_figures_of_an_epoch_cover_every_batch(tmp_path):
+    module = Remembering(3, encoder="digits_cnn", optimizer=sgd)
+    module.seen = []
+    data = ToyDataModule(batch_size=2)  # 150 batches: more than wait at once, and not a multiple
+    assert PENDING_BATCHES < 150
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=data)
+    state = EvaluationState(ranks=False)
+    for logits, labels in module.seen:
+        state.update(logits, labels)
+    expected = {f"train/{name}": float(value) for name, value in state.compute().items()}
+    logged = {key: float(value) for key, value in run.callback_metrics.items() if key in expected}
+    assert int(state.count) == 300
+    assert logged == pytest.approx(expected, rel=1e-6)
+
+
+def test_plain_tuples_are_batches(tmp_path):
+    module = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, train_dataloaders=_tuples(), val_dataloaders=_tuples())
+    run.test(module, dataloaders=_tuples(), verbose=False)
+    assert int(run.callback_metrics["test/iid/n"]) == 8
+
+
+def test_a_batch_without_index_is_explained(tmp_path):
+    module = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    with pytest.raises(TypeError, match=r"image, label, index.*2 parts"):
+        trainer(tmp_path, max_epochs=1).fit(module, train_dataloaders=_tuples(parts=2))
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_outside_the_classes_is_named(tmp_path, label):
+    module = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    with pytest.raises(ValueError, match=rf"{label}.*0\.\.2"):
+        trainer(tmp_path).test(module, dataloaders=_tuples(label=label), verbose=False)
+    with pytest.raises(ValueError, match=rf"{label}.*0\.\.2"):
+        trainer(tmp_path, max_epochs=1).fit(module, train_dataloaders=_tuples(label=label))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused(tmp_path, value):
+    module = ClassificationModule(3, encoder="digits_cnn")
+    with torch.no_grad():
+        module.head.linear.bias[1] = value
+    with pytest.raises(ValueError, match="finite"):
+        trainer(tmp_path).test(module, dataloaders=_tuples(), verbose=False)
+
+
+def test_confidence_of_a_method_replaces_the_largest_probability(tmp_path):
+    data = ToyDataModule(SplitSpec(val=30))
+    module = Sure(3, encoder="digits_cnn")
+    run = trainer(tmp_path)
+    run.test(module, datamodule=data, verbose=False)
+    values = {key: float(value) for key, value in run.callback_metrics.items()}
+    assert values["test/iid/signed_gap"] == pytest.approx(0.75 - values["test/iid/accuracy"], abs=1e-6)
+    assert values["test/iid/correctness_auroc"] == 0.5  # all tied
+    assert torch.equal(module.confidence(torch.zeros(2, 1, 8, 8)), torch.tensor([0.75, 0.75]))
+
+
+def test_checkpoint_brings_its_own_head_and_stage(tmp_path):
+    module = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    module.head, module.stage = CosineHead(module.encoder.num_features, 3, scale=7.0), 1
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=ToyDataModule())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = load_module(tmp_path / "model.ckpt")
+    assert isinstance(loaded.head, CosineHead)
+    assert loaded.head.scale == 7.0
+    assert loaded.stage == 1
+    image = torch.randn(4, 1, 8, 8)
+    assert torch.equal(loaded(image), module.eval()(image))
+    # through the trainer too: the head is rebuilt before the weights arrive
+    fresh = ClassificationModule(3, encoder="digits_cnn")
+    assert isinstance(fresh.head, LinearHead)
+    trainer(tmp_path).test(fresh, datamodule=ToyDataModule(), ckpt_path=tmp_path / "model.ckpt", verbose=False)
+    assert isinstance(fresh.head, CosineHead)
+
+
+def test_checkpoint_of_another_class_count_is_refused(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(ClassificationModule(3, encoder="digits_cnn", optimizer=sgd), datamodule=ToyDataModule())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"3 classes.*has 4"):
+        trainer(tmp_path).test(
+            ClassificationModule(4, encoder="digits_cnn"),
+            datamodule=ToyDataModule(num_classes=4),
+            ckpt_path=tmp_path / "model.ckpt",
+        )
+
+
+def test_checkpoint_of_a_foreign_module_is_explained(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="ClassificationModule"):
+        load_module(tmp_path / "foreign.ckpt")
+
+
+def test_pretrained_weights_are_not_asked_for_again(tmp_path, monkeypatch):
+    import timm
+
+    asked = []
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *a, pretrained=False, **k: asked.append(pretrained) or create(*a, **k)
+    )
+    encoder = {"name": "test_resnet", "in_channels": 1, "pretrained": True}
+    module = ClassificationModule(3, encoder=encoder, optimizer=sgd)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(
+        module,
+        train_dataloaders=DataLoader(
+            TensorDataset(torch.zeros(4, 1, 32, 32), torch.zeros(4).long(), torch.arange(4)), batch_size=4
+        ),
+    )
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    load_module(tmp_path / "model.ckpt")
+    assert asked == [True, False]
+
+
+def test_only_trainable_parameters_are_optimised_and_a_plateau_watches_validation():
+    module = ClassificationModule(
+        3, encoder="digits_cnn", optimizer=sgd, scheduler=lambda optimizer: ReduceLROnPlateau(optimizer)
+    )
+    module.encoder.requires_grad_(False)
+    configured = module.configure_optimizers()
+    parameters = configured["optimizer"].param_groups[0]["params"]
+    assert {id(p) for p in parameters} == {id(p) for p in module.head.parameters()}
+    assert configured["lr_scheduler"]["monitor"] == "val/nll"
+
+
+def test_no_classes_is_refused():
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        ClassificationModule(0)
+
+
+def test_it_is_a_lightning_module_that_saves_plain_data():
+    module = ClassificationModule(3, encoder="digits_cnn")
+    assert isinstance(module, LightningModule)
+    assert dict(module.hparams) == {"num_classes": 3, "encoder": "digits_cnn"}
