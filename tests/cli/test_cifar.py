@@ -16,7 +16,13 @@ def test_resnet18_learns_real_cifar10_and_test_reproduces_the_figures(calib, tmp
         "fit",
         *("-c", "recipe/cifar350", "--data", "cifar10", f"--data.root={root}", "--data.download=false"),
         *("--model", "cross_entropy", "--model.encoder=resnet18_cifar", "--model.optimizer.init_args.lr=0.02"),
-        *("--trainer.accelerator=cpu", "--trainer.max_steps=200", "--trainer.max_epochs=null", "--run_dir=runs/c10"),
+        *(
+            "--trainer.accelerator=cpu",
+            "--trainer.max_steps=300",
+            "--data.batch_size=32",
+            "--trainer.max_epochs=null",
+            "--run_dir=runs/c10",
+        ),
         *("--select_on=last", "--quiet=true", "--data.split.val=0", "--data.split.calibration=1000"),
     )
     assert done.code == 0, done.err

@@ -1,0 +1,74 @@
+"""The README promises only what runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from calib_lightning.__main__ import main
+from calib_lightning.config_search import find_config
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+SHELL = "".join(text for kind, text in BLOCKS if kind == "bash")
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+
+
+def _commands():
+    for line in SHELL.splitlines():
+        for command in line.partition("  #")[0].split("&&"):
+            if command.strip().startswith("calib "):
+                yield shlex.split(command)[1:]
+
+
+def test_the_two_setup_commands_are_those_that_are_checked():
+    installs = [line for line in SHELL.splitlines() if line.startswith("pip ")]
+    assert installs == [
+        "pip install -e . && calib fit -c configs/quickstart.yaml",
+        "pip install -e '.[test]' && pytest",
+    ]
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    assert "pip install --quiet -e '.[test]' && pytest" in script
+
+
+@pytest.mark.parametrize("command", [c for c in _commands() if "RUN" not in " ".join(c)], ids=" ".join)
+def test_commands_parse(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as leaving:
+        main(command if "--help" in command else [*command, "--print_config"])
+    assert leaving.value.code == 0, capsys.readouterr().err
+
+
+def test_commands_on_a_run_are_there():
+    # their behaviour is tested with real runs in tests/cli/test_runs.py
+    on_runs = [c for c in _commands() if "RUN" in " ".join(c)]
+    assert {c[0] for c in on_runs} == {"fit", "test"}
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_runs_as_written(number, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 3, generator=generator), torch.arange(8) % 3) for _ in range(2)]
+    exec(compile(PYTHON[number], f"README.md, python block {number}", "exec"), {"batches": batches})
+
+
+def test_every_method_and_data_set_named_is_there_and_every_method_is_named():
+    table = re.findall(r"^\| `(\w+)` \| .*\|$", README.partition("| `--model` |")[2].partition("\n\n")[0], re.MULTILINE)
+    assert sorted(table) == sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
+    sentence = re.search(r"`--data` takes (.*?);", README, re.DOTALL).group(1)
+    for name in re.findall(r"`(\w+)`", sentence):
+        assert find_config(name, "data") is not None, name
+
+
+def test_every_metric_is_explained():
+    from calib_lightning.metrics import DIRECTION
+
+    section = README.partition("## What the figures mean")[2]
+    for name, direction in DIRECTION.items():
+        row = re.search(rf"^\| `{name}` \|.*\| (.*?) \|$", section, re.MULTILINE)
+        assert row, name
+        assert row.group(1) == {"higher": "higher", "lower": "lower", "zero": "nearest 0"}[direction]
