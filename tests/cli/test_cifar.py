@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 @pytest.mark.slow
 def test_resnet18_learns_real_cifar10_and_test_reproduces_the_figures(calib, tmp_path, real_data):
+    torch.set_num_threads(2)  # minutes; nothing here is compared across thread counts
     root = tmp_path / "data"
     script = real_data / "unpack_cifar.py"
     subprocess.run([sys.executable, script, "cifar10", real_data / "cifar-10-webp", root], check=True)
