@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import sys
 import traceback
@@ -24,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     from calib_lightning.run_folder import forget_run_folder
 
     forget_run_folder()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow in a table must not end a run whose output is not UTF-8
     try:
         CalibCLI(resolve_configs(sys.argv[1:] if argv is None else argv))
     except USER_ERRORS as error:
@@ -33,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> None:
-    """Say what is wrong in one line; the traceback goes to the run's folder, or comes first where there is none."""
+    """Say what is wrong in one line; the traceback goes to the run's folder, if there is one already."""
     from calib_lightning.run_folder import current_run_folder
 
     folder = current_run_folder()
@@ -41,7 +45,8 @@ def _report(error: Exception) -> None:
         print(f"calib: error: {error}", file=sys.stderr)
         return
     path = folder / "error.log"
-    path.write_text("".join(traceback.format_exception(error)))
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
     print(f"calib: error: {error}\n(full traceback: {path})", file=sys.stderr)
 
 

@@ -10,19 +10,18 @@ from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from calib_lightning import data, methods
-from calib_lightning.callbacks import RunLogger, RunRecord, SavePredictions
+from calib_lightning.callbacks import RunCheckpoint, RunLogger, RunRecord, SavePredictions
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.module import module_record
 from calib_lightning.core.registry import class_path_of
 from calib_lightning.metrics import DIRECTION
 from calib_lightning.report import print_table
-from calib_lightning.run_folder import create_run_folder, run_of, use_run_folder
+from calib_lightning.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
 
 EVALUATION = ("validate", "test", "predict")
 
@@ -63,6 +62,9 @@ class CalibCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         self.run_folder = Path()
+        self.trained_in: Path | None = None
+        self.resumed_step = 0
+        self.same_class = True
         super().__init__(
             model_class=ClassificationModule,
             datamodule_class=LightningDataModule,
@@ -123,8 +125,10 @@ class CalibCLI(LightningCLI):
             return
         checkpoint = load_checkpoint(config.ckpt_path)
         record = module_record(checkpoint)
+        self.resumed_step = int(checkpoint.get("global_step", 0))
         model = config.model
-        if class_path_of(_class_of(model.class_path)) != record["class_path"]:
+        self.same_class = class_path_of(_class_of(model.class_path)) == record["class_path"]
+        if not self.same_class:
             rank_zero_warn(
                 f"The checkpoint {config.ckpt_path} holds a {record['class_path']}, but the configuration asks for "
                 f"{model.class_path}: its weights are loaded into the latter.",
@@ -158,26 +162,41 @@ class CalibCLI(LightningCLI):
         """Check what can be checked, then make the folder of the run."""
         config = self._command_config()
         _check_select_on(config.select_on)
+        # What is saved is what was asked for: not where this run's files went, nor where it was resumed.
+        self.asked = config.clone()
+        self.asked.ckpt_path = None
         self.run_folder = self._make_folder(config)
         for logger in _configured_loggers(config.trainer):
             # Loggers write into the run's folder unless they were told another place.
-            if (logger.get("init_args") or {}).get("save_dir", "") in (None, "", "."):
-                logger.init_args.save_dir = str(self.run_folder)
+            if logger.get("init_args.save_dir", "elsewhere") in (None, "", "."):
+                logger["init_args.save_dir"] = str(self.run_folder)
+        encoder = config.model.get("init_args.encoder")
+        if config.ckpt_path and isinstance(encoder, dict) and encoder.get("pretrained"):
+            encoder["pretrained"] = False  # the weights come from the checkpoint: nothing is downloaded
 
     def _make_folder(self, config: Namespace) -> Path:
-        run = run_of(config.ckpt_path) if config.ckpt_path else None
-        if self.config.subcommand == "fit" and run is not None:
-            return use_run_folder(run)  # a resumed run goes on where it was
-        if run is not None:
-            return create_run_folder(run / self.config.subcommand)
         default = Path("runs") / f"{_slug(config.data.class_path, 'DataModule')}-{_slug(config.model.class_path)}"
-        return create_run_folder(config.run_dir or default)
+        wanted = Path(config.run_dir or default)
+        run = run_of(config.ckpt_path) if config.ckpt_path else None
+        if self.config.subcommand != "fit":
+            self.trained_in = run
+            return create_run_folder(run / self.config.subcommand if run else wanted)
+        # A resumed run goes on where it was; other methods and names begin a run of their own from its weights.
+        if run is not None and self.same_class and (config.run_dir is None or _is_numbered(run, wanted)):
+            return use_run_folder(run)
+        restarted = folder_of_restarted_job(wanted) if config.ckpt_path is None else None
+        if restarted is not None:
+            last = restarted / "checkpoints" / "last.ckpt"
+            config.ckpt_path = str(last) if last.is_file() else None
+            self.resumed_step = load_checkpoint(last)["global_step"] if last.is_file() else 0
+            return use_run_folder(restarted)
+        return create_run_folder(wanted)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the callbacks, the loggers and the checkpoint writer that every run has."""
         command = self._command_config()
         config = self._get(self.config_init, "trainer")
-        loggers: list[Logger] = [RunLogger(self.run_folder)]
+        loggers: list[Logger] = [RunLogger(self.run_folder, self.resumed_step)]
         if isinstance(config.logger, Logger):
             loggers.append(config.logger)
         elif isinstance(config.logger, list | tuple):
@@ -195,12 +214,17 @@ class CalibCLI(LightningCLI):
         )
 
     def _callbacks(self, command: Namespace) -> list[Callback]:
-        record = RunRecord(self.run_folder)
         saved = SavePredictions(self.run_folder / "predictions")
         if self.config.subcommand != "fit":
-            return [record, saved]
+            return [RunRecord(self.run_folder, trained_in=self.trained_in), saved]
         folder = self.run_folder / "checkpoints"
-        return [StepSeed(), record, saved, Preemption(folder), _checkpoint_callback(command.select_on, folder)]
+        self.keeper = last = RunCheckpoint(folder, "last")
+        keepers = [last]
+        if command.select_on != "last":
+            mode = "max" if DIRECTION[command.select_on.rpartition("/")[2]] == "higher" else "min"
+            self.keeper = RunCheckpoint(folder, "best", command.select_on, mode)
+            keepers = [self.keeper, last]  # in this order: the last checkpoint knows the best score of its epoch
+        return [StepSeed(), RunRecord(self.run_folder, self.keeper), saved, Preemption(folder), *keepers]
 
     # --- the commands ------------------------------------------------------------------------------------------------
 
@@ -216,35 +240,40 @@ class CalibCLI(LightningCLI):
             path, number = self.run_folder / "config.yaml", 2
             while path.exists():
                 path, number = self.run_folder / f"config-{number}.yaml", number + 1
-            self._parser("fit").save(command, path, skip_unset=False, multifile=False)
+            self._parser("fit").save(self.asked, path, skip_unset=False, multifile=False)
 
     def after_fit(self) -> None:
         """Test the chosen checkpoint, once."""
-        if self._get(self.config, "trainer").fast_dev_run or not self._command_config().test_after_fit:
+        command = self._command_config()
+        if command.trainer.fast_dev_run or not command.test_after_fit:
             return
-        keeper = self.trainer.checkpoint_callback
-        assert isinstance(keeper, ModelCheckpoint)
-        chosen = keeper.best_model_path or keeper.last_model_path
+        chosen = self.keeper.best_model_path
         if not chosen:
-            rank_zero_warn("No epoch was trained, so there is no checkpoint to test.")
+            rank_zero_warn(
+                f"No epoch was trained to its end with {command.select_on!r}, so no checkpoint was chosen and none is "
+                "tested. Train longer, or use --select_on=last."
+            )
             return
-        rule = f"chosen by {keeper.monitor}" if keeper.monitor and keeper.best_model_path else "the last one"
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=False)
-        self._report(f"{self.run_folder} ({Path(chosen).name}, {rule})")
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=False, weights_only=True)
+        self._report(f"{self.run_folder} ({Path(chosen).name}, chosen by {command.select_on})")
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train."""
+        self.trainer.fit(weights_only=True, **kwargs | {"ckpt_path": self._command_config().ckpt_path})
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate the validation split."""
-        self.trainer.validate(verbose=False, **kwargs)
+        self.trainer.validate(verbose=False, weights_only=True, **kwargs)
         self._report(str(self.run_folder))
 
     def test(self, **kwargs: Any) -> None:
         """Evaluate every test set and the calibration split."""
-        self.trainer.test(verbose=False, **kwargs)
+        self.trainer.test(verbose=False, weights_only=True, **kwargs)
         self._report(str(self.run_folder))
 
     def predict(self, **kwargs: Any) -> None:
         """Save the predictions."""
-        self.trainer.predict(return_predictions=False, **kwargs)
+        self.trainer.predict(return_predictions=False, weights_only=True, **kwargs)
         if self.trainer.is_global_zero:
             print(f"Predictions are in {self.run_folder / 'predictions'}.")
 
@@ -279,14 +308,9 @@ def _check_select_on(key: str) -> None:
         raise ValueError(f"select_on is {key!r}; it must be 'last' or one of {allowed}.{reason}")
 
 
-def _checkpoint_callback(select_on: str, folder: Path) -> ModelCheckpoint:
-    # Saved when the epoch is over, so that a resumed run begins with the next one.
-    if select_on == "last":
-        return ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True)
-    mode = "max" if DIRECTION[select_on.rpartition("/")[2]] == "higher" else "min"
-    return ModelCheckpoint(
-        folder, filename="best", monitor=select_on, mode=mode, save_last=True, save_on_train_epoch_end=True
-    )
+def _is_numbered(folder: Path, wanted: Path) -> bool:
+    """Whether a folder is the wanted one or one that was numbered because it existed."""
+    return re.fullmatch(re.escape(str(wanted.resolve())) + r"(-\d+)?", str(folder.resolve())) is not None
 
 
 def _configured_loggers(trainer: Namespace) -> list[Namespace]:

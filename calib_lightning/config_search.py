@@ -11,7 +11,9 @@ _FOLDER_OF_OPTION = {"-c": "", "--config": "", "--data": "data", "--model": "met
 
 def config_folders() -> list[Path]:
     """Return the folders that are searched, in order; those that do not exist are left out."""
-    candidates = [Path.cwd() / "configs", _PACKAGE.parent / "configs", _PACKAGE / "configs"]
+    # beside the package only in a clone: in an installation that folder belongs to nobody
+    clone = [_PACKAGE.parent / "configs"] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
+    candidates = [Path.cwd() / "configs", *clone, _PACKAGE / "configs"]
     return [folder for folder in candidates if folder.is_dir()]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
+
+from calib_lightning.files import write_whole
 
 _ENVIRONMENT = "CALIB_RUN_FOLDER"
 
@@ -49,6 +52,30 @@ def use_run_folder(folder: Path) -> Path:
     return folder
 
 
+def job_id() -> str | None:
+    """Return the scheduler's number of this job (SLURM, torchrun), which a restarted job keeps."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def folder_of_restarted_job(wanted: str | Path) -> Path | None:
+    """Return the folder that this job used before its scheduler started it again, None if it was not started again.
+
+    Args:
+        wanted: What the run asks for, as in `create_run_folder`.
+
+    Returns:
+        The folder whose ``run.json`` holds the number of this job.
+    """
+    restarts = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    job, wanted = job_id(), Path(wanted)
+    if int(restarts) == 0 or job is None:
+        return None
+    for path in sorted(wanted.parent.glob(f"{wanted.name}*/run.json"), key=lambda path: path.stat().st_mtime):
+        if json.loads(path.read_text()).get("job") == job:
+            return path.parent
+    return None
+
+
 def current_run_folder() -> Path | None:
     """Return the folder that this process's run uses, None before there is one."""
     folder = os.environ.get(_ENVIRONMENT)
@@ -62,8 +89,8 @@ def forget_run_folder() -> None:
 
 
 def run_of(path: str | Path) -> Path | None:
-    """Return the run folder that a file belongs to: the nearest parent with a ``run.json``, if there is one."""
-    for folder in Path(path).resolve().parents:
+    """Return the run folder that a file belongs to: its folder or the one above, if it has a ``run.json``."""
+    for folder in Path(path).resolve().parents[:2]:
         if (folder / "run.json").is_file():
             return folder
     return None
@@ -71,11 +98,19 @@ def run_of(path: str | Path) -> Path | None:
 
 def _is_rank_zero() -> bool:
     """Whether this process leads, as Lightning reads it from the environment before a process group exists."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON under a temporary name in the same folder, then rename, so that readers never see half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=False, default=str) + "\n")
-    temporary.replace(path)
+    """Write JSON so that readers never see half a file; undefined numbers become null, as JSON has no NaN."""
+    text = json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from calib_lightning.files import write_whole
 from calib_lightning.types import Batch, Prediction
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -33,6 +34,18 @@ class SavePredictions(Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._rows: dict[str, list[Columns]] = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the rows of an evaluation that was broken off."""
+        self._rows.clear()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the rows of an evaluation that was broken off."""
+        self._rows.clear()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the rows of an evaluation that was broken off."""
+        self._rows.clear()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -104,12 +117,8 @@ class SavePredictions(Callback):
         source_rows = getattr(getattr(trainer, "datamodule", None), "source_rows", None)
         if source_rows is not None:
             columns["index"] = source_rows(name)[columns["index"]]
-        path = self.folder / f"{name}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, **columns)  # type: ignore[arg-type]  # the stub takes any name for allow_pickle
-        temporary.replace(path)
+        # the stub takes any name for allow_pickle
+        write_whole(self.folder / f"{name}.npz", lambda file: np.savez(file, **columns))  # type: ignore[arg-type]
 
 
 def _concatenate(batches: list[Columns]) -> Columns:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from calib_lightning.run_folder import write_json
+from calib_lightning.run_folder import job_id, write_json
 from calib_lightning.seeding import run_seed
 
 _PACKAGES = ("calib-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
@@ -30,10 +30,15 @@ class RunRecord(Callback):
 
     Args:
         folder: The run folder.
+        keeper: The callback that chooses the checkpoint, for a fit.
+        trained_in: The folder of the run that trained what is evaluated: its splits must be those of the data.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self, folder: str | Path, keeper: ModelCheckpoint | None = None, trained_in: Path | None = None
+    ) -> None:
         self.path = Path(folder) / "run.json"
+        self.keeper, self.trained_in = keeper, trained_in
         self._record: dict[str, Any] = {}
         self._started = 0.0
         self._images = 0
@@ -43,20 +48,15 @@ class RunRecord(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write down what is known before the stage begins."""
         if not self._record:
-            self._record = json.loads(self.path.read_text()) if self.path.is_file() else {"stages": []}
-            self._record |= {
-                "seed": run_seed(),
-                "world_size": trainer.world_size,
-                "device": _device_name(trainer),
-                "threads": torch.get_num_threads(),
-                "versions": _versions() | {"torch": torch.__version__},  # with the CUDA build
-                "revision": _revision(),
-            }
+            # Only the first rank knows the folder where another program than Lightning has started the ranks.
+            older = json.loads(self.path.read_text()) if trainer.is_global_zero and self.path.is_file() else None
+            self._record = trainer.strategy.broadcast(older or {}) or {"job": job_id(), "stages": []}
         self._record_splits(trainer)
-        self._record["stages"].append({"stage": str(getattr(stage, "value", stage)), "status": "started"})
+        begun = {"stage": str(getattr(stage, "value", stage)), "status": "started"}
+        self._record["stages"].append(begun | _environment(trainer))
         self._started = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         self._write(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,11 +87,10 @@ class RunRecord(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write down the fit's cost and the chosen checkpoint."""
-        checkpoint = trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint):
+        if self.keeper is not None and self.keeper.best_model_path:
             self._record["checkpoint"] = {
-                "select_on": checkpoint.monitor or "last",
-                "path": self._relative(checkpoint.best_model_path or checkpoint.last_model_path),
+                "select_on": self.keeper.monitor or "last",
+                "path": self._relative(self.keeper.best_model_path),
             }
         self._finish_stage(trainer, "finished")
 
@@ -105,8 +104,8 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write down why the stage ended."""
-        if not self._record:
-            return  # it ended before anything was known about it
+        if not self._record.get("stages"):
+            return  # it ended before it had begun
         self._finish_stage(trainer, f"stopped by {type(exception).__name__}: {exception}".rstrip(": "))
 
     def _relative(self, path: str) -> str:
@@ -120,17 +119,15 @@ class RunRecord(Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "save_splits"):
             return
-        known, found = self._record.get("splits"), datamodule.splits_hash
-        if known is None:
-            self._record["splits"] = found
+        data, found = type(datamodule).__qualname__, datamodule.splits_hash
+        if self._record.get("splits") is None:
+            self._record |= {"data": data, "splits": found}
             if trainer.is_global_zero:
                 datamodule.save_splits(self.path.with_name("splits.npz"))
-        elif known != found:
-            raise ValueError(
-                f"The splits of the data ({found[:12]}) are not those that this run began with ({known[:12]}, in "
-                f"{self.path.with_name('splits.npz')}): held-out images would be trained on. Resume with the data and "
-                "the split settings of its config.yaml, or start a new run."
-            )
+        _check_splits(self._record, data, found, self.path.parent)
+        if self.trained_in is not None:
+            trained = json.loads((self.trained_in / "run.json").read_text())
+            _check_splits(trained, data, found, self.trained_in)
 
     def _finish_evaluation(self, trainer: Trainer) -> None:
         self._record["results"] = {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
@@ -150,12 +147,34 @@ class RunRecord(Callback):
             stage["steps"] = trainer.global_step
             images = self._images * trainer.world_size
             stage["images_per_second"] = round(images / self._training_seconds, 1) if self._training_seconds else None
-        stage["peak_memory_mib"] = _peak_memory_mib()
+        stage["peak_memory_mib"] = _peak_memory_mib(trainer.strategy.root_device)
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             write_json(self.path, self._record)
+
+
+def _check_splits(record: dict[str, Any], data: str, found: str, folder: Path) -> None:
+    """Refuse other splits of the same data; other data (a shifted test set, say) has splits of its own."""
+    known = record.get("splits")
+    if known is not None and record.get("data") == data and known != found:
+        raise ValueError(
+            f"The splits of the data ({found[:12]}) are not those of the run in {folder} ({known[:12]}): "
+            "held-out images would be trained on, or training images taken for held-out ones. Use the data and the "
+            "split settings of its config.yaml, or start a new run with --run_dir."
+        )
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "seed": run_seed(),
+        "world_size": trainer.world_size,
+        "device": _device_name(trainer),
+        "threads": torch.get_num_threads(),
+        "versions": _versions() | {"torch": torch.__version__},  # with the CUDA build
+        "revision": _revision(),
+    }
 
 
 def _device_name(trainer: Trainer) -> str:
@@ -175,22 +194,28 @@ def _versions() -> dict[str, str]:
 
 def _revision() -> str | None:
     """Git revision of the package's own checkout, with ``+changes`` where files differ from it; None elsewhere."""
-    here = Path(__file__).resolve().parent
+    clone = Path(__file__).resolve().parents[2]
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=40"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        # an environment inside another project's checkout must not report that project's revision
+        if Path(_git(clone, "rev-parse", "--show-toplevel")).resolve() != clone:
+            return None
+        return _git(clone, "describe", "--always", "--dirty=+changes", "--abbrev=40") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
 
 
-def _peak_memory_mib() -> dict[str, float | None]:
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
+def _peak_memory_mib(device: torch.device) -> dict[str, float | None]:
     memory: dict[str, float | None] = {"process": None, "device": None}
     if sys.platform != "win32":
         import resource
 
         unit = 2**20 if sys.platform == "darwin" else 2**10
         memory["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-    if torch.cuda.is_available():
-        memory["device"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    if device.type == "cuda":
+        memory["device"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     return memory

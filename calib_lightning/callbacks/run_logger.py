@@ -16,10 +16,21 @@ class _AppendingWriter(_ExperimentWriter):
     """Lightning's writer without its deletion of an older file: a resumed run keeps its history."""
 
     def _check_log_dir_exists(self) -> None:
+        pass
+
+    def take_over(self, before_step: int) -> None:
+        """Keep the older file's rows of earlier steps; later ones will be written again."""
         path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            self.metrics_keys = list(reader.fieldnames or [])
+            rows = [row for row in reader if int(row["step"]) < before_step]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 class RunLogger(CSVLogger):
@@ -29,9 +40,11 @@ class RunLogger(CSVLogger):
 
     Args:
         folder: The run folder.
+        before_step: Rows of an older file that are kept: a resumed run writes those from its first step on again.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, before_step: int = 0) -> None:
+        self._before_step = before_step
         super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
 
     @property
@@ -40,6 +53,7 @@ class RunLogger(CSVLogger):
         """The writer, made at its first use."""
         if self._experiment is None:
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
+            self._experiment.take_over(self._before_step)
         return self._experiment
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,7 +148,11 @@ class ClassificationModule(LightningModule):
         if self._pending:
             logits, labels = zip(*self._pending, strict=True)
             self._pending.clear()
-            self.train_state.update(torch.cat(logits), torch.cat(labels))
+            try:
+                self.train_state.update(torch.cat(logits), torch.cat(labels))
+            except ValueError as error:
+                last = self.global_step
+                raise ValueError(f"In training, within the {len(logits)} batches up to step {last}: {error}") from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameters that are to be trained, and its scheduler."""
@@ -239,7 +244,9 @@ class ClassificationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint describe itself: class, K, stage, head, and the training metrics of a begun epoch."""
-        self._settle_training()
+        # What is wrong with the figures of the epoch must not keep the weights from being saved.
+        with contextlib.suppress(ValueError):
+            self._settle_training()
         # summed over the ranks; Lightning calls this hook on all of them
         with self.train_state.sync_context():
             train_state = {
@@ -327,7 +334,8 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
     Raises:
         FileNotFoundError: If there is no such file.
         pickle.UnpicklingError: If it holds anything but tensors and plain data.
-        RuntimeError: If it is damaged or incomplete.
+        RuntimeError: If it is damaged or incomplete, or its weights do not fit the module that it describes.
+        TypeError: If it describes a head with arguments that its class does not take.
         ValueError: If it was not written by a `ClassificationModule` or names a class that is not known.
 
     Example:

@@ -213,7 +213,7 @@ class Preemption(Callback):
         code, self._agreed = self._agreed, 0
         path = self._path(trainer)
         keeper = trainer.checkpoint_callback
-        if isinstance(keeper, ModelCheckpoint) and keeper.save_last and str(path.parent) == str(keeper.dirpath):
+        if isinstance(keeper, ModelCheckpoint) and keeper.save_last and _is_same(path.parent, keeper.dirpath):
             keeper.last_model_path = str(path)  # else it would write last-v1.ckpt beside a file that it does not know
         if code != _SAVE:
             # Lightning's launcher watches its children and kills everything when one leaves with a code other than 0
@@ -245,6 +245,10 @@ class _EpochStart(Callback):
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # Lightning sets it without declaring it
+
+
+def _is_same(one: Path, two: str | Path | None) -> bool:
+    return two is not None and one.resolve() == Path(two).resolve()
 
 
 def _resumes_exactly_after(trainer: Trainer, batch_idx: int) -> bool:

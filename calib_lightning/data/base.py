@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,6 +18,7 @@ from torch import Tensor
 from calib_lightning.data.loader import InMemorySet, ResumableLoader
 from calib_lightning.data.split import Rows, SplitSpec
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize, Transform
+from calib_lightning.files import write_whole
 from calib_lightning.seeding import run_seed
 
 
@@ -152,20 +151,10 @@ class BenchmarkDataModule(LightningDataModule, ABC):
         Args:
             path: The file to write or replace; its folder is made where it is missing.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {"spec": json.dumps(asdict(self.split)), "hash": self.splits_hash}
         for name, rows in self.splits.items():
             content[f"test/{name}" if name in self.test_names else name] = rows
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                np.savez(file, **content)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink()
-                raise
+        write_whole(Path(path), lambda file: np.savez(file, **content))
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training split, shuffled and augmented with the seed of the run."""

@@ -63,7 +63,8 @@ class ResumableLoader:
     """Batches of a set whose order is a function of (seed, epoch), so that a position is all there is to save.
 
     The order of the epoch is cut into global batches of ``batch_size * world`` rows, and rank r takes rows
-    ``r::world`` of each. A last global batch with fewer rows than there are ranks joins the one before it. So every
+    ``r::world`` of each. A last global batch with fewer rows than there are ranks joins the one before it; in
+    a shuffled (training) loader one with fewer than twice as many does, since BatchNorm refuses a single row. So every
     row is read exactly once, nothing is repeated to fill up, all ranks have the same number of batches, and a rank
     has an empty batch only if the whole set has fewer rows than there are ranks. A step sees the same rows for every
     number of processes with the same global batch, but for that last joined batch.
@@ -140,8 +141,9 @@ class ResumableLoader:
         self._epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of batches that this process has been given in it."""
-        return {"epoch": self.epoch, "position": self._position if self._loaded is None else self._resumed()}
+        """Return the epoch, the number of batches given in it, and the rows of one batch of all processes."""
+        position = self._position if self._loaded is None else self._resumed()
+        return {"epoch": self.epoch, "position": position, "global_batch": self.batch_size * _world()[1]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on where the state was taken.
@@ -153,6 +155,7 @@ class ResumableLoader:
             state: What `state_dict` returned.
         """
         self._loaded = {"epoch": int(state["epoch"]), "position": int(state["position"])}
+        self._loaded["global_batch"] = int(state.get("global_batch", self.batch_size * _world()[1]))
 
     def __len__(self) -> int:
         return len(self._bounds()) - 1
@@ -170,7 +173,8 @@ class ResumableLoader:
             num_workers=self.num_workers,
             persistent_workers=False,
             worker_init_fn=_leave_signals_to_the_main_process,
-            pin_memory=torch.cuda.is_available(),
+            # asking whether there is a device would wake it in a run on the CPU
+            pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
             # its own generator: without one it draws a seed from the global generator
             generator=torch.Generator(),
         )
@@ -185,6 +189,14 @@ class ResumableLoader:
         state = self._loaded
         if state is None or state["epoch"] != self.epoch or state["position"] >= len(self):
             return 0
+        step = self.batch_size * _world()[1]
+        if state["global_batch"] != step:
+            raise ValueError(
+                f"the epoch was left after {state['position']} batches of {state['global_batch']} rows, and cannot be "
+                f"continued with batches of {step} (batch_size={self.batch_size} on {_world()[1]} processes) without "
+                "reading rows twice or never: use the same product of batch_size and processes, or resume from the "
+                "end of an epoch."
+            )
         return state["position"]
 
     def _bounds(self) -> list[int]:
@@ -193,7 +205,9 @@ class ResumableLoader:
         if self.drop_last:
             return list(range(0, rows - rows % step + 1, step))
         starts = list(range(0, rows, step))
-        if len(starts) > 1 and rows - starts[-1] < world:
+        # a training batch of a single row has no variance, which BatchNorm refuses
+        least = 2 * world if self.shuffle and self.batch_size > 1 else world
+        if len(starts) > 1 and rows - starts[-1] < least:
             starts.pop()
         return [*starts, rows]
 

@@ -20,7 +20,7 @@ NET = ("--model=CrossEntropy", "--model.encoder=digits_cnn", "--trainer.accelera
         ((*QUICK, "--model=Focl"), ["Focl", "Focal"]),
         ((*QUICK, "--model=focl"), ["focl", "Focal"]),
         ((*QUICK, "--data=DigitDataModule"), ["DigitDataModule", "DigitsDataModule"]),
-        ((*QUICK, "--model.gama=2"), ["gama"]),
+        ((*QUICK, "--model=focal", "--model.gama=2"), ["gama", "gamma"]),
         ((*QUICK, "--trainer.max_epoch=2"), ["max_epoch", "max_epochs"]),
         ((*QUICK, "--trainer.max_epochs=many"), ["max_epochs", "many"]),
         ((*QUICK, "--data.split.val=lots"), ["val", "lots"]),
@@ -30,8 +30,8 @@ NET = ("--model=CrossEntropy", "--model.encoder=digits_cnn", "--trainer.accelera
         ((*QUICK, "--select_on=val/acc"), ["val/acc", "val/accuracy"]),
         ((*QUICK, "--select_on=val/signed_gap"), ["val/signed_gap"]),
         ((*QUICK, "--data.split.val=0"), ["validation split", "select_on"]),
-        ((*QUICK, "--data.split.val=5000"), ["5000"]),
-        ((*QUICK, "--data.split.imbalance=2"), ["imbalance", "2"]),
+        ((*QUICK, "--data.split.val=5000"), ["val=5000", "images"]),
+        ((*QUICK, "--data.split.imbalance=2"), ["imbalance=2", "(0, 1]"]),
         (
             (*QUICK, "--data", "cifar10", "--data.download=false"),
             ["cifar-10-batches-py", "c58f30108f718f92721af3b95e74349a"],
@@ -76,7 +76,7 @@ def test_checkpoint_of_another_class_count(calib, trained):
     done = calib(*QUICK, "--ckpt_path", trained)
     assert done.code == 1
     assert "3 classes" in done.err
-    assert "10" in done.err
+    assert "has 10" in done.err
 
 
 def test_checkpoint_of_another_method_and_setting_is_said(calib, trained):

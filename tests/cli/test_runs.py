@@ -75,10 +75,10 @@ def test_a_run_leaves_everything_and_every_figure_can_be_computed_again(calib, t
     record = json.loads((run / "run.json").read_text())
     assert [stage["status"] for stage in record["stages"]] == ["finished", "finished"]
     fit = record["stages"][0]
+    assert fit["versions"]["torch"] == torch.__version__
     assert fit["seconds"] > 0
     assert fit["images_per_second"] > 0
     assert fit["peak_memory_mib"]["process"] > 0
-    assert record["versions"]["torch"] == torch.__version__
     assert record["checkpoint"]["select_on"] == "val/nll"
 
     with np.load(run / "splits.npz") as splits:
@@ -98,7 +98,7 @@ def test_a_run_leaves_everything_and_every_figure_can_be_computed_again(calib, t
         rows = list(csv.DictReader(file))
     best = min(float(row["val/nll"]) for row in rows if row["val/nll"])
     chosen = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    scores = [state["best_model_score"] for key, state in chosen["callbacks"].items() if "ModelCheckpoint" in key]
+    scores = [state["best_model_score"] for key, state in chosen["callbacks"].items() if "val/nll" in key]
     assert float(scores[0]) == pytest.approx(best, abs=1e-6)
 
 
@@ -153,6 +153,71 @@ def test_a_resumed_run_goes_on_in_its_folder_and_ends_as_if_never_stopped(calib,
     assert columns[0] == columns[1]
 
 
+def test_last_checkpoint_is_of_the_last_epoch_even_if_the_best_is_not(calib, tmp_path):
+    # a learning rate that soon makes things worse
+    done = calib(*QUICK, "--trainer.max_epochs=6", "--model.optimizer.init_args.lr=3", "--model.scheduler=null")
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "quickstart"
+    with (run / "metrics.csv").open() as file:
+        scores = [float(row["val/nll"]) for row in csv.DictReader(file) if row["val/nll"]]
+    assert np.argmin(scores) < 5, "the test needs a run that gets worse"
+    epochs = {
+        name: torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("best", "last")
+    }
+    assert epochs == {"best": int(np.argmin(scores)), "last": 5}
+
+
+def test_a_moved_run_remembers_its_best_score(calib, tmp_path):
+    options = ("--test_after_fit=false", "--model.optimizer.init_args.lr=3", "--model.scheduler=null")
+    assert calib(*QUICK, *options, "--trainer.max_epochs=3").code == 0
+    moved = (tmp_path / "runs" / "quickstart").rename(tmp_path / "runs" / "elsewhere")
+    with (moved / "metrics.csv").open() as file:
+        best = min(float(row["val/nll"]) for row in csv.DictReader(file) if row["val/nll"])
+    last = moved / "checkpoints" / "last.ckpt"
+    done = calib("fit", "-c", moved / "config.yaml", "--run_dir", moved, "--trainer.max_epochs=4", "--ckpt_path", last)
+    assert done.code == 0, done.err
+    state = torch.load(last, weights_only=True)["callbacks"]
+    scores = [
+        float(s["best_model_score"]) for s in state.values() if isinstance(s, dict) and s.get("monitor") == "val/nll"
+    ]
+    assert scores[0] <= best + 1e-6
+    assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_another_method_from_a_checkpoint_gets_a_folder_of_its_own(calib, tmp_path):
+    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
+    run = tmp_path / "runs" / "quickstart"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ckpt = ("--ckpt_path", run / "checkpoints/last.ckpt", "--trainer.max_epochs=2")
+    assert calib(*QUICK, "--model=focal", *ckpt).code == 0
+    assert calib(*QUICK, "--run_dir=runs/named", *ckpt).code == 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    for name, method in (("quickstart-2", "Focal"), ("named", "CrossEntropy")):
+        best = torch.load(tmp_path / "runs" / name / "checkpoints" / "best.ckpt", weights_only=True)
+        assert best["calib_lightning"]["class_path"].endswith(method)
+
+
+def test_a_job_that_its_scheduler_starts_again_goes_on_in_its_folder(calib, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert calib(*QUICK, "--trainer.max_epochs=2", "--test_after_fit=false").code == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
+    assert torch.load(tmp_path / "runs/quickstart/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    with (tmp_path / "runs/quickstart/metrics.csv").open() as file:
+        assert len([row for row in csv.DictReader(file) if row["val/nll"]]) == 2
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
+    assert (tmp_path / "runs" / "quickstart-2").is_dir()
+
+
+def test_a_checkpoint_is_not_tested_on_other_splits_of_its_data(calib, tmp_path):
+    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
+    done = calib("test", "-c", tmp_path / "runs/quickstart/config.yaml", "--data.split.seed=7")
+    assert done.code == 1
+    assert "splits" in done.err
+
+
 def test_resuming_on_other_splits_is_refused(calib, tmp_path):
     assert calib(*QUICK, "--test_after_fit=false", "--trainer.max_epochs=1").code == 0
     run = tmp_path / "runs" / "quickstart"
@@ -199,6 +264,11 @@ def test_tensorboard_and_offline_wandb_stand_beside_the_csv_file(calib, tmp_path
     done = calib(*short, "--run_dir=runs/wb", "-c", "logger/wandb", "--trainer.logger.init_args.offline=true")
     assert done.code == 0, done.err
     assert list((tmp_path / "runs/wb").rglob("*.wandb"))
+    # a saved configuration must not send the logs of a later run into the folder of this one
+    assert (
+        yaml.safe_load((tmp_path / "runs/tb/config.yaml").read_text())["trainer"]["logger"]["init_args"]["save_dir"]
+        == "."
+    )
     for name in ("tb", "wb"):
         assert (tmp_path / "runs" / name / "metrics.csv").is_file()
 

@@ -1,5 +1,7 @@
 """Real signals to real processes of ``calib fit``."""
 
+import csv
+import json
 import os
 import signal
 import subprocess
@@ -49,11 +51,13 @@ def test_told_to_stop_leaves_a_checkpoint_and_says_so(tmp_path, signum, code):
     process = _start(tmp_path, "--data.num_workers=2")
     last = tmp_path / "runs/quickstart/checkpoints/last.ckpt"
     _wait_for(last.exists, process)
-    before = _loads(last)
+    _wait_for(lambda: _loads(last) > 15, process)
+    last.unlink()  # the epochs that follow write it again, or the signal does
     os.killpg(process.pid, signum)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
-    assert _loads(last) >= before
+    assert _loads(last) > 15
+    assert [path.name for path in last.parent.glob("last*")] == ["last.ckpt"]
     assert "Resume with" in output
     assert "Traceback" not in output
 
@@ -68,9 +72,12 @@ def test_killed_leaves_files_that_load(tmp_path):
     assert process.returncode == -signal.SIGKILL
     for path in folder.glob("*.ckpt"):
         assert _loads(path) > 0
+    with (folder.parent / "metrics.csv").open() as file:
+        logged = max(int(row["step"]) for row in csv.DictReader(file))
+    assert _loads(folder / "last.ckpt") >= logged - 15, "more than one epoch was lost"
 
 
-def test_two_processes_of_the_command_line(tmp_path):
+def test_two_processes_of_the_command_line(calib, tmp_path):
     """Lightning starts the second rank itself: one folder, one table, every row once."""
     two = ("--trainer.devices=2", "--trainer.strategy=ddp")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -81,4 +88,10 @@ def test_two_processes_of_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["quickstart"]
     assert done.stdout.count("correctness AUROC") == 1
-    assert "400" in done.stdout
+    run = tmp_path / "runs" / "quickstart"
+    together = json.loads((run / "run.json").read_text())["results"]
+    assert together["test/iid/n"] == 400
+    assert calib("test", "-c", run / "config.yaml", "--trainer.devices=1", "--trainer.strategy=auto").code == 0
+    alone = json.loads((run / "test" / "run.json").read_text())["results"]
+    assert alone["test/iid/accuracy"] == together["test/iid/accuracy"]
+    assert alone == pytest.approx({key: together[key] for key in alone}, abs=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from calib_lightning.callbacks import SavePredictions
+from calib_lightning.callbacks import RunRecord, SavePredictions
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
@@ -121,6 +122,18 @@ def fit_method(rank: int, world: int, folder: str, number: int) -> dict[str, Any
         "digest": digest(module),
         "metrics": {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("val/")},
     }
+
+
+def fit_recorded(rank: int, world: int, folder: str) -> list[str]:
+    """One epoch where only the first rank knows the run's folder: the other believes in one of an older run."""
+    mine = Path(folder) / f"rank-{rank}"
+    if rank > 0:
+        mine.mkdir(parents=True)
+        (mine / "run.json").write_text(json.dumps({"data": "ToyDataModule", "splits": "older", "stages": []}))
+    module = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    run = trainer(folder, world, [RunRecord(mine)], max_epochs=1)
+    run.fit(module, datamodule=ToyDataModule(SplitSpec(val=30), train_size=90))
+    return sorted(path.name for path in mine.iterdir())
 
 
 # --- exact evaluation ------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Two processes do what one does."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -49,3 +51,10 @@ def test_resumed_run_is_bit_equal_on_two_processes(pool2, tmp_path, stop_after):
     for epoch in range(3):
         seen = [row for runs in (stopped, resumed) for run in runs for row in run["rows"].get(epoch, [])]
         assert sorted(seen) == list(range(99))
+
+
+def test_only_the_first_rank_reads_and_writes_the_run_folder(pool2, tmp_path):
+    first, second = pool2.run(cases.fit_recorded, str(tmp_path))
+    assert first == ["run.json", "splits.npz"]
+    assert second == ["run.json"]
+    assert json.loads((tmp_path / "rank-1" / "run.json").read_text())["splits"] == "older"
