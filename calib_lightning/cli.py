@@ -18,7 +18,7 @@ from calib_lightning import data, methods
 from calib_lightning.callbacks import RunCheckpoint, RunLogger, RunRecord, SavePredictions
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.module import module_record
-from calib_lightning.core.registry import class_path_of
+from calib_lightning.core.registry import class_path_of, find_class
 from calib_lightning.metrics import DIRECTION
 from calib_lightning.report import print_table
 from calib_lightning.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
@@ -121,13 +121,13 @@ class CalibCLI(LightningCLI):
         config = self._command_config()
         if self.config.subcommand in EVALUATION and config.ckpt_path is None:
             config.ckpt_path = self._checkpoint_of_run(config)
-        if config.ckpt_path is None or config.ckpt_path in ("best", "last", "hpc"):
+        if config.ckpt_path is None:
             return
         checkpoint = load_checkpoint(config.ckpt_path)
         record = module_record(checkpoint)
         self.resumed_step = int(checkpoint.get("global_step", 0))
         model = config.model
-        self.same_class = class_path_of(_class_of(model.class_path)) == record["class_path"]
+        self.same_class = class_path_of(find_class(model.class_path, ClassificationModule)) == record["class_path"]
         if not self.same_class:
             rank_zero_warn(
                 f"The checkpoint {config.ckpt_path} holds a {record['class_path']}, but the configuration asks for "
@@ -178,8 +178,8 @@ class CalibCLI(LightningCLI):
         default = Path("runs") / f"{_slug(config.data.class_path, 'DataModule')}-{_slug(config.model.class_path)}"
         wanted = Path(config.run_dir or default)
         run = run_of(config.ckpt_path) if config.ckpt_path else None
+        self.trained_in = run
         if self.config.subcommand != "fit":
-            self.trained_in = run
             return create_run_folder(run / self.config.subcommand if run else wanted)
         # A resumed run goes on where it was; other methods and names begin a run of their own from its weights.
         if run is not None and self.same_class and (config.run_dir is None or _is_numbered(run, wanted)):
@@ -216,7 +216,7 @@ class CalibCLI(LightningCLI):
     def _callbacks(self, command: Namespace) -> list[Callback]:
         saved = SavePredictions(self.run_folder / "predictions")
         if self.config.subcommand != "fit":
-            return [RunRecord(self.run_folder, trained_in=self.trained_in), saved]
+            return [RunRecord(self.run_folder, None, self.trained_in), saved]
         folder = self.run_folder / "checkpoints"
         self.keeper = last = RunCheckpoint(folder, "last")
         keepers = [last]
@@ -224,7 +224,13 @@ class CalibCLI(LightningCLI):
             mode = "max" if DIRECTION[command.select_on.rpartition("/")[2]] == "higher" else "min"
             self.keeper = RunCheckpoint(folder, "best", command.select_on, mode)
             keepers = [self.keeper, last]  # in this order: the last checkpoint knows the best score of its epoch
-        return [StepSeed(), RunRecord(self.run_folder, self.keeper), saved, Preemption(folder), *keepers]
+        return [
+            StepSeed(),
+            RunRecord(self.run_folder, self.keeper, self.trained_in),
+            saved,
+            Preemption(folder),
+            *keepers,
+        ]
 
     # --- the commands ------------------------------------------------------------------------------------------------
 
@@ -316,13 +322,6 @@ def _is_numbered(folder: Path, wanted: Path) -> bool:
 def _configured_loggers(trainer: Namespace) -> list[Namespace]:
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     return [logger for logger in loggers if isinstance(logger, Namespace)]
-
-
-def _class_of(class_path: str) -> type:
-    from jsonargparse._util import import_object
-
-    cls: type = import_object(class_path)
-    return cls
 
 
 def _slug(class_path: str, suffix: str = "") -> str:

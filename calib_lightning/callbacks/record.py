@@ -31,7 +31,7 @@ class RunRecord(Callback):
     Args:
         folder: The run folder.
         keeper: The callback that chooses the checkpoint, for a fit.
-        trained_in: The folder of the run that trained what is evaluated: its splits must be those of the data.
+        trained_in: The folder of the run that trained the network before: its splits must be those of the data.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ def _check_splits(record: dict[str, Any], data: str, found: str, folder: Path) -
         raise ValueError(
             f"The splits of the data ({found[:12]}) are not those of the run in {folder} ({known[:12]}): "
             "held-out images would be trained on, or training images taken for held-out ones. Use the data and the "
-            "split settings of its config.yaml, or start a new run with --run_dir."
+            "split settings of its config.yaml, or train a new network."
         )
 
 

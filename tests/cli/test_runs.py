@@ -224,6 +224,9 @@ def test_resuming_on_other_splits_is_refused(calib, tmp_path):
     done = calib(*QUICK, "--trainer.max_epochs=2", "--ckpt_path", run / "checkpoints/last.ckpt", "--data.split.seed=7")
     assert done.code == 1
     assert "splits" in done.err
+    done = calib(*QUICK, "--run_dir=runs/new", "--ckpt_path", run / "checkpoints/last.ckpt", "--data.split.seed=7")
+    assert done.code == 1
+    assert "splits" in done.err
 
 
 def test_parts_of_a_configuration_compose(calib, tmp_path):
