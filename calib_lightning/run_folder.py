@@ -54,7 +54,8 @@ def use_run_folder(folder: Path) -> Path:
 
 def job_id() -> str | None:
     """Return the scheduler's number of this job (SLURM, torchrun), which a restarted job keeps."""
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if job == "none" else job  # torchrun's default, which all jobs share
 
 
 def folder_of_restarted_job(wanted: str | Path) -> Path | None:
@@ -64,13 +65,13 @@ def folder_of_restarted_job(wanted: str | Path) -> Path | None:
         wanted: What the run asks for, as in `create_run_folder`.
 
     Returns:
-        The folder whose ``run.json`` holds the number of this job.
+        The newest folder whose ``run.json`` holds the number of this job.
     """
     restarts = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
     job, wanted = job_id(), Path(wanted)
     if int(restarts) == 0 or job is None:
         return None
-    for path in sorted(wanted.parent.glob(f"{wanted.name}*/run.json"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(wanted.parent.glob(f"{wanted.name}*/run.json"), key=lambda path: -path.stat().st_mtime):
         if json.loads(path.read_text()).get("job") == job:
             return path.parent
     return None

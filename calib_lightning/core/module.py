@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -183,7 +184,7 @@ class ClassificationModule(LightningModule):
         """Make one accumulator for each test set."""
         loaders = self.trainer.test_dataloaders
         count = len(loaders) if isinstance(loaders, list | tuple) else 1
-        self.test_prefixes = _prefixes(getattr(self._datamodule(), "evaluation_names", None), count)
+        self.test_prefixes = _prefixes(getattr(evaluated_datamodule(self.trainer), "evaluation_names", None), count)
         self.test_states = nn.ModuleList(EvaluationState() for _ in range(count)).to(self.device)
 
     def test_step(  # type: ignore[override]
@@ -215,9 +216,6 @@ class ClassificationModule(LightningModule):
         # compute() has summed over the ranks already
         values = {f"{prefix}/{name}": value.float() for name, value in state.compute().items()}
         self.log_dict(values, add_dataloader_idx=False)
-
-    def _datamodule(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
 
     def _checked(self, batch: Any) -> Batch:
         if isinstance(batch, list | tuple) and len(batch) == 3:
@@ -275,6 +273,27 @@ class ClassificationModule(LightningModule):
         if self.global_rank == 0:
             device = self.train_state.count.device
             self.train_state.merge_state({name: value.to(device) for name, value in record["train_state"].items()})
+
+
+def evaluated_datamodule(trainer: Trainer) -> LightningDataModule | None:
+    """Return the data module whose loaders ``validate``, ``test`` or ``predict`` is reading, None for loaders alone.
+
+    ``trainer.datamodule`` would not do: it stays after a fit, also when other loaders are evaluated.
+
+    Args:
+        trainer: A trainer that is evaluating.
+
+    Returns:
+        The data module, None where loaders were given.
+    """
+    loops: dict[TrainerFn, Any] = {
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    loop = None if trainer.state.fn is None else loops.get(trainer.state.fn)
+    source = None if loop is None else loop._data_source.instance
+    return source if isinstance(source, LightningDataModule) else None
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

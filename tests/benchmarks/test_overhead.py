@@ -92,8 +92,6 @@ def test_overhead_of_a_step(benchmark, batches, tmp_path):
     ours = benchmark.pedantic(lambda: _lightning(batches, tmp_path), rounds=1)
     benchmark.extra_info |= {"plain_ms": plain, "ours_ms": ours, "over_plain_ms": ours - plain}
     print(f"\nplain loop {plain:.3f} ms a step, ours {ours:.3f} ms: +{ours - plain:.3f} ms")
-    assert ours > 0
-    assert plain > 0
 
 
 @pytest.mark.parametrize("classes", [10, 100])
@@ -104,4 +102,4 @@ def test_update_of_all_metrics(benchmark, classes):
     state = EvaluationState(ranks=False)
     logits, labels = torch.randn(128, classes), torch.randint(classes, (128,))
     benchmark(state.update, logits, labels)
-    assert int(state.count) % 128 == 0
+    assert int(state.count) >= 128

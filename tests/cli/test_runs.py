@@ -11,6 +11,7 @@ import yaml
 
 from calib_lightning.core import load_module
 from calib_lightning.methods import LabelSmoothing
+from calib_lightning.run_folder import job_id
 
 from .conftest import QUICK
 
@@ -206,6 +207,11 @@ def test_a_job_that_its_scheduler_starts_again_goes_on_in_its_folder(calib, tmp_
     assert torch.load(tmp_path / "runs/quickstart/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
     with (tmp_path / "runs/quickstart/metrics.csv").open() as file:
         assert len([row for row in csv.DictReader(file) if row["val/nll"]]) == 2
+    assert job_id() == "77"
+    monkeypatch.setenv("SLURM_JOB_ID", "")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert job_id() is None
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
     assert (tmp_path / "runs" / "quickstart-2").is_dir()

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
+from calib_lightning.callbacks import SavePredictions
 from calib_lightning.core import ClassificationModule, Head, LinearHead, load_module
 from calib_lightning.core.module import PENDING_BATCHES
 from calib_lightning.data import SplitSpec, ToyDataModule
@@ -184,3 +185,15 @@ def test_it_is_a_lightning_module_that_saves_plain_data():
     module = ClassificationModule(3, encoder="digits_cnn")
     assert isinstance(module, LightningModule)
     assert dict(module.hparams) == {"num_classes": 3, "encoder": "digits_cnn"}
+
+
+def test_other_loaders_after_a_fit_are_not_named_after_its_data(tmp_path):
+    data = ToyDataModule(SplitSpec(val=30, calibration=30))
+    module = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    run = trainer(tmp_path, callbacks=[SavePredictions(tmp_path)], max_epochs=1)
+    run.fit(module, datamodule=data)
+    run.test(module, dataloaders=[_tuples(images=8), _tuples(images=12)], verbose=False)
+    assert [int(run.callback_metrics[f"test/{name}/n"]) for name in ("0", "1")] == [8, 12]
+    assert {path.name for path in tmp_path.glob("*.npz")} == {"0.npz", "1.npz"}
+    run.test(module, datamodule=data, verbose=False)
+    assert (tmp_path / "calibration.npz").is_file()
