@@ -107,6 +107,11 @@ class Rows:
         return torch.log1p(self._odds_against) + (self._top[0].squeeze(-1).double() - self._score_of_label)
 
     @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities ``(N, K)``, at least float32."""
+        return self.scores if self.is_probs else self.scores.softmax(dim=-1)
+
+    @cached_property
     def brier(self) -> Tensor:
         """Squared distance ``(N,)`` between the probabilities and the one-hot label, float64."""
         if self.is_probs:
