@@ -13,6 +13,7 @@ ALLOWED = {
     "seeding": set(),
     "functional": {"types"},
     "metrics": {"types", "functional"},
+    "plots": {"metrics", "files"},
     "files": set(),
     "run_folder": {"files"},
     "config_search": set(),
@@ -20,12 +21,12 @@ ALLOWED = {
     "data": {"types", "seeding", "files"},
     "core": {"types", "functional", "metrics", "seeding"},
     "methods": {"types", "functional", "core"},
-    "callbacks": {"types", "metrics", "core", "seeding", "files", "run_folder"},
+    "callbacks": {"types", "metrics", "plots", "core", "seeding", "files", "run_folder"},
     "cli": {"data", "methods", "callbacks", "core", "metrics", "report", "run_folder"},
     "__main__": {"cli", "config_search", "run_folder"},
     "__init__": set(),
 }
-WITHOUT_TRAINER = {"functional", "metrics", "seeding", "report"}
+WITHOUT_TRAINER = {"plots", "functional", "metrics", "seeding", "report"}
 
 
 def _parts():

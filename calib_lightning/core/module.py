@@ -22,7 +22,7 @@ from calib_lightning.core.encoders import build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.registry import class_path_of, find_class
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics import EvaluationState
+from calib_lightning.metrics import CORE, REPORT, EvaluationState
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
 
 CHECKPOINT_KEY = "calib_lightning"
@@ -87,7 +87,7 @@ class ClassificationModule(LightningModule):
         self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.train_state = EvaluationState(ranks=False)
+        self.train_state = EvaluationState([key for key in CORE if key != "correctness_auroc"])
         self._pending: list[tuple[Tensor, Tensor]] = []
         self.val_state = EvaluationState()
         self.test_states = nn.ModuleList()
@@ -185,7 +185,7 @@ class ClassificationModule(LightningModule):
         loaders = self.trainer.test_dataloaders
         count = len(loaders) if isinstance(loaders, list | tuple) else 1
         self.test_prefixes = _prefixes(getattr(evaluated_datamodule(self.trainer), "evaluation_names", None), count)
-        self.test_states = nn.ModuleList(EvaluationState() for _ in range(count)).to(self.device)
+        self.test_states = nn.ModuleList(EvaluationState(REPORT) for _ in range(count)).to(self.device)
 
     def test_step(  # type: ignore[override]
         self, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -4,45 +4,207 @@ from __future__ import annotations
 
 from typing import Any
 
-from calib_lightning.metrics.functional.rows import InputKind
+from calib_lightning.metrics.read_outs import READ_OUTS, ReadOut
 from calib_lightning.metrics.state import ReadOutMetric
 
 
 class ExpectedCalibrationError(ReadOutMetric):
     """Expected calibration error of the predicted class (Guo et al., 2017); see `functional.ece`.
 
-    Args:
-        n_bins: Number of equal-width bins ``(lo, hi]``.
-        input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
-        **kwargs: Arguments of `torchmetrics.Metric`.
+    The arguments are those of `ReadOutMetric`.
 
     Example:
-        >>> metric = ExpectedCalibrationError(n_bins=10, input="probs")
-        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 0]))
-        >>> metric.compute()
-        tensor(0.2000, dtype=torch.float64)
+        >>> metric = ExpectedCalibrationError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
     """
 
     key = "ece"
-    higher_is_better = False
 
-    def __init__(self, n_bins: int = 15, input: InputKind = "logits", **kwargs: Any) -> None:
-        super().__init__(input=input, n_bins=n_bins, **kwargs)
+
+class MaximumCalibrationError(ReadOutMetric):
+    """Largest gap of a bin (Guo et al., 2017); see `functional.mce`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = MaximumCalibrationError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "mce"
+
+
+class RootMeanSquaredCalibrationError(ReadOutMetric):
+    """Root of the mean squared gap over bins; see `functional.rmsce`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = RootMeanSquaredCalibrationError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "rmsce"
+
+
+class OverconfidenceError(ReadOutMetric):
+    """Gaps of over-confident bins, weighed by confidence (Thulasidasan et al., 2019); see `functional.overconfidence_error`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = OverconfidenceError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "overconfidence_error"
+
+
+class OverCalibrationError(ReadOutMetric):
+    """The over-confident part of the expected calibration error; see `functional.over_ece`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = OverCalibrationError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "over_ece"
+
+
+class UnderCalibrationError(ReadOutMetric):
+    """The under-confident part of the expected calibration error; see `functional.under_ece`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = UnderCalibrationError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "under_ece"
 
 
 class SignedGap(ReadOutMetric):
-    """Mean confidence less accuracy, positive for over-confidence; see `functional.signed_gap`.
+    """Mean confidence less accuracy; see `functional.signed_gap`.
 
-    Args:
-        input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
-        **kwargs: Arguments of `torchmetrics.Metric`.
+    The arguments are those of `ReadOutMetric`.
 
     Example:
         >>> metric = SignedGap(input="probs")
         >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
-        >>> metric.compute()
-        tensor(0.3000, dtype=torch.float64)
+        >>> round(float(metric.compute()), 4)
+        EXPECT
     """
 
     key = "signed_gap"
-    higher_is_better = None
+
+
+class ClasswiseCalibrationError(ReadOutMetric):
+    """Static calibration error: mean over all K classes (Nixon et al., 2019); see `functional.classwise_ece`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = ClasswiseCalibrationError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "classwise_ece"
+
+
+class KolmogorovSmirnovError(ReadOutMetric):
+    """Largest gap of the cumulative sums over confidence (Gupta et al., 2021); see `functional.ks`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = KolmogorovSmirnovError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "ks"
+
+
+class DebiasedL2Error(ReadOutMetric):
+    """L2 calibration error less its bias, equal-mass bins (Kumar et al., 2019); see `functional.debiased_l2`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = DebiasedL2Error(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "debiased_l2"
+
+
+class SmoothCalibrationError(ReadOutMetric):
+    """Calibration error by kernel smoothing, without bins (Blasiok and Nakkiran, 2023); see `functional.smece`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = SmoothCalibrationError(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "smece"
+
+
+class AdaptiveCalibrationError(ReadOutMetric):
+    """Calibration error over bins of equally many rows; see `functional.aece_split` and `functional.aece_official`.
+
+    Args:
+        convention: ``"split"`` cuts the sorted rows in M parts that differ by at most one row; ``"official"`` is the code
+            behind most published figures, which leaves out the least confident row.
+        **kwargs: Arguments of `ReadOutMetric`.
+
+    Raises:
+        ValueError: An unknown convention.
+
+    Example:
+        >>> metric = AdaptiveCalibrationError(n_bins=2, input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "aece_split"
+
+    def __init__(self, convention: str = "split", **kwargs: Any) -> None:
+        if convention not in ("split", "official"):
+            raise ValueError(f"convention={convention!r}: allowed are 'split' and 'official'")
+        self.convention = convention
+        super().__init__(**kwargs)
+
+    @property
+    def read_out(self) -> ReadOut:
+        """How the value is read from the state."""
+        return READ_OUTS[f"aece_{self.convention}"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the numbers must know."""
+        return super().settings | {"convention": self.convention}

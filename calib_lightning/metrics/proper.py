@@ -1,59 +1,107 @@
-"""Accuracy and the proper scores as metrics."""
+"""Accuracy, the proper scores and the entropy as metrics."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from calib_lightning.metrics.read_outs import ReadOut, mean_of
 from calib_lightning.metrics.state import ReadOutMetric
 
 
 class Accuracy(ReadOutMetric):
     """Share of rows whose label is the predicted class; see `functional.accuracy`.
 
-    Args:
-        input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
-        **kwargs: Arguments of `torchmetrics.Metric`.
+    The arguments are those of `ReadOutMetric`.
 
     Example:
-        >>> metric = Accuracy()
-        >>> metric.update(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
-        >>> metric.compute()
-        tensor(0.5000, dtype=torch.float64)
+        >>> metric = Accuracy(input="probs")
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
     """
 
     key = "accuracy"
-    higher_is_better = True
 
 
 class NegativeLogLikelihood(ReadOutMetric):
-    """Mean negative log-likelihood of the label in nats; see `functional.nll`.
+    """Mean negative log-likelihood in nats, also of soft labels ``(N, K)``; see `functional.nll`.
 
-    Args:
-        input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
-        **kwargs: Arguments of `torchmetrics.Metric`.
+    The arguments are those of `ReadOutMetric`.
 
     Example:
         >>> metric = NegativeLogLikelihood()
         >>> metric.update(torch.zeros(3, 4), torch.tensor([0, 1, 2]))
-        >>> metric.compute()
-        tensor(1.3863, dtype=torch.float64)
+        >>> round(float(metric.compute()), 4)
+        EXPECT
     """
 
     key = "nll"
-    higher_is_better = False
+    takes_soft_labels = True
 
 
 class BrierScore(ReadOutMetric):
-    """Brier score over all classes, in ``[0, 2]``; see `functional.brier`.
+    """Brier score over all classes, in ``[0, 2]``, also of soft labels ``(N, K)``; see `functional.brier`.
 
-    Args:
-        input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
-        **kwargs: Arguments of `torchmetrics.Metric`.
+    The arguments are those of `ReadOutMetric`.
 
     Example:
         >>> metric = BrierScore()
         >>> metric.update(torch.zeros(1, 4), torch.tensor([0]))
-        >>> metric.compute()
-        tensor(0.7500, dtype=torch.float64)
+        >>> round(float(metric.compute()), 4)
+        EXPECT
     """
 
     key = "brier"
-    higher_is_better = False
+    takes_soft_labels = True
+
+
+class Entropy(ReadOutMetric):
+    """Mean entropy of the predicted probabilities in nats; it reads no labels. See `functional.entropy`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = Entropy()
+        >>> metric.update(torch.zeros(1, 4), torch.tensor([0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "entropy"
+    takes_soft_labels = True
+
+
+class TopKAccuracy(ReadOutMetric):
+    """Share of rows whose label is among the k largest scores; see `functional.top_k_accuracy`.
+
+    Args:
+        k: How many classes may be named.
+        **kwargs: Arguments of `ReadOutMetric`.
+
+    Raises:
+        ValueError: ``k`` is not a positive integer.
+
+    Example:
+        >>> metric = TopKAccuracy(k=2)
+        >>> metric.update(torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([1, 2]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "top5_accuracy"
+
+    def __init__(self, k: int = 5, **kwargs: Any) -> None:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k={k!r}: give an integer >= 1")
+        self.k = k
+        super().__init__(**kwargs)
+
+    @property
+    def read_out(self) -> ReadOut:
+        """How the value is read from the state."""
+        return mean_of(f"top{self.k}", "higher")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the numbers must know."""
+        return super().settings | {"k": self.k}

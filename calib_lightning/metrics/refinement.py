@@ -1,25 +1,226 @@
-"""How well the confidence ranks predictions, as metrics."""
+"""How well the confidence ranks right above wrong answers, as metrics."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from calib_lightning.metrics.read_outs import ReadOut, coverage_at_risk_of, excess_aurc_of, risk_at_coverage_of
 from calib_lightning.metrics.state import ReadOutMetric
 
 
 class CorrectnessAUROC(ReadOutMetric):
-    """Area under the ROC curve of "the prediction is correct", exact; see `functional.correctness_auroc`.
+    """Area under the ROC curve of "the prediction is correct"; see `functional.correctness_auroc`.
 
-    It keeps 5 bytes a row (9 for float64 logits).
-
-    Args:
-        input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
-        **kwargs: Arguments of `torchmetrics.Metric`.
+    The arguments are those of `ReadOutMetric`.
 
     Example:
-        >>> metric = CorrectnessAUROC()
-        >>> metric.update(torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1, 0]))
-        >>> metric.compute()
-        tensor(0.5000, dtype=torch.float64)
+        >>> metric = CorrectnessAUROC(input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
     """
 
     key = "correctness_auroc"
-    higher_is_better = True
+
+
+class AUPRSuccess(ReadOutMetric):
+    """Average precision with correct predictions as positives; see `functional.aupr_success`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = AUPRSuccess(input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "aupr_success"
+
+
+class AUPRError(ReadOutMetric):
+    """Average precision with wrong predictions as positives; see `functional.aupr_error`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = AUPRError(input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "aupr_error"
+
+
+class FPR95(ReadOutMetric):
+    """Share of wrong predictions above the threshold that keeps 95 % of the correct ones; see `functional.fpr95`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = FPR95(input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "fpr95"
+
+
+class AURC(ReadOutMetric):
+    """Area under the risk-coverage curve (Geifman and El-Yaniv, 2017); see `functional.aurc`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = AURC(input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "aurc"
+
+
+class AUGRC(ReadOutMetric):
+    """Area under the generalised risk-coverage curve (Traub et al., 2024); see `functional.augrc`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = AUGRC(input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "augrc"
+
+
+class OvOAUROC(ReadOutMetric):
+    """One-versus-one AUROC of the classes (Hand and Till, 2001), which keeps all K scores of a row; see `functional.ovo_auroc`.
+
+    The arguments are those of `ReadOutMetric`.
+
+    Example:
+        >>> metric = OvOAUROC(input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "ovo_auroc"
+
+
+class ExcessAURC(ReadOutMetric):
+    """AURC less that of a perfect ranking (Geifman et al., 2019); see `functional.e_aurc`.
+
+    Args:
+        exact: Whether to subtract the optimum of this many rows in place of its limit.
+        **kwargs: Arguments of `ReadOutMetric`.
+
+    Example:
+        >>> metric = ExcessAURC(exact=False, input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "e_aurc"
+
+    def __init__(self, exact: bool = False, **kwargs: Any) -> None:
+        self.exact = exact
+        super().__init__(**kwargs)
+
+    @property
+    def read_out(self) -> ReadOut:
+        """How the value is read from the state."""
+        return excess_aurc_of(self.exact)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the numbers must know."""
+        return super().settings | {"exact": self.exact}
+
+
+class CoverageAtRisk(ReadOutMetric):
+    """Largest share of rows that can be answered at an error rate; see `functional.coverage_at_risk`.
+
+    Args:
+        risk: The error rate that is allowed, a fraction.
+        **kwargs: Arguments of `ReadOutMetric`.
+
+    Raises:
+        ValueError: ``risk`` is not in [0, 1].
+
+    Example:
+        >>> metric = CoverageAtRisk(risk=0.05, input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "coverage_at_risk_0.05"
+
+    def __init__(self, risk: float = 0.05, **kwargs: Any) -> None:
+        if not 0.0 <= risk <= 1.0:
+            raise ValueError(f"risk={risk!r}: give a fraction in [0, 1]")
+        self.risk = risk
+        super().__init__(**kwargs)
+
+    @property
+    def read_out(self) -> ReadOut:
+        """How the value is read from the state."""
+        return coverage_at_risk_of(self.risk)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the numbers must know."""
+        return super().settings | {"risk": self.risk}
+
+
+class RiskAtCoverage(ReadOutMetric):
+    """Error rate of the most confident share of the rows; see `functional.risk_at_coverage`.
+
+    Args:
+        coverage: Share of the rows that are answered, a fraction.
+        **kwargs: Arguments of `ReadOutMetric`.
+
+    Raises:
+        ValueError: ``coverage`` is not in (0, 1].
+
+    Example:
+        >>> metric = RiskAtCoverage(coverage=0.8, input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 4)
+        EXPECT
+    """
+
+    key = "risk_at_coverage_0.8"
+
+    def __init__(self, coverage: float = 0.8, **kwargs: Any) -> None:
+        if not 0.0 < coverage <= 1.0:
+            raise ValueError(f"coverage={coverage!r}: give a fraction in (0, 1]")
+        self.coverage = coverage
+        super().__init__(**kwargs)
+
+    @property
+    def read_out(self) -> ReadOut:
+        """How the value is read from the state."""
+        return risk_at_coverage_of(self.coverage)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the numbers must know."""
+        return super().settings | {"coverage": self.coverage}

@@ -1,24 +1,38 @@
 """One shared accumulator over an evaluated set, from which the metrics are read.
 
-The state is made of *parts* (a count, sums, binned sums, ranking rows) and a metric is a *read-out*: one function
-from the state to a scalar, which names the parts it needs. `EvaluationState` holds the parts of all its read-outs and
-fills them in one pass; a single metric holds only those of its own. A new metric adds entries to `PARTS` and
-`READ_OUTS` and leaves the existing ones alone.
+The state is made of *parts* (a count, sums, binned sums, ordered rows) and a metric is a *read-out*: one function of a
+view of the state, which names the parts it needs. `EvaluationState` holds the parts of all its read-outs and fills
+them in one pass; a single metric holds only those of its own. A new metric adds entries to `PARTS` and
+`read_outs.READ_OUTS` and leaves the existing ones alone.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from calib_lightning.metrics.functional.calibration import bin_sums, check_n_bins, ece_from_bins
-from calib_lightning.metrics.functional.refinement import auroc
+from calib_lightning.functional import at_least_float32
+from calib_lightning.metrics.functional.calibration import bin_sums, check_n_bins
+from calib_lightning.metrics.functional.classwise import classwise_sums
+from calib_lightning.metrics.functional.decomposition import moment_sums
+from calib_lightning.metrics.functional.ordered import Ordered, order_rows
+from calib_lightning.metrics.functional.ovo import ovo_auroc
+from calib_lightning.metrics.functional.proper import (
+    check_soft_labels,
+    check_soft_values,
+    is_soft,
+    soft_brier_rows,
+    soft_label_faults,
+    soft_nll_rows,
+    top_k_rows,
+)
 from calib_lightning.metrics.functional.rows import (
     FAULTS,
     InputKind,
@@ -28,9 +42,9 @@ from calib_lightning.metrics.functional.rows import (
     check_values,
     fault_masks,
 )
-
-Direction = Literal["higher", "lower", "zero"]
-"""Which values of a metric are better; ``"zero"`` means nearest to zero."""
+from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
+from calib_lightning.metrics.functional.variational import VariationalSplit, variational_split
+from calib_lightning.metrics.read_outs import CORE, READ_OUTS, ReadOut, View, undefined_keys
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -66,24 +80,12 @@ class Part(NamedTuple):
         declare: Adds the states of this part to a metric.
         add: Adds the rows of a batch to them, out of place: a state that was made under `torch.inference_mode` could
             not be changed in place later.
+        add_soft: Adds a batch of ``(logits, labels)`` whose labels are shares of the classes, or refuses it.
     """
 
     declare: Callable[[RowMetric], None]
     add: Callable[[RowMetric, Rows], None]
-
-
-class ReadOut(NamedTuple):
-    """A metric: a function of the state.
-
-    Attributes:
-        parts: Names of the parts that it reads, besides the count, which is always there.
-        value: Maps the state to a 0-d float64 tensor.
-        better: Which values are better.
-    """
-
-    parts: tuple[str, ...]
-    value: Callable[[Any], Tensor]
-    better: Direction
+    add_soft: Callable[[RowMetric, Tensor, Tensor], None]
 
 
 class RowMetric(Metric):
@@ -96,35 +98,61 @@ class RowMetric(Metric):
     Args:
         parts: Names of the needed `PARTS`.
         n_bins: Number of bins M of the binned parts.
+        rank_bins: Size of the histogram of log-odds that the ranking metrics are read from; ``None`` keeps the score
+            of every row, which is exact.
+        details: Whether to keep one value a row of every part, for intervals and groups.
         input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
         **kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
     is_differentiable = False
+    takes_soft_labels: ClassVar[bool] = False
 
     count: Tensor
     faults: Tensor
     first_fault: Tensor
+    num_classes: Tensor
 
-    def __init__(self, parts: Iterable[str], n_bins: int = 15, input: InputKind = "logits", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        parts: Iterable[str],
+        n_bins: int = 15,
+        rank_bins: int | None = None,
+        details: bool = False,
+        input: InputKind = "logits",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_kind(input)
         check_n_bins(n_bins)
+        if rank_bins is not None:
+            check_rank_bins(rank_bins)
         self.n_bins = n_bins
+        self.rank_bins = rank_bins
+        self.details = details
         self.input = input
         self.parts = tuple(dict.fromkeys(parts))
+        if details:
+            # Rows are needed for every metric of a group, whichever are asked for now.
+            if rank_bins is not None:
+                raise ValueError(
+                    f"rank_bins={rank_bins} with details=True: rows are kept one by one then; leave it out"
+                )
+            self.parts = tuple(dict.fromkeys((*self.parts, "confidence", "correct", "ranks", "labels")))
         self._num_classes: int | None = None
         self._count_before_forward: int | None = None
+        self._list_dtypes: dict[str, torch.dtype] = {}
+        self._class_sums: list[str] = []
+        self.add_state("num_classes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("faults", torch.zeros(len(FAULTS), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("first_fault", torch.full((), _NEVER), dist_reduce_fx="min")
-        self._list_dtypes: dict[str, torch.dtype] = {}
         for part in self.parts:
-            PARTS[part].declare(self)
+            part_of(part).declare(self)
 
     def add_list(self, name: str, dtype: torch.dtype) -> None:
-        """Declare a state that keeps one value a row, as a list of one tensor a batch.
+        """Declare a state that keeps one value (or one row of K values) a row, as a list of one tensor a batch.
 
         Args:
             name: Name of the state.
@@ -133,6 +161,20 @@ class RowMetric(Metric):
         self.add_state(name, [], dist_reduce_fx="cat")
         self._list_dtypes[name] = dtype
 
+    def add_class_sums(self, name: str) -> None:
+        """Declare a state of sums ``(2, K, M)``; it is made with the first batch, which tells K.
+
+        Args:
+            name: Name of the state.
+        """
+        self.add_state(name, torch.zeros(2, 0, self.n_bins, dtype=torch.float64), dist_reduce_fx="sum")
+        self._class_sums.append(name)
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """Names of the states that keep rows."""
+        return tuple(self._list_dtypes)
+
     def rows_of(self, name: str) -> Tensor:
         """Return all values of a list state.
 
@@ -140,13 +182,15 @@ class RowMetric(Metric):
             name: A name given to `add_list`.
 
         Returns:
-            ``(N,)``, empty where there are no rows.
+            ``(N,)`` or ``(N, K)``, empty where there are no rows.
         """
         state: Tensor | list[Tensor] = getattr(self, name)
-        if isinstance(state, Tensor):
-            return state
-        empty = torch.empty(0, dtype=self._list_dtypes[name], device=self.count.device)
-        return torch.cat([empty, *state])
+        batches = [batch for batch in ([state] if isinstance(state, Tensor) else state) if len(batch)]
+        if len(batches) == 1:
+            return batches[0]
+        if batches:
+            return torch.cat(batches)
+        return torch.empty(0, dtype=self._list_dtypes[name], device=self.count.device)
 
     def update(self, logits: Tensor, labels: Tensor, confidence: Tensor | None = None) -> None:
         """Add a batch; none of its tensors is kept. A batch of no rows is fine.
@@ -161,6 +205,9 @@ class RowMetric(Metric):
             ValueError: A wrong shape, another K than before, or (on the CPU) an invalid value.
         """
         batch = self._update_count + (self._count_before_forward or 0)
+        if self.takes_soft_labels and is_soft(labels):
+            self._update_soft(logits, labels, batch)
+            return
         where = self._check_shapes(logits, labels, confidence, batch)
         if not has_float64(logits.device):
             logits, labels = logits.cpu(), labels.cpu()
@@ -168,19 +215,16 @@ class RowMetric(Metric):
         if checks_at_once(logits.device):
             check_values(logits, labels, confidence, self.input, where)
         elif len(labels):
-            found = fault_masks(logits, labels, confidence, self.input).sum(dim=1)
-            self.faults = self.faults + found
-            self.first_fault = torch.where(found.any(), self.first_fault.clamp(max=batch), self.first_fault)
+            self._count_faults(fault_masks(logits, labels, confidence, self.input), batch)
             # An index outside the row would stop the device before `compute` can say what was wrong.
             labels = labels.clamp(0, logits.shape[1] - 1)
-        if self._num_classes is None:
-            self._num_classes = logits.shape[1]
+        self._begin(logits)
         if len(labels) == 0:
             return
         self.count = self.count + len(labels)
         rows = Rows(logits, labels, confidence, self.input)
         for part in self.parts:
-            PARTS[part].add(self, rows)
+            part_of(part).add(self, rows)
 
     def forward(self, logits: Tensor, labels: Tensor, confidence: Tensor | None = None) -> Any:
         """Add a batch and return the metric of that batch alone; dearer than `update`.
@@ -199,12 +243,18 @@ class RowMetric(Metric):
         """
         # The base class empties the state on the way. What is wrong must be found before, or the earlier batches
         # would be lost with the error; and neither K nor the number of the batch may be forgotten.
-        where = self._check_shapes(logits, labels, confidence, self._update_count + 1)
-        if checks_at_once(logits.device):
-            check_values(logits, labels, confidence, self.input, where)
+        if self.takes_soft_labels and is_soft(labels):
+            self._check_soft(logits, labels, self._update_count + 1)
+        else:
+            where = self._check_shapes(logits, labels, confidence, self._update_count + 1)
+            if checks_at_once(logits.device):
+                check_values(logits, labels, confidence, self.input, where)
+        return self._forward_once(logits, labels, confidence)
+
+    def _forward_once(self, *batch: Tensor | None) -> Any:
         self._count_before_forward = 0 if self.dist_sync_on_step else self._update_count
         try:
-            return super().forward(logits, labels, confidence)
+            return super().forward(*batch)
         finally:
             self._count_before_forward = None
 
@@ -218,8 +268,16 @@ class RowMetric(Metric):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers must know: number and convention of the bins, kind of input, rows seen."""
-        return {"n_bins": self.n_bins, "bins": "(lo, hi]", "input": self.input, "rows": int(self.count)}
+        """What a reader of the numbers must know: conventions, kind of input, rows and classes seen by this process."""
+        known: dict[str, Any] = {"rows": int(self.count), "classes": int(self.num_classes) or None, "input": self.input}
+        parts = set(self.parts)
+        if parts & {"bins", "moments", "classwise", "ranks"}:
+            known["n_bins"] = self.n_bins
+        if parts & {"bins", "moments", "classwise"}:
+            known["bins"] = "(lo, hi]"
+        if "ranks" in parts:
+            known["ranking"] = "exact" if self.rank_bins is None else f"histogram of {self.rank_bins} bins"
+        return known
 
     def extra_repr(self) -> str:
         """Name the settings that change results.
@@ -227,17 +285,55 @@ class RowMetric(Metric):
         Returns:
             Text for ``repr``.
         """
-        return f"n_bins={self.n_bins}, input={self.input!r}"
+        ranks = "" if self.rank_bins is None else f", rank_bins={self.rank_bins}"
+        return f"n_bins={self.n_bins}{ranks}, input={self.input!r}"
+
+    def _begin(self, logits: Tensor) -> None:
+        # `forward` empties the states on the way but not what is remembered of K.
+        if self._num_classes is None or self._count_before_forward is not None:
+            self._num_classes = logits.shape[1]
+            self.num_classes = torch.full((), logits.shape[1], device=self.num_classes.device)
+
+    def _check_soft(self, logits: Tensor, labels: Tensor, batch: int) -> str:
+        where = f"{type(self).__name__}, batch {batch}"
+        check_soft_labels(logits, labels, where)
+        self._check_classes(logits, where)
+        if checks_at_once(logits.device):
+            check_values(logits, labels.new_zeros(len(labels), dtype=torch.int64), None, self.input, where)
+            check_soft_values(labels, where)
+        return where
+
+    def _update_soft(self, logits: Tensor, labels: Tensor, batch: int) -> None:
+        if not has_float64(logits.device):
+            logits, labels = logits.cpu(), labels.cpu()
+        self._check_soft(logits, labels, batch)
+        if not checks_at_once(logits.device) and len(labels):
+            hard = labels.new_zeros(len(labels), dtype=torch.int64)
+            masks = fault_masks(logits, hard, None, self.input)
+            masks[FAULTS.index("labels")] = soft_label_faults(labels)
+            self._count_faults(masks, batch)
+        self._begin(logits)
+        self.count = self.count + len(labels)
+        for part in self.parts:
+            part_of(part).add_soft(self, logits, labels)
+
+    def _count_faults(self, masks: Tensor, batch: int) -> None:
+        found = masks.sum(dim=1)
+        self.faults = self.faults + found
+        self.first_fault = torch.where(found.any(), self.first_fault.clamp(max=batch), self.first_fault)
 
     def _check_shapes(self, logits: Tensor, labels: Tensor, confidence: Tensor | None, batch: int) -> str:
         where = f"{type(self).__name__}, batch {batch}"
         check_shapes(logits, labels, confidence, where)
+        self._check_classes(logits, where)
+        return where
+
+    def _check_classes(self, logits: Tensor, where: str) -> None:
         if self._num_classes not in (None, logits.shape[1]):
             raise ValueError(
                 f"{where}: logits have {logits.shape[1]} classes but earlier batches had {self._num_classes}; "
                 "call reset() before another set"
             )
-        return where
 
     def _settle(self) -> None:
         """Report what was only counted so far: invalid values, and that there are no rows at all."""
@@ -252,32 +348,77 @@ class RowMetric(Metric):
             if self._is_synced:
                 self.unsync()
             raise ValueError(message)
+
+    def _warn_about(self, values: dict[str, Tensor]) -> None:
         # Where `update` was never called the base class has warned already.
-        if self.update_called and int(self.count) == 0:
-            warnings.warn(f"{type(self).__name__}: no rows were given, the result is nan", stacklevel=3)
+        undefined = undefined_keys(values)
+        if not undefined or not self.update_called:
+            return
+        rows = int(self.count)
+        view = StateView(self)
+        correct = None
+        if "correct" in self.parts:
+            correct = round(float(view.mean("correct") * view.count)) if rows else 0
+        elif "ranks" in self.parts:
+            correct = int(view.ordered.hits.sum())
+        names = undefined if rows and len(values) > 1 else ()
+        warn_undefined(type(self).__name__, names, why_undefined(rows, correct), stacklevel=4)
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
         # All sums travel as the bytes of one tensor, which is one exchange in place of one a state. A byte for each
         # list says whether it is float64 here; the lists follow, in a dtype that all ranks know then, because a rank
-        # without rows, or with rows of another dtype, would break the exchange.
+        # without rows, or with rows of another dtype, would break the exchange. Sums that have a row for each class
+        # come last: a rank without rows does not know K.
         group = process_group or self.process_group
-        fixed = {name: getattr(self, name).reshape(-1) for name in self._defaults if name not in self._list_dtypes}
         lists = {name: self.rows_of(name) for name in self._list_dtypes}
+        plain = [name for name in self._defaults if name not in lists and name not in self._class_sums]
         wide = torch.tensor([rows.dtype == torch.float64 for rows in lists.values()], dtype=torch.uint8)
-        packed = torch.cat([*(state.view(torch.uint8) for state in fixed.values()), wide.to(self.count.device)])
-        gathered = torch.stack(dist_sync_fn(packed, group=group))
+        packed = [getattr(self, name).reshape(-1).view(torch.uint8) for name in (*plain, *self._class_sums)]
+        packed.insert(len(plain), wide.to(self.count.device))
+        gathered = dist_sync_fn(torch.cat(packed), group=group)
         start = 0
-        for name, state in fixed.items():
+        for name in plain:
+            state = getattr(self, name)
             stop = start + state.nbytes
-            ranks = gathered[:, start:stop].flatten().clone().view(state.dtype)
-            shape = getattr(self, name).shape
-            self._set_reduced(name, ranks.reshape(-1, *shape))
+            of_ranks = torch.stack([rank[start:stop] for rank in gathered]).flatten().view(state.dtype)
+            if name == "num_classes":  # the first, so that nothing is changed yet
+                self._agree_on_classes(of_ranks.tolist())
+            self._set_reduced(name, of_ranks.reshape(-1, *state.shape))
             start = stop
-        for (name, rows), is_wide in zip(lists.items(), gathered[:, start:].any(dim=0).tolist(), strict=True):
-            rows = rows.double() if is_wide else rows
+        is_wide = torch.stack([rank[start : start + len(wide)] for rank in gathered]).any(dim=0).tolist()
+        start += len(wide)
+        shape = (2, int(self.num_classes), self.n_bins)
+        for name in self._class_sums:
+            stop = start + 8 * math.prod(shape)
+            present = [rank[start:stop].clone().view(torch.float64) for rank in gathered if len(rank) >= stop]
+            whole = [torch.zeros(shape, dtype=torch.float64, device=self.count.device)]
+            self._set_reduced(name, torch.stack(whole + [sums.reshape(shape) for sums in present]))
+            start = stop
+        for (name, rows), double in zip(lists.items(), is_wide, strict=True):
+            rows = rows.double() if double else rows
+            if name == "scores" and not len(rows):
+                rows = rows.reshape(0, shape[1])
             self._set_reduced(name, dist_sync_fn(rows, group=group))
+
+    def _agree_on_classes(self, ranks: list[int]) -> None:
+        seen = sorted(set(ranks) - {0})
+        if len(seen) > 1:
+            raise ValueError(f"{type(self).__name__}: processes saw logits of different numbers of classes: {seen}")
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        for name in self._class_sums:
+            here, there = getattr(self, name), incoming_state[name]
+            if here.shape[1] == 0:
+                setattr(self, name, torch.zeros_like(there))
+            elif there.shape[1] == 0:
+                incoming_state = {**incoming_state, name: torch.zeros_like(here)}
+            elif here.shape != there.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: cannot merge states of {here.shape[1]} and {there.shape[1]} classes"
+                )
+        super()._reduce_states(incoming_state)
 
     def _set_reduced(self, name: str, ranks: Tensor | list[Tensor]) -> None:
         reduction: Any = self._reductions[name]
@@ -293,14 +434,60 @@ class RowMetric(Metric):
         return self
 
 
-def _sum_part(name: str, values: Callable[[Rows], Tensor], dtype: torch.dtype = torch.float64) -> Part:
+def check_rank_bins(rank_bins: int) -> None:
+    """Refuse a histogram of log-odds that is too small to rank by.
+
+    Args:
+        rank_bins: Number of bins.
+
+    Raises:
+        ValueError: It is not an integer of at least 64.
+    """
+    if isinstance(rank_bins, bool) or not isinstance(rank_bins, int) or rank_bins < 64:
+        raise ValueError(
+            f"rank_bins={rank_bins!r}: give an integer >= 64 ({RANK_BINS} is good), or None for exact ranks"
+        )
+
+
+def _writable(metric: RowMetric, name: str) -> Tensor:
+    # A state made under `torch.inference_mode` cannot be changed in place outside of it.
+    state: Tensor = getattr(metric, name)
+    if state.is_inference() and not torch.is_inference_mode_enabled():
+        state = state.clone()
+        setattr(metric, name, state)
+    return state
+
+
+def _mean_part(
+    name: str,
+    values: Callable[[Rows], Tensor],
+    dtype: torch.dtype = torch.float64,
+    soft: Callable[[Tensor, Tensor, InputKind], Tensor] | None = None,
+) -> Part:
     def declare(metric: RowMetric) -> None:
-        metric.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        metric.add_state(f"{name}_sum", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        if metric.details:
+            metric.add_list(f"{name}_rows", torch.bool if dtype == torch.int64 else dtype)
 
-    def add(metric: RowMetric, rows: Rows) -> None:
-        setattr(metric, name, getattr(metric, name) + values(rows).sum(dtype=dtype))
+    def add_values(metric: RowMetric, of_rows: Tensor) -> None:
+        setattr(metric, f"{name}_sum", getattr(metric, f"{name}_sum") + of_rows.sum(dtype=dtype))
+        if metric.details:
+            getattr(metric, f"{name}_rows").append(of_rows.clone())
 
-    return Part(declare, add)
+    def add_soft(metric: RowMetric, logits: Tensor, labels: Tensor) -> None:
+        if soft is None:
+            raise TypeError(f"{type(metric).__name__}: soft labels have no {name}; give class numbers")
+        add_values(metric, soft(logits, labels, metric.input))
+
+    return Part(declare, lambda metric, rows: add_values(metric, values(rows)), add_soft)
+
+
+def _entropy_rows(logits: Tensor, labels: Tensor, input: InputKind) -> Tensor:
+    return Rows(logits, labels.argmax(dim=-1), None, input).entropy
+
+
+def _refuse_soft(metric: RowMetric, logits: Tensor, labels: Tensor) -> None:
+    raise TypeError(f"{type(metric).__name__}: give class numbers as labels, not shares of classes")
 
 
 def _declare_bins(metric: RowMetric) -> None:
@@ -311,59 +498,164 @@ def _add_bins(metric: Any, rows: Rows) -> None:
     metric.bins = metric.bins + bin_sums(rows.confidence, rows.correct, metric.n_bins)
 
 
+def _declare_moments(metric: RowMetric) -> None:
+    metric.add_state("moments", torch.zeros(metric.n_bins, 2, dtype=torch.float64), dist_reduce_fx="sum")
+
+
+def _add_moments(metric: Any, rows: Rows) -> None:
+    metric.moments = metric.moments + moment_sums(rows.confidence, rows.correct, metric.n_bins)
+
+
+def _add_classwise(metric: Any, rows: Rows) -> None:
+    sums = classwise_sums(rows.probs, rows.labels, metric.n_bins)
+    if metric.classwise.shape[1] == 0:
+        metric.classwise = sums
+    else:
+        _writable(metric, "classwise").add_(sums)
+
+
+RANK_BINS = 16384
+"""A good size for the histogram of log-odds: 384 KiB, and areas under curves to some 1e-6."""
+
+_RANK_LIMIT = math.asinh(1e5)
+
+
 def _declare_ranks(metric: RowMetric) -> None:
+    if metric.rank_bins is not None:
+        metric.add_state("rank_sums", torch.zeros(3, metric.rank_bins, dtype=torch.float64), dist_reduce_fx="sum")
+        return
     metric.add_list("rank_scores", torch.float32)
     metric.add_list("rank_correct", torch.bool)
 
 
 def _add_ranks(metric: Any, rows: Rows) -> None:
-    metric.rank_scores.append(rows.log_odds)
-    metric.rank_correct.append(rows.correct)
+    if metric.rank_bins is None:
+        metric.rank_scores.append(rows.log_odds)
+        metric.rank_correct.append(rows.correct)
+        return
+    # asinh is even around 0 and logarithmic far out, where the scores of over-confident networks are.
+    place = (torch.asinh(rows.log_odds) / _RANK_LIMIT + 1.0).mul_(0.5 * metric.rank_bins)
+    index = place.clamp_(0, metric.rank_bins - 1).long()
+    correct = rows.correct.double()
+    values = torch.stack([torch.ones_like(correct), correct, rows.confidence.double()])
+    _writable(metric, "rank_sums").scatter_add_(1, index.expand(3, -1), values)
+
+
+def _add_labels(metric: Any, rows: Rows) -> None:
+    metric.label_rows.append(rows.labels.to(torch.int32))
+
+
+def _add_scores(metric: Any, rows: Rows) -> None:
+    metric.scores.append(rows.scores.clone())
+    metric.score_labels.append(rows.labels.to(torch.int32))
+
+
+def _declare_scores(metric: RowMetric) -> None:
+    metric.add_list("scores", torch.float32)
+    metric.add_list("score_labels", torch.int32)
 
 
 PARTS: dict[str, Part] = {
-    "correct": _sum_part("correct_sum", lambda rows: rows.correct, torch.int64),
-    "nll": _sum_part("nll_sum", lambda rows: rows.nll),
-    "brier": _sum_part("brier_sum", lambda rows: rows.brier),
-    "confidence": _sum_part("confidence_sum", lambda rows: rows.confidence),
-    "bins": Part(_declare_bins, _add_bins),
-    "ranks": Part(_declare_ranks, _add_ranks),
+    "correct": _mean_part("correct", lambda rows: rows.correct, torch.int64),
+    "nll": _mean_part("nll", lambda rows: rows.nll, soft=soft_nll_rows),
+    "brier": _mean_part("brier", lambda rows: rows.brier, soft=soft_brier_rows),
+    "entropy": _mean_part("entropy", lambda rows: rows.entropy, soft=_entropy_rows),
+    "confidence": _mean_part("confidence", lambda rows: at_least_float32(rows.confidence)),
+    "bins": Part(_declare_bins, _add_bins, _refuse_soft),
+    "moments": Part(_declare_moments, _add_moments, _refuse_soft),
+    "classwise": Part(lambda metric: metric.add_class_sums("classwise"), _add_classwise, _refuse_soft),
+    "ranks": Part(_declare_ranks, _add_ranks, _refuse_soft),
+    "labels": Part(lambda metric: metric.add_list("label_rows", torch.int32), _add_labels, _refuse_soft),
+    "scores": Part(_declare_scores, _add_scores, _refuse_soft),
 }
-"""The pieces that a state can be made of."""
+"""The pieces that a state can be made of; the last keeps K numbers a row, the three before it one."""
 
 
-def _correctness_auroc(state: Any) -> Tensor:
-    if int(state.count) == 0:
-        return torch.full((), torch.nan, dtype=torch.float64)
-    return auroc(state.rows_of("rank_scores"), state.rows_of("rank_correct"))
+def part_of(name: str) -> Part:
+    """Find a piece of the state by its name.
+
+    Args:
+        name: A key of `PARTS`, or ``top<k>`` for the hits among the k largest scores.
+
+    Returns:
+        The piece.
+    """
+    if name not in PARTS and name.startswith("top"):
+        k = int(name[3:])
+        PARTS[name] = _mean_part(name, lambda rows: top_k_rows(rows.scores, rows.labels, k), torch.int64)
+    return PARTS[name]
 
 
-READ_OUTS: dict[str, ReadOut] = {
-    "accuracy": ReadOut(("correct",), lambda state: state.correct_sum.double() / state.count, "higher"),
-    "nll": ReadOut(("nll",), lambda state: state.nll_sum / state.count, "lower"),
-    "brier": ReadOut(("brier",), lambda state: state.brier_sum / state.count, "lower"),
-    "ece": ReadOut(("bins",), lambda state: ece_from_bins(state.bins), "lower"),
-    "signed_gap": ReadOut(
-        ("correct", "confidence"),
-        lambda state: (state.confidence_sum - state.correct_sum.double()) / state.count,
-        "zero",
-    ),
-    "correctness_auroc": ReadOut(("ranks",), _correctness_auroc, "higher"),
-}
-"""The metrics, by the key that logs and tables use."""
+class StateView(View):
+    """What the metrics of a whole set are read from.
+
+    Args:
+        state: A metric that holds the parts that are asked for.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self.n_bins = state.n_bins
+        self.count = state.count.double()
+
+    def __getattr__(self, name: str) -> Any:
+        # Sums are what the state holds under the same name.
+        if name not in ("bins", "moments", "classwise"):
+            raise AttributeError(name)
+        return getattr(self._state, name)
+
+    def mean(self, name: str) -> Tensor:
+        """Read the mean of a part that has one value a row.
+
+        Args:
+            name: Name of the part.
+
+        Returns:
+            0-d float64.
+        """
+        total: Tensor = getattr(self._state, f"{name}_sum").double()
+        return total / self.count
+
+    @cached_property
+    def ordered(self) -> Ordered:  # type: ignore[override]
+        """Groups of equal confidence, or the bins of the histogram that are not empty."""
+        if self._state.rank_bins is None:
+            return order_rows(self._state.rows_of("rank_scores"), self._state.rows_of("rank_correct"))
+        sums = self._state.rank_sums
+        return Ordered(*sums[:, sums[0] > 0])
+
+    @cached_property
+    def ovo_auroc(self) -> Tensor:  # type: ignore[override]
+        """One-versus-one AUROC."""
+        return ovo_auroc(*self._scores, input=self._state.input)
+
+    @cached_property
+    def variational(self) -> VariationalSplit:  # type: ignore[override]
+        """Negative log-likelihood split in calibration and refinement."""
+        return variational_split(*self._scores, input=self._state.input)
+
+    @property
+    def _scores(self) -> tuple[Tensor, Tensor]:
+        return self._state.rows_of("scores"), self._state.rows_of("score_labels").long()
 
 
 class EvaluationState(RowMetric):
     """All metrics of an evaluated set from one pass over its logits.
 
-    Per batch one maximum, one exponential and a few sums over ``(N, K)`` serve every read-out. The sums do not grow
-    with the set; the ranking rows of the exact `correctness_auroc` take 5 bytes a row (9 for float64 logits).
+    Per batch a maximum, an exponential and a few sums over ``(N, K)`` serve every read-out. The sums do not grow
+    with the set; the rows of the exact ranking metrics take 5 bytes each (9 for float64 logits).
 
     Args:
-        n_bins: Number of equal-width bins ``(lo, hi]`` of the calibration error.
-        ranks: Whether to keep the ranking rows; without them there is no ``"correctness_auroc"``.
+        metrics: Keys of the metrics, see `DIRECTION`; ``metrics.REPORT`` is everything that keeps no K numbers a row.
+        n_bins: Number of bins of the calibration errors.
+        rank_bins: Size of the histogram of log-odds that the ranking metrics are read from (16384 is good); ``None``
+            keeps the score of every row, which is exact.
+        details: Whether to keep one value a row of every quantity, for `bootstrap_intervals` and `by_class`.
         input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
         **kwargs: Arguments of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: An unknown metric, or a value that is not allowed.
 
     Example:
         >>> state = EvaluationState()
@@ -373,42 +665,78 @@ class EvaluationState(RowMetric):
     """
 
     correct_sum: Tensor
-    nll_sum: Tensor
-    brier_sum: Tensor
-    confidence_sum: Tensor
     bins: Tensor
     rank_scores: list[Tensor]
-    rank_correct: list[Tensor]
 
-    read_outs: ClassVar[tuple[str, ...]] = ("accuracy", "nll", "brier", "ece", "signed_gap", "correctness_auroc")
-
-    def __init__(self, n_bins: int = 15, ranks: bool = True, input: InputKind = "logits", **kwargs: Any) -> None:
-        self._keys = tuple(key for key in self.read_outs if ranks or "ranks" not in READ_OUTS[key].parts)
-        super().__init__([part for key in self._keys for part in READ_OUTS[key].parts], n_bins, input, **kwargs)
+    def __init__(
+        self,
+        metrics: Sequence[str] = CORE,
+        n_bins: int = 15,
+        rank_bins: int | None = None,
+        details: bool = False,
+        input: InputKind = "logits",
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(metrics, str):
+            raise ValueError(f"metrics={metrics!r}: give a list of keys, such as [{metrics!r}]")
+        unknown = [key for key in metrics if key not in READ_OUTS]
+        if unknown:
+            raise ValueError(f"metrics: unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(READ_OUTS)}")
+        self.metrics = tuple(dict.fromkeys(metrics))
+        needed = [part for key in self.metrics for part in READ_OUTS[key].parts]
+        super().__init__(needed, n_bins, rank_bins, details, input, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
         """Read all metrics.
 
         Returns:
-            Each a 0-d float64 tensor; nan, with a warning, where it is not defined.
+            Each a 0-d float64 tensor; nan, with one warning, where it is not defined.
 
         Raises:
             ValueError: Batches on a device held invalid values; how many, of which kind and where first.
         """
         self._settle()
-        return {key: READ_OUTS[key].value(self) for key in self._keys}
+        view = StateView(self)
+        values = {key: _read(READ_OUTS[key], view) for key in self.metrics}
+        self._warn_about(values)
+        return values
+
+
+def _read(read_out: ReadOut, view: StateView) -> Tensor:
+    # Not every function of an empty set has a shape to start from.
+    if int(view.count) == 0:
+        return torch.full((), torch.nan, dtype=torch.float64)
+    return read_out.value(view)
 
 
 class ReadOutMetric(RowMetric):
     """A single metric: the parts of the state that one read-out needs.
 
-    Subclasses set ``key``, a key of `READ_OUTS`.
+    Subclasses set ``key``, a key of `READ_OUTS`, or a ``read_out`` of their own.
+
+    Args:
+        n_bins: Number of bins of the calibration errors.
+        rank_bins: Size of the histogram of log-odds that ranking metrics are read from; ``None`` keeps the score of
+            every row, which is exact.
+        input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
+        **kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     key: ClassVar[str]
 
-    def __init__(self, input: InputKind = "logits", n_bins: int = 15, **kwargs: Any) -> None:
-        super().__init__(READ_OUTS[self.key].parts, n_bins, input, **kwargs)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.higher_is_better = {"higher": True, "lower": False}.get(READ_OUTS[cls.key].better)
+
+    def __init__(
+        self, n_bins: int = 15, rank_bins: int | None = None, input: InputKind = "logits", **kwargs: Any
+    ) -> None:
+        super().__init__(self.read_out.parts, n_bins, rank_bins, input=input, **kwargs)
+
+    @property
+    def read_out(self) -> ReadOut:
+        """How the value is read from the state."""
+        return READ_OUTS[self.key]
 
     def compute(self) -> Tensor:
         """Read the metric.
@@ -420,4 +748,6 @@ class ReadOutMetric(RowMetric):
             ValueError: Batches on a device held invalid values; how many, of which kind and where first.
         """
         self._settle()
-        return READ_OUTS[self.key].value(self)
+        value = _read(self.read_out, StateView(self))
+        self._warn_about({type(self).__name__: value})
+        return value

@@ -99,7 +99,7 @@ def test_update_of_all_metrics(benchmark, classes):
     """One update of the shared accumulator at batch 128."""
     from calib_lightning.metrics import EvaluationState
 
-    state = EvaluationState(ranks=False)
+    state = EvaluationState(["accuracy", "nll", "brier", "ece", "signed_gap"])
     logits, labels = torch.randn(128, classes), torch.randint(classes, (128,))
     benchmark(state.update, logits, labels)
     assert int(state.count) >= 128

@@ -54,7 +54,7 @@ def test_training_figures_of_an_epoch_cover_every_batch(tmp_path):
     assert PENDING_BATCHES < 150
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module, datamodule=data)
-    state = EvaluationState(ranks=False)
+    state = EvaluationState(["accuracy", "nll", "brier", "ece", "signed_gap"])
     for logits, labels in module.seen:
         state.update(logits, labels)
     expected = {f"train/{name}": float(value) for name, value in state.compute().items()}

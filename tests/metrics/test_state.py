@@ -2,26 +2,22 @@ import copy
 import math
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from lightning import LightningModule
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from calib_lightning import metrics
-from calib_lightning.metrics import DIRECTION, EvaluationState, functional
+from calib_lightning.metrics import CORE, DIRECTION, FULL, REPORT, EvaluationState
+from calib_lightning.metrics import read_outs as read_outs_module
 from calib_lightning.metrics import state as state_module
 from tests.metrics.golden import GOLDEN, GOLDEN_COUNTS, KEYS, golden_set, random_set, reference
+from tests.metrics.table import ALL, METRICS, OOD, SINGLE, TAKES_NO_CONFIDENCE, TERMS, name_of, value_of
 
-CLASSES = {
-    "accuracy": metrics.Accuracy,
-    "nll": metrics.NegativeLogLikelihood,
-    "brier": metrics.BrierScore,
-    "ece": metrics.ExpectedCalibrationError,
-    "signed_gap": metrics.SignedGap,
-    "correctness_auroc": metrics.CorrectnessAUROC,
-}
-EVERY = [EvaluationState, *CLASSES.values()]
+EVERY = [EvaluationState, *SINGLE]
+FULL_STATE = partial(EvaluationState, FULL)
 
 
 def feed(metric, logits, labels, sizes=(50,), confidence=None):
@@ -51,14 +47,47 @@ def test_golden_values_in_batches():
     assert all(v.dtype == torch.float64 and v.shape == () for v in values.values())
     assert numbers(state) == pytest.approx(GOLDEN, abs=1e-12)
     assert state.bins[:, 0].tolist() == GOLDEN_COUNTS
-    assert state.settings == {"n_bins": 15, "bins": "(lo, hi]", "input": "logits", "rows": 500}
+    assert state.settings == {
+        "rows": 500,
+        "classes": 5,
+        "input": "logits",
+        "n_bins": 15,
+        "bins": "(lo, hi]",
+        "ranking": "exact",
+    }
     assert "n_bins=15, input='logits'" in repr(state)
 
 
-@pytest.mark.parametrize("key", KEYS)
+def test_the_table_has_every_metric():
+    assert tuple(sorted(ALL)) == tuple(sorted(FULL)) == tuple(sorted(DIRECTION))
+    assert set(FULL) - set(REPORT) == {"ovo_auroc", "calibration_nll", "refinement_nll"}
+    exported = [getattr(metrics, name) for name in metrics.__all__]
+    classes = {each for each in exported if isinstance(each, type) and issubclass(each, Metric)}
+    assert {type(maker()) for maker in [*SINGLE, *OOD.values()]} == classes - {EvaluationState}
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_golden_value_of_every_class_and_function(key):
+    logits, labels = golden_set()
+    maker, _, golden, precision = ALL[key]
+    value = numbers(feed(maker(), logits, labels, (64, 3)))
+    value = value if key in METRICS else value[key]
+    assert value_of(key, logits, labels).item() == pytest.approx(value, abs=1e-14)
+    if golden is not None:
+        assert value == pytest.approx(golden, abs=precision)
+
+
+def all_numbers(logits, labels, sizes, confidence=None, **options):
+    """By key: of the classes one by one, and of one state for all."""
+    single = {key: numbers(feed(METRICS[key][0](**options), logits, labels, sizes, confidence)) for key in METRICS}
+    for maker in dict.fromkeys(row[0] for row in TERMS.values()):
+        single |= numbers(feed(maker(**options), logits, labels, sizes, confidence))
+    return single, numbers(feed(FULL_STATE(**options), logits, labels, sizes, confidence))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["logits", "probs", "confidence"])
-def test_class_equals_function_and_state(key, dtype, kind):
+def test_class_equals_function_and_state(dtype, kind):
     logits, labels = random_set(400, 6)
     options, confidence = {}, None
     if kind == "probs":
@@ -67,14 +96,26 @@ def test_class_equals_function_and_state(key, dtype, kind):
     elif kind == "confidence":
         confidence = torch.rand(400, generator=torch.Generator().manual_seed(2)).to(dtype)
     logits = logits.to(dtype)
-    single = feed(CLASSES[key](**options), logits, labels, (33,), confidence)
-    whole = feed(EvaluationState(**options), logits, labels, (150, 3), confidence)
-    given = {"confidence": confidence} if key in ("ece", "signed_gap", "correctness_auroc") else {}
-    expected = getattr(functional, key)(logits, labels, **options, **given)
-    assert single.compute().dtype == torch.float64
-    assert single.compute().shape == ()
-    assert numbers(single) == pytest.approx(expected.item(), abs=1e-14)
-    assert numbers(whole)[key] == pytest.approx(expected.item(), abs=1e-14)
+    single, whole = all_numbers(logits, labels, (33, 150, 3), confidence, **options)
+    expected = {key: value_of(key, logits, labels, confidence, **options).item() for key in ALL}
+    assert single == pytest.approx(expected, abs=1e-12)
+    assert whole == pytest.approx(expected, abs=1e-12)
+    assert not any(math.isnan(value) for value in expected.values())
+
+
+@pytest.mark.parametrize("maker", SINGLE)
+def test_values_are_float64_scalars(maker):
+    value = feed(maker(), *random_set(100, 6)).compute()
+    for each in value.values() if isinstance(value, dict) else [value]:
+        assert each.dtype == torch.float64
+        assert each.shape == ()
+
+
+@pytest.mark.parametrize("key", TAKES_NO_CONFIDENCE)
+def test_a_given_confidence_does_not_reach_what_has_none(key):
+    logits, labels = random_set(200, 6)
+    given = numbers(feed(FULL_STATE(), logits, labels, confidence=torch.rand(200)))
+    assert given[key] == numbers(feed(FULL_STATE(), logits, labels))[key]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -83,10 +124,11 @@ def test_cutting_into_batches_does_not_matter(dtype, sizes):
     logits, labels = random_set(1500, 11, scale=5.0)
     logits = logits.to(dtype)
     order = torch.randperm(1500, generator=torch.Generator().manual_seed(0))
-    whole = numbers(feed(EvaluationState(), logits, labels, (1500,)))
-    parts = feed(EvaluationState(), logits[order], labels[order], sizes)
-    assert numbers(parts) == pytest.approx(whole, rel=1e-12)
-    assert numbers(parts)["correctness_auroc"] == whole["correctness_auroc"]
+    whole = numbers(feed(FULL_STATE(), logits, labels, (1500,)))
+    parts = numbers(feed(FULL_STATE(), logits[order], labels[order], sizes))
+    assert parts == pytest.approx(whole, rel=1e-12, abs=1e-15, nan_ok=True)
+    for key in ("accuracy", "top5_accuracy", "correctness_auroc", "fpr95", "augrc", "ovo_auroc"):
+        assert parts[key] == whole[key]
 
 
 def test_bins_and_kind_are_settings():
@@ -108,17 +150,24 @@ def test_bins_and_kind_are_settings():
 
 
 def test_a_metric_holds_only_what_it_needs():
-    shared = {"count", "faults", "first_fault"}
-    held = {key: set(metric().metric_state) - shared for key, metric in CLASSES.items()}
-    assert held == {
+    shared = {"num_classes", "count", "faults", "first_fault"}
+    rows = {"rank_scores", "rank_correct"}
+    held = {key: set(METRICS[key][0]().metric_state) - shared for key in METRICS}
+    few = {
         "accuracy": {"correct_sum"},
+        "top5_accuracy": {"top5_sum"},
         "nll": {"nll_sum"},
         "brier": {"brier_sum"},
-        "ece": {"bins"},
+        "entropy": {"entropy_sum"},
         "signed_gap": {"correct_sum", "confidence_sum"},
-        "correctness_auroc": {"rank_scores", "rank_correct"},
+        "classwise_ece": {"classwise"},
+        "ovo_auroc": {"scores", "score_labels"},
     }
-    assert set(EvaluationState().metric_state) - shared == set().union(*held.values())
+    binned = {key: {"bins"} for key in ("ece", "over_ece", "under_ece", "mce", "rmsce", "overconfidence_error")}
+    assert held == dict.fromkeys(METRICS, rows) | few | binned
+    assert set(EvaluationState(REPORT).metric_state) - shared == {"moments"} | set().union(
+        *(held[key] for key in METRICS if key != "ovo_auroc")
+    )
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 5), (torch.bfloat16, 5), (torch.float64, 9)])
@@ -127,7 +176,7 @@ def test_bytes_of_the_state(dtype, width):
     state = feed(EvaluationState(), logits.to(dtype), labels)
     rows = sum(t.nbytes for name in ("rank_scores", "rank_correct") for t in getattr(state, name))
     assert rows == width * 300
-    without = feed(EvaluationState(ranks=False), logits.to(dtype), labels)
+    without = feed(EvaluationState(["accuracy", "nll", "brier", "ece", "signed_gap"]), logits.to(dtype), labels)
     assert sum(t.nbytes for t in without.metric_state.values()) <= 1024
     assert tuple(without.compute()) == KEYS[:-1]
 
@@ -139,25 +188,24 @@ def test_given_confidence_sets_the_width_of_the_score():
 
 
 def test_a_part_and_a_read_out_can_be_added(monkeypatch):
-    largest = state_module._sum_part("score_sum", lambda rows: rows.scores.amax(1))
-    read = state_module.ReadOut(("largest", "correct"), lambda state: state.score_sum / state.count, "higher")
+    largest = state_module._mean_part("largest", lambda rows: rows.scores.amax(1))
+    read = read_outs_module.mean_of("largest", "higher", high=math.inf)
     monkeypatch.setitem(state_module.PARTS, "largest", largest)
-    monkeypatch.setitem(state_module.READ_OUTS, "mean_largest", read)
-
-    class Wider(EvaluationState):
-        read_outs = (*EvaluationState.read_outs, "mean_largest")
+    monkeypatch.setitem(read_outs_module.READ_OUTS, "mean_largest", read)
 
     class Single(state_module.ReadOutMetric):
         key = "mean_largest"
 
     logits, labels = random_set(100, 4)
     expected = logits.amax(1).mean().item()
-    assert numbers(feed(Wider(), logits, labels))["mean_largest"] == pytest.approx(expected)
+    assert numbers(feed(EvaluationState([*CORE, "mean_largest"]), logits, labels))["mean_largest"] == pytest.approx(
+        expected
+    )
     assert numbers(feed(Single(), logits, labels)) == pytest.approx(expected)
 
 
 def test_directions():
-    assert DIRECTION == {
+    assert {key: DIRECTION[key] for key in CORE} == {
         "accuracy": "higher",
         "nll": "lower",
         "brier": "lower",
@@ -165,8 +213,10 @@ def test_directions():
         "signed_gap": "zero",
         "correctness_auroc": "higher",
     }
-    for key, metric in CLASSES.items():
-        assert metric.higher_is_better == {"higher": True, "lower": False, "zero": None}[DIRECTION[key]]
+    for key, (maker, *_) in METRICS.items():
+        metric = maker()
+        expected = {"higher": True, "lower": False, "zero": None, "none": None}[DIRECTION[key]]
+        assert metric.higher_is_better is expected
         assert metric.is_differentiable is False
         assert metric.full_state_update is False
 
@@ -217,13 +267,13 @@ def test_copies_carry_the_state(metric, clone):
 
 def test_metric_collection():
     logits, labels = random_set(120, 5)
-    single = MetricCollection([metric() for metric in CLASSES.values()])
+    single = MetricCollection([METRICS[key][0]() for key in CORE])
     both = MetricCollection({"all": EvaluationState(), "ece10": metrics.ExpectedCalibrationError(n_bins=10)})
     for collection in (single, both):
         for part in range(0, 120, 25):
             collection.update(logits[part : part + 25], labels[part : part + 25])
     expected = reference(logits, labels)
-    values = {key: single.compute()[metric.__name__].item() for key, metric in CLASSES.items()}
+    values = {key: single.compute()[METRICS[key][0].__name__].item() for key in CORE}
     assert values == pytest.approx(expected, abs=1e-12)
     values = {key: value.item() for key, value in both.compute().items()}
     assert values == pytest.approx(expected | {"ece10": reference(logits, labels, 10)["ece"]}, abs=1e-12)
@@ -318,7 +368,7 @@ def test_memory_layout_does_not_matter(layout):
 def test_only_empty_batches(metric):
     empty = metric()
     empty.update(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
-    with pytest.warns(UserWarning, match=f"{metric.__name__}: no rows") as caught:
+    with pytest.warns(UserWarning, match=f"{name_of(metric)}: no rows") as caught:
         values = empty.compute()
     assert len(caught) == 1
     assert all(math.isnan(v) for v in (values.values() if isinstance(values, dict) else [values]))
@@ -345,7 +395,7 @@ def test_empty_batches_in_between():
 def test_all_correct(classes):
     logits, _ = random_set(50, classes)
     state = feed(EvaluationState(), logits, logits.argmax(1))
-    with pytest.warns(UserWarning, match="all 50 rows are positive") as caught:
+    with pytest.warns(UserWarning, match="correctness_auroc is nan") as caught:
         values = numbers(state)
     assert len(caught) == 1
     assert math.isnan(values["correctness_auroc"])
@@ -384,7 +434,7 @@ def test_invalid_values_raise_at_once_on_the_cpu(metric, case):
     good = feed(metric(), logits, labels, (10,))
     before = numbers(good)
     batch, name, row = faulty_batch(case)
-    message = rf"{metric.__name__}, batch 3: 1 of 10 rows have invalid {name}; row {row} "
+    message = rf"{name_of(metric)}, batch 3: 1 of 10 rows have invalid {name}; row {row} "
     with pytest.raises(ValueError, match=message):
         good(**batch)
     with pytest.raises(ValueError, match=message):
@@ -409,7 +459,7 @@ def test_invalid_values_are_counted_elsewhere_and_raise_at_the_end(metric, case,
     for _ in range(2):
         bad.update(**batch)
     feed(bad, logits, labels)
-    message = rf"{metric.__name__}: 2 with invalid {name} among 60 rows, the first in batch 3 "
+    message = rf"{name_of(metric)}: 2 with invalid {name} among 60 rows, the first in batch 3 "
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             bad.compute()
@@ -455,7 +505,7 @@ def test_wrong_shapes_and_dtypes_raise_at_once_everywhere(metric, deferred):
     logits, labels = random_set(10, 4)
     bad = metric()
     bad.update(logits, labels)
-    name = metric.__name__
+    name = name_of(metric)
     with pytest.raises(TypeError, match=f"{name}, batch 2: labels must be class numbers.*float32"):
         bad.update(logits, labels.float())
     with pytest.raises(ValueError, match=rf"{name}, batch 3: labels must have shape \(10,\)"):

@@ -1,4 +1,4 @@
-"""Calibration error of the predicted class: equal-width bins, and the signed gap."""
+"""Calibration errors of the predicted class that are read from equal-width bins, and the signed gap."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calib_lightning.metrics.functional.proper import mean_of_rows
 from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.undefined import checked_result
 
 
 def check_n_bins(n_bins: int) -> None:
@@ -31,12 +32,50 @@ def _inner_edges(n_bins: int, dtype: torch.dtype, device: torch.device) -> Tenso
     return edges.to(dtype).double()
 
 
-def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """Sum up confidences and hits in equal-width bins ``(lo, hi]``.
+def bin_index(confidence: Tensor, n_bins: int) -> Tensor:
+    """Find the equal-width bin ``(lo, hi]`` of each confidence.
 
     Bin m holds ``m / M < c <= (m + 1) / M``, and the first holds 0 too. The edges are rounded to the dtype of
     ``confidence``, so a confidence written as ``k / M`` always falls in the bin that ends there. This reads no values
     on the host.
+
+    Args:
+        confidence: ``(N,)`` in ``[0, 1]``, floating point.
+        n_bins: Number of bins M.
+
+    Returns:
+        ``(N,)`` int64 in ``0..M-1``.
+
+    Raises:
+        ValueError: ``n_bins`` < 1.
+
+    Example:
+        >>> bin_index(torch.tensor([0.0, 0.2, 0.3, 1.0]), 5)
+        tensor([0, 0, 1, 4])
+    """
+    check_n_bins(n_bins)
+    return torch.bucketize(confidence.double(), _inner_edges(n_bins, confidence.dtype, confidence.device))
+
+
+def sums_in_bins(index: Tensor, n_bins: int, values: list[Tensor]) -> Tensor:
+    """Sum up columns of values bin by bin.
+
+    Args:
+        index: ``(N,)`` of `bin_index`.
+        n_bins: Number of bins M.
+        values: V float64 tensors, each ``(N,)``.
+
+    Returns:
+        ``(M, V)`` float64; bins without rows hold zeros.
+    """
+    sums = torch.zeros(len(values), n_bins, dtype=torch.float64, device=index.device)
+    return sums.scatter_add_(1, index.expand(len(values), -1), torch.stack(values)).T
+
+
+def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
+    """Sum up confidences and hits in the equal-width bins ``(lo, hi]`` of `bin_index`.
+
+    This reads no values on the host.
 
     Args:
         confidence: ``(N,)`` in ``[0, 1]``.
@@ -53,30 +92,125 @@ def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
         >>> bin_sums(torch.tensor([0.2, 0.3, 1.0]), torch.tensor([False, True, True]), 5)[:, 0]
         tensor([1., 1., 0., 0., 1.], dtype=torch.float64)
     """
-    check_n_bins(n_bins)
     wide = confidence.double()
-    index = torch.bucketize(wide, _inner_edges(n_bins, confidence.dtype, confidence.device))
-    values = torch.stack([torch.ones_like(wide), wide, correct.double()])
-    return (
-        torch.zeros(3, n_bins, dtype=torch.float64, device=wide.device).scatter_add_(1, index.expand(3, -1), values).T
-    )
+    return sums_in_bins(bin_index(confidence, n_bins), n_bins, [torch.ones_like(wide), wide, correct.double()])
+
+
+def at_least_tiny(count: Tensor) -> Tensor:
+    """Make counts safe to divide by: what is summed over nothing is 0, and stays 0 when divided by the result.
+
+    Args:
+        count: Numbers >= 0, float64.
+
+    Returns:
+        The same, with zeros replaced by the smallest normal number.
+    """
+    return count.clamp_min(torch.finfo(count.dtype).tiny)
 
 
 def ece_from_bins(sums: Tensor) -> Tensor:
     """Expected calibration error of binned sums, ``sum_m |S_correct,m - S_confidence,m| / N``.
 
     Args:
-        sums: ``(M, 3)`` of `bin_sums`.
+        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
 
     Returns:
-        0-d float64 in ``[0, 1]``; nan without rows.
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
 
     Example:
         >>> ece_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
         tensor(0.2500, dtype=torch.float64)
     """
-    count, confidence, correct = sums.double().unbind(dim=1)
-    return (correct - confidence).abs().sum() / count.sum()
+    count, confidence, correct = sums.double().unbind(dim=-1)
+    return (correct - confidence).abs_().sum(dim=-1) / count.sum(dim=-1)
+
+
+def mce_from_bins(sums: Tensor) -> Tensor:
+    """Maximum calibration error of binned sums, ``max_m |S_correct,m - S_confidence,m| / n_m`` over bins with rows.
+
+    Args:
+        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Example:
+        >>> mce_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
+        tensor(0.2500, dtype=torch.float64)
+    """
+    count, confidence, correct = sums.double().unbind(dim=-1)
+    largest = (correct - confidence).abs_().div_(at_least_tiny(count)).amax(dim=-1)
+    return largest.masked_fill_(count.sum(dim=-1) == 0, torch.nan)
+
+
+def rmsce_from_bins(sums: Tensor) -> Tensor:
+    """Root mean square calibration error of binned sums, ``sqrt(sum_m (S_correct,m - S_confidence,m)^2 / n_m / N)``.
+
+    Args:
+        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Example:
+        >>> rmsce_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
+        tensor(0.2500, dtype=torch.float64)
+    """
+    count, confidence, correct = sums.double().unbind(dim=-1)
+    squares = (correct - confidence).square_().div_(at_least_tiny(count))
+    return (squares.sum(dim=-1) / count.sum(dim=-1)).sqrt_()
+
+
+def overconfidence_error_from_bins(sums: Tensor) -> Tensor:
+    """Overconfidence error of binned sums, ``sum_m S_confidence,m max(S_confidence,m - S_correct,m, 0) / n_m / N``.
+
+    Args:
+        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Example:
+        >>> overconfidence_error_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
+        tensor(0.0938, dtype=torch.float64)
+    """
+    count, confidence, correct = sums.double().unbind(dim=-1)
+    products = (confidence - correct).clamp_min_(0.0).mul_(confidence).div_(at_least_tiny(count))
+    return products.sum(dim=-1) / count.sum(dim=-1)
+
+
+def over_ece_from_bins(sums: Tensor) -> Tensor:
+    """Over-confident part of the expected calibration error, ``sum_m max(S_confidence,m - S_correct,m, 0) / N``.
+
+    Args:
+        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Example:
+        >>> over_ece_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
+        tensor(0.1250, dtype=torch.float64)
+    """
+    count, confidence, correct = sums.double().unbind(dim=-1)
+    return (confidence - correct).clamp_min_(0.0).sum(dim=-1) / count.sum(dim=-1)
+
+
+def under_ece_from_bins(sums: Tensor) -> Tensor:
+    """Under-confident part of the expected calibration error, ``sum_m max(S_correct,m - S_confidence,m, 0) / N``.
+
+    Args:
+        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Example:
+        >>> under_ece_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
+        tensor(0.1250, dtype=torch.float64)
+    """
+    count, confidence, correct = sums.double().unbind(dim=-1)
+    return (correct - confidence).clamp_min_(0.0).sum(dim=-1) / count.sum(dim=-1)
 
 
 def ece(
@@ -110,10 +244,188 @@ def ece(
         tensor(0.2000, dtype=torch.float64)
     """
     rows = checked_rows("ece", logits, labels, confidence, input)
-    # The mean warns about an empty set; with rows it is not needed, so it is not computed.
-    if len(labels) == 0:
-        return mean_of_rows("ece", rows.confidence)
-    return ece_from_bins(bin_sums(rows.confidence, rows.correct, n_bins))
+    value = ece_from_bins(bin_sums(rows.confidence, rows.correct, n_bins))
+    return checked_result("ece", value, len(labels))
+
+
+def mce(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Tensor | None = None,
+    input: InputKind = "logits",
+) -> Tensor:
+    """Maximum calibration error of the predicted class (Guo et al., 2017) with M equal-width bins ``(lo, hi]``.
+
+    ``MCE = max_m |acc_m - conf_m|`` over the bins that hold rows, a fraction. One row in a bin is enough, so it says
+    little on small sets.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        n_bins: Number of bins M.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, an invalid value (the first bad row is named) or ``n_bins`` < 1.
+
+    Example:
+        >>> mce(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=10, input="probs")
+        tensor(0.7000, dtype=torch.float64)
+    """
+    rows = checked_rows("mce", logits, labels, confidence, input)
+    value = mce_from_bins(bin_sums(rows.confidence, rows.correct, n_bins))
+    return checked_result("mce", value, len(labels))
+
+
+def rmsce(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Tensor | None = None,
+    input: InputKind = "logits",
+) -> Tensor:
+    """Root mean square calibration error of the predicted class (Hendrycks et al., 2019) with M equal-width bins.
+
+    ``RMSCE = sqrt(sum_m n_m / N (acc_m - conf_m)^2)``, a fraction; the bins are ``(lo, hi]``.
+
+    Deviations: the paper uses bins of equal mass; these are of equal width, those of `ece`.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        n_bins: Number of bins M.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, an invalid value (the first bad row is named) or ``n_bins`` < 1.
+
+    Example:
+        >>> rmsce(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=10, input="probs")
+        tensor(0.5000, dtype=torch.float64)
+    """
+    rows = checked_rows("rmsce", logits, labels, confidence, input)
+    value = rmsce_from_bins(bin_sums(rows.confidence, rows.correct, n_bins))
+    return checked_result("rmsce", value, len(labels))
+
+
+def overconfidence_error(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Tensor | None = None,
+    input: InputKind = "logits",
+) -> Tensor:
+    """Overconfidence error of the predicted class (Thulasidasan et al., 2019) with M equal-width bins ``(lo, hi]``.
+
+    ``OE = sum_m n_m / N conf_m max(conf_m - acc_m, 0)``, a fraction: being sure and wrong costs most.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        n_bins: Number of bins M.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, an invalid value (the first bad row is named) or ``n_bins`` < 1.
+
+    Example:
+        >>> overconfidence_error(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=10, input="probs")
+        tensor(0.2450, dtype=torch.float64)
+    """
+    rows = checked_rows("overconfidence_error", logits, labels, confidence, input)
+    value = overconfidence_error_from_bins(bin_sums(rows.confidence, rows.correct, n_bins))
+    return checked_result("overconfidence_error", value, len(labels))
+
+
+def over_ece(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Tensor | None = None,
+    input: InputKind = "logits",
+) -> Tensor:
+    """Part of the expected calibration error that comes from over-confident bins.
+
+    ``ECE+ = sum_m n_m / N max(conf_m - acc_m, 0)``, a fraction. With `under_ece` it adds up to `ece`, and less
+    `under_ece` it is `signed_gap`. The M bins are of equal width, ``(lo, hi]``.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        n_bins: Number of bins M.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, an invalid value (the first bad row is named) or ``n_bins`` < 1.
+
+    Example:
+        >>> over_ece(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=10, input="probs")
+        tensor(0.3500, dtype=torch.float64)
+    """
+    rows = checked_rows("over_ece", logits, labels, confidence, input)
+    value = over_ece_from_bins(bin_sums(rows.confidence, rows.correct, n_bins))
+    return checked_result("over_ece", value, len(labels))
+
+
+def under_ece(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Tensor | None = None,
+    input: InputKind = "logits",
+) -> Tensor:
+    """Part of the expected calibration error that comes from under-confident bins.
+
+    ``ECE- = sum_m n_m / N max(acc_m - conf_m, 0)``, a fraction. With `over_ece` it adds up to `ece`, and taken from
+    `over_ece` it leaves `signed_gap`. The M bins are of equal width, ``(lo, hi]``.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        n_bins: Number of bins M.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, an invalid value (the first bad row is named) or ``n_bins`` < 1.
+
+    Example:
+        >>> under_ece(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=10, input="probs")
+        tensor(0.0500, dtype=torch.float64)
+    """
+    rows = checked_rows("under_ece", logits, labels, confidence, input)
+    value = under_ece_from_bins(bin_sums(rows.confidence, rows.correct, n_bins))
+    return checked_result("under_ece", value, len(labels))
 
 
 def signed_gap(

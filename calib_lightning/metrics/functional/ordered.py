@@ -39,6 +39,8 @@ def group_ends(ordered: Tensor) -> Tensor:
     Returns:
         ``(G,)`` int64: for each group the position just after its last row; the last is N.
     """
+    if len(ordered) == 0:
+        return torch.empty(0, dtype=torch.int64, device=ordered.device)
     last = torch.ones(len(ordered), dtype=torch.bool, device=ordered.device)
     torch.ne(ordered[1:], ordered[:-1], out=last[:-1])
     return last.nonzero().squeeze(-1) + 1
@@ -82,10 +84,22 @@ def order_rows(scores: Tensor, positive: Tensor) -> Ordered:
         raise ValueError(f"scores {tuple(scores.shape)} and positive {tuple(positive.shape)} must both be (N,)")
     if bool(scores.isnan().any()):
         raise ValueError(f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN; give comparable numbers")
-    ordered, order = scores.sort()
+    ordered, hit = _sorted(scores, positive.bool())
     ends = group_ends(ordered)
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    count = (ends - starts).double()
+    count = torch.diff(ends, prepend=ends.new_zeros(1)).double()
     # Whole numbers below 2^53: their float64 sums are exact in any order.
-    hits = sums_of_groups(positive.bool()[order], ends)
-    return Ordered(count, hits, count * torch.sigmoid(ordered[ends - 1].double()))
+    return Ordered(count, sums_of_groups(hit, ends), count * torch.sigmoid(ordered[ends - 1].double()))
+
+
+def _sorted(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+        ordered, order = scores.sort()
+        return ordered, positive[order]
+    # A float32 and its flag fit into one integer of the same order, and whole numbers are sorted in half the time and
+    # memory of numbers with their positions. Of a negative number all bits but the sign are turned; -0 becomes 0.
+    bits = (scores + 0.0).view(torch.int32)
+    keys = bits.bitwise_xor((bits >> 31) & 0x7FFFFFFF).long().bitwise_left_shift_(1).add_(positive)
+    keys.numpy().sort()
+    hit = (keys & 1).bool()
+    bits = keys.bitwise_right_shift_(1).int()
+    return bits.bitwise_xor_((bits >> 31) & 0x7FFFFFFF).view(torch.float32), hit

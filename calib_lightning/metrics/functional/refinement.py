@@ -2,12 +2,121 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics.functional.ordered import Ordered, order_rows
 from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
+
+SLACK = 1e-12
+"""Relative slack of a comparison with a given rate: sums of fractional weights are rounded. Counts below 1e11 are
+never that near to a rate of two digits without being equal to it."""
+
+
+def auroc_from_ordered(ordered: Ordered) -> Tensor:
+    """Area under the ROC curve, ``sum_g hits_g (misses below g + misses_g / 2) / (P N)``.
+
+    It is the chance that a positive row outranks a negative one, a tie counting one half (Mann and Whitney, 1947).
+
+    Args:
+        ordered: Groups ``(..., G)`` in ascending order of the score; counts may be weights.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan unless there are both hits and misses.
+
+    Example:
+        >>> auroc_from_ordered(order_rows(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, False, True])))
+        tensor(0.7500, dtype=torch.float64)
+    """
+    misses = ordered.misses
+    # Twice the area in pairs: whole numbers for counts, so the result does not depend on the order of the sums.
+    below = misses.cumsum(-1).mul_(2.0).sub_(misses)
+    pairs = ordered.hits.sum(-1) * misses.sum(-1)
+    return below.mul_(ordered.hits).sum(-1) / (2.0 * pairs)
+
+
+def _average_precision(positives: Tensor, count: Tensor) -> Tensor:
+    # Groups in the order in which a falling threshold takes them in. Where none is taken in yet the precision is
+    # 0 / tiny, and weighs nothing.
+    precision = positives.cumsum(-1).div_(count.cumsum(-1).clamp_min_(torch.finfo(count.dtype).tiny))
+    return precision.mul_(positives).sum(-1) / positives.sum(-1)
+
+
+def average_precision_from_ordered(ordered: Ordered) -> Tensor:
+    """Average precision of the hits, ``sum_t (recall_t - recall_{t-1}) precision_t`` over falling thresholds t.
+
+    This is the area under the step-wise precision-recall curve, as in scikit-learn; a group is one threshold.
+
+    Args:
+        ordered: Groups ``(..., G)`` in ascending order of the score; counts may be weights.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without hits.
+
+    Example:
+        >>> average_precision_from_ordered(order_rows(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, False, True])))
+        tensor(0.8333, dtype=torch.float64)
+    """
+    return _average_precision(ordered.hits.flip(-1), ordered.count.flip(-1))
+
+
+def aupr_error_from_ordered(ordered: Ordered) -> Tensor:
+    """Average precision of the misses, with the score reversed: the lowest score is the likeliest miss.
+
+    Args:
+        ordered: Groups ``(..., G)`` in ascending order of the score; counts may be weights.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without misses.
+
+    Example:
+        >>> aupr_error_from_ordered(order_rows(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, False, True])))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    return _average_precision(ordered.misses, ordered.count)
+
+
+def fpr_at_tpr_from_ordered(ordered: Ordered, tpr: float = 0.95) -> Tensor:
+    """Share of misses that pass the highest threshold which at least ``tpr`` of the hits pass.
+
+    Rows with equal scores pass together, and there is no interpolation between thresholds.
+
+    Args:
+        ordered: Groups ``(..., G)`` in ascending order of the score; counts may be weights.
+        tpr: Least share of the hits that must pass, in ``(0, 1]``.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan unless there are both hits and misses.
+
+    Raises:
+        ValueError: ``tpr`` is outside ``(0, 1]``.
+
+    Example:
+        >>> fpr_at_tpr_from_ordered(order_rows(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([False, True, False])))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    if not 0.0 < tpr <= 1.0:
+        raise ValueError(f"tpr={tpr!r}: the true positive rate must be in (0, 1] (0.95 is customary)")
+    hits, misses = ordered.hits, ordered.misses
+    positives = hits.sum(-1, keepdim=True)
+    # A group is needed if the groups above it have too few hits. A quotient is compared, as 0.95 * 20 rounds above 19.
+    passed_above = positives - hits.cumsum(-1)
+    needed = passed_above.div_(positives) < tpr * (1.0 - SLACK)
+    rate = torch.where(needed, misses, 0.0).sum(-1) / misses.sum(-1)
+    return torch.where(positives.squeeze(-1) > 0, rate, torch.nan)
+
+
+def _checked(name: str, value: Tensor, positive: Tensor) -> Tensor:
+    # The reader of a ranking has to know which of its two sides is missing.
+    if bool(torch.isnan(value)):
+        total, positives = len(positive), int(positive.sum())
+        reason = why_undefined(total)
+        if total and positives in (0, total):
+            present, missing = ("positive", "negative") if positives else ("negative", "positive")
+            reason = f"all {total} rows are {present} and it needs {missing} ones too"
+        warn_undefined(name, (), reason, stacklevel=3)
+    return value
 
 
 def auroc(scores: Tensor, positive: Tensor) -> Tensor:
@@ -30,26 +139,7 @@ def auroc(scores: Tensor, positive: Tensor) -> Tensor:
         >>> auroc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([False, False, True, True]))
         tensor(0.8750, dtype=torch.float64)
     """
-    if scores.ndim != 1 or scores.shape != positive.shape:
-        raise ValueError(f"auroc: scores {tuple(scores.shape)} and positive {tuple(positive.shape)} must both be (N,)")
-    if bool(scores.isnan().any()):
-        raise ValueError(f"auroc: {int(scores.isnan().sum())} of {len(scores)} scores are NaN; give comparable numbers")
-    total = len(scores)
-    positives = int(positive.sum())
-    if positives in (0, total):
-        kind = "no rows" if total == 0 else f"all {total} rows are {'positive' if positives else 'negative'}"
-        warnings.warn(f"auroc: {kind}; it needs both positive and negative rows, the result is nan", stacklevel=2)
-        return torch.full((), torch.nan, dtype=torch.float64, device=scores.device)
-    ordered, order = scores.sort()
-    # Position just after each group of equal scores, and the rows and positives up to there.
-    last = torch.ones(total, dtype=torch.bool, device=scores.device)
-    torch.ne(ordered[1:], ordered[:-1], out=last[:-1])
-    ends = last.nonzero().squeeze(-1) + 1
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    hits = positive.bool()[order].cumsum(0)[ends - 1]
-    hits = torch.diff(hits, prepend=hits.new_zeros(1))
-    twice_rank_sum = (hits * (starts + ends + 1)).sum()
-    return (twice_rank_sum - positives * (positives + 1)).double() / (2.0 * positives * (total - positives))
+    return _checked("auroc", auroc_from_ordered(order_rows(scores, positive)), positive)
 
 
 def correctness_auroc(
@@ -79,4 +169,94 @@ def correctness_auroc(
         tensor(0.5000, dtype=torch.float64)
     """
     rows = checked_rows("correctness_auroc", logits, labels, confidence, input)
-    return auroc(rows.log_odds, rows.correct)
+    value = auroc_from_ordered(order_rows(rows.log_odds, rows.correct))
+    return _checked("correctness_auroc", value, rows.correct)
+
+
+def aupr_success(
+    logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits"
+) -> Tensor:
+    """Area under the precision-recall curve of "correct", high confidence first (Hendrycks and Gimpel, 2017).
+
+    ``sum_t (recall_t - recall_{t-1}) precision_t`` over the falling thresholds t; rows with equal confidence share
+    one. Without skill it equals the accuracy.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without correct predictions.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value; the first bad row is named.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
+        >>> aupr_success(logits, torch.tensor([0, 1, 0]))
+        tensor(0.8333, dtype=torch.float64)
+    """
+    rows = checked_rows("aupr_success", logits, labels, confidence, input)
+    value = average_precision_from_ordered(order_rows(rows.log_odds, rows.correct))
+    return _checked("aupr_success", value, rows.correct)
+
+
+def aupr_error(
+    logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits"
+) -> Tensor:
+    """Area under the precision-recall curve of "incorrect", low confidence first (Hendrycks and Gimpel, 2017).
+
+    ``sum_t (recall_t - recall_{t-1}) precision_t`` over the rising thresholds t; rows with equal confidence share
+    one. Without skill it equals the error rate.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without incorrect predictions.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value; the first bad row is named.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
+        >>> aupr_error(logits, torch.tensor([0, 1, 0]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    rows = checked_rows("aupr_error", logits, labels, confidence, input)
+    value = aupr_error_from_ordered(order_rows(rows.log_odds, rows.correct))
+    return _checked("aupr_error", value, rows.correct)
+
+
+def fpr95(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits") -> Tensor:
+    """Share of incorrect predictions that pass where 95 % of the correct ones do (after Liang et al., 2018).
+
+    ``FPR(t)`` at the highest threshold t of the confidence with ``TPR(t) >= 0.95``; correct is positive.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, unless there are both correct and incorrect predictions.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value; the first bad row is named.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
+        >>> fpr95(logits, torch.tensor([0, 1, 0]))
+        tensor(1., dtype=torch.float64)
+    """
+    rows = checked_rows("fpr95", logits, labels, confidence, input)
+    return _checked("fpr95", fpr_at_tpr_from_ordered(order_rows(rows.log_odds, rows.correct)), rows.correct)

@@ -23,10 +23,14 @@ FAULTS = ("logits", "labels", "confidence")
 class Rows:
     """The rows of one batch, with every derived quantity computed once and only when asked for.
 
-    With ``t`` the largest logit, ``m`` the runner-up, ``r = sum_{k != top} exp(z_k - m)`` and
-    ``q = r exp(m - t)`` the odds against the top class, all quantities follow without cancellation or saturation:
-    ``c = 1 / (1 + q)``, ``log c / (1 - c) = t - m - log r`` and ``-log p_y = log(1 + q) + t - z_y``. What has K
-    entries a row stays in the dtype of the logits (at least float32); what has one is float64.
+    With ``w`` the probabilities up to a factor and ``w_top`` that of the predicted class, the odds against it are
+    ``q = sum_{k != top} w_k / w_top``, and all quantities follow without cancellation or saturation:
+    ``c = 1 / (1 + q)``, ``log c / (1 - c) = -log q`` and ``-log p_y = log(1 + q) + z_top - z_y``. What has K entries a
+    row stays in the dtype of the logits (at least float32); sums over a row are float64, so that they do not depend on
+    how the rows were cut into batches.
+
+    On the CPU, where reading a value costs no wait, the two slow operations (the position of the maximum, and odds too
+    small for a difference) are done only for the rows that need them.
 
     Args:
         logits: Scores ``(N, K)`` that passed `check_shapes`: logits, or probabilities with ``input="probs"``.
@@ -40,49 +44,90 @@ class Rows:
         self.labels = labels.long()
         self.is_probs = input == "probs"
         self._given = None if confidence is None else confidence.detach()
+        # Below some 64 classes torch's softmax kernel is slower than its steps, and above `max` than `amax`.
+        self._few_classes = self.scores.shape[1] < 64
+        self._on_host = self.scores.device.type == "cpu"
 
     @cached_property
-    def _top(self) -> tuple[Tensor, Tensor]:
+    def _max(self) -> tuple[Tensor, Tensor]:
         top, index = self.scores.max(dim=-1, keepdim=True)
         return top, index
+
+    @property
+    def _finds_index(self) -> bool:
+        return self._few_classes or not self._on_host
+
+    @cached_property
+    def _top(self) -> Tensor:
+        return self._max[0] if self._finds_index else self.scores.amax(dim=-1, keepdim=True)
 
     @cached_property
     def correct(self) -> Tensor:
         """Whether the predicted class (the first of the largest) is the label, ``(N,)`` bool."""
-        return self._top[1].squeeze(-1) == self.labels
+        if self._finds_index:
+            return self._max[1].squeeze(-1) == self.labels
+        hit = self._score_of_label == self._top.squeeze(-1)
+        # Only a row with two largest scores needs the position, and its probability cannot be above one half.
+        doubtful = (hit & (self._largest_prob < 0.51)).nonzero().squeeze(-1)
+        if len(doubtful):
+            hit[doubtful] = self.scores[doubtful].argmax(dim=-1) == self.labels[doubtful]
+        return hit
 
     @cached_property
     def _score_of_label(self) -> Tensor:
-        return self.scores.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1).double()
+        return self.scores.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
 
     @cached_property
-    def _others(self) -> tuple[Tensor, Tensor]:
-        # exp(z - runner-up) with a zero for the top class, and t - m. Taken relative to the runner-up it cannot
-        # underflow as a whole; the clamp is for K = 1, which has no runner-up.
-        top, index = self._top
-        others = self.scores.scatter(-1, index, -torch.inf)
+    def _weights(self) -> Tensor:
+        if self.is_probs:
+            return self.scores
+        if self._few_classes and self._on_host:
+            return (self.scores - self._top).exp_()
+        return self.scores.softmax(dim=-1)
+
+    @cached_property
+    def _top_weight(self) -> Tensor:
+        return self._top.squeeze(-1) if self.is_probs else self._weights.amax(dim=-1)
+
+    @cached_property
+    def _total(self) -> Tensor:
+        return self._weights.sum(dim=-1, dtype=torch.float64)
+
+    @cached_property
+    def _odds(self) -> tuple[Tensor, Tensor]:
+        # The odds against the top class and their negative logarithm, float64.
+        if not self._on_host:
+            log_odds = self._exact_log_odds(slice(None))
+            return torch.exp(-log_odds), log_odds
+        top = self._top_weight.double()
+        rest = self._total - top
+        odds = rest / top
+        # The difference is good to some 1e-16: where that is not enough, the other classes are summed up by themselves.
+        small = (rest < (1e-8 if self.scores.dtype == torch.float32 else 1e-3)).nonzero().squeeze(-1)
+        if not len(small):
+            return odds, -torch.log(odds)
+        exact = self._exact_log_odds(small)
+        odds[small] = torch.exp(-exact)
+        return odds, (-torch.log(odds)).index_copy_(0, small, exact)
+
+    def _exact_log_odds(self, rows: Tensor | slice) -> Tensor:
+        # Relative to the runner-up the sum of the others cannot underflow; the clamp is for K = 1, which has none.
+        scores = self.scores[rows]
+        top, index = scores.max(dim=-1, keepdim=True) if self._on_host else self._max
+        if self.is_probs:
+            return torch.log(top.squeeze(-1).double()) - torch.log(
+                scores.scatter(-1, index, 0.0).sum(dim=-1, dtype=torch.float64)
+            )
+        others = scores.scatter(-1, index, -torch.inf)
         second = others.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(others.dtype).min)
         gap = (top.double() - second.double()).squeeze(-1)
-        return others.sub_(second).exp_(), gap
-
-    @cached_property
-    def _rest(self) -> Tensor:
-        # The sum is float64 so that the result does not depend on how the rows were cut into batches.
-        return self._others[0].sum(dim=-1, dtype=torch.float64)
-
-    @cached_property
-    def _second_to_top(self) -> Tensor:
-        return torch.exp(-self._others[1])
-
-    @cached_property
-    def _odds_against(self) -> Tensor:
-        return self._rest * self._second_to_top
+        return gap - torch.log(others.sub_(second).exp_().sum(dim=-1, dtype=torch.float64))
 
     @cached_property
     def _largest_prob(self) -> Tensor:
-        if self.is_probs:
-            return self._top[0].squeeze(-1)
-        return (1.0 + self._odds_against).reciprocal_()
+        if self._few_classes and self._on_host and not self.is_probs:
+            return self._total.reciprocal().to(self.scores.dtype)
+        return self._top_weight
 
     @property
     def confidence(self) -> Tensor:
@@ -92,35 +137,50 @@ class Rows:
     @cached_property
     def log_odds(self) -> Tensor:
         """Log-odds of the confidence ``(N,)``; float64 if the input it comes from is, else float32."""
-        if self._given is None and not self.is_probs:
-            return (self._others[1] - torch.log(self._rest)).to(self.scores.dtype)
-        # A probability may exceed 1 by the tolerance of the row sums.
-        confidence = self.confidence.double().clamp(max=1.0)
-        width = at_least_float32(self.confidence).dtype
-        return (torch.log(confidence) - torch.log1p(-confidence)).to(width)
+        if self._given is None:
+            return self._odds[1].to(self.scores.dtype)
+        given = self._given.double()
+        return (torch.log(given) - torch.log1p(-given)).to(at_least_float32(self._given).dtype)
 
     @cached_property
     def nll(self) -> Tensor:
         """Negative log-likelihood ``(N,)`` of the label in nats, float64."""
         if self.is_probs:
-            return -torch.log(self._score_of_label)
-        return torch.log1p(self._odds_against) + (self._top[0].squeeze(-1).double() - self._score_of_label)
+            return -torch.log(self._score_of_label.double())
+        return torch.log1p(self._odds[0]) + (self._top.squeeze(-1).double() - self._score_of_label.double())
 
     @cached_property
     def probs(self) -> Tensor:
         """Probabilities ``(N, K)``, at least float32."""
-        return self.scores if self.is_probs else self.scores.softmax(dim=-1)
+        if self._few_classes and self._on_host and not self.is_probs:
+            return self._weights / self._total.to(self.scores.dtype).unsqueeze(-1)
+        return self._weights
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        # What divides the weights to make them probabilities, to more digits than a float32 softmax has.
+        return self._top_weight.double() * (1.0 + self._odds[0])
 
     @cached_property
     def brier(self) -> Tensor:
         """Squared distance ``(N,)`` between the probabilities and the one-hot label, float64."""
         if self.is_probs:
-            squares, of_label = self.scores.double().square().sum(dim=-1), self._score_of_label
-        else:
-            squares = 1.0 + self._others[0].square().sum(dim=-1, dtype=torch.float64) * self._second_to_top.square()
-            squares *= self._largest_prob.square()
-            of_label = torch.exp(-self.nll)
-        return squares - 2.0 * of_label + 1.0
+            squares = self.scores.double().square().sum(dim=-1)
+            return squares - 2.0 * self._score_of_label.double() + 1.0
+        squares = self._weights.square().sum(dim=-1, dtype=torch.float64)
+        return squares / self._scale.square() - 2.0 * torch.exp(-self.nll) + 1.0
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """Entropy ``(N,)`` of the probabilities in nats, float64."""
+        if self.is_probs:
+            probs = self.scores.double()
+            return torch.special.entr(probs).sum(dim=-1)
+        # Far below the largest logit the difference may overflow, and 0 * inf would be nan.
+        least = torch.finfo(self.scores.dtype).min
+        below = (self.scores - self._top).clamp_min_(least).mul_(self._weights).sum(dim=-1, dtype=torch.float64)
+        entropy: Tensor = torch.log1p(self._odds[0]) - below / self._scale
+        return entropy
 
 
 def check_kind(input: str) -> None:

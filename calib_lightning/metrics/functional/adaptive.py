@@ -1,0 +1,302 @@
+"""Calibration errors of the predicted class that are read from rows in the order of their confidence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib_lightning.metrics.functional.calibration import at_least_tiny, check_n_bins
+from calib_lightning.metrics.functional.ordered import Ordered, order_rows
+from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.undefined import checked_result
+
+
+def with_a_group(ordered: Ordered) -> Ordered:
+    """Turn no groups at all into one empty group, so that there always is a last one.
+
+    Args:
+        ordered: Groups ``(..., G)``.
+
+    Returns:
+        The same, or empty groups ``(..., 1)`` if G = 0.
+    """
+    if ordered.count.shape[-1]:
+        return ordered
+    return Ordered(*(torch.nn.functional.pad(x, (0, 1)) for x in ordered))
+
+
+class _EqualSplit:
+    """Inner borders of equal-mass bins: for sums up to a border, the group it cuts counts by the cut share.
+
+    Attributes:
+        size: ``(..., M)`` number of rows of each bin.
+    """
+
+    def __init__(self, count: Tensor, n_bins: int) -> None:
+        check_n_bins(n_bins)
+        below = count.cumsum(dim=-1)
+        total = below[..., -1:]
+        step = torch.arange(1, n_bins, dtype=torch.float64, device=count.device)
+        base = torch.floor(total / n_bins)
+        borders = step * base + torch.minimum(step, total - n_bins * base)
+        self._group = torch.searchsorted(below, borders).clamp_(max=count.shape[-1] - 1)
+        cut = below.gather(-1, self._group) - borders
+        self._share = cut / at_least_tiny(count.gather(-1, self._group))
+        self.size = self._differences(borders, total)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Sum up in each bin.
+
+        Args:
+            values: Sums ``(..., G)`` of the groups.
+
+        Returns:
+            ``(..., M)``.
+        """
+        running = values.cumsum(dim=-1)
+        total = running[..., -1:]
+        return self._differences(running.gather(-1, self._group) - self._share * values.gather(-1, self._group), total)
+
+    @staticmethod
+    def _differences(borders: Tensor, total: Tensor) -> Tensor:
+        return torch.diff(borders, prepend=torch.zeros_like(total), append=total)
+
+
+def aece_split_from_ordered(ordered: Ordered, n_bins: int = 15) -> Tensor:
+    """Adaptive calibration error with bins of equal size; see `aece_split`.
+
+    Args:
+        ordered: Groups ``(..., G)`` in ascending order of the confidence; the counts are numbers of rows (of a
+            resample, say) and may differ in total between replicates.
+        n_bins: Number of bins M.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Raises:
+        ValueError: ``n_bins`` < 1.
+
+    Example:
+        >>> ordered = order_rows(torch.zeros(4), torch.tensor([True, True, True, False]))
+        >>> aece_split_from_ordered(ordered, n_bins=3)
+        tensor(0.2500, dtype=torch.float64)
+    """
+    count, hits, confidence = with_a_group(ordered)
+    split = _EqualSplit(count, n_bins)
+    return split(hits - confidence).abs_().sum(dim=-1) / count.sum(dim=-1)
+
+
+def aece_official_from_ordered(ordered: Ordered, n_bins: int = 15) -> Tensor:
+    """Adaptive calibration error in the convention of published tables; see `aece_official`.
+
+    Args:
+        ordered: Groups ``(..., G)`` in ascending order of the confidence; the counts are numbers of rows.
+        n_bins: Number of bins M.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Raises:
+        ValueError: ``n_bins`` < 1.
+
+    Example:
+        >>> ordered = order_rows(torch.tensor([-1.0, 0.0, 0.0, 0.0]), torch.tensor([True, True, True, False]))
+        >>> aece_official_from_ordered(ordered, n_bins=3)
+        tensor(0.1250, dtype=torch.float64)
+    """
+    check_n_bins(n_bins)
+    count, hits, confidence = with_a_group(ordered)
+    below = count.cumsum(dim=-1)
+    total = below[..., -1:]
+    # The edge at the fractional rank r = N m / M lies on the value of row floor(r) or between it and the next one, so
+    # the rows up to it are those up to the end of the group of row floor(r). N m is exact, so its quotient never
+    # rounds across a whole number.
+    ranks = torch.floor(total * torch.arange(n_bins, dtype=torch.float64, device=count.device) / n_bins)
+    cuts = torch.searchsorted(below, ranks, right=True).clamp_(max=count.shape[-1] - 1)
+    running = (hits - confidence).cumsum(dim=-1)
+    sums = torch.diff(running.gather(-1, cuts), append=running[..., -1:])
+    return sums.abs_().sum(dim=-1) / total.squeeze(-1)
+
+
+def ks_from_ordered(ordered: Ordered) -> Tensor:
+    """Kolmogorov-Smirnov calibration error; see `ks`.
+
+    Args:
+        ordered: Groups ``(..., G)`` in ascending order of the confidence; empty groups and weights are fine.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Example:
+        >>> ks_from_ordered(order_rows(torch.tensor([0.0, 0.0]), torch.tensor([True, True])))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    count, hits, confidence = with_a_group(ordered)
+    return (hits - confidence).cumsum(dim=-1).abs_().amax(dim=-1) / count.sum(dim=-1)
+
+
+def debiased_l2_from_ordered(ordered: Ordered, n_bins: int = 15) -> Tensor:
+    """Debiased L2 calibration error; see `debiased_l2`.
+
+    Args:
+        ordered: Groups ``(..., G)`` in ascending order of the confidence; the counts are numbers of rows.
+        n_bins: Number of bins M.
+
+    Returns:
+        ``(...)`` float64 in ``[0, 1]``; nan without rows.
+
+    Raises:
+        ValueError: ``n_bins`` < 1.
+
+    Example:
+        >>> debiased_l2_from_ordered(order_rows(torch.full((2,), 40.0), torch.tensor([False, False])), n_bins=1)
+        tensor(1., dtype=torch.float64)
+    """
+    count, hits, confidence = with_a_group(ordered)
+    split = _EqualSplit(count, n_bins)
+    size, correct = split.size, split(hits)
+    gap = (split(confidence) - correct) / at_least_tiny(size)
+    accuracy = correct / at_least_tiny(size)
+    bias = accuracy * (1.0 - accuracy) / (size - 1.0)
+    terms = torch.where(size >= 2, size * (gap.square() - bias), 0.0)
+    return (terms.sum(dim=-1) / count.sum(dim=-1)).clamp_min_(0.0).sqrt_()
+
+
+def aece_split(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Tensor | None = None,
+    input: InputKind = "logits",
+) -> Tensor:
+    """Adaptive calibration error of the predicted class (Nguyen and O'Connor, 2015) with M bins of equal size.
+
+    ``AECE = sum_m n_m / N |acc_m - conf_m|`` over the rows in order of their confidence, cut into M parts whose sizes
+    differ by at most one, larger ones first; with fewer rows than bins each row is a bin.
+
+    Deviations: rows of equal confidence on both sides of a cut are shared out evenly, which is the expected value of
+    the sums over all orders of them. So the result does not depend on the order of the rows.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        n_bins: Number of bins M.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, an invalid value (the first bad row is named) or ``n_bins`` < 1.
+
+    Example:
+        >>> aece_split(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=2, input="probs")
+        tensor(0.4000, dtype=torch.float64)
+    """
+    rows = checked_rows("aece_split", logits, labels, confidence, input)
+    value = aece_split_from_ordered(order_rows(rows.log_odds, rows.correct), n_bins)
+    return checked_result("aece_split", value, len(labels))
+
+
+def aece_official(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Tensor | None = None,
+    input: InputKind = "logits",
+) -> Tensor:
+    """Adaptive calibration error of the predicted class as the code of Mukhoti et al. (2020) and its successors has it.
+
+    ``AECE = sum_m n_m / N |acc_m - conf_m|`` over bins ``(e_m, e_{m+1}]`` with ``e_m`` the sorted confidences,
+    interpolated linearly at rank ``N m / M``. The rows with the smallest confidence fall in no bin, so the weights do
+    not quite add up to one; rows of equal confidence stay together. Use it to compare with published tables, and
+    `aece_split` otherwise.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        n_bins: Number of bins M.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, an invalid value (the first bad row is named) or ``n_bins`` < 1.
+
+    Example:
+        >>> aece_official(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=2, input="probs")
+        tensor(0.0500, dtype=torch.float64)
+    """
+    rows = checked_rows("aece_official", logits, labels, confidence, input)
+    value = aece_official_from_ordered(order_rows(rows.log_odds, rows.correct), n_bins)
+    return checked_result("aece_official", value, len(labels))
+
+
+def ks(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits") -> Tensor:
+    """Kolmogorov-Smirnov calibration error of the predicted class (Gupta et al., 2021), without bins.
+
+    ``KS = max_j |sum_{i <= j} (c_i - a_i)| / N`` over the rows in order of their confidence; j runs over the last rows
+    of groups of equal confidence, so the order of the rows does not matter. It is never below ``|signed_gap|``.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value; the first bad row is named.
+
+    Example:
+        >>> ks(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), input="probs")
+        tensor(0.3500, dtype=torch.float64)
+    """
+    rows = checked_rows("ks", logits, labels, confidence, input)
+    return checked_result("ks", ks_from_ordered(order_rows(rows.log_odds, rows.correct)), len(labels))
+
+
+def debiased_l2(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    n_bins: int = 15,
+    confidence: Tensor | None = None,
+    input: InputKind = "logits",
+) -> Tensor:
+    """Debiased L2 calibration error of the predicted class (Kumar et al., 2019) with M bins of equal size.
+
+    ``sqrt(max(0, sum_m n_m / N [(acc_m - conf_m)^2 - acc_m (1 - acc_m) / (n_m - 1)]))`` over the bins of `aece_split`;
+    what is subtracted is the expected share of noise in the squared gap. Bins with fewer than two rows count as 0.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        n_bins: Number of bins M.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, an invalid value (the first bad row is named) or ``n_bins`` < 1.
+
+    Example:
+        >>> debiased_l2(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([1, 1]), n_bins=1, input="probs")
+        tensor(0.8000, dtype=torch.float64)
+    """
+    rows = checked_rows("debiased_l2", logits, labels, confidence, input)
+    value = debiased_l2_from_ordered(order_rows(rows.log_odds, rows.correct), n_bins)
+    return checked_result("debiased_l2", value, len(labels))

@@ -1,0 +1,108 @@
+"""How well a score tells in-distribution rows from others; in-distribution is the positive side throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from calib_lightning.metrics.functional.ordered import Ordered, order_rows
+from calib_lightning.metrics.functional.refinement import (
+    auroc_from_ordered,
+    average_precision_from_ordered,
+    fpr_at_tpr_from_ordered,
+)
+from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
+
+
+def _checked_ood(name: str, scores: Tensor, is_id: Tensor, value: Callable[[Ordered], Tensor]) -> Tensor:
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"{name}: scores must be a floating-point tensor (N,), got {found}; convert with .float()")
+    if not isinstance(is_id, Tensor) or is_id.dtype != torch.bool:
+        found = is_id.dtype if isinstance(is_id, Tensor) else type(is_id).__name__
+        raise TypeError(f"{name}: is_id must be a bool tensor (N,), true for in-distribution rows, got {found}")
+    if scores.ndim != 1 or scores.shape != is_id.shape:
+        raise ValueError(f"{name}: scores {tuple(scores.shape)} and is_id {tuple(is_id.shape)} must both be (N,)")
+    if bool(scores.isnan().any()):
+        bad = int(scores.isnan().sum())
+        raise ValueError(f"{name}: {bad} of {len(scores)} scores are NaN; give comparable numbers (inf is allowed)")
+    total, inside = len(scores), int(is_id.sum())
+    if inside in (0, total):
+        side, other = ("in", "out-of") if inside else ("out-of", "in")
+        one_sided = f"all {total} rows are {side}-distribution and {other}-distribution ones are needed too"
+        warn_undefined(name, (), one_sided if total else why_undefined(0), stacklevel=3)
+        return torch.full((), torch.nan, dtype=torch.float64, device=scores.device)
+    return value(order_rows(scores, is_id))
+
+
+def ood_auroc(scores: Tensor, is_id: Tensor) -> Tensor:
+    """Area under the ROC curve of "the row is in-distribution" (Hendrycks and Gimpel, 2017); higher is better.
+
+    It is the chance that an in-distribution row outranks another, a tie counting one half.
+
+    Args:
+        scores: ``(N,)``, floating point, any score that is higher in-distribution (a confidence, or an entropy with
+            its sign reversed); infinite scores are allowed.
+        is_id: ``(N,)`` bool, true for in-distribution rows, which are the positive ones.
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, unless there are rows of both kinds.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, or a score is NaN.
+
+    Example:
+        >>> ood_auroc(torch.tensor([0.9, 0.6, 0.7]), torch.tensor([True, True, False]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    return _checked_ood("ood_auroc", scores, is_id, auroc_from_ordered)
+
+
+def ood_aupr(scores: Tensor, is_id: Tensor) -> Tensor:
+    """Area under the precision-recall curve of "the row is in-distribution"; higher is better.
+
+    ``sum_t (recall_t - recall_{t-1}) precision_t`` over the falling thresholds t of the score (Hendrycks and Gimpel,
+    2017). It depends on the share of in-distribution rows, which it equals without skill.
+
+    Args:
+        scores: ``(N,)``, floating point, any score that is higher in-distribution; infinite scores are allowed.
+        is_id: ``(N,)`` bool, true for in-distribution rows, which are the positive ones.
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, unless there are rows of both kinds.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, or a score is NaN.
+
+    Example:
+        >>> ood_aupr(torch.tensor([0.9, 0.6, 0.7]), torch.tensor([True, True, False]))
+        tensor(0.8333, dtype=torch.float64)
+    """
+    return _checked_ood("ood_aupr", scores, is_id, average_precision_from_ordered)
+
+
+def ood_fpr95(scores: Tensor, is_id: Tensor) -> Tensor:
+    """Share of out-of-distribution rows that pass where 95 % of the others do (Liang et al., 2018); lower is better.
+
+    ``FPR(t)`` at the highest threshold t of the score with ``TPR(t) >= 0.95``, without interpolation.
+
+    Args:
+        scores: ``(N,)``, floating point, any score that is higher in-distribution; infinite scores are allowed.
+        is_id: ``(N,)`` bool, true for in-distribution rows, which are the positive ones.
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, unless there are rows of both kinds.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, or a score is NaN.
+
+    Example:
+        >>> ood_fpr95(torch.tensor([0.9, 0.6, 0.7]), torch.tensor([True, True, False]))
+        tensor(1., dtype=torch.float64)
+    """
+    return _checked_ood("ood_fpr95", scores, is_id, fpr_at_tpr_from_ordered)

@@ -1,0 +1,138 @@
+"""How well the probability of each class ranks its rows above those of each other class."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
+
+_BLOCK = 2**18
+_REPLICATES = 64
+
+
+def class_log_odds(logits: Tensor) -> Tensor:
+    """Log-odds of every class, ``z_k - logsumexp(z without k)``, which rise with ``p_k`` and never saturate.
+
+    Args:
+        logits: ``(N, K)``, floating point.
+
+    Returns:
+        ``(N, K)`` float64; ``inf`` for K = 1.
+
+    Example:
+        >>> class_log_odds(torch.tensor([[100.0, 0.0]]))
+        tensor([[ 100., -100.]], dtype=torch.float64)
+    """
+    rows, classes = logits.shape
+    result = torch.empty(rows, classes, dtype=torch.float64, device=logits.device)
+    step = max(1, _BLOCK // max(1, classes))
+    for some, out in zip(torch.split(logits.detach(), step), torch.split(result, step), strict=True):
+        scores = some.double()
+        top, index = scores.max(dim=-1, keepdim=True)
+        others = scores.scatter(-1, index, -torch.inf)
+        second = others.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(others.dtype).min)
+        # The sums without class k are written as 1 + something, and with two classes this is exactly 1, so that
+        # equal probabilities have equal scores. The top class is taken relative to the runner-up, or it would
+        # underflow.
+        of_top = top - second - torch.log1p((others - second).exp_().sum(dim=-1, keepdim=True) - 1.0)
+        shifted = scores.sub_(top)
+        odds = shifted.exp().scatter_(-1, index, 0.0)
+        torch.sub(shifted, torch.log1p((odds.sum(dim=-1, keepdim=True) - odds).clamp_min_(0.0)), out=out)
+        out.scatter_(-1, index, of_top)
+    return result
+
+
+def weighted_ovo_auroc(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """One-vs-one area under the ROC curve (see `ovo_auroc`) for several weightings of the rows at once (resamples).
+
+    For each class i the rows of i are sorted by their score of i, every row is looked up among them, and the weight
+    of the rows of i above it (a tie counting one half) is summed up by label: ``O(N log N)`` a class for the order and
+    ``O(B N)`` for the sums.
+
+    Args:
+        scores: ``(N, K)``, not NaN: probabilities, or other scores that rise with the probability of the class, such
+            as `class_log_odds`.
+        labels: Class labels ``(N,)`` in ``0..K-1``.
+        weights: Weight >= 0 of each row in each of B resamples, ``(B, N)``: mostly how often it was drawn.
+
+    Returns:
+        ``(B,)`` float64, the mean over the pairs of classes that both have weight; nan where there are none.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
+        >>> weighted_ovo_auroc(scores, torch.tensor([0, 0, 1, 1]), torch.tensor([[1, 1, 1, 1], [2, 0, 1, 1]]))
+        tensor([0.7500, 1.0000], dtype=torch.float64)
+    """
+    scores, labels = scores.detach(), labels.long()
+    replicates, classes = len(weights), scores.shape[1]
+    total = torch.zeros(replicates, dtype=torch.float64, device=scores.device)
+    pairs = torch.zeros_like(total)
+    members = [(labels == i).nonzero().squeeze(-1) for i in range(classes)]
+    for some in range(0, replicates, _REPLICATES):
+        part = slice(some, some + _REPLICATES)
+        by_row = weights[part].double().T.contiguous()
+        by_class = by_row.new_zeros(classes, by_row.shape[1]).index_add_(0, labels, by_row)
+        for i, rows in enumerate(members):
+            if len(rows) == 0:
+                continue
+            column = scores[:, i].contiguous()
+            own, order = column[rows].sort()
+            # weight_above[r]: weight of the rows of class i from position r on.
+            weight_above = by_row.new_zeros(len(rows) + 1, by_row.shape[1])
+            weight_above[1:] = by_row[rows[order.flip(0)]].cumsum_(dim=0)
+            weight_above = weight_above.flip(0)
+            first = torch.searchsorted(own, column)
+            last = torch.searchsorted(own, column, right=True)
+            above = weight_above.index_select(0, first).add_(weight_above.index_select(0, last)).mul_(by_row)
+            wins = torch.zeros_like(by_class).index_add_(0, labels, above)
+            sizes = by_class * (2.0 * by_class[i])
+            sizes[i] = 0.0
+            total[part] += torch.where(sizes > 0, wins / sizes, 0.0).sum(dim=0)
+            pairs[part] += (sizes > 0).sum(dim=0)
+    return total / pairs
+
+
+def ovo_auroc(logits: Tensor, labels: Tensor, *, input: InputKind = "logits") -> Tensor:
+    """One-vs-one area under the ROC curve of the classes (Hand and Till, 2001), averaged over pairs of classes.
+
+    ``mean_{i<j} (A(i|j) + A(j|i)) / 2``, where ``A(i|j)`` is the chance that a row of class i has a larger ``p_i``
+    than a row of class j, a tie counting one half. With two classes it is the area of ``p_1``. It is a statement about
+    classes; how well the confidence separates correct from wrong predictions is `correctness_auroc`.
+
+    From logits the rows are ranked by the log-odds ``z_i - logsumexp(z without i)`` in float64, which keep the order
+    of probabilities that round to 0 or 1. It takes 8 bytes for each of the ``N K`` scores and ``K`` sorts.
+
+    Deviations: classes without rows are left out, with a warning, instead of making the result undefined.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, unless two classes have rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value; the first bad row is named.
+
+    Example:
+        >>> probs = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
+        >>> ovo_auroc(probs, torch.tensor([0, 0, 1, 1]), input="probs")
+        tensor(0.7500, dtype=torch.float64)
+    """
+    rows = checked_rows("ovo_auroc", logits, labels, input=input)
+    classes = logits.shape[1]
+    present = int((torch.bincount(rows.labels, minlength=classes) > 0).sum())
+    if present < 2:
+        reason = why_undefined(0) if present == 0 else "all rows have the same label, and it compares two classes"
+        warn_undefined("ovo_auroc", (), reason, stacklevel=2)
+    elif present < classes:
+        message = f"ovo_auroc: {classes - present} of {classes} classes have no rows; their pairs are left out"
+        warnings.warn(message, stacklevel=2)
+    scores = rows.scores if rows.is_probs else class_log_odds(rows.scores)
+    return weighted_ovo_auroc(scores, rows.labels, torch.ones(1, len(labels), device=logits.device)).squeeze(0)

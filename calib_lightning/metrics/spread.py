@@ -1,0 +1,66 @@
+"""Mean, standard deviation and interval of a figure over runs that differ by their seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+
+class Spread(NamedTuple):
+    """A figure over several runs.
+
+    Attributes:
+        mean: Mean over the runs.
+        std: Sample standard deviation (ddof = 1); nan for a single run.
+        low: Lower end of the interval of the mean.
+        high: Upper end.
+        runs: Number of runs.
+    """
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    runs: int
+
+    def __str__(self) -> str:
+        """Show mean and standard deviation."""
+        return f"{self.mean:.4f} ± {self.std:.4f} ({self.runs} runs)"
+
+
+def over_seeds(values: Iterable[float], level: float = 0.95) -> Spread:
+    """Summarise one figure of several runs: mean, sample standard deviation and Student's interval of the mean.
+
+    ``mean ± t_{(1 + level) / 2, n - 1} std / sqrt(n)``. It tells how the training varies; how a figure would move on
+    another test set is what `bootstrap_intervals` tells.
+
+    Args:
+        values: The figure of each run; nan in one of them makes all results nan, so that no run is left out unseen.
+        level: Coverage of the interval, a fraction.
+
+    Returns:
+        The summary; standard deviation and interval are nan for a single run.
+
+    Raises:
+        ValueError: No values, or a level that is not allowed.
+
+    Example:
+        >>> over_seeds([0.1, 0.2, 0.3])[:2]
+        (0.2, 0.1)
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level={level!r}: give a fraction between 0 and 1, such as 0.95")
+    figures = np.asarray([float(value) for value in values], dtype=np.float64)
+    runs = len(figures)
+    if runs == 0:
+        raise ValueError("no values: give the figure of at least one run")
+    mean = float(figures.mean())
+    if runs == 1:
+        return Spread(mean, math.nan, math.nan, math.nan, 1)
+    std = float(figures.std(ddof=1))
+    reach = float(stdtrit(runs - 1, (1.0 + level) / 2.0)) * std / math.sqrt(runs)
+    return Spread(mean, std, mean - reach, mean + reach, runs)

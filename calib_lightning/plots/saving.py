@@ -1,0 +1,129 @@
+"""Figures into files and to loggers."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from calib_lightning.files import write_whole
+
+_SUFFIXES = (".png", ".svg")
+_DPI = 300
+_svg_lock = threading.Lock()
+
+
+def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
+    """Write a figure as PNG (300 dots per inch) or SVG; the file is either whole or as it was.
+
+    The same figure gives the same bytes again with the same version of matplotlib: an SVG holds no date and no random
+    names.
+
+    Args:
+        figure: The figure.
+        path: The file; its suffix, ``.png`` or ``.svg``, says the format. Missing folders are made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: Another suffix.
+        OSError: The file cannot be written.
+    """
+    target = Path(path)
+    suffix = target.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise ValueError(f"cannot save a figure as {target.name!r}: the name must end in {' or '.join(_SUFFIXES)}")
+    buffer = io.BytesIO()
+    if suffix == ".svg":
+        with _fixed_svg_names():
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+    else:
+        figure.savefig(buffer, format="png", dpi=_DPI)
+    write_whole(target, lambda file: file.write(buffer.getvalue()))
+    return target
+
+
+@contextmanager
+def _fixed_svg_names() -> Iterator[None]:
+    # The names inside an SVG have no other switch than this setting. Only this one is put back afterwards:
+    # `rc_context` would also undo what another thread sets meanwhile.
+    with _svg_lock:
+        before = matplotlib.rcParams["svg.hashsalt"]
+        matplotlib.rcParams["svg.hashsalt"] = "calib_lightning"
+        try:
+            yield
+        finally:
+            matplotlib.rcParams["svg.hashsalt"] = before
+
+
+def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
+    """Give a figure to a Lightning logger, or to each of several.
+
+    A logger with ``log_image`` (Weights & Biases) and one whose ``experiment`` has ``add_image`` (TensorBoard) get
+    the image under ``name`` at ``step``. For any other with a folder (``log_dir``, else ``save_dir``; CSV) it becomes
+    a file for each name and step, ``<folder>/figures/<name>_step<step>.png``, with ``_`` for what does not belong into
+    a file name and the step in eight digits, so that the files sort by step. Only the process of rank 0 logs.
+
+    A figure must never cost the run: what a logger raises becomes a warning, and so does a logger of another kind.
+
+    Args:
+        loggers: A logger, or a list or tuple of them such as ``trainer.loggers``; ``None`` or empty: nothing to do.
+        name: Key of the image, such as ``val/reliability``.
+        figure: The figure.
+        step: The step it belongs to, mostly ``trainer.global_step``.
+
+    Example:
+        >>> from calib_lightning.plots import reliability_diagram
+        >>> log_figure([], "val/reliability", reliability_diagram(torch.zeros(15, 3)), step=0)
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    if loggers is None:
+        return
+    for logger in loggers if isinstance(loggers, Sequence) else [loggers]:
+        try:
+            taken = _give(logger, name, figure, step)
+        except Exception as error:
+            warnings.warn(f"{type(logger).__name__} did not take figure {name!r}: {error!r}", stacklevel=2)
+            continue
+        if not taken:
+            warnings.warn(
+                f"{type(logger).__name__} has neither log_image, nor experiment.add_image, nor a folder (log_dir, "
+                f"save_dir): it gets no figures, such as {name!r}; add a CSVLogger to keep them",
+                stacklevel=2,
+            )
+
+
+def _give(logger: object, name: str, figure: Figure, step: int) -> bool:
+    log_image = getattr(logger, "log_image", None)
+    if callable(log_image):
+        log_image(key=name, images=[_image_of(figure)], step=step)
+        return True
+    add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+    if callable(add_image):
+        add_image(name, np.asarray(_image_of(figure)), step, dataformats="HWC")
+        return True
+    folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+    if isinstance(folder, str | PathLike):
+        file_name = re.sub(r"[^\w.-]", "_", name)
+        save_figure(figure, Path(folder) / "figures" / f"{file_name}_step{step:08d}.png")
+        return True
+    return False
+
+
+def _image_of(figure: Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

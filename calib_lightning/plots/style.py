@@ -1,0 +1,123 @@
+"""What all figures share: size, fonts, colours that stay apart in grey, and the figure of an empty set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from calib_lightning.metrics.functional.ordered import Ordered
+
+FloatArray = NDArray[np.float64]
+
+WIDTH = 3.3
+"""Width of a figure in inches: one column of a two-column page."""
+
+TEXT, SMALL = 8.0, 7.0
+"""Font sizes in points. They are given to every text, as the settings of matplotlib belong to the user."""
+
+LIGHT, DARK, GREY = "#a6cee3", "#99000d", "#555555"
+"""A light fill, a dark line and the grey of reference lines."""
+
+
+def new_figure(height: float, title: str | None) -> Figure:
+    """Make an empty figure that no global list of figures knows.
+
+    Args:
+        height: In inches.
+        title: What stands above it, or ``None``.
+
+    Returns:
+        The figure; its layout leaves room for all labels.
+    """
+    figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=TEXT)
+    return figure
+
+
+def empty_figure(height: float, title: str | None) -> Figure:
+    """Make the figure of a set without rows.
+
+    Args:
+        height: In inches.
+        title: What stands above it, or ``None``.
+
+    Returns:
+        A figure that says so.
+    """
+    figure = new_figure(height, title)
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "no rows", ha="center", va="center", fontsize=TEXT, transform=axes.transAxes)
+    return figure
+
+
+def finish_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Label axes in the font size of the figures and take the frame off above and on the right.
+
+    Args:
+        axes: The axes.
+        xlabel: What the x axis shows; empty where the axes below share it.
+        ylabel: What the y axis shows.
+    """
+    axes.set_xlabel(xlabel, fontsize=TEXT)
+    axes.set_ylabel(ylabel, fontsize=TEXT)
+    axes.tick_params(labelsize=SMALL, width=0.6, length=2.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_linewidth(0.6)
+
+
+def finish_figure(figure: Figure, numbers: str, handles: Sequence[Artist]) -> None:
+    """Write the numbers above the first axes and the legend below the last, where they cover nothing, and lay it out.
+
+    Args:
+        figure: The figure.
+        numbers: One line of text.
+        handles: What the legend explains.
+    """
+    figure.axes[0].set_title(numbers, fontsize=SMALL, loc="left")
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
+    # The layout moves a little at each drawing; once is enough, and every file of the figure is then the same.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def percent(value: float, signed: bool = False) -> str:
+    """Write a fraction in percent.
+
+    Args:
+        value: The fraction.
+        signed: Whether a plus sign is written.
+
+    Returns:
+        Text such as ``3.90 %``.
+    """
+    return f"{100 * value:+.2f} %" if signed else f"{100 * value:.2f} %"
+
+
+def groups_with_rows(ordered: Ordered, who: str) -> Ordered:
+    """Take the groups of one set that hold rows.
+
+    Args:
+        ordered: Groups ``(G,)`` in ascending order of the score.
+        who: Name of the function, for the message.
+
+    Returns:
+        Those of them that hold rows, float64 on the CPU.
+
+    Raises:
+        ValueError: The fields have leading dimensions, differ in shape, or hold negative or infinite numbers.
+    """
+    shapes = [tuple(field.shape) for field in ordered]
+    if len(shapes[0]) != 1 or len(set(shapes)) != 1:
+        raise ValueError(f"{who}: the fields of ordered have shapes {shapes}; give one set, three fields (G,)")
+    fields = torch.stack([field.detach().cpu().double() for field in ordered])
+    if not bool((fields.isfinite() & (fields >= 0)).all()):
+        raise ValueError(f"{who}: a field of ordered holds negative or infinite numbers or NaN; use `order_rows`")
+    return Ordered(*fields[:, fields[0] > 0])

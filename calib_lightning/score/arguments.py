@@ -1,0 +1,184 @@
+"""The command line of ``calib score``; nothing heavy is imported, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Literal
+
+DEFAULT_RESAMPLES = 1000
+_FORMATS: dict[str, Literal["text", "json", "markdown"]] = {".txt": "text", ".json": "json", ".md": "markdown"}
+
+_EPILOG = """\
+files:
+  .npz         arrays `logits` (with --input probs: `probs`) of shape (N, K), `labels` (N,) and, where a method brings
+               its own, `confidence` (N,); --scores-key and --labels-key name others. Files of `calib test` are of
+               this kind.
+  .pt, .pth    a dict of tensors with these names, or one tensor (N, K) with --labels
+  .npy         scores (N, K), with --labels
+  .csv         one row a sample, comma between cells: K columns of scores and one of labels, the last one or, with a
+               header, that named `label` (--labels-key). Columns named `confidence` and `index` are no scores; index
+               is left out.
+
+Fractions are shown in percent where that is usual; JSON holds fractions at full precision, null where undefined.
+"""
+
+
+class Options(argparse.Namespace):
+    """What the command line says; see ``calib score --help``."""
+
+    files: list[Path]
+    input: Literal["logits", "probs"]
+    scores_key: str | None
+    labels_key: str | None
+    labels: list[Path]
+    metrics: str | None
+    bins: list[int]
+    intervals: int | None
+    level: float
+    seed: int
+    groups: Literal["class", "frequency"] | None
+    train_counts: Path | None
+    compare: Path | None
+    seeds: bool
+    figures: Path | None
+    format: Literal["text", "json", "markdown"]
+    output: Path | None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser.
+
+    Returns:
+        A parser whose faults end the process with code 2.
+    """
+    parser = argparse.ArgumentParser(
+        "calib score",
+        description="Accuracy, calibration and refinement of saved predictions.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="saved scores and labels, see below")
+    data = parser.add_argument_group("what the files hold")
+    data.add_argument(
+        "--input", choices=["logits", "probs"], default="logits", help="what the scores are (default: logits)"
+    )
+    data.add_argument("--scores-key", metavar="NAME", help="name of the scores in .npz and .pt files")
+    data.add_argument("--labels-key", metavar="NAME", help="name of the labels, or of their column")
+    data.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="labels from a .npy, .npz, .pt or .csv file; once for all, or once for each FILE in their order",
+    )
+    what = parser.add_argument_group("what is computed")
+    what.add_argument(
+        "--metrics",
+        metavar="WHICH",
+        help="core, all, or keys with commas between them (default: all; without ovo_auroc for more than 200 classes)",
+    )
+    what.add_argument(
+        "--bins",
+        type=_bins,
+        default=[15],
+        metavar="M[,M...]",
+        help="number of bins; several give each binned metric for each, as ece@10 (default: 15)",
+    )
+    what.add_argument(
+        "--intervals",
+        nargs="?",
+        const=DEFAULT_RESAMPLES,
+        type=_at_least_two,
+        metavar="N",
+        help=f"bootstrap intervals from N resamples ({DEFAULT_RESAMPLES} if not given)",
+    )
+    what.add_argument("--level", type=_level, default=0.95, help="coverage of intervals (default: 0.95)")
+    what.add_argument("--seed", type=int, default=0, help="seed of resamples and exchanges (default: 0)")
+    what.add_argument(
+        "--groups", choices=["class", "frequency"], help="figures for each class, or for frequent and rare classes"
+    )
+    what.add_argument(
+        "--train-counts",
+        type=Path,
+        metavar="FILE",
+        help="training images of each class: K integers in a .csv, .npy or .json file; for --groups frequency",
+    )
+    what.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OTHER",
+        help="difference of each FILE to another run on the same samples, with the p-value of a permutation test",
+    )
+    what.add_argument("--seeds", action="store_true", help="the files are runs of one method: mean ± std over them")
+    out = parser.add_argument_group("what is written")
+    out.add_argument("--format", choices=list(_FORMATS.values()), help="default: by the suffix of --output, or text")
+    out.add_argument("--output", type=Path, metavar="FILE", help="write the report there (.txt, .json or .md)")
+    out.add_argument("--figures", type=Path, metavar="DIR", help="write figures as PNG and SVG to DIR/<set>/")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> Options:
+    """Read a command line.
+
+    Args:
+        parser: The parser of `make_parser`.
+        argv: Arguments after ``calib score``.
+
+    Returns:
+        The options; they fit together.
+    """
+    options = parser.parse_args(_with_resamples(argv), namespace=Options())
+    if len(options.labels) not in (0, 1, len(options.files)):
+        parser.error(
+            f"--labels was given {len(options.labels)} times for {len(options.files)} files: give it once for all of "
+            "them, or once for each"
+        )
+    if (options.groups == "frequency") != (options.train_counts is not None):
+        parser.error("--groups frequency and --train-counts FILE go together")
+    if options.seeds and len(options.files) < 2:
+        parser.error("--seeds needs two or more files, one of each run")
+    if options.format is None:
+        suffix = options.output.suffix.lower() if options.output else ".txt"
+        if suffix not in _FORMATS:
+            parser.error(f"--output {options.output}: the suffix is none of {', '.join(_FORMATS)}; say --format")
+        options.format = _FORMATS[suffix]
+    return options
+
+
+def _with_resamples(argv: list[str]) -> list[str]:
+    # argparse would take a file after a bare --intervals for the number of resamples.
+    spelled = list(argv)
+    for place, argument in enumerate(argv):
+        follower = argv[place + 1] if place + 1 < len(argv) else ""
+        if argument == "--intervals" and not re.fullmatch(r"-?\d+", follower):
+            spelled[place] = f"--intervals={DEFAULT_RESAMPLES}"
+    return spelled
+
+
+def _bins(text: str) -> list[int]:
+    try:
+        bins = [int(part) for part in text.split(",")]
+    except ValueError:
+        bins = []
+    if not bins or min(bins) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers >= 1, such as 15 or 10,15,20")
+    return list(dict.fromkeys(bins))
+
+
+def _at_least_two(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 2")
+    return int(text)
+
+
+def _level(text: str) -> float:
+    try:
+        level = float(text)
+    except ValueError:
+        level = 0.0
+    if not 0.0 < level < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1, such as 0.95")
+    return level

@@ -1,0 +1,355 @@
+"""Scores and labels from files of any framework; nothing in a file is executed, and nothing is guessed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calib_lightning.metrics.functional.rows import PROBS_TOLERANCE, InputKind, check_shapes, check_values
+
+SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".csv")
+_COUNT_SUFFIXES = (".csv", ".npy", ".json")
+
+Array = npt.NDArray[Any]
+
+
+class Predictions(NamedTuple):
+    """What a file says about a set, checked.
+
+    Attributes:
+        scores: ``(N, K)``, floating point.
+        labels: ``(N,)`` int64 in ``0..K-1``.
+        confidence: ``(N,)`` in ``[0, 1]``, or ``None``.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    confidence: Tensor | None
+
+
+class Names(NamedTuple):
+    """Names of the arrays in a file; ``None`` is the usual name.
+
+    Attributes:
+        scores: Name of the scores; ``logits`` or ``probs`` by what they are.
+        labels: Name of the labels; ``labels``, in a CSV file ``label``.
+    """
+
+    scores: str | None = None
+    labels: str | None = None
+
+
+def read_predictions(
+    path: Path, input: InputKind = "logits", names: Names | None = None, labels_path: Path | None = None
+) -> Predictions:
+    """Read and check one file.
+
+    Args:
+        path: A ``.npz``, ``.npy``, ``.pt``, ``.pth`` or ``.csv`` file.
+        input: What the scores are.
+        names: Names of the arrays.
+        labels_path: File of the labels, where ``path`` does not hold them.
+
+    Returns:
+        The predictions.
+
+    Raises:
+        ValueError: Names the file, what is wrong with it and what is allowed.
+        TypeError: A dtype that is not allowed.
+        OSError: The file cannot be read.
+    """
+    names = names or Names()
+    found = _Found(path, names._replace(scores=names.scores or input), labels_path is not None)
+    scores, confidence = found.scores, found.confidence
+    labels = found.labels if labels_path is None else _Found(labels_path, names, False).only_labels
+    where = str(path)
+    labels = _hard_labels(labels, str(labels_path or path))
+    if scores.ndim == 2 and scores.shape[1] == 1 or scores.ndim == 1:
+        raise ValueError(
+            f"{where}: scores have shape {tuple(scores.shape)}, allowed: (N, K) with a column for each of K >= 2 "
+            "classes; a binary classifier with logit z has the columns 0 and z"
+        )
+    if confidence is not None:
+        confidence = confidence.reshape(-1) if confidence.shape[1:] == (1,) else confidence
+    if scores.ndim == 2 and len(scores) != len(labels):
+        raise ValueError(
+            f"{where}: {len(scores)} rows of scores but {len(labels)} labels"
+            + (f" in {labels_path}" if labels_path else "")
+            + "; give one label for each row"
+        )
+    check_shapes(scores, labels, confidence, where)
+    check_values(scores, labels, confidence, input, where)
+    return Predictions(scores, labels, confidence)
+
+
+def seem_probs(scores: Tensor) -> bool:
+    """Tell whether scores could well be probabilities: all in [0, 1], each row with sum 1.
+
+    Args:
+        scores: ``(N, K)``.
+
+    Returns:
+        Whether they look so; False without rows.
+    """
+    if len(scores) == 0 or bool((scores < 0).any()):
+        return False
+    return bool(((scores.double().sum(dim=1) - 1.0).abs() <= PROBS_TOLERANCE).all())
+
+
+def read_counts(path: Path, classes: int) -> Tensor:
+    """Read the number of training images of each class.
+
+    Args:
+        path: A ``.csv`` (one row or one column), ``.npy`` or ``.json`` (a list) file.
+        classes: Number of classes K.
+
+    Returns:
+        ``(K,)`` int64.
+
+    Raises:
+        ValueError: Not K whole numbers >= 0.
+        OSError: The file cannot be read.
+    """
+    suffix = _suffix(path, _COUNT_SUFFIXES)
+    if suffix == ".json":
+        try:
+            counts = np.asarray(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON list of numbers ({_first_line(error)})") from error
+    else:
+        counts = _load_array(path) if suffix == ".npy" else _numbers(path, 0)
+    counts = counts.reshape(-1)
+    is_number = np.issubdtype(counts.dtype, np.integer) or np.issubdtype(counts.dtype, np.floating)
+    if len(counts) != classes or not is_number or bool(((counts < 0) | (counts != np.floor(counts))).any()):
+        raise ValueError(
+            f"{path}: {len(counts)} values of {counts.dtype}, allowed: {classes} whole numbers >= 0, the training "
+            "images of each class in the order of the labels"
+        )
+    return torch.from_numpy(counts.astype(np.int64))
+
+
+class _Found:
+    """What a file holds, before it is checked."""
+
+    def __init__(self, path: Path, names: Names, scores_only: bool) -> None:
+        self.path = path
+        self.names = names
+        suffix = _suffix(path, SUFFIXES)
+        self.is_csv = suffix == ".csv"
+        self.content: Mapping[str, Tensor] | Tensor
+        if suffix == ".npz":
+            self.content = _load_arrays(path)
+        elif suffix == ".npy":
+            self.content = _tensor(_load_array(path))
+        elif self.is_csv:
+            self.content = _load_csv(path, names.labels, scores_only)
+        else:
+            self.content = _load_torch(path)
+
+    def _named(self, name: str, option: str, hint: str = "") -> Tensor:
+        assert not isinstance(self.content, Tensor)
+        if name not in self.content:
+            held = ", ".join(map(repr, self.content)) or "nothing"
+            raise ValueError(f"{self.path}: no {name!r}; the file holds {held}; name one of them with {option}{hint}")
+        return self.content[name]
+
+    @property
+    def scores(self) -> Tensor:
+        """The scores as they are stored."""
+        if isinstance(self.content, Tensor):
+            return self.content
+        if self.is_csv:
+            return self.content["scores"]
+        name = self.names.scores or "logits"
+        other = {"logits": "probs", "probs": "logits"}.get(name)
+        hint = f", or say --input {other}" if other in self.content else ""
+        return self._named(name, "--scores-key", hint)
+
+    @property
+    def confidence(self) -> Tensor | None:
+        """The method's own confidence, where there is one."""
+        return None if isinstance(self.content, Tensor) else self.content.get("confidence")
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels that are stored with the scores."""
+        if isinstance(self.content, Tensor):
+            raise ValueError(f"{self.path}: holds scores only; give the labels with --labels FILE")
+        return self._named("labels" if self.is_csv else self.names.labels or "labels", "--labels-key")
+
+    @property
+    def only_labels(self) -> Tensor:
+        """The labels of a file of labels."""
+        if isinstance(self.content, Tensor):
+            return self.content
+        if self.is_csv and self.content["scores"].shape[1]:
+            raise ValueError(f"{self.path}: a file for --labels must have one column, a label in each row")
+        return self.labels
+
+
+def _suffix(path: Path, allowed: tuple[str, ...]) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in allowed:
+        raise ValueError(f"{path}: files of type {suffix or '(none)'!r} are not read, allowed: {', '.join(allowed)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return suffix
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _tensor(array: Array) -> Tensor:
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind == "f":
+        return torch.from_numpy(array.astype(f"=f{size}" if size in (2, 4, 8) else "=f8"))
+    if kind in "iu":
+        return torch.from_numpy(array.astype(np.int64))
+    if kind == "b":
+        return torch.from_numpy(array)
+    raise TypeError(f"an array of dtype {array.dtype} is no array of numbers")
+
+
+def _readable(path: Path, name: str, load: Any) -> Tensor:
+    try:
+        return _tensor(load())
+    except (ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(
+            f"{path}: {name}cannot be read as an array of numbers ({_first_line(error)}); save it as a plain NumPy "
+            "array, not as Python objects"
+        ) from error
+
+
+def _load_array(path: Path) -> Array:
+    return np.asarray(_readable(path, "", lambda: np.load(path, allow_pickle=False)).numpy())
+
+
+class _Arrays(Mapping[str, Tensor]):
+    """The arrays of an ``.npz`` file, each read when it is asked for, so that a strange one nobody needs is no fault."""
+
+    def __init__(self, path: Path, stored: Any) -> None:
+        self._path = path
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._stored:
+            raise KeyError(name)
+        return _readable(self._path, f"{name!r} ", lambda: self._stored[name])
+
+    def __iter__(self) -> Any:
+        return iter(self._stored.files)
+
+    def __len__(self) -> int:
+        return len(self._stored.files)
+
+
+def _load_arrays(path: Path) -> Mapping[str, Tensor]:
+    try:
+        stored = np.load(path, allow_pickle=False)
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path}: is no .npz file, or a damaged one ({_first_line(error)})") from error
+    if not isinstance(stored, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path}: holds a single array; rename it to .npy and give the labels with --labels FILE")
+    return _Arrays(path, stored)
+
+
+def _load_torch(path: Path) -> Mapping[str, Tensor] | Tensor:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise nearly anything
+        raise ValueError(
+            f"{path}: cannot be read as tensors ({_first_line(error)}); save a dict of tensors with torch.save"
+        ) from error
+    if isinstance(content, Tensor):
+        return content.detach()
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: holds a {type(content).__name__}, allowed: a dict of tensors, or one tensor with --labels FILE"
+        )
+    return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _numbers(path: Path, header: int) -> Array:
+    with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input contained no data")
+        try:
+            return np.loadtxt(file, delimiter=",", skiprows=header, ndmin=2, comments=None, quotechar='"')
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {_first_line(error).partition(';')[0].rstrip('.')} (rows are counted after the header); "
+                "allowed: numbers with commas between them, equally many in each row"
+            ) from error
+
+
+def _load_csv(path: Path, labels_name: str | None, scores_only: bool) -> Mapping[str, Tensor]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        first = [cell.strip() for cell in next(csv.reader(file), [])]
+    if not first:
+        raise ValueError(f"{path}: is empty; allowed: rows of scores with a label, with or without a header")
+    header = [] if all(map(_is_number, first)) else first
+    table = _numbers(path, 1 if header else 0)
+    if table.size == 0:
+        table = np.zeros((0, len(first)))
+    if header and table.shape[1] != len(header):
+        raise ValueError(f"{path}: the header has {len(header)} columns but the rows have {table.shape[1]}")
+    columns = {name: place for place, name in enumerate(header) if name in ("confidence", "index")}
+    label = _label_column(path, header, labels_name, table.shape[1], scores_only)
+    rest = [place for place in range(table.shape[1]) if place not in (label, *columns.values())]
+    content = {"scores": torch.from_numpy(table[:, rest])}
+    if label is not None:
+        content["labels"] = _whole(path, table[:, label])
+    if "confidence" in columns:
+        content["confidence"] = torch.from_numpy(table[:, columns["confidence"]].copy())
+    return content
+
+
+def _label_column(path: Path, header: list[str], wanted: str | None, width: int, scores_only: bool) -> int | None:
+    for name in [wanted] if wanted else ["label", "labels"]:
+        if name in header:
+            return header.index(name)
+    if wanted and not scores_only:
+        held = ", ".join(map(repr, header)) or "no header"
+        raise ValueError(f"{path}: no column {wanted!r}; the file has {held}; name one of them with --labels-key")
+    return None if scores_only else width - 1
+
+
+def _whole(path: Path, column: npt.NDArray[np.float64]) -> Tensor:
+    broken = np.flatnonzero(~(np.isfinite(column) & (column == np.floor(column)) & (np.abs(column) < 2**53)))
+    if len(broken):
+        raise ValueError(
+            f"{path}: row {broken[0]} has label {column[broken[0]]}, allowed: whole numbers; the labels are the last "
+            "column, or that named by --labels-key"
+        )
+    return torch.from_numpy(column.astype(np.int64))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _hard_labels(labels: Tensor, where: str) -> Tensor:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if labels.ndim != 1:
+        raise ValueError(
+            f"{where}: labels have shape {tuple(labels.shape)}, allowed: (N,) or (N, 1) class numbers; one-hot or soft "
+            "labels are not scored: save their argmax"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{where}: labels are {labels.dtype}, allowed: class numbers of an integer dtype")
+    return labels.long()
