@@ -20,16 +20,22 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0 if the command succeeded, 1 if the input was at fault. A wrong command line ends with 2, a run that
         was told to stop by a signal with 143 (SIGTERM) or 130 (SIGINT).
     """
-    from calib_lightning.cli import CalibCLI  # the import takes seconds
+    arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow in a table must not end a run whose output is not UTF-8
+    if arguments[:1] == ["score"]:
+        from calib_lightning.score import main as score  # needs no trainer, whose import takes seconds
+
+        return score(arguments[1:])
+
+    from calib_lightning.cli import CalibCLI
     from calib_lightning.config_search import resolve_configs
     from calib_lightning.run_folder import forget_run_folder
 
     forget_run_folder()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an arrow in a table must not end a run whose output is not UTF-8
     try:
-        CalibCLI(resolve_configs(sys.argv[1:] if argv is None else argv))
+        CalibCLI(resolve_configs(arguments))
     except USER_ERRORS as error:
         _report(error)
         return 1

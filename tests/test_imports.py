@@ -23,10 +23,11 @@ ALLOWED = {
     "methods": {"types", "functional", "core"},
     "callbacks": {"types", "metrics", "plots", "core", "seeding", "files", "run_folder"},
     "cli": {"data", "methods", "callbacks", "core", "metrics", "report", "run_folder"},
-    "__main__": {"cli", "config_search", "run_folder"},
+    "score": {"metrics", "plots", "report", "files"},
+    "__main__": {"cli", "score", "config_search", "run_folder"},
     "__init__": set(),
 }
-WITHOUT_TRAINER = {"plots", "functional", "metrics", "seeding", "report"}
+WITHOUT_TRAINER = {"plots", "functional", "metrics", "seeding", "report", "score"}
 
 
 def _parts():

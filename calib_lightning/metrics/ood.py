@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional import ood as _unused
+from calib_lightning.metrics.functional.ood import check_ood_shapes, check_ood_values, why_one_sided
 from calib_lightning.metrics.functional.undefined import warn_undefined
 from calib_lightning.metrics.read_outs import READ_OUTS
 from calib_lightning.metrics.state import RowMetric, StateView, checks_at_once, has_float64
@@ -21,6 +21,8 @@ class OODMetric(RowMetric):
     """
 
     key: ClassVar[str]
+    rank_scores: list[Tensor]
+    rank_correct: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(("ranks",), **kwargs)
@@ -96,11 +98,11 @@ class OODMetric(RowMetric):
         self._settle()
         rows = int(self.count)
         value = READ_OUTS[self.key].value(StateView(self)) if rows else torch.full((), torch.nan, dtype=torch.float64)
-        if self.update_called and bool(value.isnan()):
-            inside = int(self.rows_of("rank_correct").sum())
-            side, other = ("in", "out-of") if inside else ("out-of", "in")
-            reason = f"all {rows} rows are {side}-distribution, and {other}-distribution ones are needed too"
-            warn_undefined(type(self).__name__, (), reason if rows else "no rows were given", stacklevel=3)
+        inside = int(self.rows_of("rank_correct").sum())
+        if inside in (0, rows):
+            value = torch.full((), torch.nan, dtype=torch.float64)
+            if self.update_called:
+                warn_undefined(type(self).__name__, (), why_one_sided(rows, inside), stacklevel=3)
         return value
 
 

@@ -30,6 +30,10 @@ Direction = Literal["higher", "lower", "zero", "none"]
 """Which values of a metric are better; ``"zero"`` means nearest to zero, ``"none"`` that it only describes."""
 
 
+IntervalKind = Literal["percentile", "basic", "centred"]
+"""How the bias of a metric under resampling is dealt with."""
+
+
 class View(ABC):
     """What metrics are read from; every tensor may have leading dimensions ``(...)``, one entry for each subset.
 
@@ -93,8 +97,7 @@ class ReadOut(NamedTuple):
         parts: Names of the parts of the state that it reads, besides the count, which is always there.
         value: Maps a view to ``(...)`` float64; nan where the metric is undefined.
         better: Which values are better.
-        biased: Whether its estimate is biased by chance alone, as a sum of absolute errors of bins is; an interval
-            has to undo that.
+        interval: How a bootstrap interval is made, see `resampling.bootstrap_intervals`.
         low: The smallest possible value.
         high: The largest possible value.
     """
@@ -102,7 +105,7 @@ class ReadOut(NamedTuple):
     parts: tuple[str, ...]
     value: Callable[[View], Tensor]
     better: Direction
-    biased: bool = False
+    interval: IntervalKind = "percentile"
     low: float = 0.0
     high: float = 1.0
 
@@ -131,21 +134,23 @@ def from_bins(function: Callable[[Tensor], Tensor], better: Direction = "lower")
     Returns:
         The read-out.
     """
-    return ReadOut(("bins",), lambda view: function(view.bins), better, biased=True)
+    return ReadOut(("bins",), lambda view: function(view.bins), better, interval="basic")
 
 
-def from_ordered(function: Callable[[Ordered], Tensor], better: Direction, biased: bool = False) -> ReadOut:
+def from_ordered(
+    function: Callable[[Ordered], Tensor], better: Direction, interval: IntervalKind = "percentile"
+) -> ReadOut:
     """Make a metric of the ordered rows.
 
     Args:
         function: Maps `Ordered` to ``(...)``.
         better: Which values are better.
-        biased: As in `ReadOut`.
+        interval: As in `ReadOut`.
 
     Returns:
         The read-out.
     """
-    return ReadOut(("ranks",), lambda view: function(view.ordered), better, biased)
+    return ReadOut(("ranks",), lambda view: function(view.ordered), better, interval)
 
 
 def equal_mass(function: Callable[[Ordered, int], Tensor]) -> ReadOut:
@@ -157,7 +162,7 @@ def equal_mass(function: Callable[[Ordered, int], Tensor]) -> ReadOut:
     Returns:
         The read-out.
     """
-    return ReadOut(("ranks",), lambda view: function(view.ordered, view.n_bins), "lower", biased=True)
+    return ReadOut(("ranks",), lambda view: function(view.ordered, view.n_bins), "lower", interval="basic")
 
 
 def coverage_at_risk_of(risk: float) -> ReadOut:
@@ -220,12 +225,12 @@ READ_OUTS: dict[str, ReadOut] = {
     "mce": from_bins(calibration.mce_from_bins),
     "rmsce": from_bins(calibration.rmsce_from_bins),
     "overconfidence_error": from_bins(calibration.overconfidence_error_from_bins),
-    "classwise_ece": ReadOut(("classwise",), _classwise_ece, "lower", biased=True),
+    "classwise_ece": ReadOut(("classwise",), _classwise_ece, "lower", interval="basic"),
     "aece_split": equal_mass(adaptive.aece_split_from_ordered),
     "aece_official": equal_mass(adaptive.aece_official_from_ordered),
-    "ks": from_ordered(adaptive.ks_from_ordered, "lower", biased=True),
-    "debiased_l2": equal_mass(adaptive.debiased_l2_from_ordered),
-    "smece": from_ordered(smooth.smece_from_ordered, "lower", biased=True),
+    "ks": from_ordered(adaptive.ks_from_ordered, "lower", interval="basic"),
+    "debiased_l2": equal_mass(adaptive.debiased_l2_from_ordered)._replace(interval="centred"),
+    "smece": from_ordered(smooth.smece_from_ordered, "lower", interval="basic"),
     "aupr_success": from_ordered(refinement.average_precision_from_ordered, "higher"),
     "aupr_error": from_ordered(refinement.aupr_error_from_ordered, "higher"),
     "fpr95": from_ordered(refinement.fpr_at_tpr_from_ordered, "lower"),
@@ -235,18 +240,20 @@ READ_OUTS: dict[str, ReadOut] = {
     "coverage_at_risk_0.05": coverage_at_risk_of(0.05),
     "risk_at_coverage_0.8": risk_at_coverage_of(0.8),
     "risk_at_coverage_0.9": risk_at_coverage_of(0.9),
-    "murphy_reliability": ReadOut(("bins", "moments"), lambda view: view.murphy.reliability, "lower", biased=True),
-    "murphy_resolution": ReadOut(("bins", "moments"), lambda view: view.murphy.resolution, "higher", biased=True),
+    "murphy_reliability": ReadOut(("bins", "moments"), lambda view: view.murphy.reliability, "lower", interval="basic"),
+    "murphy_resolution": ReadOut(("bins", "moments"), lambda view: view.murphy.resolution, "higher", interval="basic"),
     "murphy_uncertainty": ReadOut(("bins", "moments"), lambda view: view.murphy.uncertainty, "none"),
-    "corp_miscalibration": ReadOut(("ranks",), lambda view: view.corp.miscalibration, "lower", biased=True),
-    "corp_discrimination": ReadOut(("ranks",), lambda view: view.corp.discrimination, "higher", biased=True),
+    "corp_miscalibration": ReadOut(("ranks",), lambda view: view.corp.miscalibration, "lower", interval="basic"),
+    "corp_discrimination": ReadOut(("ranks",), lambda view: view.corp.discrimination, "higher", interval="basic"),
     "corp_uncertainty": ReadOut(("ranks",), lambda view: view.corp.uncertainty, "none"),
     "dark_side_alpha": ReadOut(_DARK_SIDE, lambda view: view.dark_side.alpha, "none", low=-1.0),
     "dark_side_beta": ReadOut(_DARK_SIDE, lambda view: view.dark_side.beta, "none", low=-1.0),
     "dark_side_gamma": ReadOut(_DARK_SIDE, lambda view: view.dark_side.gamma, "none", low=-1.0),
     "dark_side_residual": ReadOut(_DARK_SIDE, lambda view: view.dark_side.residual, "none", low=-1.0),
     "ovo_auroc": ReadOut(("scores",), lambda view: view.ovo_auroc, "higher"),
-    "calibration_nll": ReadOut(("scores",), lambda view: view.variational.calibration, "lower", True, high=torch.inf),
+    "calibration_nll": ReadOut(
+        ("scores",), lambda view: view.variational.calibration, "lower", "basic", high=torch.inf
+    ),
     "refinement_nll": ReadOut(("scores",), lambda view: view.variational.refinement, "lower", high=torch.inf),
 }
 """The metrics, by the key that logs and tables use."""

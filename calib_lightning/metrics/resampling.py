@@ -430,7 +430,12 @@ def bootstrap_intervals(
     The rows are drawn with replacement and every metric is computed again from them. A mean or a rank statistic gets
     the percentile interval ``[q_low, q_high]`` of the resampled figures. A plug-in error such as ECE is too large by
     chance alone, and once more so in a resample; it gets the basic interval ``[2 v - q_high, 2 v - q_low]``, which
-    takes that bias off, cut to the possible values. So such a figure may lie above its own interval.
+    takes that bias off, cut to the possible values. So such a figure may lie above its own interval. An error that is
+    already free of bias (`debiased_l2`) is so no more in a resample, which repeats rows; its interval is the percentile
+    one, moved such that the resampled figures have the figure as their mean.
+
+    How often such an interval holds the true figure was simulated for every metric (`tests/metrics/test_coverage.py`).
+    It is too narrow for `mce`: the largest gap is mostly that of a bin of a few rows, which no resample can mend.
 
     Args:
         state: A state made with ``details=True``; with several processes, of all their rows.
@@ -467,8 +472,11 @@ def _interval(key: str, value: float, drawn: Tensor, level: float) -> Interval:
     tails = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
     low, high = torch.nanquantile(drawn, tails).tolist()
     read_out = READ_OUTS[key]
-    if read_out.biased:
+    if read_out.interval == "basic":
         low, high = 2.0 * value - high, 2.0 * value - low
+    elif read_out.interval == "centred":
+        shift = value - float(drawn.nanmean())
+        low, high = low + shift, high + shift
     return Interval(value, max(low, read_out.low), min(max(high, read_out.low), read_out.high))
 
 

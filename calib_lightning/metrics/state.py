@@ -46,6 +46,8 @@ from calib_lightning.metrics.functional.undefined import warn_undefined, why_und
 from calib_lightning.metrics.functional.variational import VariationalSplit, variational_split
 from calib_lightning.metrics.read_outs import CORE, READ_OUTS, ReadOut, View, undefined_keys
 
+
+_CHUNK = 2**19
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -134,12 +136,13 @@ class RowMetric(Metric):
         self.input = input
         self.parts = tuple(dict.fromkeys(parts))
         if details:
-            # Rows are needed for every metric of a group, whichever are asked for now.
             if rank_bins is not None:
                 raise ValueError(
                     f"rank_bins={rank_bins} with details=True: rows are kept one by one then; leave it out"
                 )
-            self.parts = tuple(dict.fromkeys((*self.parts, "confidence", "correct", "ranks", "labels")))
+            rows = ("confidence", "correct", "ranks", "labels")
+            scores = ("scores",) if "classwise" in self.parts else ()
+            self.parts = tuple(dict.fromkeys((*self.parts, *rows, *scores)))
         self._num_classes: int | None = None
         self._count_before_forward: int | None = None
         self._list_dtypes: dict[str, torch.dtype] = {}
@@ -222,9 +225,14 @@ class RowMetric(Metric):
         if len(labels) == 0:
             return
         self.count = self.count + len(labels)
-        rows = Rows(logits, labels, confidence, self.input)
-        for part in self.parts:
-            part_of(part).add(self, rows)
+        # On the CPU a large batch is taken in pieces whose intermediate results stay in the cache.
+        step = max(1, _CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(labels)
+        adders = [part_of(part).add for part in self.parts]
+        for start in range(0, len(labels), step):
+            piece = slice(start, start + step)
+            rows = Rows(logits[piece], labels[piece], None if confidence is None else confidence[piece], self.input)
+            for add in adders:
+                add(self, rows)
 
     def forward(self, logits: Tensor, labels: Tensor, confidence: Tensor | None = None) -> Any:
         """Add a batch and return the metric of that batch alone; dearer than `update`.
@@ -507,7 +515,7 @@ def _add_moments(metric: Any, rows: Rows) -> None:
 
 
 def _add_classwise(metric: Any, rows: Rows) -> None:
-    sums = classwise_sums(rows.probs, rows.labels, metric.n_bins)
+    sums = classwise_sums(rows.probs, rows.labels, metric.n_bins, rows.class_totals)
     if metric.classwise.shape[1] == 0:
         metric.classwise = sums
     else:
@@ -650,7 +658,8 @@ class EvaluationState(RowMetric):
         n_bins: Number of bins of the calibration errors.
         rank_bins: Size of the histogram of log-odds that the ranking metrics are read from (16384 is good); ``None``
             keeps the score of every row, which is exact.
-        details: Whether to keep one value a row of every quantity, for `bootstrap_intervals` and `by_class`.
+        details: Whether to keep one value a row of every quantity, for `bootstrap_intervals` and `by_class`; for
+            ``"classwise_ece"`` all K scores are kept then.
         input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
         **kwargs: Arguments of `torchmetrics.Metric`.
 

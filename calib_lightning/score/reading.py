@@ -6,7 +6,7 @@ import csv
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def read_predictions(
     labels = found.labels if labels_path is None else _Found(labels_path, names, False).only_labels
     where = str(path)
     labels = _hard_labels(labels, str(labels_path or path))
-    if scores.ndim == 2 and scores.shape[1] == 1 or scores.ndim == 1:
+    if scores.ndim == 1 or scores.shape[1:] == (1,):
         raise ValueError(
             f"{where}: scores have shape {tuple(scores.shape)}, allowed: (N, K) with a column for each of K >= 2 "
             "classes; a binary classifier with logit z has the columns 0 and z"
@@ -221,7 +221,7 @@ def _tensor(array: Array) -> Tensor:
     raise TypeError(f"an array of dtype {array.dtype} is no array of numbers")
 
 
-def _readable(path: Path, name: str, load: Any) -> Tensor:
+def _readable(path: Path, name: str, load: Callable[[], Array]) -> Tensor:
     try:
         return _tensor(load())
     except (ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
@@ -232,22 +232,31 @@ def _readable(path: Path, name: str, load: Any) -> Tensor:
 
 
 def _load_array(path: Path) -> Array:
-    return np.asarray(_readable(path, "", lambda: np.load(path, allow_pickle=False)).numpy())
+    array: Array = _readable(path, "", lambda: _one_array(path)).numpy()
+    return array
+
+
+def _one_array(path: Path) -> Array:
+    stored = np.load(path, allow_pickle=False)
+    if not isinstance(stored, np.ndarray):
+        raise ValueError("it holds several arrays; rename it to .npz")
+    return stored
 
 
 class _Arrays(Mapping[str, Tensor]):
-    """The arrays of an ``.npz`` file, each read when it is asked for, so that a strange one nobody needs is no fault."""
+    """The arrays of an ``.npz`` file, each read when it is asked for: a strange one that nobody needs is no fault."""
 
     def __init__(self, path: Path, stored: Any) -> None:
         self._path = path
         self._stored = stored
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._stored:
-            raise KeyError(name)
         return _readable(self._path, f"{name!r} ", lambda: self._stored[name])
 
-    def __iter__(self) -> Any:
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored.files
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self._stored.files)
 
     def __len__(self) -> int:
@@ -255,13 +264,11 @@ class _Arrays(Mapping[str, Tensor]):
 
 
 def _load_arrays(path: Path) -> Mapping[str, Tensor]:
-    try:
-        stored = np.load(path, allow_pickle=False)
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: is no .npz file, or a damaged one ({_first_line(error)})") from error
-    if not isinstance(stored, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path}: holds a single array; rename it to .npy and give the labels with --labels FILE")
-    return _Arrays(path, stored)
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path}: is no .npz archive, or a damaged one; save it with numpy.savez (a single array is a .npy file)"
+        )
+    return _Arrays(path, np.load(path, allow_pickle=False))
 
 
 def _load_torch(path: Path) -> Mapping[str, Tensor] | Tensor:
@@ -293,8 +300,11 @@ def _numbers(path: Path, header: int) -> Array:
 
 
 def _load_csv(path: Path, labels_name: str | None, scores_only: bool) -> Mapping[str, Tensor]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        first = [cell.strip() for cell in next(csv.reader(file), [])]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            first = [cell.strip() for cell in next(csv.reader(file), [])]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: is no text in UTF-8 with commas between cells ({_first_line(error)})") from error
     if not first:
         raise ValueError(f"{path}: is empty; allowed: rows of scores with a label, with or without a header")
     header = [] if all(map(_is_number, first)) else first
@@ -304,8 +314,11 @@ def _load_csv(path: Path, labels_name: str | None, scores_only: bool) -> Mapping
     if header and table.shape[1] != len(header):
         raise ValueError(f"{path}: the header has {len(header)} columns but the rows have {table.shape[1]}")
     columns = {name: place for place, name in enumerate(header) if name in ("confidence", "index")}
-    label = _label_column(path, header, labels_name, table.shape[1], scores_only)
-    rest = [place for place in range(table.shape[1]) if place not in (label, *columns.values())]
+    rest = [place for place in range(table.shape[1]) if place not in columns.values()]
+    label = _label_column(path, header, labels_name, scores_only)
+    if label is None and rest and not scores_only:
+        label = rest[-1]
+    rest = [place for place in rest if place != label]
     content = {"scores": torch.from_numpy(table[:, rest])}
     if label is not None:
         content["labels"] = _whole(path, table[:, label])
@@ -314,14 +327,14 @@ def _load_csv(path: Path, labels_name: str | None, scores_only: bool) -> Mapping
     return content
 
 
-def _label_column(path: Path, header: list[str], wanted: str | None, width: int, scores_only: bool) -> int | None:
+def _label_column(path: Path, header: list[str], wanted: str | None, scores_only: bool) -> int | None:
     for name in [wanted] if wanted else ["label", "labels"]:
         if name in header:
             return header.index(name)
     if wanted and not scores_only:
         held = ", ".join(map(repr, header)) or "no header"
         raise ValueError(f"{path}: no column {wanted!r}; the file has {held}; name one of them with --labels-key")
-    return None if scores_only else width - 1
+    return None
 
 
 def _whole(path: Path, column: npt.NDArray[np.float64]) -> Tensor:

@@ -381,6 +381,16 @@ def test_a_cut_group_counts_by_the_mean_over_orders():
     assert value == pytest.approx((abs(4 / 3 - 1) + abs(2 / 3 - 0.5)) / 3, abs=1e-15)
 
 
+def test_debiased_error_by_hand():
+    ordered = ordered_of(np.array([0.7, 0.8, 0.9]), np.array([0, 0, 1]))
+    # One bin: a squared gap of (0.8 - 1/3)^2, less 2/9 over n - 1 = 2.
+    assert debiased_l2_from_ordered(ordered, 1).item() == pytest.approx(math.sqrt((7 / 15) ** 2 - 1 / 9), abs=1e-14)
+    # Bins of two rows and of one, which does not count.
+    assert debiased_l2_from_ordered(ordered, 2).item() == pytest.approx(math.sqrt(0.75**2 * 2 / 3), abs=1e-14)
+    # More noise than gap.
+    assert debiased_l2_from_ordered(ordered_of(np.full(2, 0.5), np.array([0, 1])), 1).item() == 0
+
+
 @pytest.mark.parametrize("sigma", [0.005, 0.02, 0.3, 1.0])
 @pytest.mark.parametrize("n", [1, 40, 2000])
 def test_smooth_error_at_a_width(n, sigma):

@@ -368,7 +368,7 @@ def test_weights_stand_for_repeated_rows(case):
 def test_rates_do_not_depend_on_the_unit_of_the_weights(factor):
     # 95 % of the hits stand first, and one error among 20 rows is 5 %: sums of weights may miss what counts meet.
     sets = [
-        ordered_of(-np.arange(42.0), [1] * 38 + [0] + [1] * 2 + [0]),
+        ordered_of(-np.arange(2002.0), [1] * 1900 + [0] + [1] * 100 + [0]),
         ordered_of(-np.arange(21.0), [1] * 19 + [0] * 2),
     ]
     for ordered in (*sets, ordered_of(*CASES["half tied"])):

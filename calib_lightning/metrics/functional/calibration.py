@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calib_lightning.metrics.functional.proper import mean_of_rows
@@ -32,6 +34,26 @@ def _inner_edges(n_bins: int, dtype: torch.dtype, device: torch.device) -> Tenso
     return edges.to(dtype).double()
 
 
+@lru_cache(maxsize=64)
+def _host_edges(n_bins: int, dtype: torch.dtype) -> NDArray[np.float64]:
+    inner = _inner_edges(n_bins, dtype, torch.device("cpu")).numpy()
+    return np.concatenate([[-1.0], inner, [2.0]])
+
+
+def _host_index(confidence: Tensor, n_bins: int) -> NDArray[np.int64]:
+    wide = confidence.double().numpy()
+    edges = _host_edges(n_bins, confidence.dtype)
+    if n_bins > 1024 or confidence.dtype not in (torch.float32, torch.float64):
+        return np.searchsorted(edges[1:-1], wide)
+    # The edge below c M is m / M or its rounding, so one comparison tells the bin, without the branches of a search,
+    # which random numbers make slow. What is not in [0, 1] (nan, a probability above 1 by rounding) stays in range.
+    with np.errstate(invalid="ignore"):
+        index = (wide * n_bins).astype(np.int64)
+    np.clip(index, 0, n_bins, out=index)
+    index -= wide <= edges[index]
+    return index
+
+
 def bin_index(confidence: Tensor, n_bins: int) -> Tensor:
     """Find the equal-width bin ``(lo, hi]`` of each confidence.
 
@@ -54,7 +76,10 @@ def bin_index(confidence: Tensor, n_bins: int) -> Tensor:
         tensor([0, 0, 1, 4])
     """
     check_n_bins(n_bins)
-    return torch.bucketize(confidence.double(), _inner_edges(n_bins, confidence.dtype, confidence.device))
+    if confidence.device.type != "cpu":
+        return torch.bucketize(confidence.double(), _inner_edges(n_bins, confidence.dtype, confidence.device))
+    # numpy's calls cost a fraction of torch's where there are only some 1000 rows.
+    return torch.from_numpy(_host_index(confidence.detach(), n_bins))
 
 
 def sums_in_bins(index: Tensor, n_bins: int, values: list[Tensor]) -> Tensor:
@@ -63,13 +88,17 @@ def sums_in_bins(index: Tensor, n_bins: int, values: list[Tensor]) -> Tensor:
     Args:
         index: ``(N,)`` of `bin_index`.
         n_bins: Number of bins M.
-        values: V float64 tensors, each ``(N,)``.
+        values: V tensors, each ``(N,)``, of float32, float64 or bool.
 
     Returns:
         ``(M, V)`` float64; bins without rows hold zeros.
     """
+    if index.device.type == "cpu":
+        bins = index.numpy()
+        columns = [np.bincount(bins, weights=column.detach().numpy(), minlength=n_bins) for column in values]
+        return torch.from_numpy(np.stack(columns, axis=1, dtype=np.float64))
     sums = torch.zeros(len(values), n_bins, dtype=torch.float64, device=index.device)
-    return sums.scatter_add_(1, index.expand(len(values), -1), torch.stack(values)).T
+    return sums.scatter_add_(1, index.expand(len(values), -1), torch.stack([column.double() for column in values])).T
 
 
 def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
@@ -92,8 +121,13 @@ def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
         >>> bin_sums(torch.tensor([0.2, 0.3, 1.0]), torch.tensor([False, True, True]), 5)[:, 0]
         tensor([1., 1., 0., 0., 1.], dtype=torch.float64)
     """
+    index = bin_index(confidence, n_bins)
+    if index.device.type == "cpu":
+        sums = sums_in_bins(index, n_bins, [confidence.double(), correct])
+        count = np.bincount(index.numpy(), minlength=n_bins)
+        return torch.cat([torch.from_numpy(count).unsqueeze(1), sums], dim=1)
     wide = confidence.double()
-    return sums_in_bins(bin_index(confidence, n_bins), n_bins, [torch.ones_like(wide), wide, correct.double()])
+    return sums_in_bins(index, n_bins, [torch.ones_like(wide), wide, correct])
 
 
 def at_least_tiny(count: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calib_lightning.functional import at_least_float32
@@ -14,17 +17,18 @@ from calib_lightning.metrics.functional.undefined import checked_result
 _BLOCK = 2**18
 
 
-def _entries_above(probs: Tensor, edge: float) -> Tensor:
+def _entries_above(probs: Tensor, edge: float) -> NDArray[np.int64]:
     # Looking for the few entries is most of the work; numpy skips runs of zero bytes several at a time, which torch
     # does not. A Python number is compared in the dtype of the array, and the edge is a number of that dtype.
-    return torch.from_numpy(np.flatnonzero(at_least_float32(probs).numpy() > edge))
+    return np.flatnonzero(at_least_float32(probs).numpy() > edge)
 
 
+@lru_cache(maxsize=64)
 def _first_edge(n_bins: int, dtype: torch.dtype) -> float:
     return float(torch.tensor(1.0 / n_bins, dtype=dtype))
 
 
-def classwise_sums(probs: Tensor, labels: Tensor, n_bins: int) -> Tensor:
+def classwise_sums(probs: Tensor, labels: Tensor, n_bins: int, totals: Tensor | None = None) -> Tensor:
     """Sum up probabilities and hits of every class in equal-width bins ``(lo, hi]``, whose edges are as in `bin_sums`.
 
     On the CPU only the entries above ``1/M`` are visited, at most ``M - 1`` a row; the first bin of a class is its
@@ -34,6 +38,7 @@ def classwise_sums(probs: Tensor, labels: Tensor, n_bins: int) -> Tensor:
         probs: Probabilities ``(N, K)``, floating point.
         labels: Class labels ``(N,)`` in ``0..K-1``.
         n_bins: Number of bins M.
+        totals: Sums of the columns of ``probs``, ``(K,)`` float64, where they are known already.
 
     Returns:
         ``(2, K, M)`` float64: sums of the probabilities of each class, and numbers of rows with its label, by the bin
@@ -50,20 +55,24 @@ def classwise_sums(probs: Tensor, labels: Tensor, n_bins: int) -> Tensor:
     probs, labels = probs.detach(), labels.long()
     classes = probs.shape[1]
     of_label = probs.gather(1, labels.unsqueeze(1)).squeeze(1)
-    sums = torch.zeros(2, classes * n_bins, dtype=torch.float64, device=probs.device)
     hit = labels * n_bins + bin_index(of_label, n_bins)
-    sums[1].scatter_add_(0, hit, sums.new_ones(()).expand_as(hit))
     if probs.device.type != "cpu":
+        sums = torch.zeros(2, classes * n_bins, dtype=torch.float64, device=probs.device)
+        sums[1].scatter_add_(0, hit, sums.new_ones(()).expand_as(hit))
         cells = bin_index(probs, n_bins) + torch.arange(classes, device=probs.device) * n_bins
         sums[0].scatter_add_(0, cells.reshape(-1), probs.double().reshape(-1))
         return sums.view(2, classes, n_bins)
     entries = _entries_above(probs, _first_edge(n_bins, probs.dtype))
-    values = probs.reshape(-1)[entries]
-    cells = entries.remainder_(classes).mul_(n_bins).add_(bin_index(values, n_bins))
-    # With one bin the first edge is 1, which a probability may exceed by rounding; the total overwrites that.
-    sums[0].scatter_add_(0, cells, values.double())
-    sums = sums.view(2, classes, n_bins)
-    sums[0, :, 0] = probs.sum(dim=0, dtype=torch.float64) - sums[0, :, 1:].sum(dim=1)
+    values = at_least_float32(probs).reshape(-1).numpy()[entries]
+    column = entries - entries // classes * classes  # numpy divides by a number many times as fast as it takes a rest
+    cells = column * n_bins + bin_index(torch.from_numpy(values).to(probs.dtype), n_bins).numpy()
+    above = np.bincount(cells, weights=values, minlength=classes * n_bins)
+    hits = np.bincount(hit.numpy(), minlength=classes * n_bins)
+    sums = torch.from_numpy(np.stack([above, hits], dtype=np.float64)).view(2, classes, n_bins)
+    # Widening first is several times faster than a float64 sum over float32 columns. With one bin the first edge is 1,
+    # which a probability may exceed by rounding; the total overwrites that.
+    totals = probs.double().sum(dim=0) if totals is None else totals
+    sums[0, :, 0] = totals - sums[0, :, 1:].sum(dim=1)
     return sums
 
 

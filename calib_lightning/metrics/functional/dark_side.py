@@ -84,7 +84,7 @@ def dark_side_terms(
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> terms = dark_side_terms(probs, torch.tensor([0, 1, 0, 1]), input="probs")
         >>> [round(term.item(), 4) for term in terms]
-        [0.75, 0.375, 0.25, 0.375]
+        [0.75, 0.375, 0.25, 0.325]
     """
     rows = checked_rows("dark_side_terms", logits, labels, confidence, input)
     terms = dark_side_from(

@@ -16,23 +16,68 @@ from calib_lightning.metrics.functional.refinement import (
 from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
 
 
-def _checked_ood(name: str, scores: Tensor, is_id: Tensor, value: Callable[[Ordered], Tensor]) -> Tensor:
+def check_ood_shapes(scores: Tensor, is_id: Tensor, where: str) -> None:
+    """Refuse inputs of the wrong type or shape; this reads no values.
+
+    Args:
+        scores: Should be ``(N,)`` floating point.
+        is_id: Should be ``(N,)`` bool.
+        where: Who asks, for the message.
+
+    Raises:
+        TypeError: Not a tensor, or a wrong dtype.
+        ValueError: A wrong shape.
+    """
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"{name}: scores must be a floating-point tensor (N,), got {found}; convert with .float()")
+        raise TypeError(f"{where}: scores must be a floating-point tensor (N,), got {found}; convert with .float()")
     if not isinstance(is_id, Tensor) or is_id.dtype != torch.bool:
         found = is_id.dtype if isinstance(is_id, Tensor) else type(is_id).__name__
-        raise TypeError(f"{name}: is_id must be a bool tensor (N,), true for in-distribution rows, got {found}")
+        raise TypeError(f"{where}: is_id must be a bool tensor (N,), true for in-distribution rows, got {found}")
     if scores.ndim != 1 or scores.shape != is_id.shape:
-        raise ValueError(f"{name}: scores {tuple(scores.shape)} and is_id {tuple(is_id.shape)} must both be (N,)")
-    if bool(scores.isnan().any()):
-        bad = int(scores.isnan().sum())
-        raise ValueError(f"{name}: {bad} of {len(scores)} scores are NaN; give comparable numbers (inf is allowed)")
+        raise ValueError(f"{where}: scores {tuple(scores.shape)} and is_id {tuple(is_id.shape)} must both be (N,)")
+
+
+def check_ood_values(scores: Tensor, where: str) -> None:
+    """Refuse scores that are NaN; it reads them, so it is for tensors on the CPU.
+
+    Args:
+        scores: ``(N,)``.
+        where: Who asks, for the message.
+
+    Raises:
+        ValueError: Names how many are NaN and the first row of them.
+    """
+    wrong = scores.isnan()
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{where}: {int(wrong.sum())} of {len(scores)} scores are NaN, the first in row {int(wrong.int().argmax())}; "
+            "give comparable numbers (inf is allowed)"
+        )
+
+
+def why_one_sided(total: int, inside: int) -> str:
+    """Say what is missing where all rows are of one kind.
+
+    Args:
+        total: Number of rows.
+        inside: Number of in-distribution rows.
+
+    Returns:
+        A clause for a warning.
+    """
+    if total == 0:
+        return why_undefined(0)
+    side, other = ("in", "out-of") if inside else ("out-of", "in")
+    return f"all {total} rows are {side}-distribution and {other}-distribution ones are needed too"
+
+
+def _checked_ood(name: str, scores: Tensor, is_id: Tensor, value: Callable[[Ordered], Tensor]) -> Tensor:
+    check_ood_shapes(scores, is_id, name)
+    check_ood_values(scores, name)
     total, inside = len(scores), int(is_id.sum())
     if inside in (0, total):
-        side, other = ("in", "out-of") if inside else ("out-of", "in")
-        one_sided = f"all {total} rows are {side}-distribution and {other}-distribution ones are needed too"
-        warn_undefined(name, (), one_sided if total else why_undefined(0), stacklevel=3)
+        warn_undefined(name, (), why_one_sided(total, inside), stacklevel=3)
         return torch.full((), torch.nan, dtype=torch.float64, device=scores.device)
     return value(order_rows(scores, is_id))
 

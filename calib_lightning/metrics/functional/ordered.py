@@ -20,7 +20,7 @@ class Ordered(NamedTuple):
         confidence: Sum of their confidences, ``(..., G)`` float64.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # it hides tuple.count, which nobody needs here
     hits: Tensor
     confidence: Tensor
 

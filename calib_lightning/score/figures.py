@@ -1,0 +1,41 @@
+"""The figures of ``calib score --figures``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from calib_lightning.metrics.functional.calibration import bin_sums
+from calib_lightning.metrics.functional.ordered import order_rows
+from calib_lightning.metrics.functional.rows import InputKind, Rows
+from calib_lightning.plots import confidence_histogram, reliability_diagram, risk_coverage_curve, save_figure
+from calib_lightning.score.reading import Predictions
+
+
+def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int, input: InputKind) -> list[Path]:
+    """Draw a set: reliability diagram, histogram of the confidences and risk-coverage curve, each as PNG and SVG.
+
+    Args:
+        folder: Where the folder of the set is made.
+        name: Name of the set.
+        predictions: The set.
+        n_bins: Number of bins of the reliability diagram.
+        input: What the scores are.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    rows = Rows(*predictions, input)
+    ordered = order_rows(rows.log_odds, rows.correct)
+    figures = {
+        "reliability_diagram": reliability_diagram(bin_sums(rows.confidence, rows.correct, n_bins), title=name),
+        "confidence_histogram": confidence_histogram(ordered, title=name),
+        "risk_coverage_curve": risk_coverage_curve(ordered, title=name),
+    }
+    return [
+        save_figure(figure, folder / name / f"{kind}{suffix}")
+        for kind, figure in figures.items()
+        for suffix in (".png", ".svg")
+    ]

@@ -1,0 +1,290 @@
+"""From checked predictions to the figures of a report."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from calib_lightning.metrics import (
+    CORE,
+    FULL,
+    Difference,
+    EvaluationState,
+    GroupTable,
+    Interval,
+    Spread,
+    bootstrap_intervals,
+    by_class,
+    by_frequency,
+    over_seeds,
+    permutation_test,
+)
+from calib_lightning.metrics.functional.undefined import why_undefined
+from calib_lightning.metrics.read_outs import READ_OUTS
+from calib_lightning.report import SECTIONS
+from calib_lightning.score.arguments import Options
+from calib_lightning.score.reading import Names, Predictions, read_counts, read_predictions, seem_probs
+
+BINNED = frozenset(
+    (
+        *("ece", "over_ece", "under_ece", "mce", "rmsce", "overconfidence_error", "classwise_ece"),
+        *("aece_split", "aece_official", "debiased_l2"),
+        *("murphy_reliability", "murphy_resolution", "dark_side_residual"),
+    )
+)
+"""The metrics that depend on the number of bins."""
+
+_ROWS_AT_ONCE = 8192
+_MOST_CLASSES_OF_OVO = 200
+_SHOWN = [key for section in SECTIONS.values() for key in section]
+_ORDER = {key: place for place, key in enumerate(dict.fromkeys([*_SHOWN, *FULL]))}
+
+T = TypeVar("T")
+
+
+class Groups(NamedTuple):
+    """Figures of groups of rows.
+
+    Attributes:
+        table: The groups that were asked for.
+        worst: For each metric the worst class, its name and value; metrics that only describe have none.
+    """
+
+    table: GroupTable
+    worst: dict[str, tuple[str, float]]
+
+
+class Figures(NamedTuple):
+    """The figures of a set; a key has ``@M`` behind it where several numbers of bins were asked for.
+
+    Attributes:
+        values: The figures; nan where they are not defined.
+        intervals: Their intervals, empty if they were not asked for.
+        differences: Differences to the other run, empty if there is none.
+    """
+
+    values: dict[str, float]
+    intervals: dict[str, Interval]
+    differences: dict[str, Difference]
+
+
+class SetReport(NamedTuple):
+    """What was found about one file.
+
+    Attributes:
+        name: Name of the set.
+        path: The file.
+        predictions: What it holds.
+        figures: The figures of the set.
+        groups: Figures of groups, or ``None``.
+        notes: What a reader of the figures should know.
+    """
+
+    name: str
+    path: Path
+    predictions: Predictions
+    figures: Figures
+    groups: Groups | None
+    notes: list[str]
+
+
+class Report(NamedTuple):
+    """Everything that one command found.
+
+    Attributes:
+        sets: One entry a file.
+        spreads: Mean and deviation of each figure over the files, empty if they are not runs of one method.
+        notes: The notes of all sets.
+    """
+
+    sets: list[SetReport]
+    spreads: dict[str, Spread]
+    notes: list[str]
+
+
+def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
+    """Turn ``--metrics`` into keys, in the order of a report.
+
+    Args:
+        which: ``core``, ``all``, keys with commas between them, or ``None`` for all that are cheap.
+        classes: Number of classes K.
+
+    Returns:
+        The keys.
+
+    Raises:
+        ValueError: An unknown key.
+    """
+    which_or_all = "all" if which is None else which
+    wanted = {"core": CORE, "all": FULL}.get(which_or_all) or tuple(filter(None, which_or_all.split(",")))
+    unknown = [key for key in wanted if key not in READ_OUTS]
+    if unknown or not wanted:
+        raise ValueError(
+            f"--metrics: unknown {', '.join(map(repr, unknown)) or repr(which)}; allowed: core, all, or some of "
+            f"{', '.join(FULL)}"
+        )
+    if which is None and classes > _MOST_CLASSES_OF_OVO:
+        wanted = tuple(key for key in wanted if key != "ovo_auroc")
+    return tuple(sorted(set(wanted), key=_ORDER.__getitem__))
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """Name sets after their files: the stem, with as many folders before it as tell equal stems apart.
+
+    Args:
+        paths: The files.
+
+    Returns:
+        One name a file.
+
+    Raises:
+        ValueError: A file is given twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise ValueError(f"{path}: the file is given {resolved.count(path)} times; give it once")
+    names = [path.stem for path in paths]
+    for depth in range(2, max(len(path.parts) for path in resolved) + 1):
+        again = [names.count(name) > 1 for name in names]
+        longer = ["/".join(path.with_suffix("").parts[-depth:]).lstrip("/") for path in resolved]
+        names = [new if twice else name for name, new, twice in zip(names, longer, again, strict=True)]
+    return [name if names.count(name) == 1 else name + path.suffix for name, path in zip(names, paths, strict=True)]
+
+
+def score(options: Options) -> Report:
+    """Do what a command line of ``calib score`` asks for.
+
+    Args:
+        options: The command line.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: A fault of a file; see `read_predictions`.
+        TypeError: As above.
+        OSError: A file cannot be read.
+    """
+    names = unique_names(options.files)
+    labels: list[Path | None] = list(options.labels) or [None]
+    labels = labels * len(options.files) if len(labels) == 1 else labels
+    sets = [_score_file(options, *entry) for entry in zip(names, options.files, labels, strict=True)]
+    spreads = {}
+    if options.seeds:
+        for key in dict.fromkeys(key for entry in sets for key in entry.figures.values):
+            spreads[key] = over_seeds([entry.figures.values.get(key, math.nan) for entry in sets], options.level)
+    return Report(sets, spreads, list(dict.fromkeys(note for entry in sets for note in entry.notes)))
+
+
+def _score_file(options: Options, name: str, path: Path, labels_path: Path | None) -> SetReport:
+    names = Names(options.scores_key, options.labels_key)
+    predictions = read_predictions(path, options.input, names, labels_path)
+    states = _states(options, predictions)
+    warned: list[str] = []
+    intervals: dict[str, Interval] = {}
+    differences: dict[str, Difference] = {}
+    with _warnings_as_notes(warned):
+        values = _merged({behind: state.compute() for behind, state in states.items()})
+        if options.intervals is not None:
+            draw = (options.intervals, options.level, options.seed)
+            intervals = _merged({behind: bootstrap_intervals(state, *draw) for behind, state in states.items()})
+        groups = _groups(options, predictions)
+    if options.compare is not None:
+        other = read_predictions(options.compare, options.input, names, labels_path)
+        _check_same_samples(path, options.compare, predictions, other)
+        others = _states(options, other)
+        differences = _merged(
+            {behind: permutation_test(state, others[behind], seed=options.seed) for behind, state in states.items()}
+        )
+    figures = Figures({key: float(value) for key, value in values.items()}, intervals, differences)
+    notes = [*_notes(options, predictions, figures.values), *warned]
+    return SetReport(name, path, predictions, figures, groups, [f"{name}: {note}" for note in dict.fromkeys(notes)])
+
+
+def _states(options: Options, predictions: Predictions) -> dict[str, EvaluationState]:
+    """One state for each number of bins, by what stands behind its keys, and one for what needs no bins."""
+    metrics = selected_metrics(options.metrics, predictions.scores.shape[1])
+    if len(options.bins) == 1:
+        return {"": _filled(predictions, metrics, options.bins[0], options)}
+    plain, binned = ([key for key in metrics if (key in BINNED) == wanted] for wanted in (False, True))
+    states = {f"@{bins}": _filled(predictions, binned, bins, options) for bins in options.bins if binned}
+    return states | ({"": _filled(predictions, plain, options.bins[0], options)} if plain else {})
+
+
+def _filled(predictions: Predictions, metrics: Sequence[str], n_bins: int, options: Options) -> EvaluationState:
+    details = options.intervals is not None or options.compare is not None or options.groups is not None
+    state = EvaluationState(metrics, n_bins, details=details, input=options.input)
+    scores, labels, confidence = predictions
+    for start in range(0, max(1, len(labels)), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        state.update(scores[rows], labels[rows], None if confidence is None else confidence[rows])
+    return state
+
+
+def _merged(found: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    named = {key + behind: value for behind, values in found.items() for key, value in values.items()}
+    return dict(sorted(named.items(), key=lambda item: _ORDER[item[0].partition("@")[0]]))
+
+
+def _groups(options: Options, predictions: Predictions) -> Groups | None:
+    if options.groups is None:
+        return None
+    classes = predictions.scores.shape[1]
+    # What needs all scores of a row is a statement about all classes together.
+    metrics = [key for key in selected_metrics(options.metrics, classes) if "scores" not in READ_OUTS[key].parts]
+    state = _filled(predictions, metrics, options.bins[0], options)
+    of_classes = by_class(state)
+    worst = {key: of_classes.worst(key) for key in metrics if READ_OUTS[key].better != "none"}
+    if options.train_counts is None:
+        return Groups(of_classes, worst)
+    return Groups(by_frequency(state, read_counts(options.train_counts, classes)), worst)
+
+
+def _check_same_samples(path: Path, other_path: Path, one: Predictions, other: Predictions) -> None:
+    if one.scores.shape != other.scores.shape or not torch.equal(one.labels, other.labels):
+        raise ValueError(
+            f"{path} and {other_path} (--compare) must hold the same samples in the same order: scores of shape "
+            f"{tuple(one.scores.shape)} and {tuple(other.scores.shape)}"
+            + ("" if one.scores.shape != other.scores.shape else ", but their labels differ")
+        )
+
+
+@contextmanager
+def _warnings_as_notes(notes: list[str]) -> Iterator[None]:
+    """Turn the warnings of metrics into notes, but for those of undefined values, which `_notes` says at once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        if not issubclass(warning.category, UserWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif not str(warning.message).endswith(" nan"):
+            notes.append(str(warning.message))
+
+
+def _notes(options: Options, predictions: Predictions, values: Mapping[str, float]) -> Iterator[str]:
+    scores, labels, confidence = predictions
+    if options.input == "logits" and seem_probs(scores):
+        yield (
+            "all scores lie in [0, 1] and each row sums to 1, and they are taken for logits; if they are "
+            "probabilities, say --input probs"
+        )
+    if confidence is not None:
+        yield "the confidence is the one in the file, not the largest probability"
+    if options.metrics is None and scores.shape[1] > _MOST_CLASSES_OF_OVO:
+        yield f"ovo_auroc is left out for more than {_MOST_CLASSES_OF_OVO} classes; --metrics all has it"
+    infinite = [key for key, value in values.items() if math.isinf(value)]
+    if infinite:
+        yield f"{', '.join(infinite)} infinite: a label has probability 0"
+    undefined = [key for key, value in values.items() if math.isnan(value)]
+    if undefined:
+        correct = int((scores.argmax(dim=1) == labels).sum())
+        names = "all metrics" if len(undefined) == len(values) else ", ".join(undefined)
+        yield f"{names} undefined: {why_undefined(len(labels), correct)}"

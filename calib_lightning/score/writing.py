@@ -1,0 +1,279 @@
+"""The report as text for a terminal, as Markdown for a paper or an issue, and as JSON for a program."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import calib_lightning
+from calib_lightning.metrics import CORE, Difference, Spread
+from calib_lightning.report import SECTIONS, column_of, heading, show
+from calib_lightning.score.arguments import Options
+from calib_lightning.score.scoring import Report, SetReport
+
+_MOST_COLUMNS = 8
+_SETS_SIDE_BY_SIDE = 4
+_WIDE = 1000
+
+
+class Grid(NamedTuple):
+    """A table of text.
+
+    Attributes:
+        title: What stands above it.
+        header: Titles of the columns; the first column has names.
+        rows: Cells of each row; a row of one cell is a heading.
+    """
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def as_text(report: Report, options: Options, console: Console | None = None) -> str:
+    """Write a report for people.
+
+    Args:
+        report: The report.
+        options: The command line.
+        console: A terminal to print to; without one the text is as wide as it needs to be.
+
+    Returns:
+        The text, empty if it went to a terminal.
+    """
+    buffer = io.StringIO()
+    console = console or Console(file=buffer, width=_WIDE)
+    for grid in _grids(report, options):
+        table = Table(title=Text(grid.title, style="italic"), title_justify="left")
+        for place, title in enumerate(grid.header):
+            table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
+        for row in grid.rows:
+            if len(row) == 1:
+                table.add_section()
+                table.add_row(Text(row[0], style="bold"))
+            else:
+                table.add_row(*map(Text, row))
+        console.print(table)
+    for line in _remarks(report, options):
+        console.print(Text(line), soft_wrap=True)
+    return buffer.getvalue()
+
+
+def as_markdown(report: Report, options: Options) -> str:
+    """Write a report that can be pasted into a paper or an issue.
+
+    Args:
+        report: The report.
+        options: The command line.
+
+    Returns:
+        The text.
+    """
+    blocks = []
+    for grid in _grids(report, options):
+        width = len(grid.header)
+        lines = [_line(grid.header), _line(["---", *["---:"] * (width - 1)])]
+        for row in grid.rows:
+            cells = [f"**{row[0]}**"] if len(row) == 1 else row
+            lines.append(_line(cells + [""] * (width - len(row))))
+        blocks.append("\n".join([f"{grid.title}\n", *lines]))
+    blocks += list(_remarks(report, options))
+    return "\n\n".join(blocks) + "\n"
+
+
+def as_json(report: Report, options: Options) -> str:
+    """Write a report for programs: fractions at full precision, null for what is not defined.
+
+    Args:
+        report: The report.
+        options: The command line.
+
+    Returns:
+        The text.
+    """
+    content: dict[str, Any] = {
+        "calib_lightning": calib_lightning.__version__,
+        "settings": _settings(options),
+        "sets": {entry.name: _set_content(entry) for entry in report.sets},
+    }
+    if report.spreads:
+        content["seeds"] = {key: spread._asdict() for key, spread in report.spreads.items()}
+    content["notes"] = report.notes
+    return json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "input": options.input,
+        "n_bins": options.bins,
+        "bins": "(lo, hi]",
+        "ranking": "exact",
+        "logarithm": "natural",
+        "seed": options.seed,
+    }
+    if options.intervals is not None:
+        settings["intervals"] = {"method": "bootstrap", "resamples": options.intervals, "level": options.level}
+    if options.groups is not None:
+        settings["groups"] = {"by": options.groups, "n_bins": options.bins[0]}
+    if options.compare is not None:
+        settings["compare"] = {"method": "paired permutation test", "other": str(options.compare)}
+    if options.seeds:
+        settings["seeds"] = {"runs": len(options.files), "std": "sample (ddof = 1)", "level": options.level}
+    return settings
+
+
+def _set_content(entry: SetReport) -> dict[str, Any]:
+    scores, _, confidence = entry.predictions
+    content: dict[str, Any] = {
+        "file": str(entry.path),
+        "n": len(scores),
+        "classes": scores.shape[1],
+        "confidence": "largest probability" if confidence is None else "from the file",
+        "values": entry.figures.values,
+    }
+    if entry.figures.intervals:
+        content["intervals"] = {key: [interval.low, interval.high] for key, interval in entry.figures.intervals.items()}
+    if entry.figures.differences:
+        content["compare"] = {
+            key: {"difference": difference.value, "p_value": difference.p_value}
+            for key, difference in entry.figures.differences.items()
+        }
+    if entry.groups:
+        table = entry.groups.table
+        content["groups"] = {
+            name: {
+                "n": int(table.rows[place]),
+                "values": {key: float(values[place]) for key, values in table.values.items()},
+            }
+            for place, name in enumerate(table.names)
+        }
+        content["worst_class"] = {
+            key: {"class": int(name) if name else None, "value": value}
+            for key, (name, value) in entry.groups.worst.items()
+        }
+    return content
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _grids(report: Report, options: Options) -> Iterator[Grid]:
+    title = f"{options.input}, {', '.join(map(str, options.bins))} bins (lo, hi]"
+    keys = list(dict.fromkeys(key for entry in report.sets for key in entry.figures.values))
+    if len(keys) <= _MOST_COLUMNS:
+        rows = [[entry.name, *_sizes(entry), *(_figure(entry, key) for key in keys)] for entry in report.sets]
+        yield Grid(title, ["set", "N", "K", *map(_heading, keys)], rows)
+    else:
+        for start in range(0, len(report.sets), _SETS_SIDE_BY_SIDE):
+            sets = report.sets[start : start + _SETS_SIDE_BY_SIDE]
+            sizes = [[name, *cells] for name, *cells in zip("NK", *map(_sizes, sets), strict=True)]
+            cells = {key: [_figure(entry, key) for entry in sets] for key in keys}
+            yield Grid(title, ["metric", *(entry.name for entry in sets)], [*sizes, *_sectioned(cells)])
+    if report.spreads:
+        cells = {key: _spread_cells(key, spread) for key, spread in report.spreads.items()}
+        runs = f"{len(report.sets)} runs"
+        yield Grid(f"over {runs}", ["metric", "mean ± std", _interval_title(options)], _sectioned(cells))
+    for entry in report.sets:
+        if entry.figures.differences:
+            cells = {key: _difference_cells(key, found) for key, found in entry.figures.differences.items()}
+            yield Grid(f"{entry.name} less {options.compare}", ["metric", "difference", "p"], _sectioned(cells))
+        if entry.groups:
+            yield _group_grid(entry, options)
+
+
+def _group_grid(entry: SetReport, options: Options) -> Grid:
+    assert entry.groups is not None
+    table, worst = entry.groups
+    keys = list(table.values)
+    if len(keys) > _MOST_COLUMNS:
+        keys = [key for key in CORE if key in table.values]
+    rows = [
+        [name, f"{int(count):,}", *(_cell(key, float(table.values[key][place])) for key in keys)]
+        for place, (name, count) in enumerate(zip(table.names, table.rows, strict=True))
+    ]
+    worst_cells = []
+    for key in keys:
+        name, value = worst.get(key, ("", math.nan))
+        worst_cells.append(f"{_cell(key, value)} ({name})" if name else "-")
+    rows.append(["worst class", "", *worst_cells])
+    title = f"{entry.name} by {options.groups}, {options.bins[0]} bins (lo, hi]"
+    return Grid(title, [options.groups or "", "N", *map(_heading, keys)], rows)
+
+
+def _sectioned(cells: Mapping[str, list[str]]) -> list[list[str]]:
+    """Rows of a table; in a long one each metric stands below the heading of its section."""
+    section_of = {key: section for section, columns in SECTIONS.items() for key in columns}
+    rows: list[list[str]] = []
+    last = None
+    for key, row in cells.items():
+        section = section_of.get(key.partition("@")[0], "other")
+        if section != last and len(cells) > _MOST_COLUMNS:
+            rows.append([section])
+        last = section
+        rows.append([_heading(key), *row])
+    return rows
+
+
+def _sizes(entry: SetReport) -> list[str]:
+    rows, classes = entry.predictions.scores.shape
+    return [f"{rows:,}", f"{classes:,}"]
+
+
+def _heading(key: str) -> str:
+    metric, _, bins = key.partition("@")
+    return heading(metric) + (f" ({bins} bins)" if bins else "")
+
+
+def _cell(key: str, value: float) -> str:
+    return show(value, column_of(key.partition("@")[0]).percent)
+
+
+def _figure(entry: SetReport, key: str) -> str:
+    text = _cell(key, entry.figures.values.get(key, math.nan))
+    interval = entry.figures.intervals.get(key)
+    if interval is None or math.isnan(interval.low):
+        return text
+    return f"{text} [{_cell(key, interval.low)}, {_cell(key, interval.high)}]"
+
+
+def _spread_cells(key: str, spread: Spread) -> list[str]:
+    interval = "-" if math.isnan(spread.low) else f"[{_cell(key, spread.low)}, {_cell(key, spread.high)}]"
+    return [f"{_cell(key, spread.mean)} ± {_cell(key, spread.std)}", interval]
+
+
+def _difference_cells(key: str, found: Difference) -> list[str]:
+    text = _cell(key, found.value)
+    return [f"+{text}" if found.value > 0 else text, "-" if math.isnan(found.p_value) else f"{found.p_value:.4f}"]
+
+
+def _interval_title(options: Options) -> str:
+    return f"{100 * options.level:g} % interval of the mean"
+
+
+def _remarks(report: Report, options: Options) -> Iterator[str]:
+    if options.intervals is not None:
+        yield (
+            f"In brackets: {100 * options.level:g} % bootstrap intervals, {options.intervals} resamples, seed "
+            f"{options.seed}. What chance alone enlarges, such as ECE, is corrected for that in the interval, not in "
+            "the figure, which may lie outside."
+        )
+    if options.compare is not None:
+        yield f"p: paired permutation test, seed {options.seed}; not corrected for the number of metrics."
+    for note in report.notes:
+        yield f"Note: {note}."
