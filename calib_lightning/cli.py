@@ -15,11 +15,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from calib_lightning import data, methods
-from calib_lightning.callbacks import RunCheckpoint, RunLogger, RunRecord, SavePredictions
+from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunRecord, SavePredictions
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.module import module_record
 from calib_lightning.core.registry import class_path_of, find_class
-from calib_lightning.metrics import DIRECTION
+from calib_lightning.metrics import CORE, DIRECTION
 from calib_lightning.report import print_table
 from calib_lightning.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
 
@@ -216,7 +216,7 @@ class CalibCLI(LightningCLI):
     def _callbacks(self, command: Namespace) -> list[Callback]:
         saved = SavePredictions(self.run_folder / "predictions")
         if self.config.subcommand != "fit":
-            return [RunRecord(self.run_folder, None, self.trained_in), saved]
+            return [RunRecord(self.run_folder, None, self.trained_in), saved, LogFigures()]
         folder = self.run_folder / "checkpoints"
         self.keeper = last = RunCheckpoint(folder, "last")
         keepers = [last]
@@ -228,6 +228,7 @@ class CalibCLI(LightningCLI):
             StepSeed(),
             RunRecord(self.run_folder, self.keeper, self.trained_in),
             saved,
+            LogFigures(),
             Preemption(folder),
             *keepers,
         ]
@@ -307,7 +308,7 @@ def _check_select_on(key: str) -> None:
     if key == "last":
         return
     prefix, _, name = key.rpartition("/")
-    usable = [metric for metric, direction in DIRECTION.items() if direction != "zero"]
+    usable = [metric for metric in CORE if DIRECTION[metric] != "zero"]  # what validation logs
     if prefix != "val" or name not in usable:
         reason = " Choosing by a test metric would fit the test set." if prefix.startswith("test") else ""
         allowed = ", ".join(f"val/{metric}" for metric in usable)

@@ -52,7 +52,7 @@ def find_class(class_path: str, base: type[T]) -> type[T]:
             subclass of ``base``, or if a name alone fits several classes.
 
     Example:
-        >>> find_class("calib_lightning.core.heads.LinearHead", Head)
+        >>> find_class("calib_lightning.core.heads.LinearHead", torch.nn.Module)
         <class 'calib_lightning.core.heads.LinearHead'>
     """
     if not isinstance(class_path, str):

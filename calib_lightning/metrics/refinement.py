@@ -18,7 +18,7 @@ class CorrectnessAUROC(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.3333
     """
 
     key = "correctness_auroc"
@@ -34,7 +34,7 @@ class AUPRSuccess(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.8056
     """
 
     key = "aupr_success"
@@ -50,7 +50,7 @@ class AUPRError(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.3333
     """
 
     key = "aupr_error"
@@ -66,7 +66,7 @@ class FPR95(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        1.0
     """
 
     key = "fpr95"
@@ -82,7 +82,7 @@ class AURC(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.2708
     """
 
     key = "aurc"
@@ -98,14 +98,16 @@ class AUGRC(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.1875
     """
 
     key = "augrc"
 
 
 class OvOAUROC(ReadOutMetric):
-    """One-versus-one AUROC of the classes (Hand and Till, 2001), which keeps all K scores of a row; see `functional.ovo_auroc`.
+    """One-versus-one AUROC of the classes (Hand and Till, 2001).
+
+    It keeps all K scores of a row; see `functional.ovo_auroc`.
 
     The arguments are those of `ReadOutMetric`.
 
@@ -114,7 +116,7 @@ class OvOAUROC(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.3333
     """
 
     key = "ovo_auroc"
@@ -132,7 +134,7 @@ class ExcessAURC(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.2366
     """
 
     key = "e_aurc"
@@ -167,7 +169,7 @@ class CoverageAtRisk(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.25
     """
 
     key = "coverage_at_risk_0.05"
@@ -204,7 +206,7 @@ class RiskAtCoverage(ReadOutMetric):
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
         >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
         >>> round(float(metric.compute()), 4)
-        EXPECT
+        0.25
     """
 
     key = "risk_at_coverage_0.8"

@@ -49,8 +49,8 @@ def over_seeds(values: Iterable[float], level: float = 0.95) -> Spread:
         ValueError: No values, or a level that is not allowed.
 
     Example:
-        >>> over_seeds([0.1, 0.2, 0.3])[:2]
-        (0.2, 0.1)
+        >>> over_seeds([0.25, 0.5, 0.75])[:2]
+        (0.5, 0.25)
     """
     if not 0.0 < level < 1.0:
         raise ValueError(f"level={level!r}: give a fraction between 0 and 1, such as 0.95")

@@ -46,7 +46,6 @@ from calib_lightning.metrics.functional.undefined import warn_undefined, why_und
 from calib_lightning.metrics.functional.variational import VariationalSplit, variational_split
 from calib_lightning.metrics.read_outs import CORE, READ_OUTS, ReadOut, View, undefined_keys
 
-
 _CHUNK = 2**19
 _NEVER = torch.iinfo(torch.int64).max
 

@@ -1,5 +1,6 @@
 """Figures of an evaluated set, without pyplot and without the trainer, and giving them to files and loggers."""
 
+from calib_lightning.plots.evaluated import figures
 from calib_lightning.plots.histogram import confidence_histogram
 from calib_lightning.plots.reliability import reliability_diagram, wilson_interval
 from calib_lightning.plots.risk_coverage import risk_coverage_curve
@@ -7,6 +8,7 @@ from calib_lightning.plots.saving import log_figure, save_figure
 
 __all__ = [
     "confidence_histogram",
+    "figures",
     "log_figure",
     "reliability_diagram",
     "risk_coverage_curve",

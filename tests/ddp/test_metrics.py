@@ -4,7 +4,15 @@ import math
 
 import pytest
 
+from calib_lightning.metrics import READ_OUTS
 from tests.metrics import ddp_cases
+
+# Read from counts or from sorted rows, which no split can change.
+EXACT = {
+    *(key for key, read_out in READ_OUTS.items() if read_out.parts == ("ranks",)),
+    *("accuracy", "top5_accuracy", "ovo_auroc", *ddp_cases.OOD),
+}
+HISTOGRAM_EXACT = {"accuracy", "top5_accuracy", "correctness_auroc", "aupr_success", "aupr_error", "fpr95", "augrc"}
 
 
 @pytest.fixture(params=[2, 3])
@@ -40,3 +48,38 @@ def test_a_fault_on_one_rank_is_told_on_all(pool):
         assert all("1 with invalid logits" in message for message in result["messages"])
         assert result["local"] == 24
     assert all(result["after_reset"] == results[0]["after_reset"] for result in results)
+
+
+@pytest.mark.parametrize("shares", [*ddp_cases.SHARES_OF_ALL, *ddp_cases.SHARES])
+def test_every_class_reads_what_one_process_reads(pool, shares):
+    results = pool.run(ddp_cases.case_every_metric, shares, shares not in ddp_cases.SHARES_OF_ALL)
+    alone = results[0]
+    for rank, result in enumerate(results):
+        for name, found in result.items():
+            assert found["intact"], f"{name}: rank {rank} did not get its own rows back"
+            expected = alone[name]["alone"]
+            assert found["ours"] == pytest.approx(expected, rel=1e-12, abs=1e-15, nan_ok=True), (rank, name)
+            exact = EXACT if name != "histogram" else HISTOGRAM_EXACT
+            for key in exact & expected.keys():
+                same = found["ours"][key] == expected[key] or math.isnan(expected[key])
+                assert same, f"{name}, {key}: rank {rank} has {found['ours'][key]!r}, not {expected[key]!r}"
+        assert result["details"]["rows"] == alone["details"]["alone_rows"]
+    undefined = {math.isnan(value) for found in alone.values() for value in found["alone"].values()}
+    assert undefined == {shares.startswith("nobody")}
+
+
+def test_ranks_of_different_numbers_of_classes_are_told_everywhere(pool):
+    for result in pool.run(ddp_cases.case_other_classes):
+        for name, found in result.items():
+            assert "different numbers of classes: [5, 7]" in found["message"], name
+            assert found["intact"], name
+            assert found["ours"] == pytest.approx(found["alone"], rel=1e-12, abs=1e-15), name
+
+
+def test_a_fault_of_any_rank_is_told_by_every_class_on_all(pool):
+    for faulty in (0, pool.world - 1):
+        for result in pool.run(ddp_cases.case_fault_of_any_rank, faulty):
+            for name, (who, message) in result.items():
+                kind = "scores" if name in ddp_cases.OOD else "logits"
+                told = f"{who}: 1 with invalid {kind} among {40 * pool.world} rows, the first in batch 3 "
+                assert message.startswith(told)

@@ -50,8 +50,9 @@ def check_ood_values(scores: Tensor, where: str) -> None:
     """
     wrong = scores.isnan()
     if bool(wrong.any()):
+        first = int(wrong.int().argmax())
         raise ValueError(
-            f"{where}: {int(wrong.sum())} of {len(scores)} scores are NaN, the first in row {int(wrong.int().argmax())}; "
+            f"{where}: {int(wrong.sum())} of {len(scores)} scores are NaN, the first in row {first}; "
             "give comparable numbers (inf is allowed)"
         )
 

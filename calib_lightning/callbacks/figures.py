@@ -1,0 +1,30 @@
+"""Figures of every evaluated set, given to the loggers of the run."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from calib_lightning.core import ClassificationModule
+from calib_lightning.metrics import EvaluationState
+from calib_lightning.plots import figures, log_figure
+
+
+class LogFigures(Callback):
+    """Gives reliability diagram, confidence histogram and risk-coverage curve of each test set to the active loggers.
+
+    Weights & Biases and TensorBoard show them as images; a CSV logger gets PNG files in its folder ``figures``. They
+    are drawn from the state of the metrics, so they cost no second pass.
+
+    Example:
+        ``Trainer(callbacks=[LogFigures()]).test(module, datamodule)``
+    """
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw and log the figures of every set."""
+        if not isinstance(pl_module, ClassificationModule):
+            return
+        for prefix, state in zip(pl_module.test_prefixes, pl_module.test_states, strict=True):
+            assert isinstance(state, EvaluationState)
+            name = prefix.removeprefix("test/")
+            for kind, figure in figures(state, title=name).items():
+                log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step)

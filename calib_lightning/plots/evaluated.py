@@ -1,0 +1,41 @@
+"""All figures of an evaluated set at once."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from calib_lightning.metrics import EvaluationState
+from calib_lightning.metrics.state import StateView
+from calib_lightning.plots.histogram import confidence_histogram
+from calib_lightning.plots.reliability import reliability_diagram
+from calib_lightning.plots.risk_coverage import risk_coverage_curve
+
+
+def figures(state: EvaluationState, title: str | None = None) -> dict[str, Figure]:
+    """Draw the figures of a set from the state that its metrics are read from.
+
+    With several processes all of them must call it: the figures show the rows of all.
+
+    Args:
+        state: A state with the parts of ``"ece"`` and ``"correctness_auroc"``, as both are by default.
+        title: What stands above each figure.
+
+    Returns:
+        ``"reliability"``, ``"confidence"`` and ``"risk_coverage"``; what the state does not hold is left out.
+
+    Example:
+        >>> state = EvaluationState()
+        >>> state.update(torch.eye(3), torch.arange(3))
+        >>> sorted(figures(state))
+        ['confidence', 'reliability', 'risk_coverage']
+    """
+    drawn = {}
+    with state.sync_context():
+        view = StateView(state)
+        if "bins" in state.parts:
+            drawn["reliability"] = reliability_diagram(view.bins.cpu(), title=title)
+        if "ranks" in state.parts:
+            ordered = type(view.ordered)(*(sums.cpu() for sums in view.ordered))
+            drawn["confidence"] = confidence_histogram(ordered, title=title)
+            drawn["risk_coverage"] = risk_coverage_curve(ordered, title=title)
+    return drawn
