@@ -72,6 +72,10 @@ class CalibCLI(LightningCLI):
             trainer_defaults={"log_every_n_steps": 50},
             seed_everything_default=0,
             parser_class=CalibParser,
+            parser_kwargs={
+                "description": "Train and evaluate classifiers whose confidence can be trusted. "
+                "'calib score FILE...' scores saved predictions; see 'calib score --help'."
+            },
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,

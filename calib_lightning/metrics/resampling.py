@@ -6,6 +6,7 @@ a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -39,7 +40,7 @@ class Interval(NamedTuple):
 
     Attributes:
         value: The figure of the whole set.
-        low: Lower end; nan where the figure is not defined.
+        low: Lower end; nan where the figure is not defined or not finite.
         high: Upper end.
     """
 
@@ -169,16 +170,20 @@ class RowTable:
         """Put the rows of another table below these.
 
         Args:
-            other: A table with the same quantities.
+            other: A table with the same classes and settings.
 
         Returns:
-            A table of both.
+            A table of the quantities that both have.
         """
         scores = None
         if self.scores is not None and other.scores is not None:
             scores = torch.cat([self.scores, other.scores])
         return RowTable(
-            {name: torch.cat([column, other.columns[name]]) for name, column in self.columns.items()},
+            {
+                name: torch.cat([column, other.columns[name]])
+                for name, column in self.columns.items()
+                if name in other.columns
+            },
             torch.cat([self.ranks, other.ranks]),
             torch.cat([self.labels, other.labels]),
             scores,
@@ -208,8 +213,15 @@ class RowTable:
 
     @cached_property
     def column_matrix(self) -> Tensor:
-        """All columns side by side, ``(N, C)`` float64."""
-        return torch.stack([column.double() for column in self.columns.values()], dim=1)
+        """All columns side by side, ``(N, C)`` float64, with 0 in place of infinite values."""
+        matrix = torch.stack([column.double() for column in self.columns.values()], dim=1)
+        return matrix.masked_fill_(matrix.isinf(), 0.0)
+
+    @cached_property
+    def infinite(self) -> Tensor | None:
+        """Where `column_matrix` has 0 in place of infinity, as ones, ``(N, C)`` float64; ``None`` if nowhere."""
+        lost = torch.stack([column.isinf() for column in self.columns.values()], dim=1)
+        return lost.double() if bool(lost.any()) else None
 
     @cached_property
     def bin_matrix(self) -> Tensor:
@@ -262,6 +274,9 @@ class WeightedView(View):
     @cached_property
     def _means(self) -> dict[str, Tensor]:
         sums = self._weights @ self._table.column_matrix
+        if self._table.infinite is not None:
+            # A product with all rows would make nan of 0 * inf, where a label without probability was not drawn.
+            sums.masked_fill_(self._weights @ self._table.infinite > 0, torch.inf)
         means = sums / self.count.unsqueeze(-1)
         return dict(zip(self._table.columns, means.unbind(dim=-1), strict=True))
 
@@ -444,7 +459,8 @@ def bootstrap_intervals(
         seed: Seed of the draws; the same seed gives the same intervals.
 
     Returns:
-        For each metric of the state its value and interval; nan where it is not defined.
+        For each metric of the state its value and interval; nan where it is not defined. Resamples in which a metric
+        is not defined (no wrong row, say) are left out.
 
     Raises:
         ValueError: The state keeps no rows, or a value that is not allowed.
@@ -467,7 +483,7 @@ def bootstrap_intervals(
 
 
 def _interval(key: str, value: float, drawn: Tensor, level: float) -> Interval:
-    if value != value or bool(drawn.isnan().all()):
+    if not math.isfinite(value) or bool(drawn.isnan().all()):
         return Interval(value, torch.nan, torch.nan)
     tails = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
     low, high = torch.nanquantile(drawn, tails).tolist()
@@ -540,7 +556,7 @@ def permutation_test(
     """Test whether two runs differ on the same samples, by exchanging their rows at random (Fisher, 1935).
 
     If the runs did not differ, each row's two answers could be swapped. The two-sided p-value is
-    ``(1 + #{|d*| >= |d|}) / (1 + n)`` over n random swaps.
+    ``(1 + #{|d*| >= |d|}) / (1 + n)`` over those of n random swaps after which the metric is defined for both.
 
     Args:
         first: State of a run, made with ``details=True``.
@@ -553,7 +569,7 @@ def permutation_test(
         defined.
 
     Raises:
-        ValueError: The samples differ, or a state keeps no rows.
+        ValueError: The samples, numbers of classes or settings differ, or a state keeps no rows.
     """
     _check_count("n_permutations", n_permutations, 1)
     one, other = RowTable.of(first), RowTable.of(second)
@@ -562,6 +578,8 @@ def permutation_test(
             f"the runs must be evaluated on the same samples in the same order: {len(one)} and {len(other)} rows, "
             "or their labels differ"
         )
+    if one.num_classes != other.num_classes:
+        raise ValueError(f"the runs must have the same number of classes: {one.num_classes} and {other.num_classes}")
     if one.settings != other.settings:
         raise ValueError(f"the runs must have the same n_bins and input, got {one.settings} and {other.settings}")
     metrics = [key for key in first.metrics if key in second.metrics]
@@ -574,8 +592,9 @@ def permutation_test(
         of_first, of_second = values.view(-1, 2).unbind(dim=1)
         drawn = of_first - of_second
         value = float(drawn[0])
+        defined = drawn[1:][~drawn[1:].isnan()]
         # A rounding error must not make equal differences unequal.
-        at_least = (drawn[1:].abs() >= abs(value) * (1 - 1e-12) - 1e-15).sum()
-        p_value = float(1 + at_least) / (1 + n_permutations) if value == value else torch.nan
+        at_least = (defined.abs() >= abs(value) * (1 - 1e-12) - 1e-15).sum()
+        p_value = float(1 + at_least) / (1 + len(defined)) if value == value else torch.nan
         found[key] = Difference(value, p_value)
     return found

@@ -259,9 +259,19 @@ class RowMetric(Metric):
         return self._forward_once(logits, labels, confidence)
 
     def _forward_once(self, *batch: Tensor | None) -> Any:
-        self._count_before_forward = 0 if self.dist_sync_on_step else self._update_count
+        before = {name: state if isinstance(state, Tensor) else list(state) for name, state in self.metric_state.items()}
+        count = self._update_count
+        self._count_before_forward = 0 if self.dist_sync_on_step else count
         try:
             return super().forward(*batch)
+        except Exception:
+            # Values that only `compute` looks at: the base class is halfway, and would not even synchronise any more.
+            for name, state in before.items():
+                setattr(self, name, state)
+            self._update_count = count
+            self._is_synced, self._should_unsync, self._to_sync = False, True, self.sync_on_compute
+            self._cache = self._computed = None
+            raise
         finally:
             self._count_before_forward = None
 
@@ -272,6 +282,29 @@ class RowMetric(Metric):
         super().reset()
         if self._count_before_forward is None:
             self._num_classes = None
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric of this class has accumulated.
+
+        Args:
+            incoming_state: The other metric, or its ``metric_state``.
+
+        Raises:
+            ValueError: It is of another class, has other settings, or saw logits of another number of classes.
+            RuntimeError: The metric was made with ``dist_sync_on_step=True``.
+        """
+        state = incoming_state.metric_state if isinstance(incoming_state, RowMetric) else incoming_state
+        if isinstance(incoming_state, RowMetric):
+            for name in ("n_bins", "rank_bins", "input"):
+                ours, theirs = getattr(self, name), getattr(incoming_state, name)
+                if ours != theirs:
+                    raise ValueError(f"{type(self).__name__}: cannot merge {name}={theirs!r} into {name}={ours!r}")
+        here, there = int(self.num_classes), int(state["num_classes"]) if isinstance(state, dict) else 0
+        if here and there and here != there:
+            raise ValueError(f"{type(self).__name__}: cannot merge states of {here} and {there} classes")
+        super().merge_state(incoming_state)
+        self._num_classes = here or there or None
+        self._computed = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -421,10 +454,6 @@ class RowMetric(Metric):
                 setattr(self, name, torch.zeros_like(there))
             elif there.shape[1] == 0:
                 incoming_state = {**incoming_state, name: torch.zeros_like(here)}
-            elif here.shape != there.shape:
-                raise ValueError(
-                    f"{type(self).__name__}: cannot merge states of {here.shape[1]} and {there.shape[1]} classes"
-                )
         super()._reduce_states(incoming_state)
 
     def _set_reduced(self, name: str, ranks: Tensor | list[Tensor]) -> None:
@@ -542,7 +571,8 @@ def _add_ranks(metric: Any, rows: Rows) -> None:
         return
     # asinh is even around 0 and logarithmic far out, where the scores of over-confident networks are.
     place = (torch.asinh(rows.log_odds) / _RANK_LIMIT + 1.0).mul_(0.5 * metric.rank_bins)
-    index = place.clamp_(0, metric.rank_bins - 1).long()
+    # Of a NaN that `compute` is to report, only the index must be valid.
+    index = place.nan_to_num_(0.0).clamp_(0, metric.rank_bins - 1).long()
     correct = rows.correct.double()
     values = torch.stack([torch.ones_like(correct), correct, rows.confidence.double()])
     _writable(metric, "rank_sums").scatter_add_(1, index.expand(3, -1), values)

@@ -192,11 +192,15 @@ def drawn():
     logits, labels = golden_set()
     draws = [torch.from_numpy(rows) for rows in repeats(500, 60, 9)]
     figures = [reference(logits[rows], labels[rows]) for rows in draws]
-    others = [quiet(state_of(logits[r], labels[r], metrics=("debiased_l2", "aurc", "corp_discrimination"))) for r in draws]
+    others = [
+        quiet(state_of(logits[r], labels[r], metrics=("debiased_l2", "aurc", "corp_discrimination"))) for r in draws
+    ]
     state = detailed(logits, labels)
     table = {key: np.array([row[key] for row in figures]) for key in figures[0]}
     table |= {key: np.array([row[key] for row in others]) for key in others[0]}
-    return SimpleNamespace(state=state, table=table, value=quiet(state), intervals=bootstrap_intervals(state, 60, seed=9))
+    return SimpleNamespace(
+        state=state, table=table, value=quiet(state), intervals=bootstrap_intervals(state, 60, seed=9)
+    )
 
 
 @pytest.mark.parametrize("key", ["accuracy", "nll", "brier", "signed_gap", "correctness_auroc", "aurc"])
@@ -286,8 +290,7 @@ def test_one_row():
     state = detailed(torch.tensor([[2.0, 0.0, 1.0]], dtype=torch.float64), torch.tensor([0]))
     with pytest.warns(UserWarning, match="all 1 rows are correct"):
         found = bootstrap_intervals(state, 5)
-    with pytest.warns(UserWarning, match="all 1 rows are correct"):
-        values = {key: value.item() for key, value in state.compute().items()}
+    values = quiet(state)
     for key, (value, low, high) in found.items():
         assert value == pytest.approx(values[key], nan_ok=True)
         # Each resample is the row itself.
@@ -426,7 +429,11 @@ def test_borders_of_the_frequency_groups_can_be_set():
 @pytest.mark.parametrize(
     ("counts", "options", "message"),
     [
-        (torch.tensor([1, 2]), {}, r"train_counts must be 3 integers >= 0, one a class, got torch.int64 of shape \(2,\)"),
+        (
+            torch.tensor([1, 2]),
+            {},
+            r"train_counts must be 3 integers >= 0, one a class, got torch.int64 of shape \(2,\)",
+        ),
         (torch.tensor([1, -2, 3]), {}, "train_counts must be 3 integers >= 0"),
         (torch.tensor([1.0, 2.0, 3.0]), {}, "train_counts must be 3 integers.*float32"),
         (torch.ones(3, 1, dtype=torch.int64), {}, "train_counts must be 3 integers"),
@@ -570,7 +577,7 @@ def test_runs_that_are_refused():
         permutation_test(one, detailed(second, labels, metrics=CORE, n_bins=10))
     with pytest.raises(ValueError, match="same n_bins and input"):
         permutation_test(one, detailed(second.softmax(1), labels, metrics=CORE, input="probs"))
-    with pytest.raises(ValueError, match="30 rows of 4 classes and 30 rows of 6 classes|classes: 4 and 6"):
+    with pytest.raises(ValueError, match="same number of classes: 4 and 6"):
         permutation_test(one, detailed(torch.cat([second, second[:, :2]], 1), labels, metrics=CORE))
     for count in (0, 2.5, True):
         with pytest.raises(ValueError, match=f"n_permutations={count}"):
@@ -585,7 +592,7 @@ def test_over_seeds_is_students_interval():
     found = over_seeds(iter(values), level=0.9)
     low, high = scipy.stats.t.interval(0.9, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert found == pytest.approx((np.mean(values), np.std(values, ddof=1), low, high, 4), abs=1e-14)
-    assert str(found) == "0.9365 ± 0.0111 (4 runs)"
+    assert str(found) == "0.9365 ± 0.0112 (4 runs)"
     default = scipy.stats.t.interval(0.95, 3, loc=np.mean(values), scale=scipy.stats.sem(values))
     assert over_seeds(values)[2:4] == pytest.approx(default, abs=1e-14)
     tensors = [torch.tensor(value, dtype=torch.float64) for value in values]

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from calib_lightning.metrics.functional.adaptive import with_a_group
@@ -127,6 +126,8 @@ def corp_from_ordered(ordered: Ordered) -> CORPDecomposition:
         >>> terms.discrimination, terms.uncertainty
         (tensor(0.2500, dtype=torch.float64), tensor(0.2500, dtype=torch.float64))
     """
+    from sklearn.isotonic import isotonic_regression  # this import takes a second
+
     count, hits, confidence = with_a_group(ordered)
     weights, positives = (x.reshape(-1, x.shape[-1]).cpu().numpy() for x in (count, hits))
     recalibrated = np.zeros_like(weights)
