@@ -1,5 +1,6 @@
 """Outputs of real networks against figures that were computed from them in float64 numpy by others' code."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -23,6 +24,19 @@ SETS = [
 ]
 
 
+FIGURES = {
+    "acc": "accuracy",
+    "nll": "nll",
+    "brier": "brier",
+    "auroc": "correctness_auroc",
+    "ece15": "ece",
+    "mce15": "mce",
+    "aece15": "aece_split",
+    "cwece15": "classwise_ece",
+}
+KEYS = tuple(FIGURES.values())
+
+
 def load(folder, name):
     path = folder / "logits" / name
     if name.startswith("netcal"):
@@ -37,25 +51,37 @@ def load(folder, name):
     return torch.from_numpy(logits), torch.from_numpy(labels.reshape(-1).astype(np.int64))
 
 
-@pytest.mark.parametrize("dtype", ["float64", "as stored"])
-@pytest.mark.parametrize("name", SETS)
-def test_reference_figures(real_data, name, dtype):
-    expected = json.loads((real_data / "logits" / "reference_metrics.json").read_text())[name]
-    logits, labels = load(real_data, name)
-    if dtype == "float64":
-        logits = logits.double()
-    assert logits.shape == (expected["n"], expected["K"])
-    state = EvaluationState()
+def ours(logits, labels, n):
+    """Every figure of the reference, from the package alone."""
+    state = EvaluationState(KEYS)
     for start in range(0, len(labels), 512):
         state.update(logits[start : start + 512], labels[start : start + 512])
-    values = {key: value.item() for key, value in state.compute().items()}
-    ours = {
-        "acc": values["accuracy"],
-        "nll": values["nll"],
-        "brier": values["brier"],
-        "auroc": values["correctness_auroc"],
-        "ece15": values["ece"],
-        "ece10": functional.ece(logits, labels, n_bins=10).item(),
-        "ece20": functional.ece(logits, labels, n_bins=20).item(),
+    values = {name: state.compute()[key].item() for name, key in FIGURES.items()}
+    values |= {f"ece{m}": functional.ece(logits, labels, n_bins=m).item() for m in (10, 20)}
+    shares = torch.bincount(labels).double() / n
+    prior_entropy = torch.special.entr(shares).sum().item()
+    beta = functional.optimal_inverse_temperature(logits, labels).beta
+    tempered = logits.double() * beta
+    values |= {
+        "nll_over_prior_entropy": values["nll"] / prior_entropy,
+        "err_over_majority": (1 - values["acc"]) / (1 - shares.max().item()),
+        "T_in_sample": 1 / beta,
+        "ece15_T": functional.ece(tempered, labels).item(),
+        "nll_T": functional.nll(tempered, labels).item(),
+        "brier_T": functional.brier(tempered, labels).item(),
     }
-    assert ours == pytest.approx({key: expected[key] for key in ours}, abs=1e-6)
+    values["nllT_over_prior_entropy"] = values["nll_T"] / prior_entropy
+    return values
+
+
+@pytest.mark.parametrize("dtype", ["float64", "as stored"])
+@pytest.mark.parametrize("name", SETS)
+def test_every_reference_figure(real_data, name, dtype):
+    expected = json.loads((real_data / "logits" / "reference_metrics.json").read_text())[name]
+    logits, labels = load(real_data, name)
+    assert hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16] == expected.pop("labels_sha256_int64")
+    assert logits.shape == (n := expected.pop("n"), expected.pop("K"))
+    values = ours(logits.double() if dtype == "float64" else logits, labels, n)
+    # The temperature is where the gradient is nearly flat, so it carries fewer digits than what it minimises.
+    assert values.pop("T_in_sample") == pytest.approx(expected.pop("T_in_sample"), rel=1e-5)
+    assert values == pytest.approx(expected, abs=1e-6)
