@@ -293,7 +293,7 @@ class RowMetric(Metric):
             ValueError: It is of another class, has other settings, or saw logits of another number of classes.
             RuntimeError: The metric was made with ``dist_sync_on_step=True``.
         """
-        state = incoming_state.metric_state if isinstance(incoming_state, RowMetric) else incoming_state
+        state: Any = incoming_state.metric_state if isinstance(incoming_state, RowMetric) else incoming_state
         if isinstance(incoming_state, RowMetric):
             for name in ("n_bins", "rank_bins", "input"):
                 ours, theirs = getattr(self, name), getattr(incoming_state, name)

@@ -130,14 +130,14 @@ class Histories(RuleBasedStateMachine):
 
 
 SETTINGS = settings(
-    max_examples=8, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 
 
 def case_of(**options):
     case = type("Histories", (Histories,), {"options": options}).TestCase
     case.settings = SETTINGS
-    return pytest.mark.filterwarnings("ignore:.*nan", "ignore:The ``compute`` method")(case)
+    return pytest.mark.filterwarnings("ignore:.*nan", "ignore:ovo_auroc", "ignore:The ``compute`` method")(case)
 
 
 TestExact = case_of()
