@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calib_lightning.metrics.functional.ood import check_ood_shapes, check_ood_values, why_one_sided
+from calib_lightning.metrics.functional.rows import FAULTS
 from calib_lightning.metrics.functional.undefined import warn_undefined
 from calib_lightning.metrics.read_outs import READ_OUTS
 from calib_lightning.metrics.state import RowMetric, StateView, checks_at_once, has_float64
@@ -85,6 +86,10 @@ class OODMetric(RowMetric):
             Text for ``repr``.
         """
         return ""
+
+    @property
+    def _validity(self) -> tuple[tuple[str, ...], str]:
+        return ("scores", *FAULTS[1:]), "scores must not be NaN (inf is allowed)"
 
     def compute(self) -> Tensor:
         """Read the metric.

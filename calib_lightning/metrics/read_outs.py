@@ -30,7 +30,7 @@ Direction = Literal["higher", "lower", "zero", "none"]
 """Which values of a metric are better; ``"zero"`` means nearest to zero, ``"none"`` that it only describes."""
 
 
-IntervalKind = Literal["percentile", "basic", "centred"]
+IntervalKind = Literal["percentile", "basic", "hull"]
 """How the bias of a metric under resampling is dealt with."""
 
 
@@ -134,7 +134,7 @@ def from_bins(function: Callable[[Tensor], Tensor], better: Direction = "lower")
     Returns:
         The read-out.
     """
-    return ReadOut(("bins",), lambda view: function(view.bins), better, interval="basic")
+    return ReadOut(("bins",), lambda view: function(view.bins), better, interval="hull")
 
 
 def from_ordered(
@@ -162,7 +162,7 @@ def equal_mass(function: Callable[[Ordered, int], Tensor]) -> ReadOut:
     Returns:
         The read-out.
     """
-    return ReadOut(("ranks",), lambda view: function(view.ordered, view.n_bins), "lower", interval="basic")
+    return ReadOut(("ranks",), lambda view: function(view.ordered, view.n_bins), "lower", interval="hull")
 
 
 def coverage_at_risk_of(risk: float) -> ReadOut:
@@ -225,12 +225,12 @@ READ_OUTS: dict[str, ReadOut] = {
     "mce": from_bins(calibration.mce_from_bins),
     "rmsce": from_bins(calibration.rmsce_from_bins),
     "overconfidence_error": from_bins(calibration.overconfidence_error_from_bins),
-    "classwise_ece": ReadOut(("classwise",), _classwise_ece, "lower", interval="basic"),
+    "classwise_ece": ReadOut(("classwise",), _classwise_ece, "lower", interval="hull"),
     "aece_split": equal_mass(adaptive.aece_split_from_ordered),
     "aece_official": equal_mass(adaptive.aece_official_from_ordered),
-    "ks": from_ordered(adaptive.ks_from_ordered, "lower", interval="basic"),
-    "debiased_l2": equal_mass(adaptive.debiased_l2_from_ordered)._replace(interval="centred"),
-    "smece": from_ordered(smooth.smece_from_ordered, "lower", interval="basic"),
+    "ks": from_ordered(adaptive.ks_from_ordered, "lower", interval="hull"),
+    "debiased_l2": equal_mass(adaptive.debiased_l2_from_ordered),
+    "smece": from_ordered(smooth.smece_from_ordered, "lower", interval="hull"),
     "aupr_success": from_ordered(refinement.average_precision_from_ordered, "higher"),
     "aupr_error": from_ordered(refinement.aupr_error_from_ordered, "higher"),
     "fpr95": from_ordered(refinement.fpr_at_tpr_from_ordered, "lower"),
@@ -249,11 +249,9 @@ READ_OUTS: dict[str, ReadOut] = {
     "dark_side_alpha": ReadOut(_DARK_SIDE, lambda view: view.dark_side.alpha, "none", low=-1.0),
     "dark_side_beta": ReadOut(_DARK_SIDE, lambda view: view.dark_side.beta, "none", low=-1.0),
     "dark_side_gamma": ReadOut(_DARK_SIDE, lambda view: view.dark_side.gamma, "none", low=-1.0),
-    "dark_side_residual": ReadOut(_DARK_SIDE, lambda view: view.dark_side.residual, "none", low=-1.0),
+    "dark_side_residual": ReadOut(_DARK_SIDE, lambda view: view.dark_side.residual, "none", "hull", low=-1.0),
     "ovo_auroc": ReadOut(("scores",), lambda view: view.ovo_auroc, "higher"),
-    "calibration_nll": ReadOut(
-        ("scores",), lambda view: view.variational.calibration, "lower", "basic", high=torch.inf
-    ),
+    "calibration_nll": ReadOut(("scores",), lambda view: view.variational.calibration, "lower", "hull", high=torch.inf),
     "refinement_nll": ReadOut(("scores",), lambda view: view.variational.refinement, "lower", high=torch.inf),
 }
 """The metrics, by the key that logs and tables use."""

@@ -442,15 +442,28 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Estimate how far each figure would move on another test set of the same size, by the bootstrap (Efron, 1979).
 
-    The rows are drawn with replacement and every metric is computed again from them. A mean or a rank statistic gets
-    the percentile interval ``[q_low, q_high]`` of the resampled figures. A plug-in error such as ECE is too large by
-    chance alone, and once more so in a resample; it gets the basic interval ``[2 v - q_high, 2 v - q_low]``, which
-    takes that bias off, cut to the possible values. So such a figure may lie above its own interval. An error that is
-    already free of bias (`debiased_l2`) is so no more in a resample, which repeats rows; its interval is the percentile
-    one, moved such that the resampled figures have the figure as their mean.
+    The rows are drawn with replacement and every metric is computed again from them. With ``v`` the figure, ``q`` and
+    ``m`` the quantiles and the mean of the resampled ones, ``ReadOut.interval`` says what a metric gets:
 
-    How often such an interval holds the true figure was simulated for every metric (`tests/metrics/test_coverage.py`).
-    It is too narrow for `mce`: the largest gap is mostly that of a bin of a few rows, which no resample can mend.
+    - ``"percentile"``, ``[q_low, q_high]``: means and rank statistics, which resampling moves, but not to one side.
+    - ``"basic"``, ``[2 v - q_high, 2 v - q_low]``: terms of the Brier score. They are too large by chance alone, and
+      once more so in a resample; this takes ``m - v`` off.
+    - ``"hull"``: calibration errors. It reaches from the lowest to the highest end of the basic interval and of
+      ``[q_low - m + v, q_high - m + v]``, which takes nothing off. Large gaps make little bias and small ones much, so
+      ``m - v`` may be far from the bias of this very set, and an interval around either figure alone is too narrow.
+
+    All are cut to the possible values.
+
+    Of 500 simulated sets (five classes, 1000 rows, a network over-confident by a temperature of 1.25 or 1.6) the 95 %
+    intervals of nearly all metrics held the true figure in 92 to 97 %, such as 95 % for ECE, where the basic interval
+    alone did in 89 % and the percentile interval in 74 and 91 %; see ``tests/metrics/test_coverage.py``. Exceptions:
+
+    - ``mce``, 47 to 49 %: the largest gap is mostly that of a bin of a few rows, which no resample can mend.
+    - ``classwise_ece``, 75 % at a temperature of 1.25 and 94 % at 1.6 (4000 rows: 93 % of 300 and 98 % of 150 sets).
+      With few rows for each class and bin the interval lies too high.
+    - ``under_ece`` of these over-confident networks, whose true value is 0: 99 %.
+    - A calibrated network (200 sets): its true errors are 0, and many intervals lie above that (ECE: some 40 %,
+      ``smece`` and ``classwise_ece``: most). So an interval above 0 does not show that a network is not calibrated.
 
     Args:
         state: A state made with ``details=True``; with several processes, of all their rows.
@@ -488,11 +501,12 @@ def _interval(key: str, value: float, drawn: Tensor, level: float) -> Interval:
     tails = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
     low, high = torch.nanquantile(drawn, tails).tolist()
     read_out = READ_OUTS[key]
+    basic = 2.0 * value - high, 2.0 * value - low
     if read_out.interval == "basic":
-        low, high = 2.0 * value - high, 2.0 * value - low
-    elif read_out.interval == "centred":
+        low, high = basic
+    elif read_out.interval == "hull":
         shift = value - float(drawn.nanmean())
-        low, high = low + shift, high + shift
+        low, high = min(basic[0], low + shift), max(basic[1], high + shift)
     return Interval(value, max(low, read_out.low), min(max(high, read_out.low), read_out.high))
 
 

@@ -259,7 +259,9 @@ class RowMetric(Metric):
         return self._forward_once(logits, labels, confidence)
 
     def _forward_once(self, *batch: Tensor | None) -> Any:
-        before = {name: state if isinstance(state, Tensor) else list(state) for name, state in self.metric_state.items()}
+        before = {
+            name: state if isinstance(state, Tensor) else list(state) for name, state in self.metric_state.items()
+        }
         count = self._update_count
         self._count_before_forward = 0 if self.dist_sync_on_step else count
         try:
@@ -375,15 +377,22 @@ class RowMetric(Metric):
                 "call reset() before another set"
             )
 
+    @property
+    def _validity(self) -> tuple[tuple[str, ...], str]:
+        """Names of what is counted in `faults`, and what is allowed."""
+        kinds = (self.input, *FAULTS[1:])
+        return kinds, (
+            "logits must be finite, probs >= 0 with rows that sum to 1, labels in 0..K-1, confidence in [0, 1]"
+        )
+
     def _settle(self) -> None:
         """Report what was only counted so far: invalid values, and that there are no rows at all."""
         if int(self.first_fault) != _NEVER:
-            kinds = (self.input, *FAULTS[1:])
+            kinds, allowed = self._validity
             counts = [f"{n} with invalid {kind}" for n, kind in zip(self.faults.tolist(), kinds, strict=True) if n]
             message = (
                 f"{type(self).__name__}: {', '.join(counts)} among {int(self.count)} rows, the first in batch "
-                f"{int(self.first_fault)} (of a process); logits must be finite, probs >= 0 with rows that sum to 1, "
-                "labels in 0..K-1, confidence in [0, 1]"
+                f"{int(self.first_fault)} (of a process); {allowed}"
             )
             if self._is_synced:
                 self.unsync()
@@ -664,7 +673,10 @@ class StateView(View):
     @cached_property
     def ovo_auroc(self) -> Tensor:  # type: ignore[override]
         """One-versus-one AUROC."""
-        return ovo_auroc(*self._scores, input=self._state.input)
+        scores, labels = self._scores
+        if bool((labels == labels[0]).all()):  # the metric itself warns about it
+            return torch.full((), torch.nan, dtype=torch.float64, device=labels.device)
+        return ovo_auroc(scores, labels, input=self._state.input)
 
     @cached_property
     def variational(self) -> VariationalSplit:  # type: ignore[override]

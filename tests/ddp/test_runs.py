@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from calib_lightning.metrics import REPORT
 from tests.ddp import cases
 from tests.methods.table import ROWS
 
@@ -16,10 +17,13 @@ def test_ranks_end_with_equal_weights(pool2, tmp_path, number):
     assert one["metrics"] == two["metrics"]
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(12, 1), (13, 4), (15, 6), (101, 3), (1, 4), (101, 1000)])
+@pytest.mark.parametrize(
+    ("size", "batch_size"), [(12, 1), (13, 4), (14, 5), (15, 6), (16, 2), (101, 3), (1, 4), (101, 1000)]
+)
 def test_evaluation_is_exact_on_a_fixed_table(pool2, size, batch_size):
     alone = cases.test_table(0, 1, size, batch_size)
     assert alone["n"] == size
+    assert alone.keys() == {*REPORT, "n"}
     for together in pool2.run(cases.test_table, size, batch_size):
         assert together["n"] == size
         assert together["accuracy"] == alone["accuracy"]

@@ -114,7 +114,7 @@ class Histories(RuleBasedStateMachine):
     def error_found_by_compute(self, state, batch):
         batch[0][0, 1] = torch.nan
         with (
-            mock.patch.object(state_module, "checks_at_once", lambda device: False),
+            mock.patch.object(state_module, "checks_at_once", return_value=False),
             pytest.raises(ValueError, match="1 with invalid logits"),
         ):
             state[0](*batch)
@@ -165,3 +165,12 @@ def test_states_of_other_settings_are_not_merged(options):
     name, value = next(iter(options.items()))
     with pytest.raises(ValueError, match=f"cannot merge {name}={value!r} into {name}="):
         EvaluationState().merge_state(EvaluationState(**options))
+
+
+def test_a_merge_is_seen_after_a_result_was_read():
+    state, other = EvaluationState(["accuracy"]), EvaluationState(["accuracy"])
+    state.update(torch.eye(3), torch.arange(3))
+    other.update(torch.eye(3), (torch.arange(3) + 1) % 3)
+    assert state.compute()["accuracy"].item() == 1.0
+    state.merge_state(other)
+    assert state.compute()["accuracy"].item() == 0.5

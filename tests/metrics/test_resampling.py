@@ -125,7 +125,7 @@ def test_an_infinite_loss_stays_in_the_subsets_that_hold_its_row():
     assert found["brier"].tolist() == pytest.approx([(2 + 0.5 + 0.125 + 0.125) / 4, 0.25])
     interval = bootstrap_intervals(state, 50)["nll"]
     assert (interval.value, math.isnan(interval.low), math.isnan(interval.high)) == (math.inf, True, True)
-    assert picked(case, [0, 1, 2, 3]).compute()["nll"].item() == math.inf
+    assert state.compute()["nll"].item() == math.inf
 
 
 @pytest.mark.parametrize("at_once", [1, 700, 5000])
@@ -181,6 +181,9 @@ def test_exchanges_swap_whole_rows():
 # --- intervals
 
 
+OTHERS = ("ks", "debiased_l2", "aurc", "corp_miscalibration", "corp_discrimination")
+
+
 def repeats(n, total, seed):
     for row in torch.cat(list(R.resamples(n, total, seed)(1000))).long().numpy():
         yield np.repeat(np.arange(n), row)
@@ -192,9 +195,7 @@ def drawn():
     logits, labels = golden_set()
     draws = [torch.from_numpy(rows) for rows in repeats(500, 60, 9)]
     figures = [reference(logits[rows], labels[rows]) for rows in draws]
-    others = [
-        quiet(state_of(logits[r], labels[r], metrics=("debiased_l2", "aurc", "corp_discrimination"))) for r in draws
-    ]
+    others = [quiet(state_of(logits[r], labels[r], metrics=OTHERS)) for r in draws]
     state = detailed(logits, labels)
     table = {key: np.array([row[key] for row in figures]) for key in figures[0]}
     table |= {key: np.array([row[key] for row in others]) for key in others[0]}
@@ -210,7 +211,7 @@ def test_percentile_intervals(drawn, key):
     assert drawn.intervals[key] == pytest.approx((drawn.value[key], low, high), abs=1e-10)
 
 
-@pytest.mark.parametrize("key", ["ece", "corp_discrimination"])
+@pytest.mark.parametrize("key", ["corp_miscalibration", "corp_discrimination"])
 def test_basic_intervals(drawn, key):
     assert READ_OUTS[key].interval == "basic"
     low, high = np.percentile(drawn.table[key], [2.5, 97.5])
@@ -218,11 +219,17 @@ def test_basic_intervals(drawn, key):
     assert drawn.intervals[key] == pytest.approx((value, max(0, 2 * value - high), 2 * value - low), abs=1e-10)
 
 
-def test_centred_interval(drawn):
-    assert READ_OUTS["debiased_l2"].interval == "centred"
-    figures, value = drawn.table["debiased_l2"], drawn.value["debiased_l2"]
-    low, high = np.percentile(figures, [2.5, 97.5]) + value - figures.mean()
-    assert drawn.intervals["debiased_l2"] == pytest.approx((value, max(0, low), high), abs=1e-10)
+@pytest.mark.parametrize("key", ["ece", "ks", "debiased_l2"])
+def test_hull_intervals(drawn, key):
+    assert READ_OUTS[key].interval == "hull"
+    figures, value = drawn.table[key], drawn.value[key]
+    low, high = np.percentile(figures, [2.5, 97.5])
+    below, above = high - figures.mean(), figures.mean() - low
+    bias = figures.mean() - value
+    # Around the figure as it is, and the same turned over around the figure less its bias.
+    low, high = min(value - above, value - bias - below), max(value + below, value - bias + above)
+    assert drawn.intervals[key] == pytest.approx((value, max(0, low), high), abs=1e-10)
+    assert low < value < high
 
 
 def test_intervals_of_a_seed_are_the_same_again():

@@ -49,8 +49,8 @@ def _host_index(confidence: Tensor, n_bins: int) -> NDArray[np.int64]:
     # which random numbers make slow. What is not in [0, 1] (nan, a probability above 1 by rounding) stays in range.
     with np.errstate(invalid="ignore"):
         index = (wide * n_bins).astype(np.int64)
-    np.clip(index, 0, n_bins, out=index)
-    index -= wide <= edges[index]
+    np.maximum(np.minimum(index, n_bins, out=index), 0, out=index)  # np.clip takes twice as long to start
+    index -= wide <= edges.take(index)
     return index
 
 
@@ -96,7 +96,7 @@ def sums_in_bins(index: Tensor, n_bins: int, values: list[Tensor]) -> Tensor:
     if index.device.type == "cpu":
         bins = index.numpy()
         columns = [np.bincount(bins, weights=column.detach().numpy(), minlength=n_bins) for column in values]
-        return torch.from_numpy(np.stack(columns, axis=1, dtype=np.float64))
+        return torch.from_numpy(np.array(columns).T.copy())
     sums = torch.zeros(len(values), n_bins, dtype=torch.float64, device=index.device)
     return sums.scatter_add_(1, index.expand(len(values), -1), torch.stack([column.double() for column in values])).T
 
@@ -123,9 +123,9 @@ def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
     """
     index = bin_index(confidence, n_bins)
     if index.device.type == "cpu":
-        sums = sums_in_bins(index, n_bins, [confidence.double(), correct])
-        count = np.bincount(index.numpy(), minlength=n_bins)
-        return torch.cat([torch.from_numpy(count).unsqueeze(1), sums], dim=1)
+        bins, weights = index.numpy(), (None, confidence.detach().double().numpy(), correct.detach().numpy())
+        columns = [np.bincount(bins, weights=column, minlength=n_bins) for column in weights]
+        return torch.from_numpy(np.array(columns, dtype=np.float64).T.copy())
     wide = confidence.double()
     return sums_in_bins(index, n_bins, [torch.ones_like(wide), wide, correct])
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.calibration import bin_index
+from calib_lightning.metrics.functional.calibration import bin_index, check_n_bins
 from calib_lightning.metrics.functional.rows import InputKind, checked_rows
 from calib_lightning.metrics.functional.undefined import checked_result
 
@@ -52,22 +52,26 @@ def classwise_sums(probs: Tensor, labels: Tensor, n_bins: int, totals: Tensor | 
         tensor([[0.5000, 0.7500],
                 [0.7500, 0.0000]], dtype=torch.float64)
     """
+    check_n_bins(n_bins)
     probs, labels = probs.detach(), labels.long()
     classes = probs.shape[1]
-    of_label = probs.gather(1, labels.unsqueeze(1)).squeeze(1)
-    hit = labels * n_bins + bin_index(of_label, n_bins)
     if probs.device.type != "cpu":
+        of_label = probs.gather(1, labels.unsqueeze(1)).squeeze(1)
+        hit = labels * n_bins + bin_index(of_label, n_bins)
         sums = torch.zeros(2, classes * n_bins, dtype=torch.float64, device=probs.device)
         sums[1].scatter_add_(0, hit, sums.new_ones(()).expand_as(hit))
         cells = bin_index(probs, n_bins) + torch.arange(classes, device=probs.device) * n_bins
         sums[0].scatter_add_(0, cells.reshape(-1), probs.double().reshape(-1))
         return sums.view(2, classes, n_bins)
     entries = _entries_above(probs, _first_edge(n_bins, probs.dtype))
-    values = at_least_float32(probs).reshape(-1).numpy()[entries]
+    found = len(entries)
+    # The entries of the labels go through the same steps; where there are only some 1000 rows, steps are what costs.
+    entries = np.concatenate([entries, np.arange(0, probs.numel(), classes) + labels.numpy()])
+    values = at_least_float32(probs).reshape(-1).numpy().take(entries)
     column = entries - entries // classes * classes  # numpy divides by a number many times as fast as it takes a rest
     cells = column * n_bins + bin_index(torch.from_numpy(values).to(probs.dtype), n_bins).numpy()
-    above = np.bincount(cells, weights=values, minlength=classes * n_bins)
-    hits = np.bincount(hit.numpy(), minlength=classes * n_bins)
+    above = np.bincount(cells[:found], weights=values[:found], minlength=classes * n_bins)
+    hits = np.bincount(cells[found:], minlength=classes * n_bins)
     sums = torch.from_numpy(np.stack([above, hits], dtype=np.float64)).view(2, classes, n_bins)
     # Widening first is several times faster than a float64 sum over float32 columns. With one bin the first edge is 1,
     # which a probability may exceed by rounding; the total overwrites that.

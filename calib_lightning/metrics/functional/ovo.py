@@ -31,7 +31,7 @@ def class_log_odds(logits: Tensor) -> Tensor:
     result = torch.empty(rows, classes, dtype=torch.float64, device=logits.device)
     step = max(1, _BLOCK // max(1, classes))
     for some, out in zip(torch.split(logits.detach(), step), torch.split(result, step), strict=True):
-        scores = some.double()
+        scores = some.to(torch.float64, copy=True)
         top, index = scores.max(dim=-1, keepdim=True)
         others = scores.scatter(-1, index, -torch.inf)
         second = others.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(others.dtype).min)
