@@ -96,7 +96,7 @@ def sums_in_bins(index: Tensor, n_bins: int, values: list[Tensor]) -> Tensor:
     if index.device.type == "cpu":
         bins = index.numpy()
         columns = [np.bincount(bins, weights=column.detach().numpy(), minlength=n_bins) for column in values]
-        return torch.from_numpy(np.array(columns).T.copy())
+        return torch.from_numpy(np.array(columns, dtype=np.float64).T.copy())
     sums = torch.zeros(len(values), n_bins, dtype=torch.float64, device=index.device)
     return sums.scatter_add_(1, index.expand(len(values), -1), torch.stack([column.double() for column in values])).T
 
