@@ -25,7 +25,7 @@ def why_undefined(rows: int, correct: int | None = None) -> str:
         return f"all {rows} rows are correct (positive), and wrong ones are needed too"
     if correct == 0:
         return f"all {rows} rows are wrong (negative), and correct ones are needed too"
-    return f"what it asks for is not reached on these {rows} rows"
+    return f"these {rows} rows do not define it (a risk that is never reached, or labels of one class)"
 
 
 def warn_undefined(who: str, names: Sequence[str], reason: str, stacklevel: int = 3) -> None:
