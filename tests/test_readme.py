@@ -35,7 +35,9 @@ def test_the_two_setup_commands_are_those_that_are_checked():
     assert "pip install --quiet -e '.[test]' && pytest" in script
 
 
-@pytest.mark.parametrize("command", [c for c in _commands() if "RUN" not in " ".join(c) and c[0] != "score"], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [c for c in _commands() if "RUN" not in " ".join(c) and c[0] != "score"], ids=" ".join
+)
 def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(SystemExit) as leaving:

@@ -80,7 +80,8 @@ def test_every_reference_figure(real_data, name, dtype):
     expected = json.loads((real_data / "logits" / "reference_metrics.json").read_text())[name]
     logits, labels = load(real_data, name)
     assert hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16] == expected.pop("labels_sha256_int64")
-    assert logits.shape == (n := expected.pop("n"), expected.pop("K"))
+    n = expected.pop("n")
+    assert logits.shape == (n, expected.pop("K"))
     values = ours(logits.double() if dtype == "float64" else logits, labels, n)
     # The temperature is where the gradient is nearly flat, so it carries fewer digits than what it minimises.
     assert values.pop("T_in_sample") == pytest.approx(expected.pop("T_in_sample"), rel=1e-5)

@@ -13,8 +13,8 @@ from PIL import Image
 from calib_lightning.callbacks import LogFigures
 from calib_lightning.callbacks import figures as callback_module
 from calib_lightning.data import SplitSpec, ToyDataModule
-from calib_lightning.metrics import EvaluationState
 from calib_lightning.methods import CrossEntropy
+from calib_lightning.metrics import EvaluationState
 from calib_lightning.plots import figures
 
 
