@@ -563,8 +563,8 @@ RANK_BINS = 16384
 """A good size for the histogram of log-odds: 384 KiB.
 
 On 40,000 rows of six shapes, over-confident ones included, AUROC and AURC were within 5e-6 of the exact figures,
-average precision and FPR95 within 5e-4. Rows in one bin count as tied, so scores that all lie within a few hundredths of
-a log-odd need exact ranks.
+average precision and FPR95 within 5e-4. Rows in one bin count as tied, so scores that all lie within a few hundredths
+need exact ranks.
 """
 
 _RANK_LIMIT = math.asinh(1e5)
