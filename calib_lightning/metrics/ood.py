@@ -51,8 +51,8 @@ class OODMetric(RowMetric):
             self._count_faults(torch.stack([wrong, torch.zeros_like(wrong), torch.zeros_like(wrong)]), batch)
         self.count = self.count + len(scores)
         wide = scores.detach().to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
-        self.rank_scores.append(wide.clone())
-        self.rank_correct.append(is_id.clone())
+        self.append_rows("rank_scores", wide)
+        self.append_rows("rank_correct", is_id)
 
     def forward(self, scores: Tensor, is_id: Tensor) -> Any:  # type: ignore[override]
         """Add a batch and return the metric of that batch alone.

@@ -47,6 +47,7 @@ from calib_lightning.metrics.functional.variational import VariationalSplit, var
 from calib_lightning.metrics.read_outs import CORE, READ_OUTS, ReadOut, View, undefined_keys
 
 _CHUNK = 2**19
+_LEAST_ROWS = 1024
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -146,6 +147,7 @@ class RowMetric(Metric):
         self._count_before_forward: int | None = None
         self._list_dtypes: dict[str, torch.dtype] = {}
         self._class_sums: list[str] = []
+        self._buffers_of_rows: dict[str, Tensor] = {}
         self.add_state("num_classes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("faults", torch.zeros(len(FAULTS), dtype=torch.int64), dist_reduce_fx="sum")
@@ -154,7 +156,7 @@ class RowMetric(Metric):
             part_of(part).declare(self)
 
     def add_list(self, name: str, dtype: torch.dtype) -> None:
-        """Declare a state that keeps one value (or one row of K values) a row, as a list of one tensor a batch.
+        """Declare a state that keeps one value (or one row of K values) a row, see `append_rows`.
 
         Args:
             name: Name of the state.
@@ -162,6 +164,37 @@ class RowMetric(Metric):
         """
         self.add_state(name, [], dist_reduce_fx="cat")
         self._list_dtypes[name] = dtype
+
+    def append_rows(self, name: str, rows: Tensor) -> None:
+        """Copy rows to the end of a list state.
+
+        The list holds mostly one tensor, the used part of a buffer that doubles when it is full: a small tensor for
+        each batch would keep the memory between them from being used again, which cost a gigabyte in a million rows.
+
+        Args:
+            name: A name given to `add_list`.
+            rows: ``(n,)`` or ``(n, K)``.
+        """
+        kept: list[Tensor] = getattr(self, name)
+        buffer = self._buffers_of_rows.get(name)
+        used = 0
+        # The list may hold what is not ours to write to: rows of a merged state, or of one that was put back.
+        if buffer is not None and kept and _is_start_of(kept[-1], buffer) and _fits(rows, buffer):
+            used = len(kept.pop())
+        else:
+            buffer = None
+        if buffer is None or used + len(rows) > len(buffer):
+            size = max(2 * used, len(rows), _LEAST_ROWS)
+            larger = rows.new_empty((size, *rows.shape[1:]))
+            if buffer is not None:
+                larger[:used] = buffer[:used]
+            self._buffers_of_rows[name] = buffer = larger
+        buffer[used : used + len(rows)] = rows
+        kept.append(buffer[: used + len(rows)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the unused ends of buffers; a copy makes its own."""
+        return {**super().__getstate__(), "_buffers_of_rows": {}}
 
     def add_class_sums(self, name: str) -> None:
         """Declare a state of sums ``(2, K, M)``; it is made with the first batch, which tells K.
@@ -282,6 +315,7 @@ class RowMetric(Metric):
         if self._is_synced:
             self.unsync()
         super().reset()
+        self._buffers_of_rows.clear()
         if self._count_before_forward is None:
             self._num_classes = None
 
@@ -494,6 +528,15 @@ def check_rank_bins(rank_bins: int) -> None:
         )
 
 
+def _is_start_of(rows: Tensor, buffer: Tensor) -> bool:
+    return rows.data_ptr() == buffer.data_ptr() and rows.device == buffer.device and len(rows) <= len(buffer)
+
+
+def _fits(rows: Tensor, buffer: Tensor) -> bool:
+    changeable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+    return changeable and (rows.dtype, rows.device, rows.shape[1:]) == (buffer.dtype, buffer.device, buffer.shape[1:])
+
+
 def _writable(metric: RowMetric, name: str) -> Tensor:
     # A state made under `torch.inference_mode` cannot be changed in place outside of it.
     state: Tensor = getattr(metric, name)
@@ -517,7 +560,7 @@ def _mean_part(
     def add_values(metric: RowMetric, of_rows: Tensor) -> None:
         setattr(metric, f"{name}_sum", getattr(metric, f"{name}_sum") + of_rows.sum(dtype=dtype))
         if metric.details:
-            getattr(metric, f"{name}_rows").append(of_rows.clone())
+            metric.append_rows(f"{name}_rows", of_rows)
 
     def add_soft(metric: RowMetric, logits: Tensor, labels: Tensor) -> None:
         if soft is None:
@@ -580,8 +623,8 @@ def _declare_ranks(metric: RowMetric) -> None:
 
 def _add_ranks(metric: Any, rows: Rows) -> None:
     if metric.rank_bins is None:
-        metric.rank_scores.append(rows.log_odds)
-        metric.rank_correct.append(rows.correct)
+        metric.append_rows("rank_scores", rows.log_odds)
+        metric.append_rows("rank_correct", rows.correct)
         return
     # asinh is even around 0 and logarithmic far out, where the scores of over-confident networks are.
     place = (torch.asinh(rows.log_odds) / _RANK_LIMIT + 1.0).mul_(0.5 * metric.rank_bins)
@@ -593,12 +636,12 @@ def _add_ranks(metric: Any, rows: Rows) -> None:
 
 
 def _add_labels(metric: Any, rows: Rows) -> None:
-    metric.label_rows.append(rows.labels.to(torch.int32))
+    metric.append_rows("label_rows", rows.labels.to(torch.int32))
 
 
 def _add_scores(metric: Any, rows: Rows) -> None:
-    metric.scores.append(rows.scores.clone())
-    metric.score_labels.append(rows.labels.to(torch.int32))
+    metric.append_rows("scores", rows.scores)
+    metric.append_rows("score_labels", rows.labels.to(torch.int32))
 
 
 def _declare_scores(metric: RowMetric) -> None:

@@ -1,8 +1,8 @@
 """What the metrics cost beside the packages that people use for them; reported, never judged.
 
-Run with ``pytest tests/benchmarks/test_metrics.py --benchmark-enable -s``: some five minutes. The table that is printed
-at the end is kept in ``METRICS.md``. Without ``--benchmark-enable`` a few rows pass through everything, which only
-shows that it still works. Peers are the extra ``bench``; what is not installed is skipped.
+Run with ``pytest tests/benchmarks/test_metrics.py --benchmark-enable -s``: five to seven minutes. The table that is
+printed at the end is kept in ``METRICS.md``. Without ``--benchmark-enable`` a few rows pass through everything, which
+only shows that it still works. Peers are the extra ``bench``; what is not installed is skipped.
 
 Ours and the peer take turns, on one thread; a time is the CPU time of the process, the least of the rounds.
 """
@@ -245,7 +245,7 @@ def test_error_of_counts(benchmark, table, rows):
         errors[name] = abs(float(counted.compute()) - truth)
         exact = CorrectnessAUROC()
         exact.update(logits, labels)
-        assert float(exact.compute()) == pytest.approx(truth, abs=1e-6)
+        assert float(exact.compute()) == pytest.approx(truth, abs=1e-5)  # float32 log-odds may tie
         assert errors[name] < 1e-3  # of 2000 rows a single pair is some 1e-6
     benchmark.pedantic(lambda: counted.compute())
     table.extend(Line("A5", f"error of the counts, {name}", error, None, 1e-5, "") for name, error in errors.items())

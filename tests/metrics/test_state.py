@@ -181,6 +181,22 @@ def test_bytes_of_the_state(dtype, width):
     assert tuple(without.compute()) == KEYS[:-1]
 
 
+def test_rows_of_many_batches_are_one_tensor_and_merged_ones_are_not_written_to():
+    logits, labels = random_set(5000, 5)
+    first = feed(EvaluationState(), logits[:3000], labels[:3000], (7,))
+    assert [len(rows) for rows in first.rank_scores] == [3000]
+    assert first.rank_scores[0].untyped_storage().nbytes() <= 2 * 3000 * 8
+    other = EvaluationState()
+    other.merge_state(first)
+    feed(other, logits[3000:4000], labels[3000:4000])
+    feed(first, logits[4000:], labels[4000:])  # goes on in the buffer that the other one holds a part of
+    expected = numbers(feed(EvaluationState(), logits[:4000], labels[:4000]))
+    assert numbers(other) == pytest.approx(expected, rel=1e-12)
+    assert numbers(other)["correctness_auroc"] == expected["correctness_auroc"]
+    rest = torch.cat([logits[:3000], logits[4000:]]), torch.cat([labels[:3000], labels[4000:]])
+    assert numbers(first) == pytest.approx(numbers(feed(EvaluationState(), *rest)), rel=1e-12)
+
+
 def test_given_confidence_sets_the_width_of_the_score():
     logits, labels = random_set(20, 3)
     state = feed(EvaluationState(), logits.float(), labels, confidence=torch.rand(20, dtype=torch.float64))
@@ -497,7 +513,7 @@ def test_the_deferred_path_never_reads_a_value(kind, own_confidence, deferred):
     for _ in range(2):
         state.update(torch.empty(8, 5, device="meta"), labels, confidence)
     assert state.bins.shape == (15, 3)
-    assert [t.shape for t in state.rank_scores] == [(8,), (8,)]
+    assert [t.shape for t in state.rank_scores] == [(16,)]
 
 
 @pytest.mark.parametrize("metric", EVERY)
