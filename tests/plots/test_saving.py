@@ -134,6 +134,7 @@ def test_wandb_gets_the_image_offline(figure, tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.finish()  # a run that another test left open would be taken for this one
     logger = WandbLogger(project="figures", save_dir=str(tmp_path), offline=True)
     try:
         with warnings.catch_warnings():
