@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from calib_lightning.core import ClassificationModule
@@ -26,5 +28,10 @@ class LogFigures(Callback):
         for prefix, state in zip(pl_module.test_prefixes, pl_module.test_states, strict=True):
             assert isinstance(state, EvaluationState)
             name = prefix.removeprefix("test/")
-            for kind, figure in figures(state, title=name).items():
+            try:
+                drawn = figures(state, title=name)
+            except Exception as error:  # the figures of metrics come after this; a picture must not cost them
+                warnings.warn(f"no figures of {name}: {error}", stacklevel=2)
+                continue
+            for kind, figure in drawn.items():
                 log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -270,9 +271,16 @@ class ClassificationModule(LightningModule):
         if record["head"] != self.head.spec:
             self.head = build_head(record["head"]).to(self.device)
         self.train_state.reset()
-        if self.global_rank == 0:
+        kept = record["train_state"]
+        if kept.keys() != self.train_state.metric_state.keys():
+            warnings.warn(
+                "The checkpoint holds the training metrics in the form of another version: those of a begun epoch "
+                "start anew. Weights and everything else are as they were.",
+                stacklevel=2,
+            )
+        elif self.global_rank == 0:
             device = self.train_state.count.device
-            self.train_state.merge_state({name: value.to(device) for name, value in record["train_state"].items()})
+            self.train_state.merge_state({name: value.to(device) for name, value in kept.items()})
 
 
 def evaluated_datamodule(trainer: Trainer) -> LightningDataModule | None:

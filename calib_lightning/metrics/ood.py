@@ -100,7 +100,7 @@ class OODMetric(RowMetric):
         Raises:
             ValueError: Batches on a device held scores that are NaN.
         """
-        self._settle()
+        self.check_faults()
         rows = int(self.count)
         value = READ_OUTS[self.key].value(StateView(self)) if rows else torch.full((), torch.nan, dtype=torch.float64)
         inside = int(self.rows_of("rank_correct").sum())

@@ -6,6 +6,7 @@ resamples or subsets of it at once, which are views with leading dimensions.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -275,7 +276,4 @@ def undefined_keys(values: dict[str, Tensor]) -> list[str]:
     Returns:
         Keys of those that are nan.
     """
-    if not values:
-        return []
-    is_nan = torch.stack([value.double() for value in values.values()]).isnan().tolist()
-    return [key for key, undefined in zip(values, is_nan, strict=True) if undefined]
+    return [key for key, value in values.items() if math.isnan(float(value))]

@@ -141,7 +141,7 @@ class RowTable:
         """
         if not state.details:
             raise ValueError("the state keeps only sums; make it with EvaluationState(..., details=True)")
-        with state.sync_context():
+        with state.sync_context(should_sync=state.sync_on_compute):
             columns = {
                 name.removesuffix("_rows"): state.rows_of(name).cpu()
                 for name in state.lists
@@ -227,11 +227,9 @@ class RowTable:
     def bin_matrix(self) -> Tensor:
         """What each row adds to each sum of the bins, ``(N, 5 M)`` float64: count, c, hit, c^2, c hit."""
         confidence, correct = self.columns["confidence"], self.columns["correct"].double()
-        edges = torch.arange(1, self.n_bins, dtype=torch.float64) / self.n_bins
-        index = torch.bucketize(confidence, edges.to(confidence.dtype))
         wide = confidence.double()
         values = torch.stack([torch.ones_like(wide), wide, correct, wide * wide, wide * correct], dim=1)
-        place = index.unsqueeze(1) * 5 + torch.arange(5)
+        place = self.columns["bin"].long().unsqueeze(1) * 5 + torch.arange(5)
         return torch.zeros(len(self), 5 * self.n_bins, dtype=torch.float64).scatter_(1, place, values)
 
     @cached_property

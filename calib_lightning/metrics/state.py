@@ -9,6 +9,7 @@ them in one pass; a single metric holds only those of its own. A new metric adds
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -18,8 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.calibration import bin_sums, check_n_bins
+from calib_lightning.metrics.functional.calibration import bin_index, bin_sums, check_n_bins
 from calib_lightning.metrics.functional.classwise import classwise_sums
 from calib_lightning.metrics.functional.decomposition import moment_sums
 from calib_lightning.metrics.functional.ordered import Ordered, order_rows
@@ -48,6 +48,7 @@ from calib_lightning.metrics.read_outs import CORE, READ_OUTS, ReadOut, View, un
 
 _CHUNK = 2**19
 _LEAST_ROWS = 1024
+_COARSE = 2e-3
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -180,21 +181,29 @@ class RowMetric(Metric):
         used = 0
         # The list may hold what is not ours to write to: rows of a merged state, or of one that was put back.
         if buffer is not None and kept and _is_start_of(kept[-1], buffer) and _fits(rows, buffer):
-            used = len(kept.pop())
+            used = len(kept[-1])
         else:
             buffer = None
         if buffer is None or used + len(rows) > len(buffer):
-            size = max(2 * used, len(rows), _LEAST_ROWS)
+            size = max(2 * used, used + len(rows), _LEAST_ROWS)
             larger = rows.new_empty((size, *rows.shape[1:]))
             if buffer is not None:
                 larger[:used] = buffer[:used]
             self._buffers_of_rows[name] = buffer = larger
         buffer[used : used + len(rows)] = rows
-        kept.append(buffer[: used + len(rows)])
+        if used:
+            kept[-1] = buffer[: used + len(rows)]
+        else:
+            kept.append(buffer[: len(rows)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the unused ends of buffers; a copy makes its own."""
-        return {**super().__getstate__(), "_buffers_of_rows": {}}
+        used = {name: [rows.clone() for rows in self._row_tensors(name)] for name in self._list_dtypes}
+        return {**super().__getstate__(), **used, "_buffers_of_rows": {}}
+
+    def _row_tensors(self, name: str) -> list[Tensor]:
+        state: Tensor | list[Tensor] = getattr(self, name)
+        return [state] if isinstance(state, Tensor) else state
 
     def add_class_sums(self, name: str) -> None:
         """Declare a state of sums ``(2, K, M)``; it is made with the first batch, which tells K.
@@ -219,8 +228,7 @@ class RowMetric(Metric):
         Returns:
             ``(N,)`` or ``(N, K)``, empty where there are no rows.
         """
-        state: Tensor | list[Tensor] = getattr(self, name)
-        batches = [batch for batch in ([state] if isinstance(state, Tensor) else state) if len(batch)]
+        batches = [batch for batch in self._row_tensors(name) if len(batch)]
         if len(batches) == 1:
             return batches[0]
         if batches:
@@ -331,11 +339,11 @@ class RowMetric(Metric):
         """
         state: Any = incoming_state.metric_state if isinstance(incoming_state, RowMetric) else incoming_state
         if isinstance(incoming_state, RowMetric):
-            for name in ("n_bins", "rank_bins", "input"):
+            for name in ("parts", "n_bins", "rank_bins", "details", "input"):
                 ours, theirs = getattr(self, name), getattr(incoming_state, name)
                 if ours != theirs:
                     raise ValueError(f"{type(self).__name__}: cannot merge {name}={theirs!r} into {name}={ours!r}")
-        here, there = int(self.num_classes), int(state["num_classes"]) if isinstance(state, dict) else 0
+        here, there = int(self.num_classes), int(state.get("num_classes", 0)) if isinstance(state, dict) else 0
         if here and there and here != there:
             raise ValueError(f"{type(self).__name__}: cannot merge states of {here} and {there} classes")
         super().merge_state(incoming_state)
@@ -419,8 +427,12 @@ class RowMetric(Metric):
             "logits must be finite, probs >= 0 with rows that sum to 1, labels in 0..K-1, confidence in [0, 1]"
         )
 
-    def _settle(self) -> None:
-        """Report what was only counted so far: invalid values, and that there are no rows at all."""
+    def check_faults(self) -> None:
+        """Report invalid values that were only counted so far.
+
+        Raises:
+            ValueError: How many, of which kind and where first.
+        """
         if int(self.first_fault) != _NEVER:
             kinds, allowed = self._validity
             counts = [f"{n} with invalid {kind}" for n, kind in zip(self.faults.tolist(), kinds, strict=True) if n]
@@ -578,6 +590,22 @@ def _refuse_soft(metric: RowMetric, logits: Tensor, labels: Tensor) -> None:
     raise TypeError(f"{type(metric).__name__}: give class numbers as labels, not shares of classes")
 
 
+def _declare_confidence(metric: RowMetric) -> None:
+    metric.add_state("confidence_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    if metric.details:
+        metric.add_list("confidence_rows", torch.float64)
+        metric.add_list("bin_rows", torch.int32)
+
+
+def _add_confidence(metric: Any, rows: Rows) -> None:
+    confidence = rows.confidence.double()
+    metric.confidence_sum = metric.confidence_sum + confidence.sum()
+    if metric.details:
+        metric.append_rows("confidence_rows", confidence)
+        # Of the confidence in its own dtype, as in the bins: its edges are of that dtype too.
+        metric.append_rows("bin_rows", bin_index(rows.confidence, metric.n_bins).to(torch.int32))
+
+
 def _declare_bins(metric: RowMetric) -> None:
     metric.add_state("bins", torch.zeros(metric.n_bins, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -654,7 +682,7 @@ PARTS: dict[str, Part] = {
     "nll": _mean_part("nll", lambda rows: rows.nll, soft=soft_nll_rows),
     "brier": _mean_part("brier", lambda rows: rows.brier, soft=soft_brier_rows),
     "entropy": _mean_part("entropy", lambda rows: rows.entropy, soft=_entropy_rows),
-    "confidence": _mean_part("confidence", lambda rows: at_least_float32(rows.confidence)),
+    "confidence": Part(_declare_confidence, _add_confidence, _refuse_soft),
     "bins": Part(_declare_bins, _add_bins, _refuse_soft),
     "moments": Part(_declare_moments, _add_moments, _refuse_soft),
     "classwise": Part(lambda metric: metric.add_class_sums("classwise"), _add_classwise, _refuse_soft),
@@ -716,7 +744,18 @@ class StateView(View):
         if self._state.rank_bins is None:
             return order_rows(self._state.rows_of("rank_scores"), self._state.rows_of("rank_correct"))
         sums = self._state.rank_sums
-        return Ordered(*sums[:, sums[0] > 0])
+        ordered = Ordered(*sums[:, sums[0] > 0])
+        hits, misses = ordered.hits, ordered.misses
+        pairs = float(hits.sum() * misses.sum())
+        bound = float((hits * misses).sum()) / (2.0 * pairs) if pairs else 0.0
+        if bound > _COARSE:
+            warnings.warn(
+                f"{type(self._state).__name__}: the scores lie so close together that the histogram of "
+                f"{self._state.rank_bins} bins leaves many of them tied; its AUROC may be off by up to {bound:.1g}. "
+                "Use rank_bins=None for exact ranks",
+                stacklevel=5,
+            )
+        return ordered
 
     @cached_property
     def ovo_auroc(self) -> Tensor:  # type: ignore[override]
@@ -793,7 +832,7 @@ class EvaluationState(RowMetric):
         Raises:
             ValueError: Batches on a device held invalid values; how many, of which kind and where first.
         """
-        self._settle()
+        self.check_faults()
         view = StateView(self)
         values = {key: _read(READ_OUTS[key], view) for key in self.metrics}
         self._warn_about(values)
@@ -845,7 +884,7 @@ class ReadOutMetric(RowMetric):
         Raises:
             ValueError: Batches on a device held invalid values; how many, of which kind and where first.
         """
-        self._settle()
+        self.check_faults()
         value = _read(self.read_out, StateView(self))
         self._warn_about({type(self).__name__: value})
         return value

@@ -23,6 +23,9 @@ def figures(state: EvaluationState, title: str | None = None) -> dict[str, Figur
     Returns:
         ``"reliability"``, ``"confidence"`` and ``"risk_coverage"``; what the state does not hold is left out.
 
+    Raises:
+        ValueError: Batches on a device held invalid values; how many, of which kind and where first.
+
     Example:
         >>> state = EvaluationState()
         >>> state.update(torch.eye(3), torch.arange(3))
@@ -30,7 +33,8 @@ def figures(state: EvaluationState, title: str | None = None) -> dict[str, Figur
         ['confidence', 'reliability', 'risk_coverage']
     """
     drawn = {}
-    with state.sync_context():
+    with state.sync_context(should_sync=state.sync_on_compute):
+        state.check_faults()
         view = StateView(state)
         if "bins" in state.parts:
             drawn["reliability"] = reliability_diagram(view.bins.cpu(), title=title)

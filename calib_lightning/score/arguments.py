@@ -18,10 +18,12 @@ files:
   .pt, .pth    a dict of tensors with these names, or one tensor (N, K) with --labels
   .npy         scores (N, K), with --labels
   .csv         one row a sample, comma between cells: K columns of scores and one of labels, the last one or, with a
-               header, that named `label` (--labels-key). Columns named `confidence` and `index` are no scores; index
-               is left out.
+               header, that named `label` (--labels-key). A header names the scores 0, 1, 2, ... or with one prefix,
+               as z0, z1, z2, ...; a column `confidence` is as above, `index` and a first one without a name are left
+               out, any other is refused.
 
-Fractions are shown in percent where that is usual; JSON holds fractions at full precision, null where undefined.
+Fractions are shown in percent where that is usual; JSON holds fractions at full precision, null where
+undefined, "inf" where infinite.
 """
 
 
@@ -96,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"bootstrap intervals from N resamples ({DEFAULT_RESAMPLES} if not given)",
     )
     what.add_argument("--level", type=_level, default=0.95, help="coverage of intervals (default: 0.95)")
-    what.add_argument("--seed", type=int, default=0, help="seed of resamples and exchanges (default: 0)")
+    what.add_argument("--seed", type=_seed, default=0, help="seed of resamples and exchanges (default: 0)")
     what.add_argument(
         "--groups", choices=["class", "frequency"], help="figures for each class, or for frequent and rare classes"
     )
@@ -171,6 +173,12 @@ def _bins(text: str) -> list[int]:
 def _at_least_two(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 2")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,30}", text) or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from -2**63 to 2**63 - 1")
     return int(text)
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calib_lightning.score.arguments import Options, make_parser, parse
+
+if TYPE_CHECKING:
+    from calib_lightning.score.scoring import Report
 
 
 def main(argv: list[str]) -> int:
@@ -14,7 +20,7 @@ def main(argv: list[str]) -> int:
         argv: Arguments after ``calib score``.
 
     Returns:
-        Exit code: 0, or 1 if a file is at fault. A wrong command line ends with 2.
+        Exit code: 0, or 1 if a file is at fault or a figure could not be drawn. A wrong command line ends with 2.
 
     Example:
         ``main(["predictions/iid.npz", "--intervals"])``
@@ -28,26 +34,42 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        _run(options)
+        report = _write_report(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"calib: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"calib: error: {_one_line(error)}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if options.figures is None else _write_figures(options, options.figures, report)
 
 
-def _run(options: Options) -> None:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Refuse a file or folder that surely cannot be written; nothing is made yet, so that a fault leaves no trace."""
+    folder = path
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{option} {path}: {folder} is not a folder; name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {path}: the folder {folder} cannot be written; name another")
+
+
+def _write_report(options: Options) -> Report:
     from rich.console import Console
 
     from calib_lightning.files import write_whole
     from calib_lightning.score.scoring import score
     from calib_lightning.score.writing import as_json, as_markdown, as_text
 
-    report = score(options)
+    if options.output is not None:
+        if options.output.is_dir():
+            raise IsADirectoryError(f"--output {options.output}: is a folder; name a file")
+        _check_writable(options.output.parent, "--output")
     if options.figures is not None:
-        from calib_lightning.score.figures import write_figures
-
-        for entry in report.sets:
-            write_figures(options.figures, entry.name, entry.predictions, options.bins[0], options.input)
+        _check_writable(options.figures, "--figures")
+    report = score(options)
     if options.format == "text":
         console = Console()
         text = as_text(report, options, console if console.is_terminal and options.output is None else None)
@@ -60,3 +82,18 @@ def _run(options: Options) -> None:
     if options.output is not None or options.format != "text":
         for note in report.notes:
             print(f"calib: note: {note}", file=sys.stderr)
+    return report
+
+
+def _write_figures(options: Options, folder: Path, report: Report) -> int:
+    from calib_lightning.score.figures import write_figures
+
+    sys.stdout.flush()
+    code = 0
+    for entry in report.sets:
+        try:
+            write_figures(folder, entry.name, entry.predictions, options.bins[0], options.input)
+        except Exception as error:  # the report is written, and the figures of the other sets may yet succeed
+            print(f"calib: warning: no figures of {entry.name}: {_one_line(error)}", file=sys.stderr)
+            code = 1
+    return code

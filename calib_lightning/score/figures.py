@@ -27,7 +27,7 @@ def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int
     Raises:
         OSError: A file cannot be written.
     """
-    rows = Rows(*predictions, input)
+    rows = Rows(predictions.scores, predictions.labels, predictions.confidence, input)
     ordered = order_rows(rows.log_odds, rows.correct)
     figures = {
         "reliability_diagram": reliability_diagram(bin_sums(rows.confidence, rows.correct, n_bins), title=name),

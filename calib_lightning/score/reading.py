@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".csv")
 _COUNT_SUFFIXES = (".csv", ".npy", ".json")
 
 Array = npt.NDArray[Any]
+Holds = Literal["scores and labels", "scores", "labels"]
 
 
 class Predictions(NamedTuple):
@@ -30,11 +33,13 @@ class Predictions(NamedTuple):
         scores: ``(N, K)``, floating point.
         labels: ``(N,)`` int64 in ``0..K-1``.
         confidence: ``(N,)`` in ``[0, 1]``, or ``None``.
+        columns: Which columns of a CSV file were read as what; empty for other files.
     """
 
     scores: Tensor
     labels: Tensor
     confidence: Tensor | None
+    columns: str = ""
 
 
 class Names(NamedTuple):
@@ -69,10 +74,16 @@ def read_predictions(
         OSError: The file cannot be read.
     """
     names = names or Names()
-    found = _Found(path, names._replace(scores=names.scores or input), labels_path is not None)
+    found = _Found(
+        path, names._replace(scores=names.scores or input), "scores and labels" if labels_path is None else "scores"
+    )
     scores, confidence = found.scores, found.confidence
-    labels = found.labels if labels_path is None else _Found(labels_path, names, False).only_labels
+    labels = found.labels if labels_path is None else _Found(labels_path, names, "labels").only_labels
     where = str(path)
+    _check_dense(scores, f"{where}: scores")
+    if confidence is not None:
+        _check_dense(confidence, f"{where}: confidence")
+    _check_dense(labels, f"{labels_path or path}: labels")
     labels = _hard_labels(labels, str(labels_path or path))
     if scores.ndim == 1 or scores.shape[1:] == (1,):
         raise ValueError(
@@ -89,7 +100,7 @@ def read_predictions(
         )
     check_shapes(scores, labels, confidence, where)
     check_values(scores, labels, confidence, input, where)
-    return Predictions(scores, labels, confidence)
+    return Predictions(scores, labels, confidence, found.columns)
 
 
 def seem_probs(scores: Tensor) -> bool:
@@ -141,8 +152,9 @@ def read_counts(path: Path, classes: int) -> Tensor:
 class _Found:
     """What a file holds, before it is checked."""
 
-    def __init__(self, path: Path, names: Names, scores_only: bool) -> None:
+    def __init__(self, path: Path, names: Names, holds: Holds) -> None:
         self.path = path
+        self.columns = ""
         self.names = names
         suffix = _suffix(path, SUFFIXES)
         self.is_csv = suffix == ".csv"
@@ -152,7 +164,7 @@ class _Found:
         elif suffix == ".npy":
             self.content = _tensor(_load_array(path))
         elif self.is_csv:
-            self.content = _load_csv(path, names.labels, scores_only)
+            self.content, self.columns = _load_csv(path, names.labels, holds)
         else:
             self.content = _load_torch(path)
 
@@ -273,10 +285,12 @@ def _load_arrays(path: Path) -> Mapping[str, Tensor]:
 
 def _load_torch(path: Path) -> Mapping[str, Tensor] | Tensor:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of tensors that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise nearly anything
         raise ValueError(
-            f"{path}: cannot be read as tensors ({_first_line(error)}); save a dict of tensors with torch.save"
+            f"{path}: cannot be read as tensors ({_why_refused(error)}); save a dict of tensors with torch.save"
         ) from error
     if isinstance(content, Tensor):
         return content.detach()
@@ -287,11 +301,27 @@ def _load_torch(path: Path) -> Mapping[str, Tensor] | Tensor:
     return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
 
 
-def _numbers(path: Path, header: int) -> Array:
+def _why_refused(error: Exception) -> str:
+    # The message of PyTorch advises to execute what the file holds, so only what is wrong is taken from it.
+    if "weights_only" not in str(error):
+        return _first_line(error)
+    foreign = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it holds the Python object {foreign[1]}" if foreign else "it is damaged, or holds Python objects"
+
+
+def _numbers(path: Path, header: int, unread: Collection[int] = ()) -> Array:
     with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input contained no data")
         try:
-            return np.loadtxt(file, delimiter=",", skiprows=header, ndmin=2, comments=None, quotechar='"')
+            return np.loadtxt(
+                file,
+                delimiter=",",
+                skiprows=header,
+                ndmin=2,
+                comments=None,
+                quotechar='"',
+                converters={place: lambda _: 0.0 for place in unread} or None,
+            )
         except ValueError as error:
             raise ValueError(
                 f"{path}: {_first_line(error).partition(';')[0].rstrip('.')} (rows are counted after the header); "
@@ -299,7 +329,7 @@ def _numbers(path: Path, header: int) -> Array:
             ) from error
 
 
-def _load_csv(path: Path, labels_name: str | None, scores_only: bool) -> Mapping[str, Tensor]:
+def _load_csv(path: Path, labels_name: str | None, holds: Holds) -> tuple[Mapping[str, Tensor], str]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             first = [cell.strip() for cell in next(csv.reader(file), [])]
@@ -307,24 +337,83 @@ def _load_csv(path: Path, labels_name: str | None, scores_only: bool) -> Mapping
         raise ValueError(f"{path}: is no text in UTF-8 with commas between cells ({_first_line(error)})") from error
     if not first:
         raise ValueError(f"{path}: is empty; allowed: rows of scores with a label, with or without a header")
-    header = [] if all(map(_is_number, first)) else first
-    table = _numbers(path, 1 if header else 0)
+    header = first if _is_header(path, first) else []
+    special = {name: place for place, name in enumerate(header) if name in ("confidence", "index")}
+    # pandas writes the index first and without a name.
+    unread = {place for name, place in special.items() if name == "index"} | (
+        {0} if header and not header[0] else set()
+    )
+    rest = [place for place in range(len(first)) if place not in {*special.values(), *unread}]
+    label = _label_column(path, header, labels_name, holds == "scores")
+    if label is None and rest and holds != "scores":
+        label = rest[-1]
+        if header and len(rest) > 1 and _no_scores([header[place] for place in rest]) == "":
+            raise ValueError(
+                f"{path}: no column of labels among {_quoted(header)}; name it 'label', name another with "
+                "--labels-key, or give the labels with --labels FILE"
+            )
+    rest = [place for place in rest if place != label]
+    if header and holds != "labels":
+        fault = _no_scores([header[place] for place in rest])
+        if fault:
+            raise ValueError(f"{path}: {fault}")
+    table = _numbers(path, 1 if header else 0, unread)
     if table.size == 0:
         table = np.zeros((0, len(first)))
     if header and table.shape[1] != len(header):
         raise ValueError(f"{path}: the header has {len(header)} columns but the rows have {table.shape[1]}")
-    columns = {name: place for place, name in enumerate(header) if name in ("confidence", "index")}
-    rest = [place for place in range(table.shape[1]) if place not in columns.values()]
-    label = _label_column(path, header, labels_name, scores_only)
-    if label is None and rest and not scores_only:
-        label = rest[-1]
-    rest = [place for place in rest if place != label]
     content = {"scores": torch.from_numpy(table[:, rest])}
     if label is not None:
         content["labels"] = _whole(path, table[:, label])
-    if "confidence" in columns:
-        content["confidence"] = torch.from_numpy(table[:, columns["confidence"]].copy())
-    return content
+    if "confidence" in special:
+        content["confidence"] = torch.from_numpy(table[:, special["confidence"]].copy())
+    called = header or [str(place + 1) for place in range(len(first))]
+    return content, _columns_read(called, rest, None if holds == "scores" else label)
+
+
+def _columns_read(called: Sequence[str], scores: Sequence[int], label: int | None) -> str:
+    if not scores:
+        return ""
+    ends = f"{called[scores[0]]!r} to {called[scores[-1]]!r}" if len(scores) > 1 else repr(called[scores[0]])
+    of_labels = "" if label is None else f", the labels from {called[label]!r}"
+    return f"{len(scores)} columns of scores were read, {ends}{of_labels}"
+
+
+def _is_header(path: Path, first: Sequence[str]) -> bool:
+    if all(map(_is_number, first)):
+        return False
+    if any(cell and not _is_number(cell) for cell in first):
+        return True
+    if len(first) > 1 and list(first) == ["", *map(str, range(len(first) - 1))]:
+        return True
+    raise ValueError(
+        f"{path}: row 0, the first, has an empty cell in column {list(first).index('') + 1}; allowed: a number in each "
+        "cell, or a header with a name for each column (the first may have none: it is an index and left out)"
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    shown = [repr(name) if name else "one without a name" for name in names]
+    return ", ".join(shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]])
+
+
+def _no_scores(names: Sequence[str]) -> str:
+    """Say why columns are not the scores of classes 0, 1, ... in their order; empty if they can be."""
+    parts = [None if _is_number(name) and not name.isdecimal() else re.fullmatch(r"(.*?)(\d+)", name) for name in names]
+    common = Counter(part[1] for part in parts if part).most_common(1)
+    prefix = common[0][0] if common and common[0][1] > 1 else None
+    extra = [name for name, part in zip(names, parts, strict=True) if part is None or part[1] != prefix]
+    how = (
+        "columns of scores are named 0, 1, 2, ... or with one prefix before the number (z0, z1, z2, ...), in the order "
+        "of the classes"
+    )
+    if extra:
+        return f"columns that are no scores: {_quoted(extra)}; {how}; drop what is none, rename what is one"
+    numbers = [int(part[2]) for part in parts if part]
+    starts = (0, 1) if prefix else (0,)
+    if numbers and (numbers[0] not in starts or numbers != list(range(numbers[0], numbers[0] + len(numbers)))):
+        return f"columns of scores out of order or missing: {_quoted(names)}; {how}"
+    return ""
 
 
 def _label_column(path: Path, header: list[str], wanted: str | None, scores_only: bool) -> int | None:
@@ -332,7 +421,7 @@ def _label_column(path: Path, header: list[str], wanted: str | None, scores_only
         if name in header:
             return header.index(name)
     if wanted and not scores_only:
-        held = ", ".join(map(repr, header)) or "no header"
+        held = _quoted(header) or "no header"
         raise ValueError(f"{path}: no column {wanted!r}; the file has {held}; name one of them with --labels-key")
     return None
 
@@ -353,6 +442,14 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _check_dense(tensor: Tensor, what: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(
+            f"{what} are a {kind} tensor, allowed: a dense one; save tensor.to_dense(), quantized .dequantize()"
+        )
 
 
 def _hard_labels(labels: Tensor, where: str) -> Tensor:

@@ -137,6 +137,8 @@ def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
 def unique_names(paths: Sequence[Path]) -> list[str]:
     """Name sets after their files: the stem, with as many folders before it as tell equal stems apart.
 
+    Files of one folder with the same stem keep their suffixes.
+
     Args:
         paths: The files.
 
@@ -150,10 +152,13 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     for path in resolved:
         if resolved.count(path) > 1:
             raise ValueError(f"{path}: the file is given {resolved.count(path)} times; give it once")
-    names = [path.stem for path in paths]
+    bases = [path.with_suffix("") for path in resolved]
+    shared = {path.stem for path, base in zip(paths, bases, strict=True) if bases.count(base) > 1}
+    names = [path.name if path.stem in shared else path.stem for path in paths]
     for depth in range(2, max(len(path.parts) for path in resolved) + 1):
         again = [names.count(name) > 1 for name in names]
-        longer = ["/".join(path.with_suffix("").parts[-depth:]).lstrip("/") for path in resolved]
+        ends = [path if path.stem in shared else base for path, base in zip(resolved, bases, strict=True)]
+        longer = ["/".join(end.parts[-depth:]).lstrip("/") for end in ends]
         names = [new if twice else name for name, new, twice in zip(names, longer, again, strict=True)]
     return [name if names.count(name) == 1 else name + path.suffix for name, path in zip(names, paths, strict=True)]
 
@@ -175,7 +180,9 @@ def score(options: Options) -> Report:
     names = unique_names(options.files)
     labels: list[Path | None] = list(options.labels) or [None]
     labels = labels * len(options.files) if len(labels) == 1 else labels
-    sets = [_score_file(options, *entry) for entry in zip(names, options.files, labels, strict=True)]
+    # Everything is read before anything is computed: a fault of the last file should not cost the work on the others.
+    inputs = _read(options, labels)
+    sets = [_score_file(options, *entry) for entry in zip(names, options.files, inputs, strict=True)]
     spreads = {}
     if options.seeds:
         for key in dict.fromkeys(key for entry in sets for key in entry.figures.values):
@@ -183,9 +190,32 @@ def score(options: Options) -> Report:
     return Report(sets, spreads, list(dict.fromkeys(note for entry in sets for note in entry.notes)))
 
 
-def _score_file(options: Options, name: str, path: Path, labels_path: Path | None) -> SetReport:
+class _Inputs(NamedTuple):
+    """All that was read for one file: what it holds, the other run and the training images of each class."""
+
+    predictions: Predictions
+    other: Predictions | None
+    counts: torch.Tensor | None
+
+
+def _read(options: Options, labels: Sequence[Path | None]) -> list[_Inputs]:
     names = Names(options.scores_key, options.labels_key)
-    predictions = read_predictions(path, options.input, names, labels_path)
+    others: dict[Path | None, Predictions] = {}
+    inputs = []
+    for path, labels_path in zip(options.files, labels, strict=True):
+        predictions = read_predictions(path, options.input, names, labels_path)
+        if options.compare is not None:
+            if labels_path not in others:
+                others[labels_path] = read_predictions(options.compare, options.input, names, labels_path)
+            _check_same_samples(path, options.compare, predictions, others[labels_path])
+        classes = predictions.scores.shape[1]
+        counts = None if options.train_counts is None else read_counts(options.train_counts, classes)
+        inputs.append(_Inputs(predictions, others.get(labels_path), counts))
+    return inputs
+
+
+def _score_file(options: Options, name: str, path: Path, inputs: _Inputs) -> SetReport:
+    predictions, other, counts = inputs
     states = _states(options, predictions)
     warned: list[str] = []
     intervals: dict[str, Interval] = {}
@@ -195,10 +225,8 @@ def _score_file(options: Options, name: str, path: Path, labels_path: Path | Non
         if options.intervals is not None:
             draw = (options.intervals, options.level, options.seed)
             intervals = _merged({behind: bootstrap_intervals(state, *draw) for behind, state in states.items()})
-        groups = _groups(options, predictions)
-    if options.compare is not None:
-        other = read_predictions(options.compare, options.input, names, labels_path)
-        _check_same_samples(path, options.compare, predictions, other)
+        groups = _groups(options, predictions, counts)
+    if other is not None:
         others = _states(options, other)
         differences = _merged(
             {behind: permutation_test(state, others[behind], seed=options.seed) for behind, state in states.items()}
@@ -221,7 +249,7 @@ def _states(options: Options, predictions: Predictions) -> dict[str, EvaluationS
 def _filled(predictions: Predictions, metrics: Sequence[str], n_bins: int, options: Options) -> EvaluationState:
     details = options.intervals is not None or options.compare is not None or options.groups is not None
     state = EvaluationState(metrics, n_bins, details=details, input=options.input)
-    scores, labels, confidence = predictions
+    scores, labels, confidence, _ = predictions
     for start in range(0, max(1, len(labels)), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         state.update(scores[rows], labels[rows], None if confidence is None else confidence[rows])
@@ -233,7 +261,7 @@ def _merged(found: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
     return dict(sorted(named.items(), key=lambda item: _ORDER[item[0].partition("@")[0]]))
 
 
-def _groups(options: Options, predictions: Predictions) -> Groups | None:
+def _groups(options: Options, predictions: Predictions, counts: torch.Tensor | None) -> Groups | None:
     if options.groups is None:
         return None
     classes = predictions.scores.shape[1]
@@ -242,9 +270,7 @@ def _groups(options: Options, predictions: Predictions) -> Groups | None:
     state = _filled(predictions, metrics, options.bins[0], options)
     of_classes = by_class(state)
     worst = {key: of_classes.worst(key) for key in metrics if READ_OUTS[key].better != "none"}
-    if options.train_counts is None:
-        return Groups(of_classes, worst)
-    return Groups(by_frequency(state, read_counts(options.train_counts, classes)), worst)
+    return Groups(of_classes if counts is None else by_frequency(state, counts), worst)
 
 
 def _check_same_samples(path: Path, other_path: Path, one: Predictions, other: Predictions) -> None:
@@ -270,7 +296,9 @@ def _warnings_as_notes(notes: list[str]) -> Iterator[None]:
 
 
 def _notes(options: Options, predictions: Predictions, values: Mapping[str, float]) -> Iterator[str]:
-    scores, labels, confidence = predictions
+    scores, labels, confidence, columns = predictions
+    if columns:
+        yield columns
     if options.input == "logits" and seem_probs(scores):
         yield (
             "all scores lie in [0, 1] and each row sums to 1, and they are taken for logits; if they are "

@@ -89,7 +89,8 @@ def as_markdown(report: Report, options: Options) -> str:
 
 
 def as_json(report: Report, options: Options) -> str:
-    """Write a report for programs: fractions at full precision, null for what is not defined.
+    """Write a report for programs: fractions at full precision, null for what is not defined, "inf" or "-inf" for what is
+    infinite.
 
     Args:
         report: The report.
@@ -106,7 +107,7 @@ def as_json(report: Report, options: Options) -> str:
     if report.spreads:
         content["seeds"] = {key: spread._asdict() for key, spread in report.spreads.items()}
     content["notes"] = report.notes
-    return json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(_json_values(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _line(cells: list[str]) -> str:
@@ -134,7 +135,7 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 def _set_content(entry: SetReport) -> dict[str, Any]:
-    scores, _, confidence = entry.predictions
+    scores, confidence = entry.predictions.scores, entry.predictions.confidence
     content: dict[str, Any] = {
         "file": str(entry.path),
         "n": len(scores),
@@ -165,12 +166,14 @@ def _set_content(entry: SetReport) -> dict[str, Any]:
     return content
 
 
-def _without_nan(content: Any) -> Any:
+def _json_values(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
+        return {key: _json_values(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+        return [_json_values(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else str(content)
+    return content
 
 
 def _grids(report: Report, options: Options) -> Iterator[Grid]:

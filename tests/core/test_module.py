@@ -197,3 +197,17 @@ def test_other_loaders_after_a_fit_are_not_named_after_its_data(tmp_path):
     assert {path.name for path in tmp_path.glob("*.npz")} == {"0.npz", "1.npz"}
     run.test(module, datamodule=data, verbose=False)
     assert (tmp_path / "calibration.npz").is_file()
+
+
+def test_a_checkpoint_with_training_metrics_of_another_version_loads(tmp_path):
+    module = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=ToyDataModule(SplitSpec(val=30, calibration=30)))
+    run.save_checkpoint(tmp_path / "old.ckpt")
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    del checkpoint["calib_lightning"]["train_state"]["num_classes"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.warns(UserWarning, match="training metrics in the form of another version"):
+        loaded = load_module(tmp_path / "old.ckpt")
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name

@@ -622,3 +622,17 @@ def test_over_seeds_refusals():
     for level in (0.0, 1.0, 95, math.nan):
         with pytest.raises(ValueError, match=f"level={level}"):
             over_seeds([0.1, 0.2], level)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_resamples_use_the_bins_of_the_figure(dtype):
+    # Confidences on the edges of bins: which bin they belong to depends on the dtype that they had.
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(300, 4, generator=generator), torch.randint(4, (300,), generator=generator)
+    confidence = (torch.randint(0, 11, (300,), generator=generator) / 10).to(dtype)
+    state = EvaluationState(["ece", "mce"], n_bins=10, details=True)
+    state.update(logits[:100], labels[:100], confidence[:100])
+    state.update(logits[100:], labels[100:], confidence[100:].double() if dtype == torch.float32 else confidence[100:])
+    whole = R.read_weighted(R.RowTable.of(state), state.metrics, R.subsets(torch.ones(1, 300, dtype=torch.bool)))
+    for key, value in state.compute().items():
+        assert whole[key].item() == pytest.approx(value.item(), abs=1e-12)

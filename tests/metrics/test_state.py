@@ -197,6 +197,45 @@ def test_rows_of_many_batches_are_one_tensor_and_merged_ones_are_not_written_to(
     assert numbers(first) == pytest.approx(numbers(feed(EvaluationState(), *rest)), rel=1e-12)
 
 
+def test_batches_may_grow():
+    logits, labels = random_set(9000, 5)
+    start, state = 0, EvaluationState(FULL, details=True)
+    for size in (100, 1000, 1, 3000, 4899):
+        state.update(logits[start : start + size], labels[start : start + size])
+        start += size
+    assert start == len(state.rows_of("rank_scores")) == 9000
+    expected = numbers(feed(FULL_STATE(), logits, labels, (9000,)))
+    assert numbers(state) == pytest.approx(expected, rel=1e-12, abs=1e-15, nan_ok=True)
+
+
+def test_a_copy_holds_no_more_than_the_rows():
+    state = feed(EvaluationState(["ovo_auroc"]), *random_set(3, 1000))
+    assert len(pickle.dumps(state)) < 3 * 1000 * 8 + 20_000
+
+
+@pytest.mark.parametrize(
+    "other", [{"metrics": ["nll"]}, {"metrics": ["accuracy"], "details": True}, {"metrics": ["accuracy"], "n_bins": 4}]
+)
+def test_states_that_do_not_go_together_are_not_merged(other):
+    logits, labels = random_set(40, 5)
+    state = feed(EvaluationState(["accuracy"]), logits, labels)
+    before = numbers(state)
+    with pytest.raises(ValueError, match="EvaluationState: cannot merge"):
+        state.merge_state(feed(EvaluationState(**other), logits, labels))
+    assert numbers(state) == before
+    assert int(state.count) == 40
+
+
+def test_scores_too_close_for_a_histogram_are_told():
+    logits, labels = random_set(2000, 5)
+    close = feed(EvaluationState(["correctness_auroc"], rank_bins=1024), 0.001 * logits, labels)
+    with pytest.warns(UserWarning, match="so close together that the histogram of 1024 bins"):
+        close.compute()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        feed(EvaluationState(["correctness_auroc"], rank_bins=16384), logits, labels).compute()
+
+
 def test_given_confidence_sets_the_width_of_the_score():
     logits, labels = random_set(20, 3)
     state = feed(EvaluationState(), logits.float(), labels, confidence=torch.rand(20, dtype=torch.float64))

@@ -86,3 +86,15 @@ def test_what_the_state_does_not_hold_is_left_out():
     binned.update(logits, labels)
     assert set(figures(binned)) == {"reliability", "confidence", "risk_coverage"}
     assert set(figures(EvaluationState())) == {"reliability", "confidence", "risk_coverage"}  # no rows: says so
+
+
+def test_a_figure_that_fails_does_not_cost_the_metrics(run, monkeypatch):
+    trainer, module, data = run
+
+    def broken(*args, **options):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(callback_module, "figures", broken)
+    with pytest.warns(UserWarning, match="no figures of .*no ink"):
+        trainer.test(module, datamodule=data, verbose=False)
+    assert "calibration/ece" in trainer.callback_metrics

@@ -243,7 +243,8 @@ def ks(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, inpu
     """Kolmogorov-Smirnov calibration error of the predicted class (Gupta et al., 2021), without bins.
 
     ``KS = max_j |sum_{i <= j} (c_i - a_i)| / N`` over the rows in order of their confidence; j runs over the last rows
-    of groups of equal confidence, so the order of the rows does not matter. It is never below ``|signed_gap|``.
+    of groups of equal confidence, so the order of the rows does not matter. It is never below
+    ``|signed_gap|`` (of probabilities that sum to exactly 1; the order is that of normalised ones).
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
