@@ -96,7 +96,8 @@ class RowMetric(Metric):
 
     Sums are float64 and counts int64, whatever the dtype of the enclosing module: ``half()``, ``to(dtype)`` and
     `set_dtype` leave them alone. Invalid values raise in `update` on the CPU; on other devices they are counted there
-    without a wait and raise in `compute`.
+    without a wait and raise in `compute`. Small batches on the CPU are copied and wait, at most 4 MiB of them, to be
+    added together; whoever reads a state finds it up to date.
 
     Args:
         parts: Names of the needed `PARTS`.
@@ -149,6 +150,9 @@ class RowMetric(Metric):
         self._list_dtypes: dict[str, torch.dtype] = {}
         self._class_sums: list[str] = []
         self._buffers_of_rows: dict[str, Tensor] = {}
+        self._waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._waiting_rows = 0
+        self._waiting_kind: tuple[Any, ...] = ()
         self.add_state("num_classes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("faults", torch.zeros(len(FAULTS), dtype=torch.int64), dist_reduce_fx="sum")
@@ -198,8 +202,9 @@ class RowMetric(Metric):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the unused ends of buffers; a copy makes its own."""
+        self._take_waiting()
         used = {name: [rows.clone() for rows in self._row_tensors(name)] for name in self._list_dtypes}
-        return {**super().__getstate__(), **used, "_buffers_of_rows": {}}
+        return {**super().__getstate__(), **used, "_buffers_of_rows": {}, "_waiting": None}
 
     def _row_tensors(self, name: str) -> list[Tensor]:
         state: Tensor | list[Tensor] = getattr(self, name)
@@ -264,6 +269,46 @@ class RowMetric(Metric):
         self._begin(logits)
         if len(labels) == 0:
             return
+        if logits.device.type != "cpu" or 2 * logits.numel() > _CHUNK:
+            self._take_waiting()
+            self._add(logits, labels, confidence)
+        else:
+            self._let_wait(logits, labels, confidence)
+
+    def __getattribute__(self, name: str) -> Any:
+        """Read an attribute; a state is brought up to date before."""
+        inside = object.__getattribute__(self, "__dict__")
+        if inside.get("_waiting_rows") and name in inside["_defaults"]:
+            object.__getattribute__(self, "_take_waiting")()
+        return object.__getattribute__(self, name)
+
+    def _let_wait(self, logits: Tensor, labels: Tensor, confidence: Tensor | None) -> None:
+        # Some hundred operations on 1000 rows cost more by their number than by the rows, so small batches are copied
+        # behind each other, always to the same place, and added together.
+        kind = (*logits.shape[1:], logits.dtype, None if confidence is None else confidence.dtype)
+        room = self._waiting
+        usable = room is not None and (torch.is_inference_mode_enabled() or not room[0].is_inference())
+        if room is None or not usable or kind != self._waiting_kind or self._waiting_rows + len(labels) > len(room[0]):
+            self._take_waiting()
+        if room is None or not usable or kind != self._waiting_kind:
+            rows = max(1, _CHUNK // logits.shape[1])
+            own = None if confidence is None else confidence.new_empty(rows)
+            room = (logits.new_empty(rows, logits.shape[1]), torch.empty(rows, dtype=torch.int64), own)
+            self._waiting, self._waiting_kind = room, kind
+        piece = slice(self._waiting_rows, self._waiting_rows + len(labels))
+        room[0][piece], room[1][piece] = logits.detach(), labels
+        if room[2] is not None and confidence is not None:
+            room[2][piece] = confidence.detach()
+        self._waiting_rows = piece.stop
+
+    def _take_waiting(self) -> None:
+        rows, self._waiting_rows = self._waiting_rows, 0
+        if rows and self._waiting is not None:
+            logits, labels, confidence = self._waiting
+            with torch.no_grad():
+                self._add(logits[:rows], labels[:rows], None if confidence is None else confidence[:rows])
+
+    def _add(self, logits: Tensor, labels: Tensor, confidence: Tensor | None) -> None:
         self.count = self.count + len(labels)
         # On the CPU a large batch is taken in pieces whose intermediate results stay in the cache.
         step = max(1, _CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(labels)
@@ -322,6 +367,7 @@ class RowMetric(Metric):
         """Forget all batches."""
         if self._is_synced:
             self.unsync()
+        self._waiting_rows = 0
         super().reset()
         self._buffers_of_rows.clear()
         if self._count_before_forward is None:

@@ -367,16 +367,15 @@ def _load_csv(path: Path, labels_name: str | None, holds: Holds) -> tuple[Mappin
         content["labels"] = _whole(path, table[:, label])
     if "confidence" in special:
         content["confidence"] = torch.from_numpy(table[:, special["confidence"]].copy())
-    called = header or [str(place + 1) for place in range(len(first))]
-    return content, _columns_read(called, rest, None if holds == "scores" else label)
+    return content, _columns_read(header or range(1, len(first) + 1), rest, None if holds == "scores" else label)
 
 
-def _columns_read(called: Sequence[str], scores: Sequence[int], label: int | None) -> str:
+def _columns_read(called: Sequence[str | int], scores: Sequence[int], label: int | None) -> str:
     if not scores:
         return ""
     ends = f"{called[scores[0]]!r} to {called[scores[-1]]!r}" if len(scores) > 1 else repr(called[scores[0]])
-    of_labels = "" if label is None else f", the labels from {called[label]!r}"
-    return f"{len(scores)} columns of scores were read, {ends}{of_labels}"
+    of_labels = "" if label is None else f"; the labels are column {called[label]!r}"
+    return f"the scores are {len(scores)} columns of the file, {ends}{of_labels}"
 
 
 def _is_header(path: Path, first: Sequence[str]) -> bool:
@@ -401,7 +400,7 @@ def _no_scores(names: Sequence[str]) -> str:
     """Say why columns are not the scores of classes 0, 1, ... in their order; empty if they can be."""
     parts = [None if _is_number(name) and not name.isdecimal() else re.fullmatch(r"(.*?)(\d+)", name) for name in names]
     common = Counter(part[1] for part in parts if part).most_common(1)
-    prefix = common[0][0] if common and common[0][1] > 1 else None
+    prefix = common[0][0] if common else None
     extra = [name for name, part in zip(names, parts, strict=True) if part is None or part[1] != prefix]
     how = (
         "columns of scores are named 0, 1, 2, ... or with one prefix before the number (z0, z1, z2, ...), in the order "

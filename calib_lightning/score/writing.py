@@ -89,8 +89,9 @@ def as_markdown(report: Report, options: Options) -> str:
 
 
 def as_json(report: Report, options: Options) -> str:
-    """Write a report for programs: fractions at full precision, null for what is not defined, "inf" or "-inf" for what is
-    infinite.
+    """Write a report for programs: fractions at full precision.
+
+    What is not defined is null, what is infinite the string "inf" or "-inf".
 
     Args:
         report: The report.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -103,20 +104,44 @@ def _csv(folder):
     return [folder / "run.csv"]
 
 
-def _csv_floats_and_class_names(folder):
-    (folder / "run.csv").write_text("\ufeffcat,dog,cow,owl,fox,truth\n" + _rows(label="%.1f"), encoding="utf-8")
+def _csv_floats_and_last_column(folder):
+    (folder / "run.csv").write_text(
+        "\ufefflogit 1,logit 2,logit 3,logit 4,logit 5,truth\n" + _rows(label="%.1f"), encoding="utf-8"
+    )
     return [folder / "run.csv"]
 
 
 def _csv_named(folder):
     lines = [f"{i},{row.rpartition(',')[2]},{row.rpartition(',')[0]}" for i, row in enumerate(_rows().splitlines())]
-    (folder / "run.csv").write_text("index,label,a,b,c,d,e\r\n" + "\r\n".join(lines))
+    (folder / "run.csv").write_text("index,label,0,1,2,3,4\r\n" + "\r\n".join(lines))
     return [folder / "run.csv"]
 
 
 def _csv_labels_key(folder):
-    (folder / "run.csv").write_text("a,b,c,d,e,truth\n" + _rows())
+    (folder / "run.csv").write_text("z0,z1,z2,z3,z4,truth\n" + _rows())
     return [folder / "run.csv", "--labels-key", "truth"]
+
+
+def _csv_of_pandas(folder):
+    rows = [f"img{i},{row}" for i, row in enumerate(_rows().splitlines())]
+    (folder / "run.csv").write_text("\n".join([",0,1,2,3,4,label", *rows]))
+    return [folder / "run.csv"]
+
+
+def _csvs_of_pandas_without_names(folder):
+    rows = [(i, *row.rpartition(",")[::2]) for i, row in enumerate(_rows().splitlines())]
+    (folder / "run.csv").write_text("\n".join([",0,1,2,3,4", *(f"{i},{scores}" for i, scores, _ in rows)]))
+    (folder / "labels.csv").write_text("\n".join([",0", *(f"{i},{label}" for i, _, label in rows)]))
+    return [folder / "run.csv", "--labels", folder / "labels.csv"]
+
+
+def _pt_unsigned(folder):
+    torch.save({"logits": LOGITS, "labels": LABELS.to(torch.uint16)}, folder / "run.pt")
+    return [folder / "run.pt"]
+
+
+def _npz_unsigned(folder):
+    return [save_npz(folder / "run.npz", labels=LABELS.numpy().astype(np.uint64))]
 
 
 FILES = [
@@ -129,9 +154,13 @@ FILES = [
     _pt_dict,
     _pt_tensor,
     _csv,
-    _csv_floats_and_class_names,
+    _csv_floats_and_last_column,
     _csv_named,
     _csv_labels_key,
+    _csv_of_pandas,
+    _csvs_of_pandas_without_names,
+    _pt_unsigned,
+    _npz_unsigned,
 ]
 
 
@@ -153,7 +182,7 @@ def test_narrow_floats_and_own_confidence(scored, tmp_path):
     assert entry["values"] == pytest.approx({key: value.item() for key, value in state.compute().items()}, abs=1e-12)
     assert entry["confidence"] == "from the file"
     assert any("confidence" in note for note in report["notes"])
-    (tmp_path / "run.csv").write_text("x,y,confidence,label\n1,2,0.9,1\n2,1,0.8,1\n3,1,0.7,0\n")
+    (tmp_path / "run.csv").write_text("z0,z1,confidence,label\n1,2,0.9,1\n2,1,0.8,1\n3,1,0.7,0\n")
     entry = only(scored(tmp_path / "run.csv"))
     assert entry["values"]["signed_gap"] == pytest.approx(0.8 - 2 / 3, abs=1e-12)
     assert entry["classes"] == 2
@@ -290,7 +319,10 @@ def test_files_get_different_names(scored, tmp_path):
         save_npz(tmp_path / name)
     report = scored("x/val/test.npz", "y/val/test.npz", "y/tst/test.npz", "other.npz", "--metrics", "nll")
     assert list(report["sets"]) == ["x/val/test", "y/val/test", "tst/test", "other"]
-    assert unique_names([tmp_path / "a.npz", tmp_path / "a.csv"])[0].endswith("a.npz")
+    assert unique_names([tmp_path / "a.npz", tmp_path / "a.npy"]) == ["a.npz", "a.npy"]
+    three = [tmp_path / "x" / "a.npz", tmp_path / "x" / "a.npy", tmp_path / "y" / "a.npz", tmp_path / "b.npz"]
+    assert unique_names(three) == ["x/a.npz", "a.npy", "y/a.npz", "b"]
+    assert unique_names([tmp_path / "x" / "a.npz", tmp_path / "y" / "a.npy"]) == ["x/a", "y/a"]
     with pytest.raises(ValueError, match="2 times"):
         unique_names([tmp_path / "a.npz", tmp_path / "x" / ".." / "a.npz"])
 
@@ -446,13 +478,14 @@ def test_a_set_without_rows(scored, calib, tmp_path, kind):
     if kind == "npz":
         save_npz(path, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     else:
-        path.write_text("a,b,c,label\n")
+        path.write_text("z0,z1,z2,label\n")
     options = (path, "--intervals", "10", "--groups", "class", "--figures", tmp_path / "figures")
     report = scored(*options)
     entry = only(report)
     assert (entry["n"], entry["classes"]) == (0, 3)
     assert set(entry["values"].values()) == {None}
-    assert report["notes"] == ["empty: all metrics undefined: no rows were given"]
+    assert report["notes"][-1] == "empty: all metrics undefined: no rows were given"
+    assert len(report["notes"]) == (2 if kind == "csv" else 1)
     done = calib("score", *options)
     assert (done.code, done.err) == (0, "")
 
@@ -460,8 +493,12 @@ def test_a_set_without_rows(scored, calib, tmp_path, kind):
 def test_a_probability_of_zero_is_said(scored, tmp_path):
     np.savez(tmp_path / "run.npz", probs=np.array([[1.0, 0.0], [0.3, 0.7]]), labels=np.array([1, 1]))
     report = scored(tmp_path / "run.npz", "--input", "probs", "--metrics", "core")
-    assert only(report)["values"]["nll"] is None
+    assert only(report)["values"]["nll"] == "inf"
+    assert only(report)["values"]["brier"] == pytest.approx((2.0 + 0.3**2 + 0.3**2) / 2)
     assert any("nll infinite" in note for note in report["notes"])
+    np.savez(tmp_path / "other.npz", probs=np.array([[0.5, 0.5], [0.3, 0.7]]), labels=np.array([1, 1]))
+    options = ("other.npz", "--compare", "run.npz", "--input", "probs", "--metrics", "nll")
+    assert only(scored(*options))["compare"]["nll"]["difference"] == "-inf"
 
 
 def _array(path, **arrays):
@@ -515,9 +552,33 @@ BAD = {
     "empty csv": (lambda p: p.write_text(""), "run.csv", ["empty"]),
     "binary csv": (lambda p: p.write_bytes(b"\xff\xfe1,2"), "run.csv", ["UTF-8"]),
     "ragged": (lambda p: p.write_text("1,2,0\n1,2\n"), "run.csv", ["columns changed", "row 2"]),
-    "short rows": (lambda p: p.write_text("a,b,label\n1,0\n"), "run.csv", ["header has 3", "2"]),
-    "word": (lambda p: p.write_text("a,b,label\n1,x,0\n"), "run.csv", ["'x'", "column 2"]),
+    "short rows": (lambda p: p.write_text("z0,z1,label\n1,0\n"), "run.csv", ["header has 3", "2"]),
+    "word": (lambda p: p.write_text("z0,z1,label\n1,x,0\n"), "run.csv", ["'x'", "column 2"]),
     "half label": (lambda p: p.write_text("1,2,0\n1,2,0.5\n"), "run.csv", ["row 1", "0.5", "whole"]),
+    "hole in first row": (lambda p: p.write_text("1,,2,0\n1,2,3,1\n"), "run.csv", ["row 0", "column 2", "header"]),
+    "id": (lambda p: p.write_text("id,z0,z1,label\n7,1,2,0\n"), "run.csv", ["'id'", "drop", "z0, z1"]),
+    "two extras": (
+        lambda p: p.write_text("z0,z1,prediction,top 1,label\n1,2,1,1,0\n"),
+        "run.csv",
+        ["'prediction', 'top 1'", "drop"],
+    ),
+    "second without a name": (lambda p: p.write_text("z0,,z1,label\n1,0,2,0\n"), "run.csv", ["without a name"]),
+    "class names": (lambda p: p.write_text("cat,dog,label\n1,2,0\n"), "run.csv", ["'cat', 'dog'", "rename"]),
+    "hole taken for a name": (lambda p: p.write_text("0.1,NA,0.2,0\n1,2,3,1\n"), "run.csv", ["'0.1', 'NA', '0.2'"]),
+    "order": (lambda p: p.write_text("z1,z0,label\n1,2,0\n"), "run.csv", ["out of order", "'z1', 'z0'"]),
+    "gap": (lambda p: p.write_text("0,2,label\n1,2,0\n"), "run.csv", ["missing", "'0', '2'"]),
+    "no label": (lambda p: p.write_text("z0,z1,z2\n1,2,0\n"), "run.csv", ["no column of labels", "--labels"]),
+    "no label in pandas": (lambda p: p.write_text(",0,1,2\n0,1,2,0\n"), "run.csv", ["no column of labels"]),
+    "sparse": (
+        lambda p: torch.save({"logits": LOGITS.to_sparse(), "labels": LABELS}, p),
+        "run.pt",
+        ["scores", "sparse_coo", "to_dense"],
+    ),
+    "sparse labels": (
+        lambda p: torch.save({"logits": LOGITS, "labels": LABELS.to_sparse()}, p),
+        "run.pt",
+        ["labels", "sparse_coo", "to_dense"],
+    ),
     "nan in csv": (lambda p: p.write_text("1,2,0\nnan,2,1\n"), "run.csv", ["row 1", "nan"]),
 }
 
@@ -541,18 +602,104 @@ def test_bad_files_are_named(calib, tmp_path, case):
         assert word in done.err, done.err
 
 
+@pytest.mark.parametrize("content", [b"nonsense", None])
+def test_a_refusal_does_not_advise_to_execute_the_file(calib, tmp_path, content):
+    path = tmp_path / "run.pt"
+    torch.save({"logits": _Gadget()}, path) if content is None else path.write_bytes(content)
+    done = calib("score", path)
+    assert done.code == 1
+    assert ("print" if content is None else "damaged") in done.err
+    for word in ("weights_only", "safe_globals", "\x1b", "trust", "executed"):
+        assert word not in done.err + done.out
+
+
+def test_the_columns_that_were_read_are_said(calib, tmp_path):
+    (tmp_path / "run.csv").write_text("index,z0,z1,z2,label,confidence\n0,1,2,3,2,0.9\n1,1,2,3,0,0.8\n")
+    text = " ".join(calib("score", "run.csv").out.split())
+    assert "3 columns of the file, 'z0' to 'z2'; the labels are column 'label'" in text
+    (tmp_path / "run.csv").write_text("1,2,0\n2,1,0\n")
+    assert "2 columns of the file, 1 to 2; the labels are column 3" in calib("score", "run.csv").out
+    np.save(tmp_path / "labels.npy", np.zeros(2, dtype=int))
+    out = calib("score", "run.csv", "--labels", "labels.npy").out
+    assert "3 columns of the file, 1 to 3." in out
+    (tmp_path / "run.csv").write_text("z0,z1\n1,2\n2,1\n")
+    np.savez(tmp_path / "labels.npz", truth=np.zeros(2, dtype=int))
+    out = calib("score", "run.csv", "--labels", "labels.npz", "--labels-key", "truth").out
+    assert "2 columns of the file, 'z0' to 'z1'." in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (("run.npz", "other.npz"), "other.npz"),
+        (("run.npz", "--compare", "other.npz"), "other.npz"),
+        (("run.npz", "run2.npz", "--compare", "fewer.npz"), "same samples"),
+        (("run.npz", "--groups", "frequency", "--train-counts", "counts.json"), "counts.json"),
+        (("run.npz", "--labels", "labels.npy"), "labels.npy"),
+        (("run.npz", "--output", "run.npz/report.json"), "--output"),
+        (("run.npz", "--output", "folder", "--format", "json"), "--output folder: is a folder"),
+        (("run.npz", "--figures", "run2.npz"), "--figures"),
+    ],
+)
+def test_all_inputs_are_checked_before_anything_is_computed(calib, monkeypatch, tmp_path, argv, word):
+    def compute(*_, **__):
+        raise AssertionError("computed before all inputs were checked")
+
+    for name in ("EvaluationState", "bootstrap_intervals", "permutation_test"):
+        monkeypatch.setattr(f"calib_lightning.score.scoring.{name}", compute)
+    save_npz(tmp_path / "run.npz")
+    save_npz(tmp_path / "run2.npz", -LOGITS)
+    save_npz(tmp_path / "other.npz", labels=LABELS + 1)
+    save_npz(tmp_path / "fewer.npz", LOGITS[:400], LABELS[:400])
+    (tmp_path / "counts.json").write_text("[1, 2]")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    done = calib("score", *argv, "--intervals")
+    assert (done.code, done.out) == (1, "")
+    assert word in done.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_early(calib, monkeypatch, tmp_path):
+    save_npz(tmp_path / "run.npz")
+    (tmp_path / "locked").mkdir()
+    # An administrator may write everywhere, so the system's answer is stood in for.
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not str(path).endswith("locked"))
+    for option in (("--output", "locked/new/report.json"), ("--figures", "locked/new")):
+        done = calib("score", "run.npz", *option)
+        assert (done.code, done.out) == (1, "")
+        assert " ".join(option)[:19] in done.err
+        assert list((tmp_path / "locked").iterdir()) == []
+
+
+def test_a_figure_that_fails_does_not_cost_the_report(calib, tmp_path):
+    for name in ("one.npz", "two.npz"):
+        save_npz(tmp_path / name)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "one").write_text("in the way")
+    options = ("one.npz", "two.npz", "--metrics", "core", "--figures", "figures")
+    done = calib("score", *options, "--output", "report.json")
+    assert done.code == 1
+    assert "calib: warning: no figures of one: " in done.err
+    assert set(json.loads((tmp_path / "report.json").read_text())["sets"]) == {"one", "two"}
+    assert (tmp_path / "figures" / "two" / "reliability_diagram.png").is_file()
+    done = calib("score", *options)
+    assert done.code == 1
+    assert "76.40" in done.out
+
+
 def test_bad_probs_and_columns(calib, tmp_path):
     path = tmp_path / "run.npz"
     np.savez(path, probs=np.array([[0.5, 0.5], [0.9, 0.2]]), labels=np.array([0, 1]))
     done = calib("score", path, "--input", "probs")
     assert done.code == 1
     assert all(word in done.err for word in ("row 1", "1.1", "run.npz"))
-    (tmp_path / "run.csv").write_text("a,b,c\n1,2,0\n")
+    (tmp_path / "run.csv").write_text("z0,z1,c\n1,2,0\n")
     done = calib("score", tmp_path / "run.csv", "--labels-key", "truth")
     assert done.code == 1
     assert all(word in done.err for word in ("'truth'", "'c'", "--labels-key"))
     np.save(tmp_path / "labels.npy", np.zeros(3, dtype=int))
-    named = calib("score", tmp_path / "run.csv", "--labels-key", "truth", "--labels", tmp_path / "labels.npy")
+    named = calib("score", tmp_path / "run.csv", "--labels-key", "c", "--labels", tmp_path / "labels.npy")
     assert "1 rows of scores but 3 labels" in named.err
     done = calib("score", path, "--input", "probs", "--labels", tmp_path / "labels.npy")
     assert done.code == 1
@@ -588,6 +735,8 @@ def test_bad_training_counts(tmp_path, name, text):
         (("a.npz", "--bins", "ten"), ["'ten'"]),
         (("a.npz", "--intervals", "1"), ["'1'", ">= 2"]),
         (("a.npz", "--level", "95"), ["'95'", "0.95"]),
+        (("a.npz", "--seed", str(2**63)), [str(2**63), "2**63 - 1"]),
+        (("a.npz", "--seed", "1.5"), ["'1.5'", "integer"]),
         (("a.npz", "--groups", "size"), ["size", "frequency"]),
         (("a.npz", "--groups", "frequency"), ["--train-counts"]),
         (("a.npz", "--train-counts", "c.csv"), ["--groups frequency"]),

@@ -208,6 +208,40 @@ def test_batches_may_grow():
     assert numbers(state) == pytest.approx(expected, rel=1e-12, abs=1e-15, nan_ok=True)
 
 
+def test_whoever_reads_a_state_finds_it_up_to_date():
+    logits, labels = random_set(30, 4)
+    read = {
+        "attribute": lambda m: int(m.count),
+        "settings": lambda m: m.settings["rows"],
+        "metric_state": lambda m: int(m.metric_state["count"]),
+        "copy": lambda m: int(copy.deepcopy(m).count),
+        "pickle": lambda m: int(pickle.loads(pickle.dumps(m)).count),
+        "merge": lambda m: int((other := EvaluationState(), other.merge_state(m))[0].count),
+        "rows": lambda m: len(m.rows_of("rank_scores")),
+        "move": lambda m: int(m.to("cpu").count),
+    }
+    for name, reader in read.items():
+        state = EvaluationState()
+        for batch in (slice(0, 10), slice(10, 11), slice(11, 30)):
+            state.update(logits[batch], labels[batch])
+        assert reader(state) == 30, name
+
+
+def test_a_batch_may_be_overwritten_after_its_update():
+    logits, labels = random_set(60, 4)
+    state, batch, of_batch = (
+        EvaluationState(),
+        torch.empty(20, 4, dtype=torch.float64),
+        torch.empty(20, dtype=torch.int64),
+    )
+    for start in range(0, 60, 20):
+        batch.copy_(logits[start : start + 20])
+        of_batch.copy_(labels[start : start + 20])
+        state.update(batch, of_batch)
+    batch.fill_(torch.nan)
+    assert numbers(state) == pytest.approx(reference(logits, labels), abs=1e-12)
+
+
 def test_a_copy_holds_no_more_than_the_rows():
     state = feed(EvaluationState(["ovo_auroc"]), *random_set(3, 1000))
     assert len(pickle.dumps(state)) < 3 * 1000 * 8 + 20_000
