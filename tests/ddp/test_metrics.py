@@ -83,3 +83,13 @@ def test_a_fault_of_any_rank_is_told_by_every_class_on_all(pool):
                 kind = "scores" if name in ddp_cases.OOD else "logits"
                 told = f"{who}: 1 with invalid {kind} among {40 * pool.world} rows, the first in batch 3 "
                 assert message.startswith(told)
+
+
+def test_figures_show_all_rows_and_local_intervals_their_own(pool):
+    results = pool.run(ddp_cases.case_figures_and_local_intervals)
+    total = sum(100 + rank for rank in range(1, len(results)))
+    for rank, result in enumerate(results):
+        assert f"N {total}" in result["text"]
+        assert result["left"] == (0 if rank == 0 else 100 + rank)
+        assert result["value"] == result["own"]
+        assert result["held"]

@@ -299,3 +299,25 @@ def case_fault_of_any_rank(rank: int, world: int, faulty: int) -> dict[str, list
     finally:
         state.checks_at_once, ood.checks_at_once = originals
     return results
+
+
+def case_figures_and_local_intervals(rank: int, world: int) -> dict[str, Any]:
+    """Figures show the rows of all ranks; intervals of a state that does not synchronise those of its own rank."""
+    from matplotlib.text import Text
+
+    from calib_lightning.metrics import bootstrap_intervals
+    from calib_lightning.plots import figures
+
+    shared = EvaluationState()
+    shared.update(*_rows(0 if rank == 0 else 100 + rank, torch.float32, seed=rank))
+    drawn = figures(shared)["reliability"]
+    alone = EvaluationState(["accuracy"], details=True, sync_on_compute=False)
+    alone.update(*_rows(50 + 10 * rank, torch.float32, seed=rank))
+    interval = bootstrap_intervals(alone, 50)["accuracy"]
+    return {
+        "text": " ".join(text.get_text() for text in drawn.findobj(Text)),
+        "left": int(shared.count),
+        "value": interval.value,
+        "own": alone.compute()["accuracy"].item(),
+        "held": interval.low <= interval.value <= interval.high,
+    }
