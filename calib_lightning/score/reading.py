@@ -337,6 +337,8 @@ def _load_csv(path: Path, labels_name: str | None, holds: Holds) -> tuple[Mappin
         raise ValueError(f"{path}: is no text in UTF-8 with commas between cells ({_first_line(error)})") from error
     if not first:
         raise ValueError(f"{path}: is empty; allowed: rows of scores with a label, with or without a header")
+    if first[0].startswith("#"):  # numpy.savetxt writes its header as a comment
+        first[0] = first[0].lstrip("# ")
     header = first if _is_header(path, first) else []
     special = {name: place for place, name in enumerate(header) if name in ("confidence", "index")}
     # pandas writes the index first and without a name.
@@ -460,5 +462,7 @@ def _hard_labels(labels: Tensor, where: str) -> Tensor:
             "labels are not scored: save their argmax"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{where}: labels are {labels.dtype}, allowed: class numbers of an integer dtype")
+        raise TypeError(
+            f"{where}: labels are {labels.dtype}, allowed: class numbers of an integer dtype; write them as integers"
+        )
     return labels.long()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from calib_lightning.__main__ import main
 from calib_lightning.metrics import DIRECTION, FULL, EvaluationState, functional
 from calib_lightning.report import SECTIONS, column_of, heading
 from calib_lightning.score.reading import read_counts, seem_probs
@@ -819,3 +820,18 @@ def test_ranking_is_that_of_the_rows(scored, tmp_path):
     margin = (top2[:, 0] - torch.logsumexp(logits.masked_fill(logits == top2[:, :1], -torch.inf), dim=1)).numpy()
     correct = (logits.argmax(dim=1) == labels).numpy()
     assert entry["values"]["correctness_auroc"] == pytest.approx(pair_auroc(margin, correct), abs=1e-12)
+
+
+def test_a_header_that_numpy_wrote_is_a_header(tmp_path):
+    scores = np.random.default_rng(0).normal(size=(20, 3))
+    table = np.column_stack([scores, np.arange(20) % 3])
+    np.savetxt(tmp_path / "a.csv", table, delimiter=",", header="z0,z1,z2,label")
+    np.savetxt(tmp_path / "b.csv", table, delimiter=",")
+    figures = []
+    for name in ("a", "b"):
+        out = tmp_path / f"{name}.json"
+        assert main(["score", str(tmp_path / f"{name}.csv"), "--metrics", "core", "--output", str(out)]) == 0
+        found = json.loads(out.read_text())["sets"][name]
+        assert found["n"] == 20
+        figures.append(found["values"])
+    assert figures[0] == figures[1]
