@@ -81,8 +81,8 @@ class Part(NamedTuple):
 
     Attributes:
         declare: Adds the states of this part to a metric.
-        add: Adds the rows of a batch to them, out of place: a state that was made under `torch.inference_mode` could
-            not be changed in place later.
+        add: Adds the rows of a batch to them, out of place or by `_writable`: a state that was made under
+            `torch.inference_mode` cannot be changed in place later.
         add_soft: Adds a batch of ``(logits, labels)`` whose labels are shares of the classes, or refuses it.
     """
 
@@ -357,6 +357,7 @@ class RowMetric(Metric):
             for name, state in before.items():
                 setattr(self, name, state)
             self._update_count = count
+            self._waiting_rows = 0
             self._is_synced, self._should_unsync, self._to_sync = False, True, self.sync_on_compute
             self._cache = self._computed = None
             raise
@@ -736,7 +737,7 @@ PARTS: dict[str, Part] = {
     "labels": Part(lambda metric: metric.add_list("label_rows", torch.int32), _add_labels, _refuse_soft),
     "scores": Part(_declare_scores, _add_scores, _refuse_soft),
 }
-"""The pieces that a state can be made of; the last keeps K numbers a row, the three before it one."""
+"""The pieces that a state can be made of; the last keeps K numbers a row, the two before it one."""
 
 
 def part_of(name: str) -> Part:

@@ -371,6 +371,18 @@ def test_metric_collection():
     assert single.compute()["Accuracy"].item() == pytest.approx(reference(logits[:60], labels[:60])["accuracy"])
 
 
+def test_a_collection_of_every_class_shares_states_rightly():
+    logits, labels = random_set(120, 6)
+    names = {key: key.replace(".", "_") for key in METRICS}  # a module's name cannot hold a dot
+    together = MetricCollection({name: METRICS[key][0]() for key, name in names.items()})
+    for start in range(0, 120, 25):
+        together.update(logits[start : start + 25], labels[start : start + 25])
+    values = {name: value.item() for name, value in together.compute().items()}
+    expected = {names[key]: numbers(feed(METRICS[key][0](), logits, labels, (25,))) for key in METRICS}
+    assert values == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    assert len(together.compute_groups) < len(METRICS)
+
+
 @pytest.mark.parametrize(
     "convert",
     [
