@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -40,11 +39,3 @@ class Prediction(NamedTuple):
 
     logits: Tensor
     confidence: Tensor | None = None
-
-
-class ModuleOptions(TypedDict, total=False):
-    """Options that every method passes through to `ClassificationModule`, typed once."""
-
-    encoder: EncoderSpec
-    optimizer: OptimizerCallable
-    scheduler: LRSchedulerCallable | None

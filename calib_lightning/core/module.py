@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
+from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.registry import class_path_of, find_class
@@ -30,6 +32,20 @@ CHECKPOINT_KEY = "calib_lightning"
 PENDING_BATCHES = 50
 
 
+class BaseOptions(TypedDict, total=False):
+    """Options that every method passes through to `ClassificationModule`, typed once."""
+
+    encoder: EncoderSpec
+    optimizer: OptimizerCallable
+    scheduler: LRSchedulerCallable | None
+
+
+class ModuleOptions(BaseOptions, total=False):
+    """`BaseOptions`, and that of methods whose loss is a criterion and can be taken on transformed batches."""
+
+    batch_transform: BatchTransform | None
+
+
 class ModuleRecord(TypedDict):
     """What a checkpoint says about the module in it; plain data."""
 
@@ -38,13 +54,15 @@ class ModuleRecord(TypedDict):
     stage: int
     head: HeadSpec
     train_state: dict[str, Tensor]
+    epoch_rows: NotRequired[dict[str, list[Tensor]]]
 
 
 class ClassificationModule(LightningModule):
     """Encoder, head, criterion and metrics with one optimiser: the base of every training-time method.
 
     A method is a subclass that brings its criterion; one that needs more overrides `loss`. Batches are
-    `Batch(image, label, index)`, or a plain tuple of these three. Logged keys are ``train/loss``,
+    `Batch(image, label, index)`, or a plain tuple of these three; training labels may be soft targets ``(N, K)`` if the
+    criterion takes them, and count as their largest entry in the training metrics. Logged keys are ``train/loss``,
     ``{train,val}/<metric>`` and ``test/<set>/<metric>``, where ``<metric>`` is the name of the function in
     `calib_lightning.metrics.functional`.
 
@@ -55,9 +73,11 @@ class ClassificationModule(LightningModule):
             ``{"name": ..., **options}``.
         optimizer: Called with the trainable parameters. Default: SGD, lr 0.1, momentum 0.9, weight decay 5e-4.
         scheduler: Called with the optimiser; stepped once an epoch. ``ReduceLROnPlateau`` watches ``val/nll``.
+        batch_transform: Mixes or multiplies training images around the criterion, as mixup does.
 
     Raises:
-        ValueError: If ``num_classes`` is not positive or the encoder's name is unknown.
+        ValueError: If ``num_classes`` is not positive, the encoder's name is unknown, or the batch transform cannot
+            work with this module.
 
     Example:
         >>> module = ClassificationModule(10, encoder="digits_cnn")
@@ -76,18 +96,22 @@ class ClassificationModule(LightningModule):
         encoder: EncoderSpec = "resnet18_cifar",
         optimizer: OptimizerCallable = lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
         scheduler: LRSchedulerCallable | None = None,
+        batch_transform: BatchTransform | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 1.")
         # Plain data only, here only: checkpoints then load with weights_only=True.
-        self.save_hyperparameters(ignore=["criterion", "optimizer", "scheduler"])
+        self.save_hyperparameters(ignore=["criterion", "optimizer", "scheduler", "batch_transform"])
         self.num_classes = num_classes
         self.encoder = build_encoder(encoder)
         self.head: Head = LinearHead(self.encoder.num_features, num_classes)
         self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.batch_transform = batch_transform
+        if batch_transform is not None:
+            batch_transform.attach(self)
         self.train_state = EvaluationState([key for key in CORE if key != "correctness_auroc"])
         self._pending: list[tuple[Tensor, Tensor]] = []
         self.val_state = EvaluationState()
@@ -119,10 +143,16 @@ class ClassificationModule(LightningModule):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and logits ``(N, K)`` of one batch; methods that need more than a criterion override it."""
+        if self.batch_transform is not None:
+            return self.batch_transform.loss(self, batch)
         logits = self(batch.image)
+        return self.criterion_value(logits, batch.label), logits
+
+    def criterion_value(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Criterion (scalar) of logits ``(N, K)`` and labels, in float32 or wider whatever the precision of the run."""
         # A loss in half precision loses the tail of the softmax; autocast would not widen it for every operation.
         with torch.autocast(logits.device.type, enabled=False):
-            return self.criterion(at_least_float32(logits), batch.label), logits
+            return self.criterion(at_least_float32(logits), labels)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: loss, log, training metrics."""
@@ -130,7 +160,8 @@ class ClassificationModule(LightningModule):
         self._check_labels(batch.label)
         loss, logits = self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
-        self._pending.append((logits.detach(), batch.label))
+        labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
+        self._pending.append((logits.detach(), labels))
         if len(self._pending) == PENDING_BATCHES:
             self._settle_training()
         return loss
@@ -257,6 +288,7 @@ class ClassificationModule(LightningModule):
             stage=self.stage,
             head=self.head.spec,
             train_state=train_state,
+            epoch_rows={name: [part.cpu() for part in rows_by_rank(rows)] for name, rows in self.epoch_rows().items()},
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -281,6 +313,21 @@ class ClassificationModule(LightningModule):
         elif self.global_rank == 0:
             device = self.train_state.count.device
             self.train_state.merge_state({name: value.to(device) for name, value in kept.items()})
+        parts = record.get("epoch_rows", {})
+        mine = {name: own_rows(rows, self.global_rank) for name, rows in parts.items()}
+        if mine:
+            self.restore_epoch_rows(mine)
+
+    def epoch_rows(self) -> dict[str, Tensor]:
+        """Rows ``(n, ...)`` that this process has collected in the begun epoch.
+
+        A checkpoint keeps those of all processes, and `restore_epoch_rows` gets them back, so a method that gathers
+        something over an epoch goes on after a resume as if it had not been stopped.
+        """
+        return {}
+
+    def restore_epoch_rows(self, rows: dict[str, Tensor]) -> None:
+        """Take back this process's rows of the begun epoch, as `epoch_rows` gave them; on the CPU."""
 
 
 def evaluated_datamodule(trainer: Trainer) -> LightningDataModule | None:

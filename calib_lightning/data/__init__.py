@@ -1,5 +1,6 @@
 """Benchmarks: data modules, splits, long tails and loaders that resume exactly."""
 
+from calib_lightning.data.augmix import AugMixViews
 from calib_lightning.data.base import BenchmarkDataModule, Source
 from calib_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from calib_lightning.data.digits import DigitsDataModule
@@ -10,6 +11,7 @@ from calib_lightning.data.toy import ToyDataModule
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize
 
 __all__ = [
+    "AugMixViews",
     "BenchmarkDataModule",
     "CIFAR10DataModule",
     "CIFAR100DataModule",

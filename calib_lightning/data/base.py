@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib_lightning.data.loader import InMemorySet, ResumableLoader
 from calib_lightning.data.split import Rows, SplitSpec
@@ -157,11 +157,19 @@ class BenchmarkDataModule(LightningDataModule, ABC):
         write_whole(Path(path), lambda file: np.savez(file, **content))
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of the training split, shuffled and augmented with the seed of the run."""
+        """Batches of the training split, shuffled and augmented with the seed of the run.
+
+        Where the trainer's module has a ``batch_transform`` that asks for several views, they take the place of the
+        normalisation: images are then ``(N, V, C, H, W)``.
+        """
         seed = run_seed()
-        transform: Transform = Normalize(self.mean, self.std)
+        normalize = Normalize(self.mean, self.std)
+        module = getattr(self.trainer, "lightning_module", None)
+        ask = getattr(getattr(module, "batch_transform", None), "views", None)
+        views = None if ask is None else ask(normalize, seed)
+        transform: nn.Module = normalize if views is None else views
         if self.augment:
-            transform = Compose(CropFlip(seed=seed), Normalize(self.mean, self.std))
+            transform = Compose(CropFlip(seed=seed), transform)
         # a trainer that overfits some batches on purpose must see the same ones in every epoch
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
         return ResumableLoader(

@@ -1,0 +1,65 @@
+"""Rows of different numbers on different processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of processes that train together; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rows_by_rank(rows: Tensor) -> list[Tensor]:
+    """Return the rows of every process, in the order of ranks; all processes must call it.
+
+    Args:
+        rows: ``(n, ...)``; n may differ between processes, the other sizes and the dtype may not.
+
+    Returns:
+        One tensor for every process, on the device of ``rows``.
+    """
+    world = world_size()
+    if world == 1:
+        return [rows]
+    own = torch.tensor([len(rows)], device=rows.device)
+    sizes = [torch.zeros_like(own) for _ in range(world)]
+    dist.all_gather(sizes, own)
+    counts = [int(size) for size in sizes]
+    if not max(counts):
+        return [rows for _ in counts]
+    # collectives want equal shapes: fill up, gather, cut
+    filled = rows.new_zeros((max(counts), *rows.shape[1:]))
+    filled[: len(rows)] = rows
+    parts = [torch.empty_like(filled) for _ in range(world)]
+    dist.all_gather(parts, filled)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all processes, in the order of ranks; all processes must call it.
+
+    Args:
+        rows: ``(n, ...)``; n may differ between processes.
+
+    Returns:
+        ``(sum of n, ...)``, the same on every process.
+    """
+    return torch.cat(rows_by_rank(rows))
+
+
+def own_rows(parts: list[Tensor], rank: int) -> Tensor:
+    """Pick what a process gets back of rows that were saved by rank.
+
+    Args:
+        parts: Rows of every process that there was.
+        rank: This process.
+
+    Returns:
+        Its own rows. With another number of processes nobody's rows are whose they were: the first one gets all.
+    """
+    if len(parts) == world_size():
+        return parts[rank]
+    return torch.cat(parts) if rank == 0 else parts[0][:0]
