@@ -1,29 +1,127 @@
 """Training-time methods: one file each, from the equation to the LightningModule."""
 
+from calib_lightning.methods.acls import ACLS, ACLSLoss, acls_loss
+from calib_lightning.methods.ada_focal import AdaFocal, AdaFocalLoss, ada_focal_loss, equal_mass_edges
+from calib_lightning.methods.augmix import AugMix, AugMixTransform, jsd_consistency
+from calib_lightning.methods.balcal import BalCAL, ETFBranch, balcal_loss, class_weights, find_balance, simplex_etf
 from calib_lightning.methods.brier import Brier, BrierLoss, brier_loss
+from calib_lightning.methods.class_balanced import (
+    ClassBalanced,
+    ClassBalancedLoss,
+    class_balanced_loss,
+    effective_number_weights,
+)
+from calib_lightning.methods.cpc import CPC, CPCLoss, cpc_loss
+from calib_lightning.methods.crl import CRL, correctness_ranking_loss, correctness_rate, ranking_confidence
 from calib_lightning.methods.cross_entropy import CrossEntropy, CrossEntropyLoss, cross_entropy_loss
+from calib_lightning.methods.dca import DCA, DCALoss, dca_penalty
+from calib_lightning.methods.dual_focal import DualFocal, DualFocalLoss, dual_focal_loss
 from calib_lightning.methods.entropy_regularization import (
     EntropyRegularization,
     EntropyRegularizationLoss,
     entropy_regularization_loss,
 )
+from calib_lightning.methods.flsd import FLSD, FLSDLoss, flsd_loss
 from calib_lightning.methods.focal import Focal, FocalLoss, focal_loss
+from calib_lightning.methods.focal_schedule import FocalSchedule, scheduled_gamma
 from calib_lightning.methods.label_smoothing import LabelSmoothing, LabelSmoothingLoss, label_smoothing_loss
+from calib_lightning.methods.ldam import LDAM, CosineHead, LDAMLoss, ldam_loss, ldam_margins
+from calib_lightning.methods.logit_norm import LogitNorm, LogitNormLoss, logit_norm_loss, normalized_logits
+from calib_lightning.methods.mbls import MbLS, MbLSLoss, mbls_loss
+from calib_lightning.methods.mdca import MDCA, MDCALoss, mdca_penalty
+from calib_lightning.methods.mit_a import MITA, MITATransform
+from calib_lightning.methods.mit_l import MITL, MITLTransform, decouple, draw_ratios
+from calib_lightning.methods.mixup import Mixup, MixupTransform, mix
+from calib_lightning.methods.mmce import MMCE, MMCELoss, mmce_loss, mmce_penalty, weighted_mmce_penalty
+from calib_lightning.methods.plp import PLP, block_cuts, peeling_epochs
+from calib_lightning.methods.regmixup import RegMixup, RegMixupTransform
 
 __all__ = [
+    "ACLS",
+    "CPC",
+    "CRL",
+    "DCA",
+    "FLSD",
+    "LDAM",
+    "MDCA",
+    "MITA",
+    "MITL",
+    "MMCE",
+    "PLP",
+    "ACLSLoss",
+    "AdaFocal",
+    "AdaFocalLoss",
+    "AugMix",
+    "AugMixTransform",
+    "BalCAL",
     "Brier",
     "BrierLoss",
+    "CPCLoss",
+    "ClassBalanced",
+    "ClassBalancedLoss",
+    "CosineHead",
     "CrossEntropy",
     "CrossEntropyLoss",
+    "DCALoss",
+    "DualFocal",
+    "DualFocalLoss",
+    "ETFBranch",
     "EntropyRegularization",
     "EntropyRegularizationLoss",
+    "FLSDLoss",
     "Focal",
     "FocalLoss",
+    "FocalSchedule",
+    "LDAMLoss",
     "LabelSmoothing",
     "LabelSmoothingLoss",
+    "LogitNorm",
+    "LogitNormLoss",
+    "MDCALoss",
+    "MITATransform",
+    "MITLTransform",
+    "MMCELoss",
+    "MbLS",
+    "MbLSLoss",
+    "Mixup",
+    "MixupTransform",
+    "RegMixup",
+    "RegMixupTransform",
+    "acls_loss",
+    "ada_focal_loss",
+    "balcal_loss",
+    "block_cuts",
     "brier_loss",
+    "class_balanced_loss",
+    "class_weights",
+    "correctness_ranking_loss",
+    "correctness_rate",
+    "cpc_loss",
     "cross_entropy_loss",
+    "dca_penalty",
+    "decouple",
+    "draw_ratios",
+    "dual_focal_loss",
+    "effective_number_weights",
     "entropy_regularization_loss",
+    "equal_mass_edges",
+    "find_balance",
+    "flsd_loss",
     "focal_loss",
+    "jsd_consistency",
     "label_smoothing_loss",
+    "ldam_loss",
+    "ldam_margins",
+    "logit_norm_loss",
+    "mbls_loss",
+    "mdca_penalty",
+    "mix",
+    "mmce_loss",
+    "mmce_penalty",
+    "normalized_logits",
+    "peeling_epochs",
+    "ranking_confidence",
+    "scheduled_gamma",
+    "simplex_etf",
+    "weighted_mmce_penalty",
 ]

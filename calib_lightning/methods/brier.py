@@ -6,9 +6,8 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from calib_lightning.core import ClassificationModule
-from calib_lightning.functional import one_hot
-from calib_lightning.types import ModuleOptions
+from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.functional import checked_batch, one_hot
 
 
 def brier_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -29,6 +28,7 @@ def brier_loss(logits: Tensor, labels: Tensor) -> Tensor:
         >>> brier_loss(torch.zeros(1, 2), torch.tensor([0])).item()
         0.5
     """
+    logits, labels = checked_batch(logits, labels, soft=True)
     targets = one_hot(labels, logits.shape[-1], logits.dtype)
     return (logits.softmax(dim=-1) - targets).square().sum(dim=-1).mean()
 
@@ -43,6 +43,10 @@ class BrierLoss(nn.Module):
 
 class Brier(ClassificationModule):
     """Train with the Brier loss (Mukhoti et al., NeurIPS 2020).
+
+    Paper: Brier 1950; Mukhoti et al. 2020.
+    Mechanism: squared error of the probabilities.
+    Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.

@@ -7,8 +7,8 @@ from typing import Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_lightning.core import ClassificationModule
-from calib_lightning.types import ModuleOptions
+from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.functional import checked_batch
 
 
 def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,6 +26,7 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
         >>> round(cross_entropy_loss(torch.zeros(1, 2), torch.tensor([0])).item(), 4)
         0.6931
     """
+    logits, labels = checked_batch(logits, labels, soft=True)
     return F.cross_entropy(logits, labels)
 
 
@@ -39,6 +40,10 @@ class CrossEntropyLoss(nn.Module):
 
 class CrossEntropy(ClassificationModule):
     """Train with cross-entropy.
+
+    Paper: none.
+    Mechanism: the baseline.
+    Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.

@@ -7,8 +7,8 @@ from typing import Literal, Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_lightning.core import ClassificationModule
-from calib_lightning.types import ModuleOptions
+from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.functional import checked_batch
 
 EntropyReduction = Literal["sum", "mean"]
 
@@ -38,6 +38,7 @@ def entropy_regularization_loss(
         >>> round(entropy_regularization_loss(torch.zeros(1, 2), torch.tensor([0]), strength=1.0).item(), 6)
         0.0
     """
+    logits, labels = checked_batch(logits, labels, soft=True)
     log_probs = logits.log_softmax(dim=-1)
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     if entropy_reduction == "mean":
@@ -74,6 +75,10 @@ class EntropyRegularizationLoss(nn.Module):
 
 class EntropyRegularization(ClassificationModule):
     """Train with cross-entropy and an entropy reward, ERL (Pereyra et al., 2017).
+
+    Paper: Pereyra et al. 2017.
+    Mechanism: cross-entropy minus entropy (ERL, confidence penalty).
+    Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.

@@ -7,8 +7,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from calib_lightning.core import ClassificationModule
-from calib_lightning.types import ModuleOptions
+from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.functional import checked_batch
 
 
 def focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
@@ -33,6 +33,7 @@ def focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
         >>> round(focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0).item(), 4)
         0.3466
     """
+    logits, labels = checked_batch(logits, labels, soft=True)
     log_probs = logits.log_softmax(dim=-1)
     if labels.ndim == 2:
         return (labels * _focal_terms(log_probs, gamma)).sum(dim=-1).mean()
@@ -66,6 +67,10 @@ class FocalLoss(nn.Module):
 
 class Focal(ClassificationModule):
     """Train with the focal loss (Mukhoti et al., NeurIPS 2020).
+
+    Paper: Lin et al. 2017; Mukhoti et al. 2020.
+    Mechanism: easy samples weigh less (FL-3).
+    Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.

@@ -7,8 +7,8 @@ from typing import Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_lightning.core import ClassificationModule
-from calib_lightning.types import ModuleOptions
+from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.functional import checked_batch
 
 
 def label_smoothing_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.05) -> Tensor:
@@ -33,6 +33,7 @@ def label_smoothing_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0
         >>> round(label_smoothing_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), smoothing=0.1).item(), 4)
         0.2269
     """
+    logits, labels = checked_batch(logits, labels, soft=True)
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
@@ -59,6 +60,10 @@ class LabelSmoothingLoss(nn.Module):
 
 class LabelSmoothing(ClassificationModule):
     """Train with label smoothing (Szegedy et al., CVPR 2016).
+
+    Paper: Szegedy et al. 2016; Müller et al. 2019.
+    Mechanism: targets shared with the uniform distribution.
+    Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.

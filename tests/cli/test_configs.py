@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from calib_lightning.config_search import config_folders, find_config
@@ -35,15 +36,25 @@ def test_every_axis_parses_with_every_other(calib):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_fits_resumes_and_tests(calib, tmp_path, method):
-    options = ("--model", method, "--model.encoder=digits_cnn", *TOY, "--trainer.accelerator=cpu")
-    assert calib("fit", *options, "--trainer.max_epochs=1", "--run_dir=runs/m").code == 0
-    run = tmp_path / "runs" / "m"
-    done = calib(
-        "fit", "-c", run / "config.yaml", "--trainer.max_epochs=2", "--ckpt_path", run / "checkpoints/last.ckpt"
-    )
+def test_every_method_is_stopped_resumed_and_tested(calib, tmp_path, method):
+    # 160 training images in batches of 32: 5 steps an epoch, stopped in the middle of the second of three
+    options = ("--model", method, "--model.encoder=digits_cnn", *TOY, "--data.train_size=220", "--trainer.max_epochs=3")
+    options += ("--trainer.accelerator=cpu", "--trainer.devices=1", "--test_after_fit=false")
+    done = calib("fit", *options, "--run_dir=runs/whole")
     assert done.code == 0, done.err
-    done = calib("test", "-c", run / "config.yaml")
+    stop = ("--trainer.callbacks+=tests.cli.terminate.Terminate", "--trainer.callbacks.step=7")
+    assert calib("fit", *options, *stop, "--run_dir=runs/part").code == 143
+    part = tmp_path / "runs" / "part"
+    last = part / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 7
+    done = calib("fit", *options, "--run_dir=runs/part", "--ckpt_path", last)
+    assert done.code == 0, done.err
+    one = torch.load(tmp_path / "runs/whole/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    two = torch.load(last, weights_only=True)["state_dict"]
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    done = calib("test", "-c", part / "config.yaml")
     assert done.code == 0, done.err
     assert "iid" in done.out
 
@@ -59,3 +70,22 @@ def test_names_are_found_in_working_directory_clone_and_package(tmp_path, monkey
     own.write_text("# mine\n")
     assert find_config("quickstart") == own
     assert config_folders()[0] == own.parent
+
+
+def test_criteria_and_batch_transforms_compose(calib, tmp_path):
+    quick = ("--model.encoder=digits_cnn", *TOY, "--trainer.accelerator=cpu", "--trainer.max_epochs=1")
+    for name, options in {
+        "focal-mixup": ("focal", "--model.batch_transform=MixupTransform", "--model.batch_transform.alpha=0.4"),
+        "ls-mdca": ("mdca", "--model.criterion=LabelSmoothingLoss", "--model.criterion.smoothing=0.1"),
+    }.items():
+        done = calib("fit", "--model", *options, *quick, f"--run_dir=runs/{name}")
+        assert done.code == 0, done.err
+        done = calib("test", "-c", tmp_path / "runs" / name / "config.yaml")
+        assert done.code == 0, done.err
+    config = yaml.safe_load((tmp_path / "runs/focal-mixup/config.yaml").read_text())["model"]["init_args"]
+    assert config["batch_transform"]["init_args"] == {"alpha": 0.4}
+    config = yaml.safe_load((tmp_path / "runs/ls-mdca/config.yaml").read_text())["model"]["init_args"]
+    assert config["criterion"]["init_args"] == {"smoothing": 0.1}
+    done = calib("fit", "--model", "mixup", "--model.batch_transform=MITLTransform", *quick)
+    assert done.code == 2
+    assert "batch_transform" in done.err

@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from calib_lightning.callbacks import RunRecord, SavePredictions
-from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed
+from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, CorrectnessHistory, Preemption, StepSeed
+from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.data.loader import InMemorySet, ResumableLoader
@@ -77,13 +78,23 @@ class Watch(Callback):
 
 
 def fit(
-    rank: int, world: int, folder: str, stop_after: int | None = None, resume: bool = False, workers: int = 0
+    rank: int,
+    world: int,
+    folder: str,
+    stop_after: int | None = None,
+    resume: bool = False,
+    workers: int = 0,
+    number: int | None = None,
 ) -> dict[str, Any]:
-    """Three epochs of augmented toy images; stopped after a step, resumed from ``last.ckpt``, or neither."""
+    """Three epochs of augmented toy images; stopped after a step, resumed from ``last.ckpt``, or neither.
+
+    The module is that of a row of the table of methods, or one with dropout.
+    """
     seed_everything(11, workers=True)
     data = ToyDataModule(SplitSpec(val=31), batch_size=16, num_workers=workers, train_size=130)
     data.augment = True
-    module = Dropped(3, encoder="digits_cnn", optimizer=sgd, scheduler=cosine)
+    method, options = (Dropped, {}) if number is None else (ROWS[number].module, ROWS[number].options)
+    module = method(3, encoder="digits_cnn", optimizer=sgd, scheduler=cosine, **options)
     preemption = Preemption(folder)
     # Callbacks run in this order: the wish must be there when Preemption looks.
     watch = Watch(preemption, stop_after)
@@ -108,13 +119,13 @@ def fit(
 
 
 def fit_method(rank: int, world: int, folder: str, number: int) -> dict[str, Any]:
-    """One epoch of a method: weights and validation figures."""
+    """Two epochs of a method: weights, state and validation figures."""
     seed_everything(3, workers=True)
     row = ROWS[number]
     data = ToyDataModule(SplitSpec(val=31), batch_size=16, train_size=101)
     module = row.module(3, encoder="digits_cnn", optimizer=sgd, **row.options)
     before = digest(module)
-    run = trainer(folder, world, [StepSeed()], max_epochs=1)
+    run = trainer(folder, world, [StepSeed()], max_epochs=2)
     run.fit(module, datamodule=data)
     os.environ.pop("PL_GLOBAL_SEED", None)
     return {
@@ -122,6 +133,32 @@ def fit_method(rank: int, world: int, folder: str, number: int) -> dict[str, Any
         "digest": digest(module),
         "metrics": {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("val/")},
     }
+
+
+def count_and_save(rank: int, world: int) -> dict[str, Any]:
+    """A history that two processes settle once and then go on with; what a checkpoint would hold."""
+    history = CorrectnessHistory(4)
+    index, right = ([1, 2, 0], [1, 1, 0]) if rank == 0 else ([1, 3], [1, 1])
+    history.update(torch.tensor(index), torch.tensor(right))
+    history.settle()
+    settled = history.count.tolist()
+    for number in [0] if rank == 0 else [3, 3]:
+        history.update(torch.tensor([number]), torch.tensor([True]))
+    parts = rows_by_rank(history.rows())
+    resumed = CorrectnessHistory(4)
+    resumed.load_state_dict(history.state_dict())
+    resumed.restore(own_rows(parts, rank))
+    saved = (history.count.tolist(), [part.tolist() for part in parts])
+    return {"settled": settled, "begun": history.counts.tolist(), "own": resumed.counts.tolist(), "saved": saved}
+
+
+def restore_alone(saved: tuple[list[int], list[list[list[int]]]]) -> list[int]:
+    """The history of `count_and_save` on one process."""
+    history = CorrectnessHistory(4)
+    history.count.copy_(torch.tensor(saved[0]))
+    history.restore(own_rows([torch.tensor(part) for part in saved[1]], 0))
+    history.settle()
+    return history.count.tolist()
 
 
 def fit_recorded(rank: int, world: int, folder: str) -> list[str]:

@@ -57,6 +57,29 @@ def test_resumed_run_is_bit_equal_on_two_processes(pool2, tmp_path, stop_after):
         assert sorted(seen) == list(range(99))
 
 
+KEEPS_ROWS = [number for number, row in enumerate(ROWS) if row.file in ("ada_focal", "balcal", "crl")]
+
+
+@pytest.mark.parametrize("number", KEEPS_ROWS, ids=lambda number: ROWS[number].module.__name__)
+def test_what_a_method_gathers_in_an_epoch_survives_a_stop(pool2, tmp_path, number):
+    # 4 steps an epoch: stopped within the second, whose rows each process has for itself
+    whole = pool2.run(cases.fit, str(tmp_path / "whole"), None, False, 0, number)
+    pool2.run(cases.fit, str(tmp_path / "part"), 6, False, 0, number)
+    resumed = pool2.run(cases.fit, str(tmp_path / "part"), None, True, 0, number)
+    assert whole[0]["digest"] == whole[1]["digest"] == resumed[0]["digest"] == resumed[1]["digest"]
+
+
+def test_history_is_of_all_processes_and_outlives_a_change_of_their_number(pool2, tmp_path):
+    parts = pool2.run(cases.count_and_save)
+    settled = [0, 2, 1, 1]
+    for rank, part in enumerate(parts):
+        assert part["settled"] == settled
+        assert part["begun"] == [a + b for a, b in zip(settled, [[1, 0, 0, 0], [0, 0, 0, 2]][rank], strict=True)]
+        assert part["own"] == part["begun"]
+    alone = cases.restore_alone(parts[0]["saved"])
+    assert alone == [1, 2, 1, 3]
+
+
 def test_only_the_first_rank_reads_and_writes_the_run_folder(pool2, tmp_path):
     first, second = pool2.run(cases.fit_recorded, str(tmp_path))
     assert first == ["run.json", "splits.npz"]

@@ -1,0 +1,224 @@
+"""AdaFocal: focal loss whose gamma follows the calibration of each confidence bin (Ghosh et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.core.distributed import gather_rows
+from calib_lightning.functional import at_least_float32, checked_batch
+from calib_lightning.types import Prediction
+
+
+def ada_focal_loss(logits: Tensor, labels: Tensor, *, edges: Tensor, gammas: Tensor) -> Tensor:
+    """AdaFocal loss (Ghosh et al., 2022), with the gamma of the bin that holds ``p_y``.
+
+    ``-mean_n (1 - p_y)^g log p_y`` where ``g >= 0``, ``-mean_n (1 + p_y)^|g| log p_y`` (inverse focal) where ``g < 0``.
+    Bins are ``[lo, hi)``; the first one also holds what is below it, the last one what is above. The choice of the bin
+    carries no gradient.
+
+    Args:
+        logits: ``(N, K)``.
+        labels: ``(N,)`` int64.
+        edges: Bounds ``(B + 1,)`` of the bins, ascending.
+        gammas: ``(B,)``.
+
+    Returns:
+        Scalar, in nats.
+
+    Deviations:
+        The mean over the batch; the authors sum and clip the gradient. ``1 - p`` is kept at or above 1e-12.
+
+    Example:
+        >>> bins = {"edges": torch.tensor([0.0, 0.5, 1.0]), "gammas": torch.tensor([0.0, 1.0])}
+        >>> round(ada_focal_loss(torch.zeros(1, 2), torch.tensor([0]), **bins).item(), 4)
+        0.3466
+    """
+    logits, labels = checked_batch(logits, labels, soft=False)
+    log_probs = logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    probs = log_probs.exp()
+    bins = torch.searchsorted(edges[1:-1].to(probs.dtype), probs.detach(), right=True)
+    gamma = gammas.to(probs.dtype)[bins]
+    base = torch.where(gamma >= 0, torch.expm1(log_probs).neg().clamp_min(1e-12), 1.0 + probs)
+    return -(base.pow(gamma.abs()) * log_probs).mean()
+
+
+def equal_mass_edges(confidence: Tensor, n_bins: int) -> Tensor:
+    """Bounds of bins that hold equally many confidences (Ghosh et al., 2022), by linear interpolation of the ranks.
+
+    Args:
+        confidence: ``(N,)``, N at least 1.
+        n_bins: B.
+
+    Returns:
+        ``(B + 1,)`` float64, ascending, from the least to the largest confidence.
+
+    Example:
+        >>> equal_mass_edges(torch.tensor([0.5, 0.75, 1.0]), 1)
+        tensor([0.5000, 1.0000], dtype=torch.float64)
+    """
+    ordered = confidence.double().sort().values
+    rank = torch.linspace(0, len(ordered), n_bins + 1, dtype=torch.float64, device=ordered.device)
+    rank = rank.clamp_max(len(ordered) - 1)
+    low = rank.floor().long()
+    high = (low + 1).clamp_max(len(ordered) - 1)
+    return ordered[low] + (rank - low) * (ordered[high] - ordered[low])
+
+
+class AdaFocalLoss(nn.Module):
+    """Criterion of `ada_focal_loss`; its bins and gammas are buffers that `adapt` moves.
+
+    Args:
+        n_bins: B.
+        rate: How strongly a bin's gap moves its gamma, above 0.
+        gamma_max: Largest gamma.
+        gamma_min: Least gamma, below 0.
+        switch: Magnitude below which a gamma changes sign, above 0.
+
+    Raises:
+        ValueError: If a setting lies outside its range.
+
+    Attributes:
+        edges: ``(B + 1,)`` float64, at first of equal width.
+        gammas: ``(B,)`` float64, at first 1.
+
+    Example:
+        >>> criterion = AdaFocalLoss(n_bins=1)
+        >>> criterion.adapt(torch.tensor([0.5, 1.0]), torch.tensor([False, False]))  # overconfident
+        >>> criterion.gammas.item() > 1
+        True
+    """
+
+    edges: Tensor
+    gammas: Tensor
+
+    def __init__(
+        self,
+        n_bins: int = 15,
+        rate: float = 1.0,
+        gamma_max: float = 20.0,
+        gamma_min: float = -2.0,
+        switch: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if n_bins < 1:
+            raise ValueError(f"n_bins is {n_bins}; it must be at least 1 (15 in the paper).")
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"rate is {rate}; it must be above 0 and finite (1 in the paper).")
+        if not 0 < switch <= min(gamma_max, -gamma_min):
+            raise ValueError(
+                f"gamma_min={gamma_min}, switch={switch}, gamma_max={gamma_max}: they must satisfy "
+                "0 < switch <= gamma_max and gamma_min <= -switch (-2, 0.2 and 20 in the paper)."
+            )
+        self.rate, self.gamma_max, self.gamma_min, self.switch = rate, gamma_max, gamma_min, switch
+        self.register_buffer("edges", torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
+        self.register_buffer("gammas", torch.ones(n_bins, dtype=torch.float64))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)``."""
+        return ada_focal_loss(logits, labels, edges=self.edges, gammas=self.gammas)
+
+    def adapt(self, confidence: Tensor, correct: Tensor) -> None:
+        """Move bins and gammas after an epoch (Ghosh et al., 2022).
+
+        ``g <- g exp(rate E_b)`` where ``g > 0``, ``g exp(-rate E_b)`` where ``g < 0``; ``E_b`` is mean confidence minus
+        accuracy in the equal-mass bin ``(lo, hi]``, 0 in an empty one. A gamma that comes nearer to 0 than ``switch``
+        goes to the other side; all stay within ``[gamma_min, gamma_max]``. The single least confidence is in no bin.
+
+        Args:
+            confidence: Validation confidences ``(N,)``; with N = 0 nothing changes.
+            correct: ``(N,)``, whether each is right.
+        """
+        if not len(confidence):
+            return
+        n_bins = len(self.gammas)
+        confidence = confidence.double()
+        edges = equal_mass_edges(confidence, n_bins).to(self.edges.device)
+        bins = torch.searchsorted(edges, confidence, right=False) - 1
+        inside = bins >= 0
+        gaps = torch.zeros_like(self.gammas).index_add_(0, bins[inside], (confidence - correct.double())[inside])
+        gaps /= torch.bincount(bins[inside], minlength=n_bins).clamp_min(1)
+        gammas = self.gammas * torch.exp(self.rate * gaps * self.gammas.sign())
+        crossed = gammas.abs() < self.switch
+        gammas = torch.where(crossed, -self.switch * gammas.sign(), gammas).clamp(self.gamma_min, self.gamma_max)
+        # in place: DDP holds on to the buffers
+        self.edges.copy_(edges)
+        self.gammas.copy_(gammas)
+
+
+class AdaFocal(ClassificationModule):
+    """Train with AdaFocal (Ghosh, Schaaf and Gormley, NeurIPS 2022).
+
+    Paper: Ghosh et al. 2022.
+    Mechanism: focal loss whose gamma follows the validation gap of each confidence bin.
+    Extra cost: none beyond validation.
+
+    After each validation within the fit, the confidences of the whole validation split move bins and gammas
+    (`AdaFocalLoss.adapt`); the sanity check does not. They travel in the checkpoint.
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        n_bins: Bins of confidence.
+        rate: How strongly a bin's gap moves its gamma.
+        gamma_max: Largest gamma.
+        gamma_min: Least gamma, below 0.
+        switch: Magnitude below which a gamma changes sign.
+        **options: See `ClassificationModule`.
+
+    Example:
+        >>> AdaFocal(10, encoder="digits_cnn").criterion.gammas.shape
+        torch.Size([15])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        n_bins: int = 15,
+        rate: float = 1.0,
+        gamma_max: float = 20.0,
+        gamma_min: float = -2.0,
+        switch: float = 0.2,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        criterion = AdaFocalLoss(n_bins, rate, gamma_max, gamma_min, switch)
+        super().__init__(num_classes, criterion=criterion, **options)
+        self._validated: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_start(self) -> None:
+        """Refuse to train without validation.
+
+        Raises:
+            ValueError: If there is nothing to validate on.
+        """
+        if not sum(self.trainer.num_val_batches):
+            raise ValueError(
+                "AdaFocal moves its gammas by what it sees in validation, but there is no validation batch. Give the "
+                "data a validation split (data.init_args.split.val above 0) and leave limit_val_batches alone."
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        """Start from nothing."""
+        super().on_validation_epoch_start()
+        self._validated.clear()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Prediction:  # type: ignore[override]
+        """Add one batch to the validation metrics, and to what moves the gammas."""
+        prediction = super().validation_step(batch, batch_idx)
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            confidence, predicted = at_least_float32(prediction.logits).softmax(dim=-1).max(dim=-1)
+            self._validated.append((confidence, predicted == self._checked(batch).label))
+        return prediction
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics; move bins and gammas."""
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+            return
+        confidence = torch.cat([part for part, _ in self._validated] or [torch.empty(0, device=self.device)])
+        correct = torch.cat([part for _, part in self._validated] or [torch.empty(0, device=self.device)])
+        assert isinstance(self.criterion, AdaFocalLoss)
+        self.criterion.adapt(gather_rows(confidence), gather_rows(correct.float()))
+        self._validated.clear()

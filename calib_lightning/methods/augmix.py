@@ -1,0 +1,125 @@
+"""AugMix with its consistency loss (Hendrycks et al., ICLR 2020)."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.data.augmix import AugMixViews
+from calib_lightning.functional import at_least_float32
+from calib_lightning.types import Batch
+
+
+def jsd_consistency(logits_clean: Tensor, logits_1: Tensor, logits_2: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of three predictions (Hendrycks et al., 2020), ``mean_n (1/3) sum_v KL(p_nv || M_n)``.
+
+    ``M = (p_clean + p_1 + p_2) / 3``, clamped to ``[1e-7, 1]``. It is 0 where all views agree, at most ``log 3``.
+
+    Args:
+        logits_clean: ``(N, K)``, of the images themselves.
+        logits_1: ``(N, K)``, of a first view of them.
+        logits_2: ``(N, K)``, of a second view.
+
+    Returns:
+        Scalar, in nats; float32 or wider.
+
+    Raises:
+        TypeError: If logits are not floating point.
+        ValueError: If they are not all of one shape (N, K), N and K above 0.
+
+    Example:
+        >>> same = torch.zeros(1, 2)
+        >>> jsd_consistency(same, same, same).item()
+        0.0
+    """
+    for logits in (logits_clean, logits_1, logits_2):
+        if not logits.is_floating_point():
+            raise TypeError(
+                f"The logits are {logits.dtype}; they must be floating point: give what the network returns."
+            )
+        if logits.ndim != 2 or 0 in logits.shape or logits.shape != logits_clean.shape:
+            shapes = ", ".join(str(tuple(view.shape)) for view in (logits_clean, logits_1, logits_2))
+            raise ValueError(
+                f"The logits of the three views have the shapes {shapes}; all must be the same (N, K), N and K above 0."
+            )
+    log_probs = torch.stack([at_least_float32(x) for x in (logits_clean, logits_1, logits_2)]).log_softmax(dim=-1)
+    probs = log_probs.exp()
+    log_mixture = probs.mean(dim=0).clamp(1e-7, 1).log()
+    return (probs * (log_probs - log_mixture)).sum(dim=-1).mean()
+
+
+class AugMixTransform(BatchTransform):
+    """AugMix around any criterion (Hendrycks et al., 2020): ``L = L(clean) + strength JSD(clean, mixed 1, mixed 2)``.
+
+    One forward pass of 3 N images, so BatchNorm sees all views together. The data module makes the views; a data set
+    of one's own returns images ``(3, C, H, W)``, the clean one first.
+
+    Args:
+        strength: Weight of `jsd_consistency`, at least 0.
+        severity: Largest level of the operations, in ``[0.1, 10]``; see `AugMixViews`.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> AugMixTransform(strength=6.0).strength
+        6.0
+    """
+
+    def __init__(self, strength: float = 12.0, severity: float = 3.0) -> None:
+        super().__init__()
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (12 in the paper).")
+        AugMixViews(nn.Identity(), severity)  # refuses a severity here, not when training starts
+        self.strength = strength
+        self.severity = severity
+
+    def views(self, normalize: nn.Module, seed: int) -> nn.Module:
+        """The transform that turns uint8 images into a clean and two mixed views."""
+        return AugMixViews(normalize, self.severity, seed=seed)
+
+    def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss (scalar), and logits ``(N, K)`` of the clean images, for images ``(N, 3, C, H, W)``.
+
+        Raises:
+            ValueError: If the images are not (N, 3, C, H, W).
+        """
+        image = batch.image
+        if image.ndim != 5 or image.shape[1] != 3:
+            raise ValueError(
+                f"AugMix needs three views of each image, (N, 3, C, H, W), but got images {tuple(image.shape)}. Data "
+                "modules of calib_lightning make them while a trainer fits the module; let a data set of your own "
+                "return (3, C, H, W): the clean image, then two views made by calib_lightning.data.AugMixViews."
+            )
+        logits = module(image.transpose(0, 1).flatten(0, 1))
+        clean, first, second = logits.chunk(3)
+        return module.criterion_value(clean, batch.label) + self.strength * jsd_consistency(clean, first, second), clean
+
+
+class AugMix(ClassificationModule):
+    """Train with cross-entropy and equal predictions for augmented views, AugMix (Hendrycks et al., ICLR 2020).
+
+    Paper: Hendrycks et al. 2020.
+    Mechanism: equal predictions for an image and two random mixtures of its augmentations.
+    Extra cost: 3 x the forward and backward pass; the views.
+
+    Give `AugMixTransform` as ``batch_transform`` to another method to use its criterion on the clean images.
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        strength: Weight of the consistency loss.
+        severity: Largest level of the operations, in ``[0.1, 10]``.
+        **options: See `ClassificationModule`.
+
+    Example:
+        >>> AugMix(10, strength=6.0, encoder="digits_cnn").hparams.strength
+        6.0
+    """
+
+    def __init__(
+        self, num_classes: int, strength: float = 12.0, severity: float = 3.0, **options: Unpack[BaseOptions]
+    ) -> None:
+        super().__init__(num_classes, batch_transform=AugMixTransform(strength, severity), **options)

@@ -1,0 +1,172 @@
+"""Class-balanced loss (Cui et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.functional import checked_batch
+
+
+def effective_number_weights(class_counts: Sequence[int], beta: float = 0.9999) -> Tensor:
+    """Class weights by the effective number of samples (Cui et al., 2019).
+
+    ``w_k`` proportional to ``(1 - beta) / (1 - beta^{n_k})``, scaled to sum to K.
+
+    Args:
+        class_counts: ``n_k``, training samples of each class, at least 1 each.
+        beta: In ``[0, 1)``; 0 weighs all classes alike, towards 1 the weights become ``1 / n_k``.
+
+    Returns:
+        ``(K,)`` float64.
+
+    Raises:
+        ValueError: If a class has no sample or ``beta`` lies outside ``[0, 1)``.
+
+    Example:
+        >>> effective_number_weights([10, 10], beta=0.9)
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    counts = checked_counts(class_counts)
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is {beta}; it must lie in [0, 1) (0.9999 in the paper).")
+    weights = (1.0 - beta) / (1.0 - beta**counts)
+    return weights * len(weights) / weights.sum()
+
+
+def checked_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+    """Check training samples by class.
+
+    Args:
+        class_counts: ``n_k``, one for each class.
+
+    Returns:
+        ``(K,)`` float64.
+
+    Raises:
+        ValueError: If there is none, or a class has less than one sample.
+
+    Example:
+        >>> checked_counts([3, 2])
+        tensor([3., 2.], dtype=torch.float64)
+    """
+    counts = torch.as_tensor(class_counts).double()
+    if counts.ndim != 1 or not len(counts) or not bool((counts >= 1).all()):
+        raise ValueError(
+            f"class_counts are {counts.tolist()}; give the number of training samples of each class, all at least 1."
+        )
+    return counts
+
+
+def counts_for(module: ClassificationModule, class_counts: Sequence[int] | None) -> Tensor:
+    """Class counts of a method that needs them: those given to it, else those of the data module it is fitted on.
+
+    Args:
+        module: The method, attached to a trainer.
+        class_counts: What it was given.
+
+    Returns:
+        ``(K,)`` float64.
+
+    Raises:
+        ValueError: If there are none, not K of them, or a class has no sample.
+    """
+    if class_counts is None:
+        class_counts = getattr(module.trainer.datamodule, "class_counts", None)  # type: ignore[attr-defined]
+    if class_counts is None:
+        raise ValueError(
+            f"{type(module).__name__} needs the number of training samples of each class: give class_counts=[...], or "
+            "train with a data module that has class_counts, as those of this package do."
+        )
+    counts = checked_counts(class_counts)
+    if len(counts) != module.num_classes:
+        raise ValueError(f"There are {len(counts)} class_counts for {module.num_classes} classes; give one for each.")
+    return counts
+
+
+def class_balanced_loss(logits: Tensor, labels: Tensor, *, class_weights: Tensor) -> Tensor:
+    """Class-balanced cross-entropy (Cui et al., 2019), ``L = -mean_n w_{y_n} log p_{n, y_n}``.
+
+    Args:
+        logits: ``(N, K)``.
+        labels: ``(N,)`` int64, or soft targets ``(N, K)``: then ``-mean_n sum_k w_k t_nk log p_nk``.
+        class_weights: ``w``, ``(K,)``, as `effective_number_weights` gives them.
+
+    Returns:
+        Scalar, in nats.
+
+    Example:
+        >>> weights = torch.tensor([0.5, 1.5])
+        >>> round(class_balanced_loss(torch.zeros(1, 2), torch.tensor([0]), class_weights=weights).item(), 4)
+        0.3466
+    """
+    logits, labels = checked_batch(logits, labels, soft=True)
+    weighted = class_weights.to(logits.dtype) * logits.log_softmax(dim=-1)
+    if labels.ndim == 2:
+        return -(labels * weighted).sum(dim=-1).mean()
+    return -weighted.gather(-1, labels.unsqueeze(-1)).mean()
+
+
+class ClassBalancedLoss(nn.Module):
+    """Criterion of `class_balanced_loss`.
+
+    Args:
+        class_counts: Training samples of each class, at least 1 each.
+        beta: See `effective_number_weights`.
+
+    Raises:
+        ValueError: If a class has no sample or ``beta`` lies outside ``[0, 1)``.
+    """
+
+    class_weights: Tensor
+
+    def __init__(self, class_counts: Sequence[int], beta: float = 0.9999) -> None:
+        super().__init__()
+        # not saved: the data gives them again
+        self.register_buffer("class_weights", effective_number_weights(class_counts, beta), persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)`` or ``(N, K)``."""
+        return class_balanced_loss(logits, labels, class_weights=self.class_weights)
+
+
+class ClassBalanced(ClassificationModule):
+    """Train with cross-entropy weighed by the effective number of samples of a class (Cui et al., CVPR 2019).
+
+    Paper: Cui et al. 2019.
+    Mechanism: rare classes weigh more.
+    Extra cost: none.
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        class_counts: Training samples of each class; ``None`` takes those of the data module.
+        beta: In ``[0, 1)``; 0 is cross-entropy, towards 1 the weights become ``1 / n_k``.
+        **options: See `ClassificationModule`.
+
+    Raises:
+        ValueError: If a setting lies outside its range; at the start of a fit, if there are no class counts.
+
+    Example:
+        >>> ClassBalanced(2, class_counts=[90, 10], encoder="digits_cnn").hparams.beta
+        0.9999
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_counts: Sequence[int] | None = None,
+        beta: float = 0.9999,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        ClassBalancedLoss([1] * num_classes if class_counts is None else class_counts, beta)  # refuses what is wrong
+        super().__init__(num_classes, **options)
+        self.class_counts, self.beta = class_counts, beta
+
+    def setup(self, stage: str) -> None:
+        """Build the criterion once the data is known."""
+        if stage == "fit":
+            self.criterion = ClassBalancedLoss(counts_for(self, self.class_counts).long().tolist(), self.beta)

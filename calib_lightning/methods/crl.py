@@ -1,0 +1,216 @@
+"""Correctness ranking loss, CRL (Moon et al., ICML 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+from typing import Any, Literal, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calib_lightning.core import BaseOptions, ClassificationModule, CorrectnessHistory
+from calib_lightning.functional import at_least_float32, checked_batch
+from calib_lightning.methods.cross_entropy import CrossEntropyLoss
+from calib_lightning.types import Batch
+
+Confidence = Literal["softmax", "margin", "entropy"]
+
+
+def ranking_confidence(logits: Tensor, kind: Confidence = "softmax") -> Tensor:
+    """Confidence that CRL ranks (Moon et al., 2020).
+
+    Args:
+        logits: ``(N, K)``.
+        kind: ``"softmax"``, the largest probability; ``"margin"``, the two largest ones' difference; ``"entropy"``,
+            ``1 - H(p) / log K``, which ranks as the authors' ``-H(p) / log K`` does.
+
+    Returns:
+        ``(N,)`` in ``[0, 1]``, with gradient.
+
+    Example:
+        >>> ranking_confidence(torch.zeros(1, 4)).item()
+        0.25
+    """
+    logits = at_least_float32(logits)
+    if kind == "entropy":
+        log_probs = logits.log_softmax(dim=-1)
+        return 1.0 + (log_probs.exp() * log_probs).sum(dim=-1) / math.log(logits.shape[-1])
+    probs = logits.softmax(dim=-1)
+    if kind == "margin":
+        first, second = probs.topk(2, dim=-1).values.unbind(dim=-1)
+        return first - second
+    return probs.amax(dim=-1)
+
+
+def correctness_ranking_loss(confidence: Tensor, rate: Tensor) -> Tensor:
+    """Ranking loss over neighbours of a batch (Moon et al., 2020).
+
+    ``R = mean_i relu(-t_i (k_i - k_j) + |c_i - c_j|)`` with ``j = i + 1`` (the last row with the first),
+    ``t_i = sign(c_i - c_j)``, and 0 for pairs of equal rate.
+
+    Args:
+        confidence: ``k``, ``(N,)``; the gradient flows through both of a pair.
+        rate: ``c``, ``(N,)`` in ``[0, 1]``: how often each sample has been right so far.
+
+    Returns:
+        Scalar >= 0.
+
+    Example:
+        >>> correctness_ranking_loss(torch.tensor([0.5, 0.75]), torch.tensor([1.0, 0.0])).item()
+        1.25
+    """
+    difference = rate - rate.roll(-1)
+    sign = difference.sign()
+    loss = F.relu(-sign * (confidence - confidence.roll(-1)) + difference.abs())
+    return (loss * sign.abs()).mean()
+
+
+def correctness_rate(counts: Tensor, index: Tensor, epochs: int) -> Tensor:
+    """Share of right answers (Moon et al., 2020), ``c = (count - m) / (T - m)``, m the least count of all samples.
+
+    Args:
+        counts: ``(n,)``, how often each training sample was classified correctly.
+        index: Samples ``(N,)`` whose rate is asked.
+        epochs: ``T``, finished epochs, at least 1.
+
+    Returns:
+        ``(N,)`` float32 in ``[0, 1]``; 0 where every sample was always right (``T = m``).
+
+    Deviations:
+        Kept within ``[0, 1]``: a sampler that repeats rows counts some of them twice.
+
+    Example:
+        >>> correctness_rate(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2]), 3)
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    least = counts.min()
+    return ((counts[index] - least) / (epochs - least).clamp_min(1)).clamp(0.0, 1.0)
+
+
+class CRL(ClassificationModule):
+    """Train with cross-entropy and the correctness ranking loss, CRL (Moon et al., ICML 2020).
+
+    Paper: Moon et al. 2020.
+    Mechanism: samples that were right more often are ranked higher.
+    Extra cost: 8 bytes a training sample.
+
+    ``L = CE + w R``, with `correctness_ranking_loss` over `correctness_rate`. ``Batch.index`` says which sample a row
+    is; the data must be shuffled, since neighbours of a batch are compared. Within an epoch a process knows its own
+    rows, at its end those of all.
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        strength: ``w``, weight of the ranking loss, at least 0.
+        ranked: The confidence that is ranked: ``"softmax"``, ``"margin"`` or ``"entropy"``.
+        **options: See `ClassificationModule`.
+
+    Raises:
+        ValueError: If ``strength`` is negative, ``ranked`` is unknown, or a ``batch_transform`` is given.
+
+    Example:
+        >>> CRL(10, encoder="digits_cnn").hparams.strength
+        1.0
+    """
+
+    def __init__(
+        self, num_classes: int, strength: float = 1.0, ranked: Confidence = "softmax", **options: Unpack[BaseOptions]
+    ) -> None:
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (1 in the paper).")
+        if ranked not in ("softmax", "margin", "entropy"):
+            raise ValueError(f"ranked is {ranked!r}; it must be 'softmax', 'margin' or 'entropy'.")
+        if "batch_transform" in options:
+            raise ValueError(
+                "CRL compares the confidence of single training samples and cannot work on mixed ones: leave "
+                "batch_transform out."
+            )
+        super().__init__(num_classes, criterion=CrossEntropyLoss(), **options)
+        self.strength = strength
+        self.ranked: Confidence = ranked
+        self.history = CorrectnessHistory()
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss (scalar) and logits ``(N, K)`` of one batch."""
+        self._check_index(batch.index)
+        logits = self(batch.image)
+        wide, labels = checked_batch(logits, batch.label, soft=False)
+        loss = self.criterion_value(wide, labels)
+        if len(self.history.count):  # none before the first training step
+            rate = correctness_rate(self.history.counts, batch.index, max(1, self.current_epoch))
+            loss = loss + self.strength * correctness_ranking_loss(ranking_confidence(wide, self.ranked), rate)
+        self._seen = batch.index, wide.detach().argmax(dim=-1) == labels
+        return loss, logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step; its answers count from the next one on."""
+        loss = super().training_step(batch, batch_idx)
+        if self._seen is not None and len(self.history.count):
+            self.history.update(*self._seen)
+        return loss
+
+    def on_train_start(self) -> None:
+        """Make room for every training sample, or check that the checkpoint's history is of this set."""
+        size = _train_size(self.trainer.train_dataloader)
+        known = len(self.history.count)
+        if not known:
+            self.history.resize(size)
+        elif known != size:
+            raise ValueError(
+                f"The history of the checkpoint is of {known} training samples, but the training set has {size}. "
+                "Resume on the data that the checkpoint was trained on."
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Log the training metrics; let every process know the answers of all."""
+        super().on_train_epoch_end()
+        self.history.settle()
+
+    def epoch_rows(self) -> dict[str, Tensor]:
+        """The answers of the begun epoch."""
+        return {"history": self.history.rows()}
+
+    def restore_epoch_rows(self, rows: dict[str, Tensor]) -> None:
+        """Take back the answers of the begun epoch."""
+        self.history.restore(rows["history"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for the history before it arrives."""
+        count = checkpoint["state_dict"].get("history.count")
+        if count is not None and len(count) != len(self.history.count):
+            self.history.resize(len(count))
+        super().on_load_checkpoint(checkpoint)
+
+    def _check_index(self, index: Tensor) -> None:
+        if index.dtype != torch.int64 or index.ndim != 1:
+            raise TypeError(
+                f"Batch.index is {index.dtype} of shape {tuple(index.shape)}; CRL needs the position (N,), int64, of "
+                "each sample in the training set."
+            )
+        # elsewhere a look would wait for the device in every step
+        if index.device.type != "cpu" or not len(self.history.count):
+            return
+        low, high = (int(value) for value in index.aminmax())
+        if low < 0 or high >= len(self.history.count):
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"Batch.index holds {wrong}, but the training set has the positions 0..{len(self.history.count) - 1}. "
+                "Let the data set return each sample's own position in it."
+            )
+        if low == high and len(index) > 1:
+            raise ValueError(
+                f"Every sample of a batch says that its position is {low}. CRL keeps a history of each sample: let the "
+                "data set return each sample's own position in it."
+            )
+
+
+def _train_size(loader: Any) -> int:
+    source = getattr(loader, "data", None) or getattr(loader, "dataset", None)
+    if not isinstance(source, Sized):
+        raise TypeError(
+            f"CRL keeps a history of every training sample, but the training loader, a {type(loader).__name__}, has no "
+            "data set with a length. Use one loader over a data set that has one."
+        )
+    return len(source)

@@ -1,0 +1,194 @@
+"""Label-distribution-aware margins with deferred re-weighting, LDAM-DRW (Cao et al., NeurIPS 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calib_lightning.core import ClassificationModule, Head, ModuleOptions
+from calib_lightning.functional import at_least_float32, checked_batch
+from calib_lightning.methods.class_balanced import checked_counts, counts_for, effective_number_weights
+
+
+def ldam_margins(class_counts: Sequence[int], max_margin: float = 0.5) -> Tensor:
+    """Margins of the classes (Cao et al., 2019), ``m_k = C / n_k^{1/4}``; C makes the largest ``max_margin``.
+
+    Args:
+        class_counts: ``n_k``, training samples of each class, at least 1 each.
+        max_margin: Margin of the rarest class.
+
+    Returns:
+        ``(K,)`` float64, in units of the cosine.
+
+    Example:
+        >>> ldam_margins([16, 1])
+        tensor([0.2500, 0.5000], dtype=torch.float64)
+    """
+    margins = checked_counts(class_counts) ** -0.25
+    return margins * (max_margin / margins.max())
+
+
+def ldam_loss(
+    logits: Tensor, labels: Tensor, *, margins: Tensor, scale: float = 30.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """LDAM loss (Cao et al., 2019): cross-entropy after the true class's logit has been lowered by its margin.
+
+    ``L = -sum_n w_{y_n} log softmax(z_n - s m_{y_n} onehot(y_n))_{y_n} / sum_n w_{y_n}``.
+
+    Args:
+        logits: ``z``, ``(N, K)``: s times the cosines of a `CosineHead` in the paper.
+        labels: ``(N,)`` int64.
+        margins: ``m``, ``(K,)``, in units of the cosine.
+        scale: ``s``.
+        class_weights: ``w``, ``(K,)``; ``None`` weighs all classes alike.
+
+    Returns:
+        Scalar, in nats.
+
+    Example:
+        >>> margins = torch.tensor([0.1, 0.2])
+        >>> round(ldam_loss(torch.zeros(1, 2), torch.tensor([0]), margins=margins, scale=10.0).item(), 4)
+        1.3133
+    """
+    logits, labels = checked_batch(logits, labels, soft=False)
+    lowered = torch.zeros_like(logits).scatter(
+        -1, labels.unsqueeze(-1), (scale * margins.to(logits.dtype))[labels].unsqueeze(-1)
+    )
+    weights = None if class_weights is None else class_weights.to(logits.dtype)
+    return F.cross_entropy(logits - lowered, labels, weight=weights)
+
+
+class LDAMLoss(nn.Module):
+    """Criterion of `ldam_loss`.
+
+    Args:
+        class_counts: Training samples of each class, at least 1 each.
+        max_margin: Margin of the rarest class, at least 0.
+        scale: ``s``, above 0.
+        beta: Of the class weights, see `calib_lightning.methods.effective_number_weights`.
+
+    Raises:
+        ValueError: If a class has no sample or a setting lies outside its range.
+
+    Attributes:
+        reweighted: Whether classes are weighed, False at first.
+    """
+
+    margins: Tensor
+    class_weights: Tensor
+
+    def __init__(
+        self, class_counts: Sequence[int], max_margin: float = 0.5, scale: float = 30.0, beta: float = 0.9999
+    ) -> None:
+        super().__init__()
+        if not 0 <= max_margin < float("inf"):
+            raise ValueError(f"max_margin is {max_margin}; it must be at least 0 and finite (0.5 in the paper).")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale is {scale}; it must be above 0 and finite (30 in the paper).")
+        self.scale = scale
+        self.reweighted = False
+        # not saved: the data gives them again
+        self.register_buffer("margins", ldam_margins(class_counts, max_margin), persistent=False)
+        self.register_buffer("class_weights", effective_number_weights(class_counts, beta), persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)``."""
+        weights = self.class_weights if self.reweighted else None
+        return ldam_loss(logits, labels, margins=self.margins, scale=self.scale, class_weights=weights)
+
+
+class CosineHead(Head):
+    """Scaled cosines between features and class weights, ``z_k = s h w_k / (|h| |w_k|)``.
+
+    Args:
+        in_features: d, the number of features.
+        num_classes: K.
+        scale: ``s``.
+
+    Example:
+        >>> CosineHead(64, 10)(torch.ones(2, 64)).abs().max() <= 30
+        tensor(True)
+    """
+
+    def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features).uniform_(-1, 1))
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of features ``(N, d)``."""
+        # times 30, a cosine in half precision would be off by a tenth
+        with torch.autocast(features.device.type, enabled=False):
+            direction = F.normalize(at_least_float32(features), dim=-1)
+            return self.scale * F.linear(direction, F.normalize(self.weight, dim=-1).to(direction.dtype))
+
+
+class LDAM(ClassificationModule):
+    """Train with label-distribution-aware margins and deferred re-weighting, LDAM-DRW (Cao et al., NeurIPS 2019).
+
+    Paper: Cao et al. 2019.
+    Mechanism: larger margins, later larger weights for rare classes; cosine head.
+    Extra cost: none.
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        class_counts: Training samples of each class; ``None`` takes those of the data module.
+        max_margin: Margin of the rarest class.
+        scale: ``s``, of cosines and margins.
+        beta: Of the class weights of the re-weighting.
+        reweight_from: Share of the epochs after which classes are weighed, in ``[0, 1]``; 160 of 200 epochs in the
+            paper, 1 for never.
+        **options: See `ClassificationModule`.
+
+    Raises:
+        ValueError: If a setting lies outside its range; at the start of a fit, if there are no class counts or the
+            number of epochs is not known.
+
+    Deviations:
+        The head gives scaled cosines, in training and in evaluation: the authors' network gives bare ones, whose
+        softmax is almost uniform.
+
+    Example:
+        >>> LDAM(10, encoder="digits_cnn").hparams.reweight_from
+        0.8
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_counts: Sequence[int] | None = None,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        beta: float = 0.9999,
+        reweight_from: float = 0.8,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        if not 0 <= reweight_from <= 1:
+            raise ValueError(f"reweight_from is {reweight_from}; it must lie in [0, 1] (0.8 in the paper, 1: never).")
+        settings = max_margin, scale, beta
+        LDAMLoss([1] * num_classes if class_counts is None else class_counts, *settings)  # refuses what is wrong
+        super().__init__(num_classes, **options)
+        self._settings = settings
+        self.head = CosineHead(self.encoder.num_features, num_classes, scale)
+        self.class_counts, self.reweight_from = class_counts, reweight_from
+
+    def setup(self, stage: str) -> None:
+        """Build the criterion once the data is known."""
+        if stage != "fit":
+            return
+        if self.reweight_from < 1 and (self.trainer.max_epochs is None or self.trainer.max_epochs < 1):
+            raise ValueError(
+                f"LDAM weighs classes after {self.reweight_from:g} of the epochs, but max_epochs is "
+                f"{self.trainer.max_epochs}. Set max_epochs to a number, or reweight_from to 1."
+            )
+        self.criterion = LDAMLoss(counts_for(self, self.class_counts).long().tolist(), *self._settings)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Weigh classes from an epoch on; before each step, since a run may be resumed within an epoch."""
+        assert isinstance(self.criterion, LDAMLoss)
+        late = self.reweight_from < 1 and self.current_epoch >= self.reweight_from * (self.trainer.max_epochs or 0)
+        self.criterion.reweighted = late

@@ -1,0 +1,112 @@
+"""Mixup (Zhang et al., ICLR 2018; for calibration: Thulasidasan et al., NeurIPS 2019)."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.types import Batch
+
+
+def mix(image: Tensor, order: Tensor, weight: float) -> Tensor:
+    """Mix every image with another one of its batch (Zhang et al., 2018), ``w x + (1 - w) x[order]``.
+
+    Args:
+        image: ``(N, ...)``.
+        order: Permutation ``(N,)`` int64 of the rows.
+        weight: ``w`` in ``[0, 1]``.
+
+    Returns:
+        ``(N, ...)``.
+
+    Example:
+        >>> mix(torch.tensor([0.0, 1.0]), torch.tensor([1, 0]), 0.75)
+        tensor([0.2500, 0.7500])
+    """
+    return weight * image + (1.0 - weight) * image[order]
+
+
+def beta_weight(alpha: float) -> float:
+    """Draw ``w ~ Beta(alpha, alpha)`` from torch's global generator of the CPU.
+
+    Args:
+        alpha: Above 0; small values give weights near 0 or 1.
+
+    Returns:
+        The weight, in ``[0, 1]``.
+
+    Example:
+        >>> 0 <= beta_weight(0.2) <= 1
+        True
+    """
+    return float(torch.distributions.Beta(alpha, alpha, validate_args=False).sample())
+
+
+def check_alpha(alpha: float, usual: str) -> None:
+    """Refuse a parameter that is none of a symmetric Beta distribution.
+
+    Args:
+        alpha: The parameter.
+        usual: What the error says of usual values.
+
+    Raises:
+        ValueError: If it is not above 0 or not finite.
+    """
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha is {alpha}; it must be above 0 and finite ({usual}).")
+
+
+class MixupTransform(BatchTransform):
+    """Mixup around any criterion: ``w L(f(x~), y) + (1 - w) L(f(x~), y[order])`` with ``x~ = w x + (1 - w) x[order]``.
+
+    One ``w ~ Beta(alpha, alpha)`` and one permutation a batch. Training metrics compare with ``y`` alone.
+
+    Args:
+        alpha: Parameter of the Beta distribution, above 0.
+
+    Raises:
+        ValueError: If ``alpha`` is not above 0.
+
+    Example:
+        >>> MixupTransform(alpha=1.0).alpha
+        1.0
+    """
+
+    def __init__(self, alpha: float = 0.2) -> None:
+        super().__init__()
+        check_alpha(alpha, "0.2 and 1 in the literature")
+        self.alpha = alpha
+
+    def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss (scalar), and logits ``(N, K)`` of the mixed images."""
+        weight, order = beta_weight(self.alpha), torch.randperm(len(batch.label), device=batch.label.device)
+        logits = module(mix(batch.image, order, weight))
+        own = module.criterion_value(logits, batch.label)
+        other = module.criterion_value(logits, batch.label[order])
+        return weight * own + (1.0 - weight) * other, logits
+
+
+class Mixup(ClassificationModule):
+    """Train with cross-entropy on mixed images, mixup (Zhang et al., ICLR 2018).
+
+    Paper: Zhang et al. 2018; Thulasidasan et al. 2019.
+    Mechanism: images and labels of two rows mixed.
+    Extra cost: none.
+
+    Give `MixupTransform` as ``batch_transform`` to another method to mix around its criterion.
+
+    Args:
+        num_classes: K; the command line takes it from the data.
+        alpha: Parameter of the Beta distribution; 0.2 in calibration papers, 1 in others.
+        **options: See `ClassificationModule`.
+
+    Example:
+        >>> Mixup(10, alpha=1.0, encoder="digits_cnn").hparams.alpha
+        1.0
+    """
+
+    def __init__(self, num_classes: int, alpha: float = 0.2, **options: Unpack[BaseOptions]) -> None:
+        super().__init__(num_classes, batch_transform=MixupTransform(alpha), **options)
