@@ -10,6 +10,7 @@ import torch
 
 from calib_lightning.__main__ import main
 from calib_lightning.config_search import find_config
+from calib_lightning.method_table import method_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -57,6 +58,10 @@ def test_python_runs_as_written(number, monkeypatch, tmp_path):
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(8, 3, generator=generator), torch.arange(8) % 3) for _ in range(2)]
     exec(compile(PYTHON[number], f"README.md, python block {number}", "exec"), {"batches": batches})
+
+
+def test_the_table_of_methods_is_that_of_their_docstrings():
+    assert method_table() in README, "paste what `python -m calib_lightning.method_table` prints"
 
 
 def test_every_method_and_data_set_named_is_there_and_every_method_is_named():

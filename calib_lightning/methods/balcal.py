@@ -55,10 +55,10 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
         >>> class_weights(torch.tensor([0, 0, 0, 1]), 3).square()
         tensor([0.6667, 2.0000, 1.0000])
     """
-    counts = F.one_hot(labels, num_classes).sum(dim=0)
-    present = (counts > 0).sum()
-    weights = (len(labels) / present / counts.clamp_min(1)).sqrt()
-    return torch.where(counts > 0, weights, 1.0)
+    counts = labels.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(labels))
+    present = counts > 0
+    weights = (len(labels) / present.sum() / counts.clamp_min(1)).sqrt()
+    return torch.where(present, weights, 1.0)
 
 
 def balcal_loss(linear_logits: Tensor, etf_logits: Tensor, labels: Tensor, *, lam: float | Tensor) -> Tensor:

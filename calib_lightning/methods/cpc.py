@@ -81,7 +81,7 @@ def cpc_loss(
 
     Deviations:
         There is no official code; the defaults of a and b are those of a published comparison. Pairs ``i = j``, which
-        would add a constant, are left out. The gradient cannot be differentiated once more.
+        would add a constant, are left out. Second derivatives leave BEC out.
 
     Example:
         >>> loss = cpc_loss(torch.zeros(1, 3), torch.tensor([0]), discrimination_strength=0.0, exclusion_strength=1.0)

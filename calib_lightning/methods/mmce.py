@@ -16,37 +16,35 @@ Normalization = Literal["paper", "official"]
 KERNEL_WIDTH = 0.4
 
 
-def _confidence_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _sorted_confidence_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
-    return confidence, (predicted == labels).to(confidence.dtype)
+    confidence, order = confidence.sort()
+    return confidence, (predicted == labels)[order].to(confidence.dtype)
 
 
 def _kernel_product(confidence: Tensor, weights: Tensor) -> Tensor:
     """``sum_j k(r_i, r_j) w_j`` for every row i and every list of weights w, in O(N log N) time and O(N) memory.
 
     ``exp(-|r_i - r_j| / s)`` is a product, ``exp(-r_i / s) exp(r_j / s)``, wherever r_j is the smaller one, so that
-    running sums over the sorted confidences replace the N x N matrix. Rows of equal confidence are summed apart: there
-    the kernel is 1 and, as ``|x|`` at 0, has no slope.
+    running sums replace the N x N matrix. Rows of equal confidence are summed apart: there the kernel is 1 and, as
+    ``|x|`` at 0, has no slope.
 
     Args:
-        confidence: r, ``(N,)``.
+        confidence: r, ``(N,)``, ascending.
         weights: w, ``(..., N)``.
 
     Returns:
         ``(..., N)``.
     """
-    values, order = confidence.sort()
-    weights = weights[..., order]
     # around 1/2, which keeps the factors between 0.28 and 3.5
-    grow = torch.exp((values - 0.5) / KERNEL_WIDTH)
+    grow = torch.exp((confidence - 0.5) / KERNEL_WIDTH)
     up_to = F.pad((weights * grow).cumsum(-1), (1, 0))
     from_on = F.pad((weights / grow).flip(-1).cumsum(-1).flip(-1), (0, 1))
     counted = F.pad(weights.cumsum(-1), (1, 0))
-    fixed = values.detach()
+    fixed = confidence.detach()
     first, last = torch.searchsorted(fixed, fixed), torch.searchsorted(fixed, fixed, right=True)
     equal = counted[..., last] - counted[..., first]
-    product = up_to[..., first] / grow + equal + from_on[..., last] * grow
-    return product[..., order.argsort()]
+    return up_to[..., first] / grow + equal + from_on[..., last] * grow
 
 
 def mmce_penalty(logits: Tensor, labels: Tensor, *, sqrt: bool = False) -> Tensor:
@@ -68,7 +66,7 @@ def mmce_penalty(logits: Tensor, labels: Tensor, *, sqrt: bool = False) -> Tenso
         0.25
     """
     logits, labels = checked_batch(logits, labels, soft=False)
-    confidence, correct = _confidence_and_correct(logits, labels)
+    confidence, correct = _sorted_confidence_and_correct(logits, labels)
     gap = correct - confidence
     squared = ((gap * _kernel_product(confidence, gap)).sum() / len(gap) ** 2).clamp_min(0.0)
     return torch.sqrt(squared + 1e-10) if sqrt else squared
@@ -96,7 +94,7 @@ def weighted_mmce_penalty(logits: Tensor, labels: Tensor, *, normalization: Norm
         0.6548
     """
     logits, labels = checked_batch(logits, labels, soft=False)
-    confidence, correct = _confidence_and_correct(logits, labels)
+    confidence, correct = _sorted_confidence_and_correct(logits, labels)
     m, n = correct.sum(), (1.0 - correct).sum()
     # where one set is empty the value is not used, but its gradient must be finite
     right = correct * (1.0 - confidence) / m.clamp_min(1.0)

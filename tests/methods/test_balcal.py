@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from calib_lightning.callbacks import RunCheckpoint
 from calib_lightning.core import BatchTransform, Preemption, StepSeed, build_encoder, load_checkpoint, load_module
@@ -374,15 +375,19 @@ def test_a_run_that_stops_within_an_epoch(tmp_path):
     assert module.lam.item() == follow.expected(0.95)
 
 
-def test_sanity_check_and_validate_do_not_touch_it(tmp_path):
-    seed_everything(3)
-    data = ToyDataModule(SplitSpec(val=31), batch_size=8, train_size=101)
-    module = BalCAL(3, encoder="digits_cnn")
+def test_other_validations_do_not_touch_it(tmp_path):
+    module, run = _fit(tmp_path, [], max_epochs=1)
     module._keep(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0]))
-    run = cases.trainer(tmp_path)
-    run.validate(module, datamodule=data, verbose=False)
-    os.environ.pop("PL_GLOBAL_SEED", None)
-    assert module.lam.item() == pytest.approx(0.8)
+    lam = module.lam.item()
+    run.sanity_checking = True
+    module.on_validation_start()
+    assert module.lam.item() == lam < 1
+    run.validate(module, datamodule=run.datamodule, verbose=False)
+    assert module.lam.item() == lam
+    # while that which ends an epoch does: right by the first of equal logits, and underconfident
+    run.state.fn = TrainerFn.FITTING
+    module.on_validation_start()
+    assert module.lam.item() == 1
 
 
 def fit_stopped(rank, world, folder, stop_after=None, resume=False):
@@ -394,7 +399,7 @@ def fit_stopped(rank, world, folder, stop_after=None, resume=False):
     watch = cases.Watch(preemption, stop_after)
     follow = Follow()
     keep = ModelCheckpoint(folder, filename="best", monitor="val/nll", save_last=True, save_on_train_epoch_end=True)
-    run = cases.trainer(folder, world, [StepSeed(), watch, preemption, keep, follow], max_epochs=2)
+    run = cases.trainer(folder, world, [StepSeed(), follow, watch, preemption, keep], max_epochs=2)
     stopped = None
     try:
         run.fit(module, datamodule=data, ckpt_path=str(Path(folder) / "last.ckpt") if resume else None)
@@ -440,5 +445,7 @@ def test_two_processes_find_one_balance_over_all_rows(pool2, tmp_path):  # noqa:
     # rows of two processes go on in one
     stopped = pool2.run(fit_stopped, str(tmp_path / "fewer"), 10)
     alone = fit_stopped(0, 1, str(tmp_path / "fewer"), resume=True)
-    assert stopped[0]["validated"] == [one["validated"][0]]
-    assert 0 < alone["lam"] <= 1
+    parts = [*(part["rows"] for part in stopped), alone["rows"]]
+    assert [len(rows[2]) for rows in parts] == [32, 32, 35]
+    together = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    assert alone["lam"] == _balance(*together, 0.95) != _balance(*alone["rows"], 0.95)
