@@ -425,7 +425,10 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
         hyper_parameters["encoder"] = {**encoder, "pretrained": False}
     module = cls(**_accepted(cls, hyper_parameters))
     module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    # A criterion that was given as an object is not rebuilt; what it keeps, class weights say, is of no use without it.
+    known = module.state_dict().keys()
+    state = {k: v for k, v in checkpoint["state_dict"].items() if k in known or not k.startswith("criterion.")}
+    module.load_state_dict(state)
     return module.to(map_location).eval()
 
 

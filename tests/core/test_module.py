@@ -176,6 +176,17 @@ def test_only_trainable_parameters_are_optimised_and_a_plateau_watches_validatio
     assert configured["lr_scheduler"]["monitor"] == "val/nll"
 
 
+def test_a_criterion_with_weights_of_its_own_does_not_keep_a_checkpoint_from_loading(tmp_path):
+    criterion = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+    module = ClassificationModule(3, encoder="digits_cnn", criterion=criterion)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=ToyDataModule(train_size=60))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = load_module(tmp_path / "model.ckpt")
+    image = torch.rand(2, 1, 8, 8)
+    assert torch.equal(loaded(image), module.eval()(image))
+
+
 def test_no_classes_is_refused():
     with pytest.raises(ValueError, match="num_classes is 0"):
         ClassificationModule(0)

@@ -23,7 +23,7 @@ class Row:
     file: str
     options: dict[str, Any] = field(default_factory=dict)
     soft: bool = True
-    """Whether the criterion takes soft targets."""
+    """Whether it can be trained on soft targets."""
     least_classes: int = 2
 
     def build(self, num_classes: int) -> nn.Module:
@@ -230,13 +230,13 @@ ROWS = [
         least_classes=3,
     ),
     Row(methods.LogitNorm, methods.LogitNormLoss(0.5), _logit_norm, "logit_norm", {"tau": 0.5, "eval_logits": "raw"}),
-    Row(methods.CRL, None, None, "crl", {"strength": 0.5}),
+    Row(methods.CRL, None, None, "crl", {"strength": 0.5}, soft=False),
     Row(methods.Mixup, None, None, "mixup", {"alpha": 0.3}),
     Row(methods.RegMixup, None, None, "regmixup", {"alpha": 10.0}),
     Row(methods.MITL, None, None, "mit_l", {"margin": 0.4}),
     Row(methods.MITA, None, None, "mit_a", {"margin": 0.4}),
     Row(methods.AugMix, None, None, "augmix", {"strength": 6.0, "severity": 2.0}),
-    Row(methods.BalCAL, None, None, "balcal", {"delta": 0.9, "adaptor_width": 8}),
+    Row(methods.BalCAL, None, None, "balcal", {"delta": 0.9, "adaptor_width": 8}, soft=False),
     Row(methods.PLP, None, None, "plp", {"gamma": 0.5, "cuts": [3, 9, 11]}),
 ]
 LOSSES = [row for row in ROWS if row.criterion is not None]

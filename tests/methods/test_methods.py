@@ -83,6 +83,31 @@ def test_gradients_are_finite_under_bf16_autocast(row):
     assert all(g is not None and g.isfinite().all() for g in gradients)
 
 
+@by_method
+def test_soft_labels_train_or_are_refused(row):
+    torch.manual_seed(0)
+    module = row.module(3, encoder="digits_cnn", **row.options)
+    module.log = lambda *args, **kwargs: None
+    batch = _first_batch(ToyDataModule(batch_size=16), module)
+    votes = torch.distributions.Dirichlet(torch.ones(3)).sample((16,))
+    if row.file == "ldam":
+        module.criterion = row.build(3)  # which a fit does once the data is known
+    if not row.soft:
+        with pytest.raises(ValueError, match="soft targets"):
+            module.training_step(batch._replace(label=votes), 0)
+        return
+    loss = module.training_step(batch._replace(label=votes), 0)
+    loss.backward()
+    assert loss.isfinite()
+    # the votes themselves are the targets, not their winners
+    torch.manual_seed(1)
+    soft = module.loss(batch._replace(label=votes))[0]
+    torch.manual_seed(1)
+    assert not torch.isclose(soft, module.loss(batch._replace(label=votes.argmax(dim=-1)))[0])
+    module._settle_training()
+    assert int(module.train_state.count) == 16
+
+
 def _first_batch(data, module):
     data.prepare_data()
     data.setup("fit")
