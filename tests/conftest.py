@@ -1,10 +1,13 @@
 """Fixtures that all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.ddp.pool import ProcessPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -22,3 +25,21 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not a folder (set CALIB_DATA)")
     return folder
+
+
+def _pool(world: int) -> Iterator[ProcessPool]:
+    pool = ProcessPool(world)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool2() -> Iterator[ProcessPool]:
+    """Two processes, started by the first test that runs something on them; they live as long as the session."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def pool3() -> Iterator[ProcessPool]:
+    """Three processes, started by the first test that runs something on them; they live as long as the session."""
+    yield from _pool(3)

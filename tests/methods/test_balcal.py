@@ -18,7 +18,6 @@ from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import balcal
 from calib_lightning.methods.balcal import BalCAL, balcal_loss, class_weights, find_balance, simplex_etf
 from tests.ddp import cases
-from tests.ddp.conftest import pool2  # noqa: F401
 
 # --- the equations, in float64 numpy ---------------------------------------------------------------------------------
 
@@ -429,7 +428,7 @@ def test_resumed_run_is_bit_equal(tmp_path, stop_after):
     assert resumed["lam"] == whole["lam"]
 
 
-def test_two_processes_find_one_balance_over_all_rows(pool2, tmp_path):  # noqa: F811
+def test_two_processes_find_one_balance_over_all_rows(pool2, tmp_path):
     one, two = pool2.run(fit_stopped, str(tmp_path / "whole"))
     assert one["digest"] == two["digest"]
     assert one["validated"] == two["validated"]

@@ -17,7 +17,6 @@ from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods.plp import PLP, block_cuts, peeling_epochs
 from tests.ddp import cases
-from tests.ddp.conftest import pool2  # noqa: F401
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
 
@@ -222,7 +221,7 @@ def test_resumed_run_is_bit_equal(tmp_path, stop_after):
     assert resumed["digest"] == whole["digest"]
 
 
-def test_two_processes_freeze_the_same(pool2, tmp_path):  # noqa: F811
+def test_two_processes_freeze_the_same(pool2, tmp_path):
     one, two = pool2.run(fit_stopped, str(tmp_path))
     assert one["moved"] == two["moved"] == {0: 11, 1: 9, 2: 6, 3: 3}
     assert one["digest"] == two["digest"]

@@ -22,7 +22,6 @@ from calib_lightning.metrics import (
 )
 from calib_lightning.metrics import resampling as R
 from calib_lightning.metrics.read_outs import READ_OUTS
-from tests.ddp.conftest import pool2  # noqa: F401
 from tests.metrics.golden import golden_set, random_set, reference
 
 # The tempered fits of resamples are read from a table, within 1e-6; all else is the same sums in another order.
@@ -381,7 +380,7 @@ def on_each_process(rank, world):
     return found, {key: values.tolist() for key, values in groups.values.items()}, left, other
 
 
-def test_all_processes_find_the_intervals_of_all_rows(pool2):  # noqa: F811
+def test_all_processes_find_the_intervals_of_all_rows(pool2):
     state = detailed(*random_set(90, 5))
     whole, groups = bootstrap_intervals(state, 20), by_class(state)
     logits, labels = random_set(90, 5)
