@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
-from calib_lightning.functional import checked_batch
+from calib_lightning.functional import at_least_float32, checked_batch
 
 Normalization = Literal["paper", "official"]
 
@@ -22,29 +22,30 @@ def _sorted_confidence_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tens
     return confidence, (predicted == labels)[order].to(confidence.dtype)
 
 
-def _kernel_product(confidence: Tensor, weights: Tensor) -> Tensor:
-    """``sum_j k(r_i, r_j) w_j`` for every row i and every list of weights w, in O(N log N) time and O(N) memory.
+def _pairings(confidence: Tensor, weights: Tensor) -> Tensor:
+    """``sum_{i,j} u_i k(r_i, r_j) v_j`` for all pairs u, v of weights, in O(N log N) time and O(N) memory.
 
-    ``exp(-|r_i - r_j| / s)`` is a product, ``exp(-r_i / s) exp(r_j / s)``, wherever r_j is the smaller one, so that
-    running sums replace the N x N matrix. Rows of equal confidence are summed apart: there the kernel is 1 and, as
-    ``|x|`` at 0, has no slope.
+    ``exp(-|r_i - r_j| / s)`` is a product, ``exp(-r_i / s) exp(r_j / s)``, wherever r_j is the smaller one, so that a
+    running sum over the sorted confidences replaces the N x N matrix; by symmetry one side is enough. Rows of equal
+    confidence are summed apart: there the kernel is 1 and, as ``|x|`` at 0, has no slope.
 
     Args:
-        confidence: r, ``(N,)``, ascending.
-        weights: w, ``(..., N)``.
+        confidence: r, ``(N,)``.
+        weights: ``(W, N)``.
 
     Returns:
-        ``(..., N)``.
+        ``(W, W)``.
     """
-    # around 1/2, which keeps the factors between 0.28 and 3.5
-    grow = torch.exp((confidence - 0.5) / KERNEL_WIDTH)
-    up_to = F.pad((weights * grow).cumsum(-1), (1, 0))
-    from_on = F.pad((weights / grow).flip(-1).cumsum(-1).flip(-1), (0, 1))
-    counted = F.pad(weights.cumsum(-1), (1, 0))
-    fixed = confidence.detach()
+    values, order = confidence.sort()
+    weights = weights.index_select(-1, order)
+    grow = torch.exp((values - 0.5) / KERNEL_WIDTH)  # around 1/2, which keeps it between 0.28 and 3.5
+    fixed = values.detach()
     first, last = torch.searchsorted(fixed, fixed), torch.searchsorted(fixed, fixed, right=True)
-    equal = counted[..., last] - counted[..., first]
-    return up_to[..., first] / grow + equal + from_on[..., last] * grow
+    below = F.pad((weights * grow).cumsum(-1), (1, 0)).index_select(-1, first) / grow
+    counted = F.pad(weights.cumsum(-1), (1, 0))
+    half = below + 0.5 * (counted.index_select(-1, last) - counted.index_select(-1, first))
+    one_way = (weights.unsqueeze(1) * half).sum(dim=-1)
+    return one_way + one_way.T
 
 
 def mmce_penalty(logits: Tensor, labels: Tensor, *, sqrt: bool = False) -> Tensor:
@@ -67,8 +68,8 @@ def mmce_penalty(logits: Tensor, labels: Tensor, *, sqrt: bool = False) -> Tenso
     """
     logits, labels = checked_batch(logits, labels, soft=False)
     confidence, correct = _sorted_confidence_and_correct(logits, labels)
-    gap = correct - confidence
-    squared = ((gap * _kernel_product(confidence, gap)).sum() / len(gap) ** 2).clamp_min(0.0)
+    gap = (correct - confidence) / len(confidence)
+    squared = _pairings(confidence, gap.unsqueeze(0)).sum().clamp_min(0.0)
     return torch.sqrt(squared + 1e-10) if sqrt else squared
 
 
@@ -99,11 +100,13 @@ def weighted_mmce_penalty(logits: Tensor, labels: Tensor, *, normalization: Norm
     # where one set is empty the value is not used, but its gradient must be finite
     right = correct * (1.0 - confidence) / m.clamp_min(1.0)
     wrong = (1.0 - correct) * confidence / n.clamp_min(1.0)
-    near_right, near_wrong = _kernel_product(confidence, torch.stack([right, wrong]))
-    of_right, of_wrong, of_both = (right * near_right).sum(), (wrong * near_wrong).sum(), (wrong * near_right).sum()
     if normalization == "official":
-        of_right, of_wrong, of_both = of_right / (m**2 + 1e-5), of_wrong / (n**2 + 1e-5), of_both / (m * n + 1e-5)
-    penalty = torch.sqrt((of_right + of_wrong - 2.0 * of_both).clamp_min(0.0) + 1e-10)
+        pairs = _pairings(confidence, torch.stack([right, wrong]))
+        of_right, of_wrong, of_both = pairs[0, 0], pairs[1, 1], pairs[0, 1]
+        squared = of_right / (m**2 + 1e-5) + of_wrong / (n**2 + 1e-5) - 2.0 * of_both / (m * n + 1e-5)
+    else:
+        squared = _pairings(confidence, (right - wrong).unsqueeze(0)).sum()  # the square of the difference
+    penalty = torch.sqrt(squared.clamp_min(0.0) + 1e-10)
     return torch.where((m > 0) & (n > 0), penalty, 0.0)
 
 
@@ -137,12 +140,11 @@ def mmce_loss(
         >>> round(mmce_loss(torch.zeros(1, 2), torch.tensor([0])).item(), 4)
         0.6931
     """
-    logits, labels = checked_batch(logits, labels, soft=False)
     if weighted:
         penalty = weighted_mmce_penalty(logits, labels, normalization=normalization)
     else:
         penalty = mmce_penalty(logits, labels, sqrt=sqrt)
-    return F.cross_entropy(logits, labels) + strength * penalty
+    return F.cross_entropy(at_least_float32(logits), labels.long()) + strength * penalty
 
 
 class MMCELoss(nn.Module):
