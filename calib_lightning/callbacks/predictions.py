@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from calib_lightning.core.module import evaluated_datamodule
+from calib_lightning.core.module import datamodule_in_use
 from calib_lightning.files import write_whole
 from calib_lightning.types import Batch, Prediction
 
@@ -78,7 +78,7 @@ class SavePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep one batch of ``predict`` under the name of its set."""
-        names = getattr(evaluated_datamodule(trainer), "test_names", None)
+        names = getattr(datamodule_in_use(trainer), "test_names", None)
         self._keep(names[dataloader_idx] if names else f"predict-{dataloader_idx}", outputs, batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,7 +115,7 @@ class SavePredictions(Callback):
     def _save(self, trainer: Trainer, name: str, columns: Columns) -> None:
         order = np.argsort(columns["index"], kind="stable")
         columns = {key: value[order] for key, value in columns.items()}
-        source_rows = getattr(evaluated_datamodule(trainer), "source_rows", None)
+        source_rows = getattr(datamodule_in_use(trainer), "source_rows", None)
         if source_rows is not None:
             columns["index"] = source_rows(name)[columns["index"]]
         # the stub takes any name for allow_pickle

@@ -66,7 +66,8 @@ class CorrectnessHistory(nn.Module):
 
     def rows(self) -> Tensor:
         """This process's rows ``(n, 2)`` of the begun epoch: index and 0 or 1."""
-        return torch.cat(self._rows).to(self.count.device) if self._rows else self.count.new_zeros((0, 2))
+        parts = [part.to(self.count.device) for part in self._rows]  # those of a checkpoint come on the CPU
+        return torch.cat(parts) if parts else self.count.new_zeros((0, 2))
 
     def restore(self, rows: Tensor) -> None:
         """Take back what `rows` gave; the settled counts may be loaded later.

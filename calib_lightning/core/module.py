@@ -216,7 +216,7 @@ class ClassificationModule(LightningModule):
         """Make one accumulator for each test set."""
         loaders = self.trainer.test_dataloaders
         count = len(loaders) if isinstance(loaders, list | tuple) else 1
-        self.test_prefixes = _prefixes(getattr(evaluated_datamodule(self.trainer), "evaluation_names", None), count)
+        self.test_prefixes = _prefixes(getattr(datamodule_in_use(self.trainer), "evaluation_names", None), count)
         self.test_states = nn.ModuleList(EvaluationState(REPORT) for _ in range(count)).to(self.device)
 
     def test_step(  # type: ignore[override]
@@ -330,18 +330,19 @@ class ClassificationModule(LightningModule):
         """Take back this process's rows of the begun epoch, as `epoch_rows` gave them; on the CPU."""
 
 
-def evaluated_datamodule(trainer: Trainer) -> LightningDataModule | None:
-    """Return the data module whose loaders ``validate``, ``test`` or ``predict`` is reading, None for loaders alone.
+def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
+    """Return the data module whose loaders the trainer is reading, None for loaders alone.
 
     ``trainer.datamodule`` would not do: it stays after a fit, also when other loaders are evaluated.
 
     Args:
-        trainer: A trainer that is evaluating.
+        trainer: A trainer within ``fit``, ``validate``, ``test`` or ``predict``.
 
     Returns:
         The data module, None where loaders were given.
     """
     loops: dict[TrainerFn, Any] = {
+        TrainerFn.FITTING: trainer.fit_loop,
         TrainerFn.VALIDATING: trainer.validate_loop,
         TrainerFn.TESTING: trainer.test_loop,
         TrainerFn.PREDICTING: trainer.predict_loop,

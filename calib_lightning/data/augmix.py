@@ -147,7 +147,8 @@ class AugMixViews(nn.Module):
         ValueError: If ``severity`` or ``width`` is outside its range.
 
     Deviations:
-        Translations are a third of the image's own width or height where the authors' code has a constant size.
+        Translations are a third of the image's own width or height where the authors' code has a constant size, and
+        images are normalised as ``normalize`` says, where it takes 0.5 for mean and standard deviation.
 
     Example:
         >>> from calib_lightning.data import Normalize

@@ -85,14 +85,18 @@ class ACLSLoss(nn.Module):
         positive_reference: PositiveReference = "zero",
     ) -> None:
         super().__init__()
-        if not margin >= 0:
-            raise ValueError(f"margin is {margin}; it must be at least 0 (6 to 10 in the literature).")
-        if not strength >= 0:
-            raise ValueError(f"strength is {strength}; it must be at least 0 (0.1 in the authors' code).")
-        if not positive_weight >= 0:
-            raise ValueError(f"positive_weight is {positive_weight}; it must be at least 0 (1 in the authors' code).")
-        if not negative_weight >= 0:
-            raise ValueError(f"negative_weight is {negative_weight}; it must be at least 0 (0.1 in the authors' code).")
+        if not 0 <= margin < float("inf"):
+            raise ValueError(f"margin is {margin}; it must be at least 0 and finite (6 to 10 in the literature).")
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (0.1 in the authors' code).")
+        if not 0 <= positive_weight < float("inf"):
+            raise ValueError(
+                f"positive_weight is {positive_weight}; it must be at least 0 and finite (1 in the authors' code)."
+            )
+        if not 0 <= negative_weight < float("inf"):
+            raise ValueError(
+                f"negative_weight is {negative_weight}; it must be at least 0 and finite (0.1 in the authors' code)."
+            )
         if positive_reference not in ("zero", "min"):
             raise ValueError(f"positive_reference is {positive_reference!r}; it must be 'zero' or 'min'.")
         self.margin = margin

@@ -108,7 +108,7 @@ class AdaFocalLoss(nn.Module):
             raise ValueError(f"n_bins is {n_bins}; it must be at least 1 (15 in the paper).")
         if not 0 < rate < float("inf"):
             raise ValueError(f"rate is {rate}; it must be above 0 and finite (1 in the paper).")
-        if not 0 < switch <= min(gamma_max, -gamma_min):
+        if not (0 < switch <= gamma_max < float("inf") and -float("inf") < gamma_min <= -switch):
             raise ValueError(
                 f"gamma_min={gamma_min}, switch={switch}, gamma_max={gamma_max}: they must satisfy "
                 "0 < switch <= gamma_max and gamma_min <= -switch (-2, 0.2 and 20 in the paper)."
@@ -139,9 +139,12 @@ class AdaFocalLoss(nn.Module):
         edges = equal_mass_edges(confidence, n_bins).to(self.edges.device)
         bins = torch.searchsorted(edges, confidence, right=False) - 1
         inside = bins >= 0
-        gaps = torch.zeros_like(self.gammas).index_add_(0, bins[inside], (confidence - correct.double())[inside])
+        # float64 whatever the buffers became in a run of lower precision
+        gaps = torch.zeros(n_bins, dtype=torch.float64, device=confidence.device)
+        gaps.index_add_(0, bins[inside], (confidence - correct.double())[inside])
         gaps /= torch.bincount(bins[inside], minlength=n_bins).clamp_min(1)
-        gammas = self.gammas * torch.exp(self.rate * gaps * self.gammas.sign())
+        gammas = self.gammas.double()
+        gammas = gammas * torch.exp(self.rate * gaps * gammas.sign())
         crossed = gammas.abs() < self.switch
         gammas = torch.where(crossed, -self.switch * gammas.sign(), gammas).clamp(self.gamma_min, self.gamma_max)
         # in place: DDP holds on to the buffers

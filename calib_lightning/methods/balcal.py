@@ -57,7 +57,7 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
     """
     counts = labels.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(labels))
     present = counts > 0
-    weights = (len(labels) / present.sum() / counts.clamp_min(1)).sqrt()
+    weights = (len(labels) / present.sum().float() / counts.clamp_min(1)).sqrt()
     return torch.where(present, weights, 1.0)
 
 
@@ -308,7 +308,8 @@ class BalCAL(ClassificationModule):
         """Logits of both classifiers and labels of the begun epoch."""
         empty = torch.zeros((0, self.num_classes), device=self.device)
         kept = [*self._joined, *self._waiting] or [(empty, empty, empty[:, 0].long())]
-        linear, etf, labels = _joined(kept)
+        # those of a checkpoint come on the CPU
+        linear, etf, labels = _joined([tuple(part.to(self.device) for part in parts) for parts in kept])
         return {"linear": linear, "etf": etf, "labels": labels}
 
     def restore_epoch_rows(self, rows: dict[str, Tensor]) -> None:

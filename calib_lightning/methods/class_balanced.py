@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.core.module import datamodule_in_use
 from calib_lightning.functional import checked_batch
 
 
@@ -55,9 +56,11 @@ def checked_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
         tensor([3., 2.], dtype=torch.float64)
     """
     counts = torch.as_tensor(class_counts).double()
-    if counts.ndim != 1 or not len(counts) or not bool((counts >= 1).all()):
+    whole = counts.isfinite() & (counts == counts.round())
+    if counts.ndim != 1 or not len(counts) or not bool(((counts >= 1) & whole).all()):
         raise ValueError(
-            f"class_counts are {counts.tolist()}; give the number of training samples of each class, all at least 1."
+            f"class_counts are {counts.tolist()}; give the number of training samples of each class, whole numbers, "
+            "all at least 1."
         )
     return counts
 
@@ -76,7 +79,7 @@ def counts_for(module: ClassificationModule, class_counts: Sequence[int] | None)
         ValueError: If there are none, not K of them, or a class has no sample.
     """
     if class_counts is None:
-        class_counts = getattr(module.trainer.datamodule, "class_counts", None)  # type: ignore[attr-defined]
+        class_counts = getattr(datamodule_in_use(module.trainer), "class_counts", None)
     if class_counts is None:
         raise ValueError(
             f"{type(module).__name__} needs the number of training samples of each class: give class_counts=[...], or "
@@ -162,7 +165,9 @@ class ClassBalanced(ClassificationModule):
         beta: float = 0.9999,
         **options: Unpack[ModuleOptions],
     ) -> None:
-        ClassBalancedLoss([1] * num_classes if class_counts is None else class_counts, beta)  # refuses what is wrong
+        # plain data, since it is saved with the hyper-parameters
+        class_counts = None if class_counts is None else checked_counts(class_counts).long().tolist()
+        ClassBalancedLoss(class_counts or [1] * num_classes, beta)  # refuses what is wrong
         super().__init__(num_classes, **options)
         self.class_counts, self.beta = class_counts, beta
 

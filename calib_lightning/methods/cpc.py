@@ -53,6 +53,8 @@ class _PairwiseLogCosh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # create_graph=True: the slope would count as a constant
+            raise RuntimeError("The gradient of CPC cannot be differentiated once more: leave create_graph out.")
         (slope,) = ctx.saved_tensors
         gradient: Tensor = gradients[0] * slope
         return gradient
@@ -81,7 +83,8 @@ def cpc_loss(
 
     Deviations:
         There is no official code; the defaults of a and b are those of a published comparison. Pairs ``i = j``, which
-        would add a constant, are left out. Second derivatives leave BEC out.
+        would add a constant, are left out. The gradient of BEC cannot be differentiated once more: that is an
+        error.
 
     Example:
         >>> loss = cpc_loss(torch.zeros(1, 3), torch.tensor([0]), discrimination_strength=0.0, exclusion_strength=1.0)
@@ -127,8 +130,8 @@ class CPCLoss(nn.Module):
             ("discrimination_strength", discrimination_strength),
             ("exclusion_strength", exclusion_strength),
         ):
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}; it must be at least 0 (0.1 to 1 in the literature).")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be at least 0 and finite (0.1 to 1 in the literature).")
         self.discrimination_strength = discrimination_strength
         self.exclusion_strength = exclusion_strength
 

@@ -86,7 +86,7 @@ def correctness_rate(counts: Tensor, index: Tensor, epochs: int) -> Tensor:
         tensor([0.0000, 0.5000, 1.0000])
     """
     least = counts.min()
-    return ((counts[index] - least) / (epochs - least).clamp_min(1)).clamp(0.0, 1.0)
+    return ((counts[index] - least).float() / (epochs - least).clamp_min(1)).clamp(0.0, 1.0)
 
 
 class CRL(ClassificationModule):
@@ -121,7 +121,9 @@ class CRL(ClassificationModule):
             raise ValueError(f"strength is {strength}; it must be at least 0 and finite (1 in the paper).")
         if ranked not in ("softmax", "margin", "entropy"):
             raise ValueError(f"ranked is {ranked!r}; it must be 'softmax', 'margin' or 'entropy'.")
-        if "batch_transform" in options:
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}; CRL ranks the confidence in one of at least 2 classes.")
+        if options.get("batch_transform") is not None:
             raise ValueError(
                 "CRL compares the confidence of single training samples and cannot work on mixed ones: leave "
                 "batch_transform out."
@@ -134,7 +136,6 @@ class CRL(ClassificationModule):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and logits ``(N, K)`` of one batch."""
-        self._check_index(batch.index)
         logits = self(batch.image)
         wide, labels = checked_batch(logits, batch.label, soft=False)
         loss = self.criterion_value(wide, labels)
@@ -155,7 +156,8 @@ class CRL(ClassificationModule):
         """Make room for every training sample, or check that the checkpoint's history is of this set."""
         size = _train_size(self.trainer.train_dataloader)
         known = len(self.history.count)
-        if not known:
+        fresh = self.trainer.global_step == 0 and self.trainer.ckpt_path is None
+        if fresh or not known:  # a module that was trained before is in its first epoch, too
             self.history.resize(size)
         elif known != size:
             raise ValueError(
@@ -183,14 +185,19 @@ class CRL(ClassificationModule):
             self.history.resize(len(count))
         super().on_load_checkpoint(checkpoint)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the positions of training samples, before they go to a device where a look would have to wait."""
+        if self.trainer.training:
+            self._check_index(self._checked(batch).index)
+        return batch
+
     def _check_index(self, index: Tensor) -> None:
         if index.dtype != torch.int64 or index.ndim != 1:
             raise TypeError(
                 f"Batch.index is {index.dtype} of shape {tuple(index.shape)}; CRL needs the position (N,), int64, of "
                 "each sample in the training set."
             )
-        # elsewhere a look would wait for the device in every step
-        if index.device.type != "cpu" or not len(self.history.count):
+        if index.device.type != "cpu":
             return
         low, high = (int(value) for value in index.aminmax())
         if low < 0 or high >= len(self.history.count):

@@ -51,8 +51,8 @@ class DCALoss(nn.Module):
 
     def __init__(self, criterion: nn.Module | None = None, strength: float = 1.0) -> None:
         super().__init__()
-        if not strength >= 0:
-            raise ValueError(f"strength is {strength}; it must be at least 0 (1 is usual).")
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (1 is usual).")
         self.criterion = CrossEntropyLoss() if criterion is None else criterion
         self.strength = strength
 

@@ -56,8 +56,10 @@ class DualFocalLoss(nn.Module):
 
     def __init__(self, gamma: float = 5.0) -> None:
         super().__init__()
-        if not gamma >= 0:
-            raise ValueError(f"gamma is {gamma}; it must be at least 0 (0 is cross-entropy, 5 the authors' value).")
+        if not 0 <= gamma < float("inf"):
+            raise ValueError(
+                f"gamma is {gamma}; it must be at least 0 and finite (0 is cross-entropy, 5 the authors' value)."
+            )
         self.gamma = gamma
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ class EntropyRegularizationLoss(nn.Module):
 
     def __init__(self, strength: float = 0.1, entropy_reduction: EntropyReduction = "sum") -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"strength is {strength}; it must be at least 0 (0.1 in the literature).")
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (0.1 in the literature).")
         if entropy_reduction not in ("sum", "mean"):
             raise ValueError(f"entropy_reduction is {entropy_reduction!r}; it must be 'sum' or 'mean'.")
         self.strength = strength

@@ -36,7 +36,7 @@ def flsd_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
     logits, labels = checked_batch(logits, labels, soft=False)
     log_probs = logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1))
     probs = log_probs.detach().exp()
-    gammas = torch.where(probs < 0.5, 3.0, gamma).masked_fill(probs < 0.2, 5.0)
+    gammas = torch.full_like(probs, gamma).masked_fill(probs < 0.5, 3.0).masked_fill(probs < 0.2, 5.0)
     return -(torch.expm1(log_probs).neg().clamp_min(1e-12).pow(gammas) * log_probs).mean()
 
 
@@ -52,8 +52,8 @@ class FLSDLoss(nn.Module):
 
     def __init__(self, gamma: float = 3.0) -> None:
         super().__init__()
-        if not gamma >= 0:
-            raise ValueError(f"gamma is {gamma}; it must be at least 0 (3 gives FLSD-53).")
+        if not 0 <= gamma < float("inf"):
+            raise ValueError(f"gamma is {gamma}; it must be at least 0 and finite (3 gives FLSD-53).")
         self.gamma = gamma
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

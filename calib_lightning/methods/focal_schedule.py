@@ -63,10 +63,10 @@ class FocalSchedule(ClassificationModule):
                 f"{len(gammas)} gammas and {len(milestones)} milestones do not fit: give one gamma more, the first "
                 "holds from epoch 0."
             )
-        if any(not gamma >= 0 for gamma in gammas):
-            raise ValueError(f"gammas are {list(gammas)}; each must be at least 0.")
-        if any(second <= first for first, second in pairwise([0, *milestones])):
-            raise ValueError(f"milestones are {list(milestones)}; they must be above 0 and ascend.")
+        if any(not 0 <= gamma < float("inf") for gamma in gammas):
+            raise ValueError(f"gammas are {list(gammas)}; each must be at least 0 and finite.")
+        if not all(isinstance(m, int) for m in milestones) or any(b <= a for a, b in pairwise([0, *milestones])):
+            raise ValueError(f"milestones are {list(milestones)}; they must be whole numbers above 0 and ascend.")
         super().__init__(num_classes, criterion=FocalLoss(gammas[0]), **options)
         self.gammas, self.milestones = tuple(gammas), tuple(milestones)
 

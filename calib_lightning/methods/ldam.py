@@ -170,7 +170,9 @@ class LDAM(ClassificationModule):
         if not 0 <= reweight_from <= 1:
             raise ValueError(f"reweight_from is {reweight_from}; it must lie in [0, 1] (0.8 in the paper, 1: never).")
         settings = max_margin, scale, beta
-        LDAMLoss([1] * num_classes if class_counts is None else class_counts, *settings)  # refuses what is wrong
+        # plain data, since it is saved with the hyper-parameters
+        class_counts = None if class_counts is None else checked_counts(class_counts).long().tolist()
+        LDAMLoss(class_counts or [1] * num_classes, *settings)  # refuses what is wrong
         super().__init__(num_classes, **options)
         self._settings = settings
         self.head = CosineHead(self.encoder.num_features, num_classes, scale)
@@ -190,5 +192,6 @@ class LDAM(ClassificationModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Weigh classes from an epoch on; before each step, since a run may be resumed within an epoch."""
         assert isinstance(self.criterion, LDAMLoss)
-        late = self.reweight_from < 1 and self.current_epoch >= self.reweight_from * (self.trainer.max_epochs or 0)
+        first = self.reweight_from * (self.trainer.max_epochs or 0) - 1e-9  # 0.55 x 100 is a little above 55
+        late = self.reweight_from < 1 and self.current_epoch >= first
         self.criterion.reweighted = late

@@ -67,8 +67,10 @@ class LogitNormLoss(nn.Module):
 
     def __init__(self, tau: float = 0.01) -> None:
         super().__init__()
-        if not tau > 0:
-            raise ValueError(f"tau is {tau}; it must be above 0 (0.01 for CIFAR-10; values near 1 cannot be learned).")
+        if not 0 < tau < float("inf"):
+            raise ValueError(
+                f"tau is {tau}; it must be above 0 and finite (0.01 for CIFAR-10; values near 1 cannot be learned)."
+            )
         self.tau = tau
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -48,10 +48,10 @@ class MbLSLoss(nn.Module):
 
     def __init__(self, margin: float = 10.0, strength: float = 0.1) -> None:
         super().__init__()
-        if not margin >= 0:
-            raise ValueError(f"margin is {margin}; it must be at least 0 (6 to 10 in the literature).")
-        if not strength >= 0:
-            raise ValueError(f"strength is {strength}; it must be at least 0 (0.1 in the literature).")
+        if not 0 <= margin < float("inf"):
+            raise ValueError(f"margin is {margin}; it must be at least 0 and finite (6 to 10 in the literature).")
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (0.1 in the literature).")
         self.margin = margin
         self.strength = strength
 

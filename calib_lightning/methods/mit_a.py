@@ -60,8 +60,12 @@ class MITATransform(BatchTransform):
         for block in [*blocks[:-1], nn.Sequential(blocks[-1], nn.Flatten(1), module.head)]:
             ratios = draw_ratios(self.alpha, self.margin)
             r1, r2 = ratios
-            first = at_least_float32(block(r1 * own + (1.0 - r1) * other))
-            second = at_least_float32(block(r2 * own + (1.0 - r2) * other))
+            # decoupled in float32, since it takes differences; given on in the precision that the network takes
+            mixtures = (
+                (r1 * own + (1.0 - r1) * other).to(batch.image.dtype),
+                (r2 * own + (1.0 - r2) * other).to(batch.image.dtype),
+            )
+            first, second = (at_least_float32(block(mixture)) for mixture in mixtures)
             own, other = decouple(first, second, ratios)
         loss = module.criterion_value(own, batch.label) + module.criterion_value(other, batch.label[order])
         return loss / 2.0, own

@@ -42,7 +42,8 @@ def beta_weight(alpha: float) -> float:
         >>> 0 <= beta_weight(0.2) <= 1
         True
     """
-    return float(torch.distributions.Beta(alpha, alpha, validate_args=False).sample())
+    both = torch.tensor(alpha, dtype=torch.float64)  # not the default dtype, which may be too narrow to draw in
+    return float(torch.distributions.Beta(both, both, validate_args=False).sample())
 
 
 def check_alpha(alpha: float, usual: str) -> None:

@@ -116,7 +116,7 @@ def mmce_loss(
     *,
     strength: float = 2.0,
     weighted: bool = True,
-    normalization: Normalization = "paper",
+    normalization: Normalization = "official",
     sqrt: bool = False,
 ) -> Tensor:
     """Cross-entropy with a penalty on miscalibration (Kumar et al., 2018), ``L = CE + lambda MMCE``.
@@ -124,7 +124,8 @@ def mmce_loss(
     Args:
         logits: ``(N, K)``; batches of at least 128 rows are advisable.
         labels: ``(N,)`` int64.
-        strength: ``lambda``, at least 0; 2 with the weighted penalty in Mukhoti et al. (2020).
+        strength: ``lambda``, at least 0; 2 in Mukhoti et al. (2020), with the weighted penalty normalised as in the
+            official code. With ``normalization="paper"`` the same number weighs far more: start near 0.2.
         weighted: Whether to take `weighted_mmce_penalty` or `mmce_penalty`.
         normalization: ``"paper"`` or ``"official"``, of the weighted penalty.
         sqrt: Whether the unweighted penalty is the root.
@@ -133,8 +134,8 @@ def mmce_loss(
         Scalar, in nats.
 
     Deviations:
-        None with ``normalization="paper"`` and, for the unweighted penalty, ``sqrt=True``; without it the penalty is
-        squared, as in the official code.
+        The defaults are the published code's, to which the published weights belong: ``normalization="paper"`` and, for
+        the unweighted penalty, ``sqrt=True`` give the paper's equations.
 
     Example:
         >>> round(mmce_loss(torch.zeros(1, 2), torch.tensor([0])).item(), 4)
@@ -164,12 +165,12 @@ class MMCELoss(nn.Module):
         self,
         strength: float = 2.0,
         weighted: bool = True,
-        normalization: Normalization = "paper",
+        normalization: Normalization = "official",
         sqrt: bool = False,
     ) -> None:
         super().__init__()
-        if not strength >= 0:
-            raise ValueError(f"strength is {strength}; it must be at least 0 (2 in the literature).")
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (2 in the literature).")
         if normalization not in ("paper", "official"):
             raise ValueError(f"normalization is {normalization!r}; it must be 'paper' or 'official'.")
         self.strength = strength
@@ -198,9 +199,9 @@ class MMCE(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        strength: Weight of the penalty.
+        strength: Weight of the penalty; 2 belongs to the official normalisation, with ``"paper"`` start near 0.2.
         weighted: Whether right and wrong rows are weighed apart (MMCE_w).
-        normalization: ``"paper"`` or ``"official"``, of the weighted penalty.
+        normalization: ``"official"`` or ``"paper"``, of the weighted penalty (see `weighted_mmce_penalty`).
         sqrt: Whether the unweighted penalty is the root.
         **options: See `ClassificationModule`.
 
@@ -214,7 +215,7 @@ class MMCE(ClassificationModule):
         num_classes: int,
         strength: float = 2.0,
         weighted: bool = True,
-        normalization: Normalization = "paper",
+        normalization: Normalization = "official",
         sqrt: bool = False,
         **options: Unpack[ModuleOptions],
     ) -> None:

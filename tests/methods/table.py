@@ -210,7 +210,14 @@ ROWS = [
     Row(methods.FLSD, methods.FLSDLoss(3.0), _flsd, "flsd", {"gamma": 3.0}, soft=False),
     Row(methods.DualFocal, methods.DualFocalLoss(5.0), _dual_focal, "dual_focal", {"gamma": 5.0}, soft=False),
     Row(methods.MbLS, methods.MbLSLoss(2.0, 0.3), _mbls, "mbls", {"margin": 2.0, "strength": 0.3}),
-    Row(methods.MMCE, methods.MMCELoss(), _mmce, "mmce", {"strength": 2.0, "normalization": "paper"}, soft=False),
+    Row(
+        methods.MMCE,
+        methods.MMCELoss(normalization="paper"),
+        _mmce,
+        "mmce",
+        {"strength": 2.0, "normalization": "paper"},
+        soft=False,
+    ),
     Row(methods.MDCA, methods.MDCALoss(strength=0.7), _mdca, "mdca", {"strength": 0.7}),
     Row(methods.DCA, methods.DCALoss(strength=0.7), _dca, "dca", {"strength": 0.7}),
     Row(

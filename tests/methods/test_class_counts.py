@@ -1,5 +1,7 @@
 """Methods that need the number of samples of each class: LDAM and class-balanced cross-entropy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,38 @@ def test_counts_come_from_the_data_and_weights_come_late(fit, tmp_path):
 
 
 @pytest.mark.parametrize("method", [methods.LDAM, methods.ClassBalanced])
+@pytest.mark.parametrize(
+    "counts", [np.array([5, 6, 7]), list(np.bincount([0, 0, 1, 2])), torch.tensor([5, 6, 7]), (5, 6, 7)]
+)
+def test_counts_of_any_kind_come_back_from_a_checkpoint(method, counts, fit, tmp_path):
+    module = method(3, class_counts=counts, encoder="digits_cnn", optimizer=_sgd)
+    fit(module, ToyDataModule(train_size=60)).save_checkpoint(tmp_path / "model.ckpt")
+    assert load_module(tmp_path / "model.ckpt").hparams.class_counts == [int(n) for n in counts]
+
+
+def test_counts_of_an_earlier_fit_are_not_taken(fit):
+    data = ToyDataModule(train_size=60)
+    trainer = fit(methods.ClassBalanced(3, encoder="digits_cnn", optimizer=_sgd), data)
+    with pytest.raises(ValueError, match="class_counts="):
+        trainer.fit(methods.ClassBalanced(3, encoder="digits_cnn", optimizer=_sgd), data.evaluation_loader("train"))
+
+
+@pytest.mark.parametrize(("share", "epochs", "first"), [(0.55, 100, 55), (0.28, 100, 28), (0.8, 200, 160), (0.0, 9, 0)])
+def test_weights_begin_with_the_epoch_that_is_meant(share, epochs, first, monkeypatch):
+    module = methods.LDAM(3, class_counts=[3, 2, 1], reweight_from=share, encoder="digits_cnn")
+    module.criterion = methods.LDAMLoss([3, 2, 1])
+    trainer = SimpleNamespace(max_epochs=epochs)
+    monkeypatch.setattr(methods.LDAM, "trainer", trainer)
+    seen = []
+    for epoch in range(epochs):
+        monkeypatch.setattr(methods.LDAM, "current_epoch", epoch)
+        module.on_train_batch_start(None, 0)
+        seen.append(module.criterion.reweighted)
+    assert seen.index(True) == first
+    assert all(seen[first:])
+
+
+@pytest.mark.parametrize("method", [methods.LDAM, methods.ClassBalanced])
 def test_without_counts_or_with_wrong_ones_it_does_not_start(method, fit):
     class Foreign(ToyDataModule):
         class_counts = None
@@ -83,7 +117,7 @@ def test_without_counts_or_with_wrong_ones_it_does_not_start(method, fit):
         fit(method(3, encoder="digits_cnn", optimizer=_sgd), Foreign(train_size=60))
     with pytest.raises(ValueError, match="2 class_counts for 3 classes"):
         fit(method(3, class_counts=[5, 6], encoder="digits_cnn", optimizer=_sgd), Foreign(train_size=60))
-    for counts in ([5, 0, 6], [], [5, -1, 2]):
+    for counts in ([5, 0, 6], [], [5, -1, 2], [1.5, 2.0, 3.0], [1.0, float("inf"), 2.0]):
         with pytest.raises(ValueError, match="all at least 1"):
             method(3, class_counts=counts, encoder="digits_cnn")
     with pytest.raises(ValueError, match="beta is 1"):

@@ -67,6 +67,12 @@ def test_discrimination_is_the_mean_over_the_other_classes():
     assert (loss - F.cross_entropy(logits, label)).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_second_derivative_is_an_error():
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(cpc_loss(logits, torch.tensor([0, 1, 2])), logits, create_graph=True)
+
+
 def test_both_strengths_0_are_cross_entropy():
     logits, labels = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
     ours = CPCLoss(0.0, 0.0)(logits, labels)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from calib_lightning import methods
-from calib_lightning.core import CorrectnessHistory
+from calib_lightning.core import CorrectnessHistory, load_module
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import CRL
 
@@ -129,8 +130,37 @@ def test_history_goes_on_where_a_checkpoint_left_it():
     assert resumed.count.tolist() == whole.count.tolist() == [1, 0, 0, 2]
 
 
-def test_repeated_rows_keep_the_rate_in_its_range(fit):
-    # two epochs of a sampler that reads two rows twice and leaves out others
+def test_rows_of_a_checkpoint_follow_to_the_device():
+    with FakeTensorMode():
+        history = CorrectnessHistory(4)
+        history.count = history.count.to("cuda")
+        for rows in (torch.zeros((0, 2), dtype=torch.int64), torch.zeros((3, 2), dtype=torch.int64)):
+            history.restore(rows)
+            history.update(torch.zeros(2, dtype=torch.int64, device="cuda"), torch.ones(2, device="cuda"))
+            assert history.rows().shape == (len(rows) + 2, 2)
+            assert history.rows().device.type == "cuda"
+            history.settle()
+
+
+def test_a_new_fit_of_a_trained_module_starts_a_new_history(fit, tmp_path):
+    data = ToyDataModule(batch_size=16, train_size=60)
+    module = CRL(3, encoder="digits_cnn", optimizer=_sgd)
+    trainer = fit(module, data, epochs=3)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    assert int(module.history.count.max()) > 1
+    loaded = load_module(tmp_path / "model.ckpt").train()
+    assert torch.equal(loaded.history.count, module.history.count)
+    loaded.optimizer = _sgd
+    fit(loaded, data)
+    assert int(loaded.history.count.max()) == 1
+    # more epochs with the same trainer go on
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, datamodule=data)
+    assert int(module.history.count.max()) == 4
+
+
+def test_repeated_rows_keep_the_rate_in_its_range():
+    # a count above the number of epochs
     rate = methods.correctness_rate(torch.tensor([4, 0, 1]), torch.tensor([0, 1, 2]), 2)
     assert rate.tolist() == [1, 0, 0.5]
 
@@ -174,7 +204,10 @@ def test_bad_settings_are_named(fit):
         CRL(3, ranked="logit")
     with pytest.raises(ValueError, match="batch_transform"):
         CRL(3, encoder="digits_cnn", batch_transform=methods.MixupTransform())
-    module = CRL(3, encoder="digits_cnn", optimizer=_sgd)
-    fit(module, ToyDataModule(train_size=60))
+    with pytest.raises(ValueError, match="num_classes is 1"):
+        CRL(1, encoder="digits_cnn")
+    CRL(3, encoder="digits_cnn", batch_transform=None)
+    trainer = fit(CRL(3, encoder="digits_cnn", optimizer=_sgd), ToyDataModule(train_size=60))
+    trainer.fit_loop.max_epochs = 2
     with pytest.raises(ValueError, match="60 training samples, but the training set has 90"):
-        fit(module, ToyDataModule(train_size=90))
+        trainer.fit(trainer.lightning_module, datamodule=ToyDataModule(train_size=90))

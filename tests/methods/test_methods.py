@@ -1,5 +1,6 @@
 """What holds for every method: it is complete, it learns, it comes back from its checkpoint."""
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from calib_lightning import methods
 from calib_lightning.core import ClassificationModule, load_module
-from calib_lightning.data import DigitsDataModule, ToyDataModule
+from calib_lightning.data import DigitsDataModule, SplitSpec, ToyDataModule
 
 from .table import ROWS
 
@@ -81,6 +82,36 @@ def test_gradients_are_finite_under_bf16_autocast(row):
     loss.backward()
     gradients = [p.grad for p in module.parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@by_method
+def test_it_trains_in_half_precision_throughout(row, fit):
+    # weights, buffers and torch's default dtype are bfloat16
+    module = row.module(3, encoder="digits_cnn", optimizer=_sgd, **row.options)
+    trainer = fit(module, ToyDataModule(SplitSpec(val=30), train_size=130), epochs=2, precision="bf16-true")
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def _numbers(cls):
+    """Names of the constructor's arguments that are decimal numbers by default."""
+    return [name for name, p in inspect.signature(cls).parameters.items() if isinstance(p.default, float)]
+
+
+EXPORTED = [getattr(methods, name) for name in methods.__all__]
+CRITERIA = [value for value in EXPORTED if isinstance(value, type) and value.__name__.endswith(("Loss", "Transform"))]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("cls", [row.module for row in ROWS] + CRITERIA, ids=lambda cls: cls.__name__)
+def test_numbers_that_are_none_are_refused_when_built(cls, bad):
+    needed = {"num_classes": 3, "class_counts": [5, 6, 7]}
+    known = inspect.signature(cls).parameters
+    arguments = {name: value for name, value in needed.items() if name in known}
+    for name in _numbers(cls):
+        with pytest.raises(ValueError, match=name):
+            cls(**arguments, **{name: bad})
 
 
 @by_method
