@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import sys
@@ -43,17 +44,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> None:
-    """Say what is wrong in one line; the traceback goes to the run's folder, if there is one already."""
+    """Say what is wrong in one line; the traceback goes to the run's folder, if a run has begun there."""
+    from calib_lightning.cli import plain_message
     from calib_lightning.run_folder import current_run_folder
 
-    folder = current_run_folder()
+    message, folder = plain_message(str(error)), current_run_folder()
+    with contextlib.suppress(OSError, AttributeError):
+        folder.rmdir()  # type: ignore[union-attr]  # nothing was begun: the name stays free
+        folder = None
     if folder is None:
-        print(f"calib: error: {error}", file=sys.stderr)
+        print(f"calib: error: {message}", file=sys.stderr)
         return
     path = folder / "error.log"
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(traceback.format_exception(error)))
-    print(f"calib: error: {error}\n(full traceback: {path})", file=sys.stderr)
+    print(f"calib: error: {message}\n(full traceback: {path})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,36 @@ from calib_lightning.run_folder import create_run_folder, folder_of_restarted_jo
 EVALUATION = ("validate", "test", "predict")
 
 
+# What the parser says about its own types, around the sentence that says what is wrong.
+_PARSER_TALK = re.compile(
+    r"\s*(- )?(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a <class 'NoneType'>"
+    r"|Given value type: .*|Given value: (Namespace|NestedArg)\(.*)"
+)
+
+
+def plain_message(message: str) -> str:
+    r"""Leave out of an error what the parser says about its own types.
+
+    Args:
+        message: An error of the parser, or of a class that it could not build.
+
+    Returns:
+        What is wrong.
+
+    Example:
+        >>> plain_message("Does not validate against any of the Union subtypes\nErrors:\n  - gamma is -1")
+        'gamma is -1'
+    """
+    lines = [line for line in message.splitlines() if not _PARSER_TALK.fullmatch(line)]
+    return "\n".join(re.sub(r"^\s+- ", "", line) for line in lines) if lines else message
+
+
+_REFUSED_TRANSFORM = (
+    "This method mixes images itself, or needs single images: give batch_transform to another one, such as "
+    "cross_entropy, focal or mbls."
+)
+
+
 class CalibParser(LightningArgumentParser):
     """Lightning's parser; its errors name what comes nearest to a misspelt name."""
 
@@ -35,7 +65,12 @@ class CalibParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2, the message and the nearest known names."""
-        super().error(message + self._nearest(message), ex)
+        text = plain_message(message).partition(_REFUSED_TRANSFORM)[0].rstrip()  # parsers call one another
+        hint = f"\n  {_REFUSED_TRANSFORM}" if "'batch_transform' is not accepted" in text else ""
+        super().error(text + self._nearest(text) + hint, ex)
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: fifty lines of options would hide the error under them, which says where help is."""
 
     def _nearest(self, message: str) -> str:
         options = {option.lstrip("-") for action in self._actions for option in action.option_strings}

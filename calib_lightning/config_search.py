@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -49,7 +50,8 @@ def resolve_configs(argv: list[str]) -> list[str]:
         The arguments with paths.
 
     Raises:
-        FileNotFoundError: If ``-c`` names no file; the nearest names are in the message.
+        FileNotFoundError: If ``-c`` names no file, or ``--data`` or ``--model`` neither a file nor what may be a class;
+            the nearest names are in the message.
     """
     resolved = list(argv)
     for i, argument in enumerate(argv):
@@ -64,7 +66,17 @@ def resolve_configs(argv: list[str]) -> list[str]:
             resolved[i if equals else i + 1] = f"{option}={path}" if equals else str(path)
         elif option in ("-c", "--config") and not value.lstrip().startswith(("{", "[")):
             raise FileNotFoundError(_not_found(value))
+        elif re.fullmatch(r"[a-z0-9_]+", value):  # a name of a file; classes begin with a capital letter
+            raise FileNotFoundError(_not_among(value, option))
     return resolved
+
+
+def _not_among(name: str, option: str) -> str:
+    axis = _FOLDER_OF_OPTION[option]
+    known = sorted({path.stem for folder in config_folders() for path in (folder / axis).glob("*.yaml")})
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"{option} is {name!r}; it must be one of {', '.join(known)}, a file or a class.{hint}"
 
 
 def _not_found(name: str) -> str:

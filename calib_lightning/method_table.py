@@ -24,14 +24,14 @@ def method_table() -> str:
 
     Example:
         >>> print(method_table().splitlines()[2])
-        | `cross_entropy` | the baseline | none | none |
+        | `cross_entropy` | `CrossEntropy` | the baseline | none | none |
     """
     classes = [value for name in methods.__all__ if _is_method(value := getattr(methods, name))]
     rows = {cls.__module__.rpartition(".")[2]: _fields(cls) for cls in classes}
-    lines = ["| `--model` | mechanism | extra cost of a step | paper |", "|---|---|---|---|"]
+    lines = ["| `--model` | class | mechanism | extra cost of a step | paper |", "|---|---|---|---|---|"]
     for name in sorted(rows, key=lambda name: (name != "cross_entropy", name)):
-        paper, mechanism, cost = rows[name]
-        lines.append(f"| `{name}` | {mechanism} | {cost} | {paper} |")
+        cls, paper, mechanism, cost = rows[name]
+        lines.append(f"| `{name}` | `{cls}` | {mechanism} | {cost} | {paper} |")
     return "\n".join(lines) + "\n"
 
 
@@ -41,7 +41,7 @@ def _is_method(value: object) -> bool:
 
 def _fields(cls: type) -> tuple[str, ...]:
     lines = [line.strip() for line in (inspect.getdoc(cls) or "").splitlines()]
-    found = []
+    found = [cls.__name__]
     for field in _FIELDS:
         values = [line.removeprefix(f"{field}: ") for line in lines if line.startswith(f"{field}: ")]
         if len(values) != 1:

@@ -11,6 +11,7 @@ import torch
 from calib_lightning.__main__ import main
 from calib_lightning.config_search import find_config
 from calib_lightning.method_table import method_table
+from tests.methods.table import ROWS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -62,6 +63,11 @@ def test_python_runs_as_written(number, monkeypatch, tmp_path):
 
 def test_the_table_of_methods_is_that_of_their_docstrings():
     assert method_table() in README, "paste what `python -m calib_lightning.method_table` prints"
+
+
+def test_methods_without_soft_labels_are_named():
+    sentence = re.search(r"Soft labels train all methods\nbut (.*?), whose", README, re.DOTALL).group(1)
+    assert sorted(re.findall(r"`(\w+)`", sentence)) == sorted(row.file for row in ROWS if not row.soft)
 
 
 def test_every_method_and_data_set_named_is_there_and_every_method_is_named():

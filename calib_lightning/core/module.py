@@ -46,6 +46,28 @@ class ModuleOptions(BaseOptions, total=False):
     batch_transform: BatchTransform | None
 
 
+def with_transform(options: BaseOptions, transform: BatchTransform) -> ModuleOptions:
+    """Add a method's own batch transform to its options.
+
+    Args:
+        options: What the method was given.
+        transform: Its own.
+
+    Returns:
+        The options of `ClassificationModule`.
+
+    Raises:
+        ValueError: If a batch transform was given as well.
+    """
+    if options.get("batch_transform") is not None:
+        raise ValueError(
+            f"This method has a batch transform of its own, {type(transform).__name__}, and takes no second one. Give "
+            "yours to a method without, such as CrossEntropy or Focal."
+        )
+    taken: ModuleOptions = {**options, "batch_transform": transform}
+    return taken
+
+
 class ModuleRecord(TypedDict):
     """What a checkpoint says about the module in it; plain data."""
 
@@ -111,6 +133,10 @@ class ClassificationModule(LightningModule):
         self.scheduler = scheduler
         self.batch_transform = batch_transform
         if batch_transform is not None:
+            if not isinstance(batch_transform, BatchTransform):
+                raise TypeError(
+                    f"batch_transform is {batch_transform!r}; it must be an object such as MixupTransform()."
+                )
             batch_transform.attach(self)
         self.train_state = EvaluationState([key for key in CORE if key != "correctness_auroc"])
         self._pending: list[tuple[Tensor, Tensor]] = []

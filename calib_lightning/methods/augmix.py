@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.core.module import with_transform
 from calib_lightning.data.augmix import AugMixViews
 from calib_lightning.functional import at_least_float32
 from calib_lightning.types import Batch
@@ -122,4 +123,4 @@ class AugMix(ClassificationModule):
     def __init__(
         self, num_classes: int, strength: float = 12.0, severity: float = 3.0, **options: Unpack[BaseOptions]
     ) -> None:
-        super().__init__(num_classes, batch_transform=AugMixTransform(strength, severity), **options)
+        super().__init__(num_classes, **with_transform(options, AugMixTransform(strength, severity)))

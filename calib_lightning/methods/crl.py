@@ -6,9 +6,12 @@ import math
 from collections.abc import Sized
 from typing import Any, Literal, Unpack
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 
 from calib_lightning.core import BaseOptions, ClassificationModule, CorrectnessHistory
 from calib_lightning.functional import at_least_float32, checked_batch
@@ -136,6 +139,7 @@ class CRL(ClassificationModule):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and logits ``(N, K)`` of one batch."""
+        self._check_index(batch.index)
         logits = self(batch.image)
         wide, labels = checked_batch(logits, batch.label, soft=False)
         loss = self.criterion_value(wide, labels)
@@ -154,7 +158,15 @@ class CRL(ClassificationModule):
 
     def on_train_start(self) -> None:
         """Make room for every training sample, or check that the checkpoint's history is of this set."""
-        size = _train_size(self.trainer.train_dataloader)
+        loader = self.trainer.train_dataloader
+        if getattr(loader, "shuffle", None) is False or isinstance(getattr(loader, "sampler", None), SequentialSampler):
+            rank_zero_warn(
+                "CRL compares neighbours of a batch, but the training data is not shuffled, so that they are the same "
+                "in every epoch. Use shuffle=True."
+            )
+        size = _train_size(loader)
+        if isinstance(loader, DataLoader):
+            _check_positions(loader.dataset, size)
         known = len(self.history.count)
         fresh = self.trainer.global_step == 0 and self.trainer.ckpt_path is None
         if fresh or not known:  # a module that was trained before is in its first epoch, too
@@ -185,19 +197,14 @@ class CRL(ClassificationModule):
             self.history.resize(len(count))
         super().on_load_checkpoint(checkpoint)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the positions of training samples, before they go to a device where a look would have to wait."""
-        if self.trainer.training:
-            self._check_index(self._checked(batch).index)
-        return batch
-
     def _check_index(self, index: Tensor) -> None:
         if index.dtype != torch.int64 or index.ndim != 1:
             raise TypeError(
                 f"Batch.index is {index.dtype} of shape {tuple(index.shape)}; CRL needs the position (N,), int64, of "
                 "each sample in the training set."
             )
-        if index.device.type != "cpu":
+        # elsewhere a look would wait for the device in every step; the first and the last sample were looked at
+        if index.device.type != "cpu" or not len(self.history.count):
             return
         low, high = (int(value) for value in index.aminmax())
         if low < 0 or high >= len(self.history.count):
@@ -210,6 +217,18 @@ class CRL(ClassificationModule):
             raise ValueError(
                 f"Every sample of a batch says that its position is {low}. CRL keeps a history of each sample: let the "
                 "data set return each sample's own position in it."
+            )
+
+
+def _check_positions(data: Any, size: int) -> None:
+    """Look at the first and the last sample of somebody's data set, before a step on a device is made with them."""
+    for position in {0, size - 1}:
+        sample = data[position]
+        said = sample[2] if isinstance(sample, list | tuple) and len(sample) == 3 else position  # explained elsewhere
+        if not isinstance(said, Tensor | np.generic | float | int) or said != position:
+            raise ValueError(
+                f"Sample {position} of the training set says that its position is {said!r}. CRL keeps a history of "
+                "each sample: let the data set return each sample's own position in it, (image, label, index)."
             )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.core.module import with_transform
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.mit_l import check_ratios, decouple, draw_ratios
 from calib_lightning.types import Batch
@@ -92,4 +93,4 @@ class MITA(ClassificationModule):
     def __init__(
         self, num_classes: int, alpha: float = 0.5, margin: float = 0.5, **options: Unpack[BaseOptions]
     ) -> None:
-        super().__init__(num_classes, batch_transform=MITATransform(alpha, margin), **options)
+        super().__init__(num_classes, **with_transform(options, MITATransform(alpha, margin)))

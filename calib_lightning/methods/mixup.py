@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.core.module import with_transform
 from calib_lightning.types import Batch
 
 
@@ -110,4 +111,4 @@ class Mixup(ClassificationModule):
     """
 
     def __init__(self, num_classes: int, alpha: float = 0.2, **options: Unpack[BaseOptions]) -> None:
-        super().__init__(num_classes, batch_transform=MixupTransform(alpha), **options)
+        super().__init__(num_classes, **with_transform(options, MixupTransform(alpha)))

@@ -158,7 +158,8 @@ class MMCELoss(nn.Module):
         sqrt: Whether the unweighted penalty is the root.
 
     Raises:
-        ValueError: If ``strength`` is negative or ``normalization`` is neither of the two.
+        ValueError: If ``strength`` is negative, ``normalization`` is neither of the two, or ``sqrt`` is asked of the
+            weighted penalty.
     """
 
     def __init__(
@@ -173,6 +174,8 @@ class MMCELoss(nn.Module):
             raise ValueError(f"strength is {strength}; it must be at least 0 and finite (2 in the literature).")
         if normalization not in ("paper", "official"):
             raise ValueError(f"normalization is {normalization!r}; it must be 'paper' or 'official'.")
+        if sqrt and weighted:
+            raise ValueError("sqrt is true, but the weighted penalty is a root already: set weighted to false with it.")
         self.strength = strength
         self.weighted = weighted
         self.normalization: Normalization = normalization

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.core.module import with_transform
 from calib_lightning.methods.mixup import beta_weight, check_alpha, mix
 from calib_lightning.types import Batch
 
@@ -72,4 +73,4 @@ class RegMixup(ClassificationModule):
     """
 
     def __init__(self, num_classes: int, alpha: float = 20.0, eta: float = 1.0, **options: Unpack[BaseOptions]) -> None:
-        super().__init__(num_classes, batch_transform=RegMixupTransform(alpha, eta), **options)
+        super().__init__(num_classes, **with_transform(options, RegMixupTransform(alpha, eta)))

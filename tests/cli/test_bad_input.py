@@ -18,7 +18,7 @@ NET = ("--model=CrossEntropy", "--model.encoder=digits_cnn", "--trainer.accelera
     [
         (("fit", "-c", "quikstart"), ["quikstart", "Did you mean quickstart"]),
         ((*QUICK, "--model=Focl"), ["Focl", "Focal"]),
-        ((*QUICK, "--model=focl"), ["focl", "Focal"]),
+        ((*QUICK, "--model=focl"), ["focl", "Did you mean focal"]),
         ((*QUICK, "--data=DigitDataModule"), ["DigitDataModule", "DigitsDataModule"]),
         ((*QUICK, "--model=focal", "--model.gama=2"), ["gama", "gamma"]),
         ((*QUICK, "--trainer.max_epoch=2"), ["max_epoch", "max_epochs"]),
@@ -171,3 +171,35 @@ def test_help_and_print_config(calib):
     printed = calib(*QUICK, "--print_config")
     assert printed.code == 0
     assert "digits_cnn" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--model=focal", "--model.gamma=-1"), "calib: error: gamma is -1.0; it must be at least 0 and finite"),
+        (("--model=cpc", "--data.num_classes=2"), "calib: error: There are 2 classes"),
+        (("--model=mit_a", "--model.encoder=vit_tiny_patch16_224"), "calib: error: The timm model"),
+    ],
+)
+def test_a_method_that_cannot_be_built_says_why_and_leaves_no_folder(calib, tmp_path, options, said):
+    done = calib("fit", *TOY, *options, "--run_dir=runs/x")
+    assert done.code == 1
+    assert said in done.err
+    assert "Namespace" not in done.err
+    assert "Union" not in done.err
+    assert not (tmp_path / "runs" / "x").exists()
+
+
+def test_a_misspelt_method_or_data_set_is_told_which_there_are(calib):
+    for option, name, meant in (("--model", "focall", "focal"), ("--data", "digit_lt", "digits_lt")):
+        done = calib("fit", option, name)
+        assert done.code == 1
+        assert f"{name!r}; it must be one of" in done.err
+        assert f"Did you mean {meant}" in done.err
+
+
+def test_a_refused_batch_transform_is_explained_without_pages_of_options(calib):
+    done = calib("fit", *TOY, "--model=crl", "--model.batch_transform=MixupTransform")
+    assert done.code == 2
+    assert done.err.count("give batch_transform to another one") == 1
+    assert "[--trainer." not in done.err

@@ -1,9 +1,11 @@
 """CRL: its equation, and a history that every process shares."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
@@ -179,15 +181,15 @@ class Indexed(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("index", "error", "named"),
     [
-        (lambda i: 0, ValueError, "position is 0"),
-        (lambda i: i + 1, ValueError, "12, but the training set has the positions 0..11"),
-        (lambda i: i - 1, ValueError, "-1, but"),
+        (lambda i: 0, ValueError, "Sample 11 of the training set says that its position is 0"),
+        (lambda i: i + 1, ValueError, "Sample 0 .* position is 1"),
+        (lambda i: i if i in (0, 11) else i + 7, ValueError, "17, but the training set has the positions 0..11"),
+        (lambda i: i if i in (0, 11) else -1, ValueError, "-1, but"),
         (lambda i: float(i), TypeError, "float64"),
+        (lambda i: f"{i}.png", ValueError, "'0.png'"),
     ],
 )
 def test_data_without_positions_is_refused(tmp_path, index, error, named):
-    from lightning.pytorch import Trainer
-
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
@@ -195,6 +197,23 @@ def test_data_without_positions_is_refused(tmp_path, index, error, named):
     with pytest.raises(error, match=named):
         trainer.fit(module, DataLoader(Indexed(index), batch_size=12))
     assert trainer.global_step == 0
+
+
+def test_data_in_order_is_warned_of(fit):
+    data = ToyDataModule(batch_size=16, train_size=60)
+    data.setup()
+    for loader, warned in ((data.evaluation_loader("train"), True), (data.train_dataloader(), False)):
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(CRL(3, encoder="digits_cnn", optimizer=_sgd), loader)
+        assert any("not shuffled" in str(warning.message) for warning in said) == warned
 
 
 def test_bad_settings_are_named(fit):

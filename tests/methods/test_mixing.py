@@ -196,6 +196,15 @@ def test_bad_settings_are_named(build, named):
         build()
 
 
+def test_a_method_with_a_transform_takes_no_second_one():
+    for method in (methods.Mixup, methods.RegMixup, methods.MITL, methods.MITA, methods.AugMix):
+        with pytest.raises(ValueError, match="takes no second one"):
+            method(3, encoder="digits_cnn", batch_transform=methods.MixupTransform())
+        method(3, encoder="digits_cnn", batch_transform=None)
+    with pytest.raises(TypeError, match="'MixupTransform'"):
+        methods.Brier(3, encoder="digits_cnn", batch_transform="MixupTransform")
+
+
 def test_mit_a_needs_blocks():
     with pytest.raises(NoBlocksError, match="vit_tiny"):
         methods.MITA(3, encoder="vit_tiny_patch16_224")

@@ -126,6 +126,11 @@ def test_official_normalization_weakens_the_right_rows():
     assert shares[1] < shares[0] / 10
 
 
+def test_a_root_of_the_root_is_refused():
+    with pytest.raises(ValueError, match="set weighted to false"):
+        MMCELoss(sqrt=True)
+
+
 def test_strength_0_is_cross_entropy():
     logits, labels = _case(10)
     ours = mmce_loss(logits, labels, strength=0.0)
