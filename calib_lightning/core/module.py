@@ -328,6 +328,12 @@ class ClassificationModule(LightningModule):
         self.stage = record["stage"]
         if record["head"] != self.head.spec:
             self.head = build_head(record["head"]).to(self.device)
+        if record["class_path"] != class_path_of(type(self)):
+            # The network of another method: what is that method's own stays behind, and ours stays as it is.
+            state, network = checkpoint["state_dict"], ("encoder.", "head.")
+            own = {name: value for name, value in self.state_dict().items() if not name.startswith(network)}
+            wanted = {name: value for name, value in state.items() if name.startswith(network) or name in own}
+            checkpoint["state_dict"] = own | wanted
         self.train_state.reset()
         kept = record["train_state"]
         if kept.keys() != self.train_state.metric_state.keys():

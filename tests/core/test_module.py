@@ -10,6 +10,7 @@ from calib_lightning.callbacks import SavePredictions
 from calib_lightning.core import ClassificationModule, Head, LinearHead, load_module
 from calib_lightning.core.module import PENDING_BATCHES
 from calib_lightning.data import SplitSpec, ToyDataModule
+from calib_lightning.methods import CRL, AdaFocal, CrossEntropy, Focal
 from calib_lightning.metrics import EvaluationState
 from calib_lightning.types import Prediction
 from tests.ddp.cases import sgd, trainer
@@ -185,6 +186,23 @@ def test_a_criterion_with_weights_of_its_own_does_not_keep_a_checkpoint_from_loa
     loaded = load_module(tmp_path / "model.ckpt")
     image = torch.rand(2, 1, 8, 8)
     assert torch.equal(loaded(image), module.eval()(image))
+
+
+def test_the_network_of_one_method_is_trained_on_by_another(tmp_path):
+    data, made = ToyDataModule(SplitSpec(val=20), train_size=80), None
+    for epoch, method in enumerate([CrossEntropy, CRL, AdaFocal, CRL, Focal], start=1):
+        module = method(3, encoder="digits_cnn", optimizer=sgd)
+        run = trainer(tmp_path, max_epochs=epoch)
+        if made is not None:
+            checkpoint = torch.load(made, weights_only=True)
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+            assert torch.equal(module.head.linear.weight, checkpoint["state_dict"]["head.linear.weight"])
+        run.fit(module, datamodule=data, ckpt_path=made, weights_only=True)
+        assert run.current_epoch == epoch
+        made = tmp_path / f"{epoch}.ckpt"
+        run.save_checkpoint(made)
+        assert type(load_module(made)) is method
 
 
 def test_no_classes_is_refused():
