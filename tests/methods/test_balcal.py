@@ -448,3 +448,13 @@ def test_two_processes_find_one_balance_over_all_rows(pool2, tmp_path):
     assert [len(rows[2]) for rows in parts] == [32, 32, 35]
     together = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     assert alone["lam"] == _balance(*together, 0.95) != _balance(*alone["rows"], 0.95)
+
+
+def test_rows_of_a_checkpoint_follow_to_the_device():
+    module = BalCAL(3, encoder="digits_cnn").to("meta")
+    rows = {"linear": torch.zeros(2, 3), "etf": torch.zeros(2, 3), "labels": torch.zeros(2, dtype=torch.int64)}
+    module.restore_epoch_rows(rows)
+    new = torch.zeros(4, 3, device="meta")
+    module._keep(new, new, new[:, 0].long())
+    kept = module.epoch_rows()
+    assert {name: (len(part), part.device.type) for name, part in kept.items()} == dict.fromkeys(rows, (6, "meta"))
