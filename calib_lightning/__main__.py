@@ -49,9 +49,10 @@ def _report(error: Exception) -> None:
     from calib_lightning.run_folder import current_run_folder
 
     message, folder = plain_message(str(error)), current_run_folder()
-    with contextlib.suppress(OSError, AttributeError):
-        folder.rmdir()  # type: ignore[union-attr]  # nothing was begun: the name stays free
-        folder = None
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing was begun: the name stays free
+            folder = None
     if folder is None:
         print(f"calib: error: {message}", file=sys.stderr)
         return

@@ -50,12 +50,6 @@ def plain_message(message: str) -> str:
     return "\n".join(re.sub(r"^\s+- ", "", line) for line in lines) if lines else message
 
 
-_REFUSED_TRANSFORM = (
-    "This method mixes images itself, or needs single images: give batch_transform to another one, such as "
-    "cross_entropy, focal or mbls."
-)
-
-
 class CalibParser(LightningArgumentParser):
     """Lightning's parser; its errors name what comes nearest to a misspelt name."""
 
@@ -65,9 +59,8 @@ class CalibParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2, the message and the nearest known names."""
-        text = plain_message(message).partition(_REFUSED_TRANSFORM)[0].rstrip()  # parsers call one another
-        hint = f"\n  {_REFUSED_TRANSFORM}" if "'batch_transform' is not accepted" in text else ""
-        super().error(text + self._nearest(text) + hint, ex)
+        text = plain_message(message)
+        super().error(text + self._nearest(text), ex)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: fifty lines of options would hide the error under them, which says where help is."""

@@ -5,13 +5,12 @@ from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.encoders import Encoder, build_encoder, encoder_names
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.history import CorrectnessHistory
-from calib_lightning.core.module import BaseOptions, ClassificationModule, ModuleOptions, load_checkpoint, load_module
+from calib_lightning.core.module import ClassificationModule, ModuleOptions, load_checkpoint, load_module
 from calib_lightning.core.preemption import Preemption
 from calib_lightning.core.randomness import StepSeed
 
 __all__ = [
     "AtomicCheckpointIO",
-    "BaseOptions",
     "BatchTransform",
     "ClassificationModule",
     "CorrectnessHistory",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 def world_size() -> int:
@@ -21,21 +22,8 @@ def rows_by_rank(rows: Tensor) -> list[Tensor]:
     Returns:
         One tensor for every process, on the device of ``rows``.
     """
-    world = world_size()
-    if world == 1:
-        return [rows]
-    own = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.zeros_like(own) for _ in range(world)]
-    dist.all_gather(sizes, own)
-    counts = [int(size) for size in sizes]
-    if not max(counts):
-        return [rows for _ in counts]
-    # collectives want equal shapes: fill up, gather, cut
-    filled = rows.new_zeros((max(counts), *rows.shape[1:]))
-    filled[: len(rows)] = rows
-    parts = [torch.empty_like(filled) for _ in range(world)]
-    dist.all_gather(parts, filled)
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+    parts: list[Tensor] = gather_all_tensors(rows) if world_size() > 1 else [rows]
+    return parts
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -32,21 +32,16 @@ CHECKPOINT_KEY = "calib_lightning"
 PENDING_BATCHES = 50
 
 
-class BaseOptions(TypedDict, total=False):
+class ModuleOptions(TypedDict, total=False):
     """Options that every method passes through to `ClassificationModule`, typed once."""
 
     encoder: EncoderSpec
     optimizer: OptimizerCallable
     scheduler: LRSchedulerCallable | None
-
-
-class ModuleOptions(BaseOptions, total=False):
-    """`BaseOptions`, and that of methods whose loss is a criterion and can be taken on transformed batches."""
-
     batch_transform: BatchTransform | None
 
 
-def with_transform(options: BaseOptions, transform: BatchTransform) -> ModuleOptions:
+def with_transform(options: ModuleOptions, transform: BatchTransform) -> ModuleOptions:
     """Add a method's own batch transform to its options.
 
     Args:
@@ -64,8 +59,7 @@ def with_transform(options: BaseOptions, transform: BatchTransform) -> ModuleOpt
             f"This method has a batch transform of its own, {type(transform).__name__}, and takes no second one. Give "
             "yours to a method without, such as CrossEntropy or Focal."
         )
-    taken: ModuleOptions = {**options, "batch_transform": transform}
-    return taken
+    return {**options, "batch_transform": transform}
 
 
 class ModuleRecord(TypedDict):

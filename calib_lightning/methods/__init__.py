@@ -3,7 +3,14 @@
 from calib_lightning.methods.acls import ACLS, ACLSLoss, acls_loss
 from calib_lightning.methods.ada_focal import AdaFocal, AdaFocalLoss, ada_focal_loss, equal_mass_edges
 from calib_lightning.methods.augmix import AugMix, AugMixTransform, jsd_consistency
-from calib_lightning.methods.balcal import BalCAL, ETFBranch, balcal_loss, class_weights, find_balance, simplex_etf
+from calib_lightning.methods.balcal import (
+    BalCAL,
+    ETFBranch,
+    balcal_loss,
+    batch_class_weights,
+    find_balance,
+    simplex_etf,
+)
 from calib_lightning.methods.brier import Brier, BrierLoss, brier_loss
 from calib_lightning.methods.class_balanced import (
     ClassBalanced,
@@ -90,10 +97,10 @@ __all__ = [
     "acls_loss",
     "ada_focal_loss",
     "balcal_loss",
+    "batch_class_weights",
     "block_cuts",
     "brier_loss",
     "class_balanced_loss",
-    "class_weights",
     "correctness_ranking_loss",
     "correctness_rate",
     "cpc_loss",

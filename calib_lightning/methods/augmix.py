@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.core import BatchTransform, ClassificationModule, ModuleOptions
 from calib_lightning.core.module import with_transform
 from calib_lightning.data.augmix import AugMixViews
 from calib_lightning.functional import at_least_float32
@@ -121,6 +121,6 @@ class AugMix(ClassificationModule):
     """
 
     def __init__(
-        self, num_classes: int, strength: float = 12.0, severity: float = 3.0, **options: Unpack[BaseOptions]
+        self, num_classes: int, strength: float = 12.0, severity: float = 3.0, **options: Unpack[ModuleOptions]
     ) -> None:
         super().__init__(num_classes, **with_transform(options, AugMixTransform(strength, severity)))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from calib_lightning.core import BaseOptions, ClassificationModule, Encoder
+from calib_lightning.core import ClassificationModule, Encoder, ModuleOptions
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.types import Batch
 
@@ -41,7 +41,7 @@ def simplex_etf(num_features: int, num_classes: int) -> Tensor:
     return frame.float()
 
 
-def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+def batch_class_weights(labels: Tensor, num_classes: int) -> Tensor:
     """Weights of the classes in a batch, ``E_k = sqrt((N / C) / n_k)``, 1 for a class that is not there.
 
     Args:
@@ -52,7 +52,7 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
         ``(K,)`` float32; ``C`` is the number of classes in the batch, ``n_k`` that of rows of class k.
 
     Example:
-        >>> class_weights(torch.tensor([0, 0, 0, 1]), 3).square()
+        >>> batch_class_weights(torch.tensor([0, 0, 0, 1]), 3).square()
         tensor([0.6667, 2.0000, 1.0000])
     """
     counts = labels.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(labels))
@@ -64,7 +64,7 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
 def balcal_loss(linear_logits: Tensor, etf_logits: Tensor, labels: Tensor, *, lam: float | Tensor) -> Tensor:
     """Loss of BalCAL (Ni et al., 2025), ``L = lam CE(l_lin, y) + (1 - lam) CE(E * l_etf, y)``.
 
-    ``E`` are the `class_weights` of the batch, one for each column.
+    ``E`` are the `batch_class_weights` of the batch, one for each column.
 
     Args:
         linear_logits: ``(N, K)`` of the linear classifier.
@@ -90,7 +90,7 @@ def balcal_loss(linear_logits: Tensor, etf_logits: Tensor, labels: Tensor, *, la
             f"The logits of the fixed classifier have the shape {tuple(etf_logits.shape)}, those of the linear one "
             f"{tuple(linear_logits.shape)}; both must be (N, K)."
         )
-    weighted = at_least_float32(etf_logits) * class_weights(labels, linear_logits.shape[1])
+    weighted = at_least_float32(etf_logits) * batch_class_weights(labels, linear_logits.shape[1])
     return lam * F.cross_entropy(linear_logits, labels) + (1.0 - lam) * F.cross_entropy(weighted, labels)
 
 
@@ -220,7 +220,7 @@ class BalCAL(ClassificationModule):
         delta: float = 0.95,
         etf_scale: float = 1.0,
         adaptor_width: int | None = None,
-        **options: Unpack[BaseOptions],
+        **options: Unpack[ModuleOptions],
     ) -> None:
         if options.get("batch_transform") is not None:
             raise ValueError(
@@ -318,7 +318,7 @@ class BalCAL(ClassificationModule):
         self._joined.append((rows["linear"], rows["etf"], rows["labels"]))
 
     def _keep(self, linear: Tensor, etf: Tensor, labels: Tensor) -> None:
-        weighted = etf * class_weights(labels, self.num_classes)
+        weighted = etf * batch_class_weights(labels, self.num_classes)
         self._waiting.append((linear.float(), weighted.float(), labels))
         # the search goes through all of it some fifteen times: few large parts, at no time all of it twice
         if len(self._waiting) == JOINED_BATCHES:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from calib_lightning.core import BaseOptions, ClassificationModule, CorrectnessHistory
+from calib_lightning.core import ClassificationModule, CorrectnessHistory, ModuleOptions
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 from calib_lightning.types import Batch
@@ -97,7 +97,7 @@ class CRL(ClassificationModule):
 
     Paper: Moon et al. 2020.
     Mechanism: samples that were right more often are ranked higher.
-    Extra cost: 8 bytes a training sample.
+    Extra cost: 32 bytes a training sample.
 
     ``L = CE + w R``, with `correctness_ranking_loss` over `correctness_rate`. ``Batch.index`` says which sample a row
     is; the data must be shuffled, since neighbours of a batch are compared. Within an epoch a process knows its own
@@ -118,7 +118,7 @@ class CRL(ClassificationModule):
     """
 
     def __init__(
-        self, num_classes: int, strength: float = 1.0, ranked: Confidence = "softmax", **options: Unpack[BaseOptions]
+        self, num_classes: int, strength: float = 1.0, ranked: Confidence = "softmax", **options: Unpack[ModuleOptions]
     ) -> None:
         if not 0 <= strength < float("inf"):
             raise ValueError(f"strength is {strength}; it must be at least 0 and finite (1 in the paper).")

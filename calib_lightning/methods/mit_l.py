@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.core import BatchTransform, ClassificationModule, ModuleOptions
 from calib_lightning.core.module import with_transform
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.mixup import beta_weight, check_alpha, mix
@@ -145,6 +145,6 @@ class MITL(ClassificationModule):
     """
 
     def __init__(
-        self, num_classes: int, alpha: float = 0.5, margin: float = 0.5, **options: Unpack[BaseOptions]
+        self, num_classes: int, alpha: float = 0.5, margin: float = 0.5, **options: Unpack[ModuleOptions]
     ) -> None:
         super().__init__(num_classes, **with_transform(options, MITLTransform(alpha, margin)))

@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from calib_lightning.core import BaseOptions, BatchTransform, ClassificationModule
+from calib_lightning.core import BatchTransform, ClassificationModule, ModuleOptions
 from calib_lightning.core.module import with_transform
 from calib_lightning.types import Batch
 
@@ -110,5 +110,5 @@ class Mixup(ClassificationModule):
         1.0
     """
 
-    def __init__(self, num_classes: int, alpha: float = 0.2, **options: Unpack[BaseOptions]) -> None:
+    def __init__(self, num_classes: int, alpha: float = 0.2, **options: Unpack[ModuleOptions]) -> None:
         super().__init__(num_classes, **with_transform(options, MixupTransform(alpha)))

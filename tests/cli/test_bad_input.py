@@ -199,7 +199,11 @@ def test_a_misspelt_method_or_data_set_is_told_which_there_are(calib):
 
 
 def test_a_refused_batch_transform_is_explained_without_pages_of_options(calib):
-    done = calib("fit", *TOY, "--model=crl", "--model.batch_transform=MixupTransform")
+    for method, reason in (("crl", "single training samples"), ("balcal", "no criterion"), ("mixup", "no second one")):
+        done = calib("fit", *TOY, f"--model={method}", "--model.batch_transform=RegMixupTransform")
+        assert done.code == 1
+        assert reason in done.err
+    done = calib("fit", *TOY, "--model=crl", "--model.strenght=1")
     assert done.code == 2
-    assert done.err.count("give batch_transform to another one") == 1
+    assert "did you mean strength" in done.err
     assert "[--trainer." not in done.err

@@ -16,7 +16,7 @@ from calib_lightning.core.encoders import NoBlocksError
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import balcal
-from calib_lightning.methods.balcal import BalCAL, balcal_loss, class_weights, find_balance, simplex_etf
+from calib_lightning.methods.balcal import BalCAL, balcal_loss, batch_class_weights, find_balance, simplex_etf
 from tests.ddp import cases
 
 # --- the equations, in float64 numpy ---------------------------------------------------------------------------------
@@ -78,9 +78,9 @@ def test_frame_is_equiangular(d, k):
 
 def test_class_weights():
     labels = np.array([0, 3, 3, 3, 1, 1, 3])
-    np.testing.assert_allclose(class_weights(torch.tensor(labels), 5).numpy(), _weights(labels, 5), rtol=1e-6)
-    assert class_weights(torch.tensor([1]), 3).tolist() == [1, 1, 1]
-    assert class_weights(torch.tensor([0, 1, 2, 2, 1, 0]), 3).tolist() == [1, 1, 1]
+    np.testing.assert_allclose(batch_class_weights(torch.tensor(labels), 5).numpy(), _weights(labels, 5), rtol=1e-6)
+    assert batch_class_weights(torch.tensor([1]), 3).tolist() == [1, 1, 1]
+    assert batch_class_weights(torch.tensor([0, 1, 2, 2, 1, 0]), 3).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("n", [1, 7])
