@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Maps ``(logits (N, K), labels (N,))`` to a scalar loss."""
@@ -39,3 +40,23 @@ class Prediction(NamedTuple):
 
     logits: Tensor
     confidence: Tensor | None = None
+
+
+class Views(ABC):
+    """What a stage of training does with its images, in place of the data module's augmentation."""
+
+    @abstractmethod
+    def transform(self, normalize: nn.Module, augment: nn.Module | None, seed: int) -> nn.Module:
+        """Build the transform of the training images.
+
+        All three are called as ``module(image, index, epoch)`` with images ``(N, C, H, W)``, positions ``(N,)`` and the
+        epoch's number; every random number depends on (seed, epoch, position) alone.
+
+        Args:
+            normalize: Maps uint8 images to standardised ones.
+            augment: The data module's own random augmentation of uint8 images, ``None`` where it has none.
+            seed: Seed of the run.
+
+        Returns:
+            A module that maps uint8 images to ``(N, C, H, W)``, or to several views ``(N, V, C, H, W)``.
+        """
