@@ -19,7 +19,7 @@ ALLOWED = {
     "config_search": set(),
     "report": {"metrics"},
     "data": {"types", "seeding", "files"},
-    "core": {"types", "functional", "metrics", "seeding"},
+    "core": {"types", "functional", "metrics", "seeding", "files"},
     "methods": {"types", "functional", "core", "data"},
     "method_table": {"core", "methods"},
     "callbacks": {"types", "metrics", "plots", "core", "seeding", "files", "run_folder"},

@@ -3,15 +3,18 @@
 from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.encoders import Encoder, build_encoder, encoder_names
+from calib_lightning.core.feature_cache import CachedFeatures
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.history import CorrectnessHistory
 from calib_lightning.core.module import ClassificationModule, ModuleOptions, load_checkpoint, load_module
 from calib_lightning.core.preemption import Preemption
 from calib_lightning.core.randomness import StepSeed
+from calib_lightning.core.stages import StageSwitch, StageTraining, SwitchOptions, load_stages
 
 __all__ = [
     "AtomicCheckpointIO",
     "BatchTransform",
+    "CachedFeatures",
     "ClassificationModule",
     "CorrectnessHistory",
     "Encoder",
@@ -20,10 +23,14 @@ __all__ = [
     "LinearHead",
     "ModuleOptions",
     "Preemption",
+    "StageSwitch",
+    "StageTraining",
     "StepSeed",
+    "SwitchOptions",
     "build_encoder",
     "build_head",
     "encoder_names",
     "load_checkpoint",
     "load_module",
+    "load_stages",
 ]

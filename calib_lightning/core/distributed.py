@@ -1,11 +1,34 @@
-"""Rows of different numbers on different processes."""
+"""Several processes: rows of different numbers, and strategies under which parameters can be frozen."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+def check_strategy(trainer: Trainer, name: str) -> None:
+    """Refuse a strategy that may step tensors other than the network's own: freezing would not work.
+
+    Args:
+        trainer: The trainer.
+        name: Who freezes.
+
+    Raises:
+        ValueError: If the strategy is another than a single device or DDP.
+    """
+    strategy = trainer.strategy
+    # these two inherit from DDP, but step parameters of their own
+    others = DeepSpeedStrategy | XLAStrategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, others):
+        raise ValueError(
+            f"{name} cannot freeze parameters under the strategy {type(strategy).__name__}: it may step tensors other "
+            "than the network's. Allowed: a single device (trainer.strategy=auto with devices=1) or ddp."
+        )
 
 
 def world_size() -> int:

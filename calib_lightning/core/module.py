@@ -30,6 +30,8 @@ from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
 
 CHECKPOINT_KEY = "calib_lightning"
 PENDING_BATCHES = 50
+OBJECTS = ["criterion", "optimizer", "scheduler", "batch_transform", "switch", "tuning", "refinement_loss", "views"]
+"""Arguments of methods that are objects, not data: they are never saved."""
 
 
 class ModuleOptions(TypedDict, total=False):
@@ -118,7 +120,7 @@ class ClassificationModule(LightningModule):
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 1.")
         # Plain data only, here only: checkpoints then load with weights_only=True.
-        self.save_hyperparameters(ignore=["criterion", "optimizer", "scheduler", "batch_transform"])
+        self.save_hyperparameters(ignore=OBJECTS)
         self.num_classes = num_classes
         self.encoder = build_encoder(encoder)
         self.head: Head = LinearHead(self.encoder.num_features, num_classes)
@@ -126,6 +128,7 @@ class ClassificationModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.batch_transform = batch_transform
+        self.plain_loss = False
         if batch_transform is not None:
             if not isinstance(batch_transform, BatchTransform):
                 raise TypeError(
@@ -168,6 +171,17 @@ class ClassificationModule(LightningModule):
         logits = self(batch.image)
         return self.criterion_value(logits, batch.label), logits
 
+    def enter_stage(self, stage: int, criterion: Criterion | None) -> None:
+        """Note that a stage begins; `StageSwitch` calls it once it has put the new head.
+
+        Args:
+            stage: How many switches there have been.
+            criterion: The loss of the stage, in place of the method's own and its batch transform; ``None`` keeps both.
+        """
+        self.stage = stage
+        if criterion is not None:
+            self.criterion, self.batch_transform, self.plain_loss = criterion, None, True
+
     def criterion_value(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Criterion (scalar) of logits ``(N, K)`` and labels, in float32 or wider whatever the precision of the run."""
         # A loss in half precision loses the tail of the softmax; autocast would not widen it for every operation.
@@ -178,7 +192,8 @@ class ClassificationModule(LightningModule):
         """One step: loss, log, training metrics."""
         batch = self._checked(batch)
         self._check_labels(batch.label)
-        loss, logits = self.loss(batch)
+        # a stage with a criterion of its own: what the method adds to its loss belongs to the stage before
+        loss, logits = ClassificationModule.loss(self, batch) if self.plain_loss else self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
         labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
         self._pending.append((logits.detach(), labels))
@@ -455,6 +470,8 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
     # A criterion that was given as an object is not rebuilt; what it keeps, class weights say, is of no use without it.
     known = module.state_dict().keys()
     state = {k: v for k, v in checkpoint["state_dict"].items() if k in known or not k.startswith("criterion.")}
+    # and one that a later stage has replaced keeps what it was built with
+    state |= {k: v for k, v in module.state_dict().items() if k.startswith("criterion.") and k not in state}
     module.load_state_dict(state)
     return module.to(map_location).eval()
 

@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from calib_lightning.data.loader import InMemorySet, ResumableLoader
+from calib_lightning.data.loader import FeatureSet, InMemorySet, ResumableLoader
 from calib_lightning.data.split import Rows, SplitSpec
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize, Transform
 from calib_lightning.files import write_whole
 from calib_lightning.seeding import run_seed
+from calib_lightning.types import Views
 
 
 class Source(NamedTuple):
@@ -54,6 +55,9 @@ class BenchmarkDataModule(LightningDataModule, ABC):
         augment: Whether training images are cropped and mirrored at random.
         test_names: Names of the test sets.
         default_split: Used where no split is given.
+        stage_views: What the present stage of a training does with its images; ``None`` means `augment`.
+        stage_batch_size: Its rows of one batch of one process; ``None`` means ``batch_size``.
+        stage_features: Features ``(N, V, d)`` that it is trained on in place of images, ``None`` for images.
     """
 
     num_classes: int
@@ -61,6 +65,9 @@ class BenchmarkDataModule(LightningDataModule, ABC):
     std: Sequence[float]
     augment: bool = False
     default_split: ClassVar[SplitSpec] = SplitSpec()
+    stage_views: Views | None = None
+    stage_batch_size: int | None = None
+    stage_features: Tensor | None = None
 
     def __init__(self, split: SplitSpec | None = None, batch_size: int = 128, num_workers: int = 0) -> None:
         super().__init__()
@@ -160,25 +167,55 @@ class BenchmarkDataModule(LightningDataModule, ABC):
         """Batches of the training split, shuffled and augmented with the seed of the run.
 
         Where the trainer's module has a ``batch_transform`` that asks for several views, they take the place of the
-        normalisation: images are then ``(N, V, C, H, W)``.
+        normalisation: images are then ``(N, V, C, H, W)``. A stage of the training may have its own images
+        (`stage_views`), features in their place (`stage_features`) and batch size.
         """
-        seed = run_seed()
+        seed, train = run_seed(), self._ready()["train"]
+        # a trainer that overfits some batches on purpose must see the same ones in every epoch
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        size = self.stage_batch_size or self.batch_size
+        if self.stage_features is not None:
+            return ResumableLoader(FeatureSet(self.stage_features, train.label, seed), size, shuffle=shuffle, seed=seed)
+        data = replace(train, transform=self._training_transform(seed))
+        return ResumableLoader(data, size, shuffle=shuffle, seed=seed, num_workers=self.num_workers)
+
+    def ordered_train_loader(self, *, augmented: bool) -> ResumableLoader:
+        """Training images in the order of their rows; ``set_epoch`` chooses the augmentation.
+
+        Args:
+            augmented: Whether they are augmented as in training; otherwise they are as in an evaluation.
+
+        Returns:
+            The loader.
+        """
         normalize = Normalize(self.mean, self.std)
+        transform = Compose(CropFlip(seed=run_seed()), normalize) if augmented else normalize
+        data = replace(self._ready()["train"], transform=transform)
+        return ResumableLoader(data, self.batch_size, shuffle=False, seed=0, num_workers=self.num_workers)
+
+    def training_images_key(self, *, augmented: bool) -> str:
+        """Name what `ordered_train_loader` gives: equal names mean equal images.
+
+        Args:
+            augmented: As there.
+
+        Returns:
+            A hash of the images, their standardisation and, where they are augmented, the seed; in hexadecimal.
+        """
+        digest = hashlib.sha256(self._ready()["train"].image.contiguous().numpy().tobytes())
+        digest.update(f"{self.mean} {self.std} {run_seed() if augmented else None}".encode())
+        return digest.hexdigest()
+
+    def _training_transform(self, seed: int) -> nn.Module:
+        normalize = Normalize(self.mean, self.std)
+        augment = CropFlip(seed=seed) if self.augment else None
+        if self.stage_views is not None:
+            return self.stage_views.transform(normalize, augment, seed)
         module = getattr(self.trainer, "lightning_module", None)
         ask = getattr(getattr(module, "batch_transform", None), "views", None)
         views = None if ask is None else ask(normalize, seed)
         transform: nn.Module = normalize if views is None else views
-        if self.augment:
-            transform = Compose(CropFlip(seed=seed), transform)
-        # a trainer that overfits some batches on purpose must see the same ones in every epoch
-        shuffle = not getattr(self.trainer, "overfit_batches", 0)
-        return ResumableLoader(
-            replace(self._ready()["train"], transform=transform),
-            self.batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            num_workers=self.num_workers,
-        )
+        return transform if augment is None else Compose(augment, transform)
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
         """Batches of the validation split; an empty list where it has no images, so that Lightning skips it."""

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from calib_lightning.data.transforms import Transform
-from calib_lightning.seeding import derive_seed
+from calib_lightning.seeding import derive_seed, row_uniform
 from calib_lightning.types import Batch
 
 _Key = tuple[int, NDArray[np.int64]]
 """Epoch and positions of one batch: all a worker needs, so workers keep no state."""
+_VIEW = 5  # purpose that keeps this random stream apart from others
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,39 @@ class InMemorySet:
         if self.transform is not None:
             image = self.transform(image, index, epoch)
         return Batch(image, self.label.index_select(0, index), index)
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of the images of a set, in place of the images.
+
+    Args:
+        features: ``(N, V, d)``, V fixed views of each image, of which each epoch draws one a row.
+        label: ``(N,)`` int64.
+        seed: Seed of the draw.
+    """
+
+    features: Tensor
+    label: Tensor
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def fetch(self, index: Tensor, epoch: int) -> Batch:
+        """Read one batch.
+
+        Args:
+            index: Positions ``(B,)`` int64 in ``0..N-1``.
+            epoch: Epoch number; with the position it chooses the view.
+
+        Returns:
+            The batch, with features ``(B, d)`` as its images.
+        """
+        draw = row_uniform(index, 1, seed=derive_seed(self.seed, epoch, _VIEW))[:, 0]
+        view = (draw * self.features.shape[1]).long()
+        features = self.features[index.to(self.features.device), view.to(self.features.device)]
+        return Batch(features, self.label.index_select(0, index), index)
 
 
 class ResumableLoader:
@@ -96,7 +130,7 @@ class ResumableLoader:
 
     def __init__(
         self,
-        data: InMemorySet,
+        data: InMemorySet | FeatureSet,
         batch_size: int,
         *,
         shuffle: bool,
@@ -174,7 +208,7 @@ class ResumableLoader:
             persistent_workers=False,
             worker_init_fn=_leave_signals_to_the_main_process,
             # asking whether there is a device would wake it in a run on the CPU
-            pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
+            pin_memory=torch.cuda.is_initialized() and self._on_cpu(),  # type: ignore[no-untyped-call]
             # its own generator: without one it draws a seed from the global generator
             generator=torch.Generator(),
         )
@@ -183,6 +217,9 @@ class ResumableLoader:
         for number, batch in enumerate(batches, start=self._position + 1):
             self._position = number
             yield batch
+
+    def _on_cpu(self) -> bool:
+        return not isinstance(self.data, FeatureSet) or self.data.features.device.type == "cpu"
 
     def _resumed(self) -> int:
         """Where the next pass starts."""
@@ -225,7 +262,7 @@ class ResumableLoader:
 class _Keyed(Dataset[Batch]):
     """Lets a ``DataLoader`` ask for a whole batch by its key."""
 
-    def __init__(self, data: InMemorySet) -> None:
+    def __init__(self, data: InMemorySet | FeatureSet) -> None:
         self.data = data
 
     def __getitem__(self, key: _Key) -> Batch:

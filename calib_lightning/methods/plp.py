@@ -7,12 +7,11 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Unpack
 
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from torch.optim import Optimizer
 
 from calib_lightning.core import ClassificationModule, Encoder, ModuleOptions
+from calib_lightning.core.distributed import check_strategy
 from calib_lightning.core.encoders import NoBlocksError, TimmEncoder
 
 PUBLISHED_CUTS = {
@@ -160,14 +159,7 @@ class PLP(ClassificationModule):
                 f"max_epochs of the trainer is {epochs}, but PLP spreads its schedule over the epochs of the run: set "
                 "trainer.max_epochs to their number (350 in the paper)."
             )
-        strategy = self.trainer.strategy
-        # these two inherit from DDP, but step parameters of their own
-        others = DeepSpeedStrategy | XLAStrategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, others):
-            raise ValueError(
-                f"PLP cannot freeze parameters under the strategy {type(strategy).__name__}: it may step tensors other "
-                "than the network's. Allowed: a single device (trainer.strategy=auto with devices=1) or ddp."
-            )
+        check_strategy(self.trainer, "PLP")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drop the gradients of the frozen groups: an optimiser leaves out a parameter without one."""
