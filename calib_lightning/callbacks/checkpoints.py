@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's checkpoint callback with a fixed file name, saved when an epoch is over.
 
-    A run folder may be moved: the best score so far is kept if the file that it belongs to is in the folder now.
+    A run folder may be moved: the best score so far is kept if the file that it belongs to is in the folder now. When a
+    module enters a new stage, the choice begins anew, so that the chosen checkpoint is one of the last stage; the file
+    of the stage before stays as ``stage-<number>-<filename>.ckpt``, from which other runs may start.
 
     Args:
         folder: Where the file goes.
         filename: Its name without ending; each save replaces it.
-        monitor: The metric that must improve for a save; None saves after every epoch.
+        monitor: The metric that must improve for a save; None saves after every epoch. An epoch without it, in a stage
+            that has no classifier yet, is not saved.
         mode: ``"min"`` or ``"max"``.
     """
 
@@ -30,9 +36,35 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+        self.stage = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew in a new stage; checkpoint callbacks come after the switch that makes it."""
+        stage = int(getattr(pl_module, "stage", 0))
+        if stage == self.stage:
+            return
+        kept = Path(str(self.dirpath)) / f"{self.filename}.ckpt"
+        if trainer.is_global_zero and trainer.current_epoch > 0 and kept.is_file():
+            copy = kept.with_name(f"stage-{stage}-{kept.name}")
+            shutil.copyfile(kept, copy.with_suffix(".tmp"))
+            copy.with_suffix(".tmp").replace(copy)
+        self.stage = stage
+        self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
+        self.best_model_score = self.current_score = None
+        self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless the metric that decides is not there."""
+        if self.monitor is None or self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores so far and the stage that they belong to."""
+        return {**super().state_dict(), "stage": self.stage}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the scores of a checkpoint, under the paths that its files have now."""
+        self.stage = int(state_dict.get("stage", 0))
         folder = Path(str(self.dirpath))
         name = Path(state_dict.get("best_model_path", "")).name
         if name and (folder / name).is_file():

@@ -132,7 +132,8 @@ class CachedFeatures(Views):
             else:
                 assert trainer.fit_loop._combined_loader is not None
                 loaders = trainer.fit_loop._combined_loader.flattened
-                loader = _over_features(trainer, module, stored, head, loaders)
+                with torch.random.fork_rng(devices=[]):
+                    loader = _over_features(trainer, module, stored, head, loaders)
                 reload_train_loader(trainer, loader, resumed=resumed)
         except BaseException:
             stored.remove()
@@ -323,12 +324,18 @@ def reload_train_loader(trainer: Trainer, loader: Any = None, *, resumed: bool =
         loop._data_fetcher.teardown()
     source = loop._data_source.instance
     loop._combined_loader = None
+    # Lightning makes an iterator here and another one when the epoch starts: the first must not draw the order
+    generators = [part.generator for part in (*before, loader) if getattr(part, "generator", None) is not None]
+    drawn = [generator.get_state() for generator in generators]
     try:
         if loader is not None:
             loop._data_source.instance = loader
-        loop.setup_data()
+        with torch.random.fork_rng(devices=[]):
+            loop.setup_data()
     finally:
         loop._data_source.instance = source
+        for generator, state in zip(generators, drawn, strict=True):
+            generator.set_state(state)
     after: list[Any] = loop._combined_loader.flattened  # type: ignore[attr-defined]  # setup_data has made it
     for part, state in zip(after, states, strict=False):
         if resumed and state is not None and hasattr(part, "load_state_dict"):

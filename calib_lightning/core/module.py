@@ -73,6 +73,7 @@ class ModuleRecord(TypedDict):
     head: HeadSpec
     train_state: dict[str, Tensor]
     epoch_rows: NotRequired[dict[str, list[Tensor]]]
+    plain_loss: NotRequired[bool]
 
 
 class ClassificationModule(LightningModule):
@@ -128,6 +129,7 @@ class ClassificationModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.batch_transform = batch_transform
+        # whether a stage has put a criterion in the place of what the method does: what is left is encoder and head
         self.plain_loss = False
         if batch_transform is not None:
             if not isinstance(batch_transform, BatchTransform):
@@ -323,6 +325,7 @@ class ClassificationModule(LightningModule):
             stage=self.stage,
             head=self.head.spec,
             train_state=train_state,
+            plain_loss=self.plain_loss,
             epoch_rows={name: [part.cpu() for part in rows_by_rank(rows)] for name, rows in self.epoch_rows().items()},
         )
 
@@ -337,7 +340,9 @@ class ClassificationModule(LightningModule):
         self.stage = record["stage"]
         if record["head"] != self.head.spec:
             self.head = build_head(record["head"]).to(self.device)
-        if record["class_path"] != class_path_of(type(self)):
+        if record["class_path"] == class_path_of(type(self)):
+            self.plain_loss = record.get("plain_loss", False)
+        else:
             # The network of another method: what is that method's own stays behind, and ours stays as it is.
             state, network = checkpoint["state_dict"], ("encoder.", "head.")
             own = {name: value for name, value in self.state_dict().items() if not name.startswith(network)}

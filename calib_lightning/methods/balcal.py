@@ -263,6 +263,8 @@ class BalCAL(ClassificationModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``(N, K)``, float32 or wider, of images ``(N, C, H, W)``: the mixture of both classifiers."""
+        if self.plain_loss:
+            return super().forward(image)
         return _mixed(*self.branch_logits(image), self.lam)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -277,8 +279,9 @@ class BalCAL(ClassificationModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step; its logits are kept for the end of the epoch."""
         loss = super().training_step(batch, batch_idx)
-        assert self._seen is not None
-        self._keep(*self._seen)
+        if not self.plain_loss:
+            assert self._seen is not None
+            self._keep(*self._seen)
         return loss
 
     # --- the balance -------------------------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ class BalCAL(ClassificationModule):
         parts = [tuple(part.to(self.device) for part in parts) for parts in (*self._joined, *self._waiting)]
         own = torch.tensor([sum(len(labels) for *_, labels in parts)], device=self.device)
         count = int(self.trainer.strategy.reduce(own, reduce_op="sum"))
-        if count == 0:
+        if count == 0 or self.plain_loss:
             return
 
         def figures(lam: float) -> tuple[float, float]:

@@ -152,7 +152,7 @@ class CRL(ClassificationModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step; its answers count from the next one on."""
         loss = super().training_step(batch, batch_idx)
-        if self._seen is not None and len(self.history.count):
+        if self._seen is not None and len(self.history.count) and not self.plain_loss:
             self.history.update(*self._seen)
         return loss
 

@@ -77,5 +77,6 @@ class FocalSchedule(ClassificationModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set gamma; before each step, since a run that is resumed within an epoch does not start it again."""
-        assert isinstance(self.criterion, FocalLoss)
-        self.criterion.gamma = self.gamma
+        if not self.plain_loss:
+            assert isinstance(self.criterion, FocalLoss)
+            self.criterion.gamma = self.gamma

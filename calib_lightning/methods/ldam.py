@@ -180,7 +180,7 @@ class LDAM(ClassificationModule):
 
     def setup(self, stage: str) -> None:
         """Build the criterion once the data is known."""
-        if stage != "fit":
+        if stage != "fit" or self.plain_loss:
             return
         if self.reweight_from < 1 and (self.trainer.max_epochs is None or self.trainer.max_epochs < 1):
             raise ValueError(
@@ -191,6 +191,8 @@ class LDAM(ClassificationModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Weigh classes from an epoch on; before each step, since a run may be resumed within an epoch."""
+        if self.plain_loss:
+            return
         assert isinstance(self.criterion, LDAMLoss)
         first = self.reweight_from * (self.trainer.max_epochs or 0) - 1e-9  # 0.55 x 100 is a little above 55
         late = self.reweight_from < 1 and self.current_epoch >= first

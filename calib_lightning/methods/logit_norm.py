@@ -117,6 +117,6 @@ class LogitNorm(ClassificationModule):
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)``; in evaluation mode as ``eval_logits`` says."""
         logits = super().forward(image)
-        if self.training or self.eval_logits == "raw":
+        if self.training or self.eval_logits == "raw" or self.plain_loss:
             return logits
         return normalized_logits(logits, tau=self.tau)

@@ -164,6 +164,8 @@ class PLP(ClassificationModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drop the gradients of the frozen groups: an optimiser leaves out a parameter without one."""
         super().on_before_optimizer_step(optimizer)
+        if self.stage > 0:
+            return  # a stage switch has frozen what is to be frozen
         assert self.trainer.max_epochs is not None
         starts = peeling_epochs(len(self.cuts), self.trainer.max_epochs, self.gamma)
         frozen = bisect_right(starts, self.current_epoch) - 1
