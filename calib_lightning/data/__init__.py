@@ -9,17 +9,21 @@ from calib_lightning.data.longtail import long_tail_counts, long_tail_rows
 from calib_lightning.data.split import SplitSpec
 from calib_lightning.data.toy import ToyDataModule
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize
+from calib_lightning.data.views import CleanViews, ContrastiveViews, ResizedCropFlip
 
 __all__ = [
     "AugMixViews",
     "BenchmarkDataModule",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "CleanViews",
     "Compose",
+    "ContrastiveViews",
     "CropFlip",
     "DigitsDataModule",
     "InMemorySet",
     "Normalize",
+    "ResizedCropFlip",
     "ResumableLoader",
     "Source",
     "SplitSpec",

@@ -123,7 +123,7 @@ def fit_method(rank: int, world: int, folder: str, number: int) -> dict[str, Any
     seed_everything(3, workers=True)
     row = ROWS[number]
     data = ToyDataModule(SplitSpec(val=31), batch_size=16, train_size=101)
-    module = row.module(3, encoder="digits_cnn", optimizer=sgd, **row.options)
+    module = row.new(3, encoder="digits_cnn", optimizer=sgd)
     before = digest(module)
     run = trainer(folder, world, [StepSeed()], max_epochs=2)
     run.fit(module, datamodule=data)

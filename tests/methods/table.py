@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calib_lightning import methods
-from calib_lightning.core import ClassificationModule
+from calib_lightning.core import ClassificationModule, StageSwitch
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,15 @@ class Row:
     soft: bool = True
     """Whether it can be trained on soft targets."""
     least_classes: int = 2
+    switch: Callable[[], StageSwitch] | None = None
+    """The switch of a staged method, at epoch 1 unless a test says otherwise; a new one each time, as it keeps state."""
+
+    def new(self, num_classes: int, at_epoch: int = 1, **options: Any) -> ClassificationModule:
+        """The method's module with its options."""
+        if self.switch is not None:
+            options["switch"] = self.switch()
+            options["switch"].at_epoch = at_epoch
+        return self.module(num_classes, **self.options, **options)
 
     def build(self, num_classes: int) -> nn.Module:
         assert self.criterion is not None

@@ -44,7 +44,7 @@ def test_files_exports_configs_and_rows_are_the_same_set():
 def test_loss_falls_and_the_checkpoint_rebuilds_the_module(row, tmp_path):
     seed_everything(0)
     data = DigitsDataModule(batch_size=32)
-    module = row.module(data.num_classes, encoder="digits_cnn", optimizer=_sgd, **row.options)
+    module = row.new(data.num_classes, encoder="digits_cnn", optimizer=_sgd)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -72,7 +72,7 @@ def test_loss_falls_and_the_checkpoint_rebuilds_the_module(row, tmp_path):
 @by_method
 def test_gradients_are_finite_under_bf16_autocast(row):
     torch.manual_seed(0)
-    module = row.module(3, encoder="digits_cnn", **row.options)
+    module = row.new(3, encoder="digits_cnn")
     data = ToyDataModule(batch_size=16)
     batch = _first_batch(data, module)
     module.log = lambda *args, **kwargs: None
@@ -87,7 +87,7 @@ def test_gradients_are_finite_under_bf16_autocast(row):
 @by_method
 def test_it_trains_in_half_precision_throughout(row, fit):
     # weights, buffers and torch's default dtype are bfloat16
-    module = row.module(3, encoder="digits_cnn", optimizer=_sgd, **row.options)
+    module = row.new(3, encoder="digits_cnn", optimizer=_sgd)
     trainer = fit(module, ToyDataModule(SplitSpec(val=30), train_size=130), epochs=2, precision="bf16-true")
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     assert all(value.isfinite() for value in trainer.callback_metrics.values())
@@ -117,7 +117,7 @@ def test_numbers_that_are_none_are_refused_when_built(cls, bad):
 @by_method
 def test_soft_labels_train_or_are_refused(row):
     torch.manual_seed(0)
-    module = row.module(3, encoder="digits_cnn", **row.options)
+    module = row.new(3, encoder="digits_cnn")
     module.log = lambda *args, **kwargs: None
     batch = _first_batch(ToyDataModule(batch_size=16), module)
     votes = torch.distributions.Dirichlet(torch.ones(3)).sample((16,))

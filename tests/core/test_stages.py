@@ -1,0 +1,471 @@
+"""A stage switch: what is frozen stays, the new head is trained, and a stop anywhere changes nothing."""
+
+import copy
+import os
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from calib_lightning.callbacks.checkpoints import RunCheckpoint
+from calib_lightning.core import (
+    ClassificationModule,
+    LinearHead,
+    Preemption,
+    StageSwitch,
+    StageTraining,
+    StepSeed,
+    load_module,
+    load_stages,
+)
+from calib_lightning.core.preemption import Preempted
+from calib_lightning.core.stages import head_size
+from calib_lightning.data import CleanViews, SplitSpec, ToyDataModule
+from calib_lightning.methods import CrossEntropyLoss, Focal, FocalLoss, Mixup
+from tests.ddp.cases import Dropped, Watch, cosine, digest, sgd, trainer
+from tests.methods.table import ROWS
+
+
+def toy(**options):
+    return ToyDataModule(SplitSpec(val=31, calibration=30), batch_size=16, train_size=140, **options)
+
+
+def module(cls=ClassificationModule, **options):
+    seed_everything(3)
+    return cls(3, encoder="digits_cnn", optimizer=sgd, **options)
+
+
+def adam(params):
+    return torch.optim.Adam(params, lr=0.003)
+
+
+def fit(folder, module, switches, epochs=4, data=None, callbacks=(), **options):
+    run = trainer(folder, 1, [StepSeed(), *switches, *callbacks], max_epochs=epochs, **options)
+    try:
+        run.fit(module, datamodule=data or toy(), weights_only=True)
+    finally:
+        os.environ.pop("PL_GLOBAL_SEED", None)
+    return run
+
+
+class Note(Callback):
+    """Copies the state at the start of each epoch, and what each step saw."""
+
+    def __init__(self):
+        self.states, self.sizes, self.lrs, self.modes = {}, {}, {}, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        epoch = trainer.current_epoch
+        if batch_idx == 0:
+            self.states[epoch] = copy.deepcopy(pl_module.state_dict())
+        self.sizes.setdefault(epoch, []).append(len(batch[0]))
+        self.lrs[epoch] = trainer.optimizers[0].param_groups[0]["lr"]
+        self.modes[epoch] = {name for name, part in pl_module.named_modules() if part.training}
+
+
+class Foreign(LightningModule):
+    """A module as somebody else has it: plain tuples, names of its own, a network in which the head lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential()
+        self.net.add_module("conv", nn.Conv2d(1, 8, 3))
+        self.net.add_module("bn", nn.BatchNorm2d(8))
+        self.net.add_module("pool", nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+        self.net.add_module("fc", nn.Linear(32, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def loaders(rows=70):
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(3, (rows,), generator=generator)
+    image = torch.randn(rows, 1, 8, 8, generator=generator) + label.view(-1, 1, 1, 1)
+    data = TensorDataset(image, label)
+    shuffled = DataLoader(data, 16, shuffle=True, generator=torch.Generator().manual_seed(0))
+    return shuffled, DataLoader(data, 16), image
+
+
+# --- what a switch does ----------------------------------------------------------------------------------------------
+
+
+def test_the_encoder_stays_bit_for_bit_and_the_new_head_learns(tmp_path):
+    note, own = Note(), module(scheduler=cosine)
+    switch = StageSwitch(2, training=StageTraining(adam, batch_size=8))
+    fit(tmp_path, own, [switch], 4, callbacks=[note])
+    before, after = note.states[2], own.state_dict()
+    encoder = [name for name in before if name.startswith("encoder.")]
+    assert any("running_mean" in name for name in encoder)
+    assert all(torch.equal(before[name], after[name]) for name in encoder)
+    assert not torch.equal(before["head.linear.weight"], after["head.linear.weight"])
+    # before the switch both had moved
+    assert not any(torch.equal(note.states[0][name], before[name]) for name in encoder if name.endswith("weight"))
+    assert [p for p in own.parameters() if p.requires_grad] == list(own.head.parameters())
+    assert own.stage == 1
+    assert note.sizes[1] == [16] * 4 + [15]
+    assert sum(note.sizes[2]) == 79
+    assert set(note.sizes[2]) <= {8, 7}
+    assert note.lrs[2] == note.lrs[3] == 0.003
+    assert note.modes[1] >= {"encoder", "encoder.network.0", "head"}
+    assert note.modes[2] == note.modes[3] == {"", "head", "head.linear"}
+
+
+def test_frozen_bn_train_lets_the_statistics_go_on(tmp_path):
+    note, own = Note(), module()
+    fit(tmp_path, own, [StageSwitch(1, training=StageTraining(frozen_bn="train"))], 2, callbacks=[note])
+    moved = {name for name, value in own.state_dict().items() if not torch.equal(value, note.states[1][name])}
+    assert any("running_mean" in name for name in moved)
+    assert not any(name.startswith("encoder.") and name.endswith(("weight", "bias")) for name in moved)
+
+
+def test_a_call_of_train_does_not_wake_what_is_frozen(tmp_path):
+    class Meddle(Note):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.train()
+
+    note, own = Meddle(), module()
+    fit(tmp_path, own, [StageSwitch(1)], 3, callbacks=[note])
+    assert note.modes[2] == {"", "head", "head.linear"}
+    name = next(name for name in note.states[1] if "running_mean" in name)
+    assert torch.equal(note.states[1][name], own.state_dict()[name])
+
+
+def test_a_new_head_depends_on_the_seed_and_the_stage_alone(tmp_path):
+    heads = []
+    for epoch in (1, 2):
+        note, own = Note(), module()
+        fit(tmp_path, own, [StageSwitch(epoch)], 3, callbacks=[note])
+        heads.append(note.states[epoch]["head.linear.weight"])
+    assert torch.equal(*heads)
+    note = Note()
+    fit(tmp_path, module(), [StageSwitch(1), StageSwitch(2)], 3, callbacks=[note])
+    assert torch.equal(note.states[1]["head.linear.weight"], heads[0])
+    assert not torch.equal(note.states[2]["head.linear.weight"], heads[0])
+
+
+def test_negative_epochs_count_from_the_end(tmp_path):
+    first, second = StageSwitch(-3), StageSwitch(-1)
+    seen = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append((first.current, second.current, pl_module.stage))
+            lengths.append((first.length(trainer), second.length(trainer), first.stage_epoch(trainer)))
+
+    lengths = []
+    fit(tmp_path, module(), [first, second], 5, callbacks=[Look()])
+    assert seen == [(False, False, 0), (False, False, 0), (True, False, 1), (True, False, 1), (False, True, 2)]
+    assert lengths[2] == (2, 1, 0)
+    assert lengths[3] == (2, 1, 1)
+
+
+def test_a_criterion_takes_the_place_of_loss_and_batch_transform(tmp_path):
+    own = module(Mixup)
+    fit(tmp_path, own, [StageSwitch(1, training=StageTraining(criterion=FocalLoss(2.0)))], 2)
+    assert isinstance(own.criterion, FocalLoss)
+    assert own.batch_transform is None
+    kept = module(Focal, gamma=3.0)
+    fit(tmp_path, kept, [StageSwitch(1)], 2)
+    assert kept.criterion.gamma == 3.0
+    assert not kept.plain_loss
+
+
+def test_views_of_the_stage_take_the_place_of_the_augmentation(tmp_path):
+    data = toy()
+    data.augment = True
+    own = module()
+    clean = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            order = data.ordered_train_loader(augmented=False)
+            image = torch.cat([part.image for part in order])
+            clean.append((trainer.current_epoch, torch.equal(batch.image, image[batch.index])))
+
+    fit(tmp_path, own, [StageSwitch(1, training=StageTraining(views=CleanViews()))], 2, data, [Look()])
+    assert {same for epoch, same in clean if epoch == 0} == {False}
+    assert {same for epoch, same in clean if epoch == 1} == {True}
+    assert data.stage_views is None  # outside of the fit the data module is as it was
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.file)
+def test_a_plain_stage_follows_every_method(row, tmp_path):
+    if row.switch is not None:
+        pytest.skip("this method has a switch of its own")
+    note, own = Note(), module(row.module, **row.options)
+    training = StageTraining(criterion=CrossEntropyLoss(), views=CleanViews())
+    run = fit(tmp_path, own, [StageSwitch(1, training=training)], 3, callbacks=[note])
+    moved = {name for name, value in own.state_dict().items() if not torch.equal(value, note.states[1][name])}
+    assert moved == {"head.linear.weight", "head.linear.bias"}
+    # the plain classifier that is left
+    image = torch.randn(5, 1, 8, 8)
+    own.eval()
+    assert torch.equal(own(image), own.head(own.encoder(image)))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    assert torch.equal(load_module(tmp_path / "model.ckpt")(image), own(image))
+
+
+# --- checkpoints and resuming ----------------------------------------------------------------------------------------
+
+
+def staged_run(folder, stop_after=None, resume=False, switches=None):
+    seed_everything(11)
+    data = ToyDataModule(SplitSpec(val=31), batch_size=16, train_size=130)
+    data.augment = True
+    own = Dropped(3, encoder="digits_cnn", optimizer=sgd, scheduler=cosine)
+    preemption = Preemption(folder)
+    keep = ModelCheckpoint(folder, filename="best", monitor="val/nll", save_last=True, save_on_train_epoch_end=True)
+    if switches is None:
+        switches = [StageSwitch(2), StageSwitch(-2, training=StageTraining(adam, cosine, batch_size=8))]
+    callbacks = [StepSeed(), *switches, Watch(preemption, stop_after), preemption, keep]
+    run = trainer(folder, 1, callbacks, max_epochs=6)
+    stopped = None
+    try:
+        run.fit(own, datamodule=data, ckpt_path=str(folder / "last.ckpt") if resume else None, weights_only=True)
+    except Preempted as leaving:
+        stopped = leaving.code
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    return digest(own), stopped, run.global_step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return staged_run(tmp_path_factory.mktemp("whole"))
+
+
+# 7 steps an epoch in the first four, 13 in the last two: within stage 1, before its last step, at its end, one step
+# after the switch, within stage 2, at its end, one step into stage 3, within it, at an epoch's end of it
+@pytest.mark.parametrize("stop_after", [3, 13, 14, 15, 18, 28, 29, 36, 41])
+def test_a_stop_anywhere_changes_no_bit(tmp_path, whole, stop_after):
+    _, stopped, steps = staged_run(tmp_path, stop_after)
+    assert (stopped, steps) == (143, stop_after)
+    resumed, _, steps = staged_run(tmp_path, resume=True)
+    assert resumed == whole[0]
+    assert steps == whole[2] == 54
+
+
+def test_a_checkpoint_of_other_switches_is_refused(tmp_path):
+    class Other(StageSwitch):
+        pass
+
+    staged_run(tmp_path, 30)
+    with pytest.raises(ValueError, match="give the switches that it was trained with"):
+        staged_run(tmp_path, resume=True, switches=[StageSwitch(2), Other(-2)])
+
+
+def test_evaluation_finds_the_head_of_each_checkpoint(tmp_path):
+    class Keep(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    wide = partial(TwoLayers, width=7)
+    data, own, switch = toy(), module(), StageSwitch(1, wide)
+    run = fit(tmp_path, own, [switch], 2, data, [Keep()])
+    after = run.callback_metrics["val/nll"].clone()
+    for epoch, head in ((0, LinearHead), (1, TwoLayers), (0, LinearHead)):
+        done = run.validate(own, datamodule=data, ckpt_path=tmp_path / f"{epoch}.ckpt", verbose=False)
+        assert type(own.head) is head
+    again = Trainer(logger=False, callbacks=[StageSwitch(1, wide)], enable_progress_bar=False, accelerator="cpu")
+    done = again.validate(module(), datamodule=data, ckpt_path=tmp_path / "1.ckpt", verbose=False)
+    assert done[0]["val/nll"] == pytest.approx(float(after))
+    assert type(load_module(tmp_path / "1.ckpt").head) is TwoLayers
+
+
+class TwoLayers(LinearHead):
+    def __init__(self, in_features: int, num_classes: int, width: int = 5) -> None:
+        super().__init__(width, num_classes)
+        self.first = nn.Linear(in_features, width)
+
+    def forward(self, features):
+        return super().forward(self.first(features).relu())
+
+
+def test_a_trained_checkpoint_starts_the_second_stage(tmp_path):
+    trained = module()
+    fit(tmp_path, trained, [], 2).save_checkpoint(tmp_path / "trained.ckpt")
+    note = Note()
+    seed_everything(77)
+    fresh = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    switch = StageSwitch(0, init_from=str(tmp_path / "trained.ckpt"))
+    fit(tmp_path, fresh, [switch], 2, callbacks=[note])
+    for name, value in trained.encoder.state_dict().items():
+        assert torch.equal(fresh.encoder.state_dict()[name], value), name
+    assert switch.head_loaded
+    assert not torch.equal(note.states[0]["head.linear.weight"], trained.head.linear.weight)  # put anew by the switch
+
+
+def test_the_chosen_checkpoint_is_of_the_last_stage(tmp_path):
+    class Score(Callback):
+        """The first stage is better than the second."""
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("score", [0.1, 0.3, 0.9, 0.8][trainer.current_epoch])
+
+    best, last = RunCheckpoint(tmp_path, "best", "score"), RunCheckpoint(tmp_path, "last")
+    fit(tmp_path, module(), [StageSwitch(2)], 4, callbacks=[Score(), best, last])
+    assert float(best.best_model_score) == pytest.approx(0.8)
+    stages = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")}
+    seen = {name: (file["calib_lightning"]["stage"], file["epoch"]) for name, file in stages.items()}
+    assert seen == {"best.ckpt": (1, 3), "last.ckpt": (1, 3), "stage-1-best.ckpt": (0, 0), "stage-1-last.ckpt": (0, 1)}
+
+
+# --- a module that is not ours ---------------------------------------------------------------------------------------
+
+
+def test_a_module_of_somebody_elses_is_staged(tmp_path):
+    seed_everything(1)
+    own, note = Foreign(), Note()
+    train, val, image = loaders()
+    switch = StageSwitch(2, encoder="net", head="net.fc", training=StageTraining(adam))
+    run = trainer(tmp_path, 1, [StepSeed(), switch, note], max_epochs=4)
+    run.fit(own, train, val)
+    moved = {name for name, value in own.state_dict().items() if not torch.equal(value, note.states[2][name])}
+    assert moved == {"net.fc.linear.weight", "net.fc.linear.bias"}
+    assert note.modes[3] == {"", "net.fc", "net.fc.linear"}
+    assert note.lrs[2] == 0.003
+    assert "configure_optimizers" not in vars(own)
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    own.eval()
+    assert torch.equal(load_stages(Foreign(), tmp_path / "own.ckpt")(image), own(image))
+    other = trainer(tmp_path, 1, [StageSwitch(2, encoder="net", head="net.fc")])
+    done = other.validate(Foreign(), val, ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    assert done[0]["val_loss"] == pytest.approx(float(run.callback_metrics["val_loss"]))
+
+
+def test_resuming_a_module_of_somebody_elses_changes_no_bit(tmp_path):
+    def go(folder, stop_after=None, resume=False):
+        seed_everything(1)
+        own, preemption = Foreign(), Preemption(folder)
+        train, val, _ = loaders()
+
+        class Stop(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                if trainer.global_step == stop_after:
+                    preemption._leave_wanted = 143
+
+        keep = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
+        switch = StageSwitch(2, encoder="net", head="net.fc")
+        run = trainer(folder, 1, [StepSeed(), switch, Stop(), preemption, keep], max_epochs=4)
+        train = DataLoader(train.dataset, 16)  # torch's loader cannot go on in the middle of a shuffled epoch
+        try:
+            run.fit(own, train, val, ckpt_path=str(folder / "last.ckpt") if resume else None, weights_only=True)
+        except Preempted:
+            pass
+        os.environ.pop("PL_GLOBAL_SEED", None)
+        return digest(own)
+
+    whole = go(tmp_path / "whole")
+    for stop in (10, 15):  # the end of stage 1 and of an epoch in stage 2
+        go(tmp_path / str(stop), stop)
+        assert go(tmp_path / str(stop), resume=True) == whole
+
+
+def test_features_are_what_goes_into_the_head(tmp_path):
+    own, switch = Foreign(), StageSwitch(1, encoder="net", head="net.fc")
+    train, _, image = loaders()
+    caught = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            caught.append(switch.features(pl_module, [image, None]))
+
+    trainer(tmp_path, 1, [StepSeed(), switch, Look()], max_epochs=2).fit(own, train)
+    own.eval()
+    assert torch.equal(caught[1], own.net.pool(own.net.bn(own.net.conv(image))))
+    assert not caught[1].requires_grad
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ([StageSwitch(4)], "beyond the last epoch of a run of 4"),
+        ([StageSwitch(-5)], "the run has only 4 epochs"),
+        ([StageSwitch(2), StageSwitch(-2)], "both switch at epoch 2"),
+        ([StageSwitch(1, head="classifier")], "no submodule 'classifier'"),
+        ([StageSwitch(1, encoder="backbone")], "no submodule 'backbone'"),
+        ([StageSwitch(1, lambda d, k: LinearHead(d + 1, k))], "does not fit: it cannot take 96 features"),
+        ([StageSwitch(1, lambda d, k: LinearHead(d, k + 1))], r"makes \(2, 4\), but 3 classes need \(2, 3\)"),
+        ([StageSwitch(2, init_from="trained.ckpt")], "Set at_epoch to 0"),
+        ([StageSwitch(1), StageSwitch(2, lambda d, k: LinearHead(d, 7))], r"makes \(2, 7\)"),
+    ],
+)
+def test_a_switch_that_cannot_be_made_is_refused_before_training(tmp_path, switches, message):
+    own = module()
+    before = digest(own)
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, own, switches)
+    assert digest(own) == before
+    assert "on_load_checkpoint" not in vars(own)
+
+
+def test_another_encoders_checkpoint_is_refused(tmp_path):
+    other = ClassificationModule(3, encoder={"name": "resnet18_cifar", "in_channels": 1}, optimizer=sgd)
+    run = trainer(tmp_path, 1)
+    run.strategy.connect(other)
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    own = module()
+    before = digest(own)
+    with pytest.raises(ValueError, match="holds another encoder"):
+        fit(tmp_path, own, [StageSwitch(0, init_from=str(tmp_path / "other.ckpt"))])
+    assert digest(own) == before
+    with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt"):
+        fit(tmp_path, own, [StageSwitch(0, init_from=str(tmp_path / "nothing.ckpt"))])
+
+
+def test_what_a_loader_of_somebody_elses_cannot_do_is_refused(tmp_path):
+    train, _, _ = loaders()
+    for training, message in (
+        (StageTraining(batch_size=8), "batch_size of StageSwitch's training cannot be had with plain loaders"),
+        (StageTraining(views=CleanViews()), "views of StageSwitch's training"),
+        (StageTraining(criterion=nn.CrossEntropyLoss()), "no attribute 'criterion'"),
+    ):
+        run = trainer(tmp_path, 1, [StageSwitch(1, encoder="net", head="net.fc", training=training)], max_epochs=2)
+        with pytest.raises(ValueError, match=message):
+            run.fit(Foreign(), train)
+
+
+def test_other_strategies_are_refused(tmp_path, monkeypatch):
+    run = trainer(tmp_path, 1, [StageSwitch(1)], max_epochs=2)
+    monkeypatch.setattr("calib_lightning.core.distributed.SingleDeviceStrategy", nn.Linear)
+    with pytest.raises(ValueError, match="StageSwitch cannot freeze parameters under the strategy"):
+        run.fit(module(), datamodule=toy())
+
+
+def test_bad_settings_of_a_stage_are_refused():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        StageTraining(batch_size=0)
+    with pytest.raises(ValueError, match="frozen_bn is 'off'"):
+        StageTraining(frozen_bn="off")
+
+
+def test_size_of_a_head():
+    own = module()
+    assert head_size(own, own.head) == (96, 3)
+    assert head_size(Foreign(), nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))) == (5, 4)
+    with pytest.raises(ValueError, match=r"override StageSwitch\.new_head"):
+        head_size(Foreign(), nn.Identity())
+
+
+def test_a_run_without_a_number_of_epochs(tmp_path):
+    with pytest.raises(ValueError, match=r"max_epochs of the trainer is -1"):
+        trainer(tmp_path, 1, [StageSwitch(-1)], max_epochs=-1, max_steps=4).fit(module(), datamodule=toy())
