@@ -20,7 +20,7 @@ ALLOWED = {
     "report": {"metrics"},
     "data": {"types", "seeding", "files"},
     "core": {"types", "functional", "metrics", "seeding", "files"},
-    "methods": {"types", "functional", "core", "data"},
+    "methods": {"types", "functional", "core", "data", "seeding"},
     "method_table": {"core", "methods"},
     "callbacks": {"types", "metrics", "plots", "core", "seeding", "files", "run_folder"},
     "cli": {"data", "methods", "callbacks", "core", "metrics", "report", "run_folder"},

@@ -31,7 +31,7 @@ from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use, load_checkpoint
 from calib_lightning.core.registry import class_path_of
 from calib_lightning.seeding import derive_seed, run_seed
-from calib_lightning.types import Criterion, Views
+from calib_lightning.types import Views
 
 HeadFactory = Callable[[int, int], nn.Module]
 """Builds a head from the number of features and of classes, ``(d, K)``."""
@@ -61,7 +61,7 @@ class StageTraining:
         self,
         optimizer: OptimizerCallable = lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
         scheduler: LRSchedulerCallable | None = None,
-        criterion: Criterion | None = None,
+        criterion: nn.Module | None = None,
         views: Views | None = None,
         batch_size: int | None = None,
         frozen_bn: str = "eval",
