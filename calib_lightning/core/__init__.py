@@ -9,6 +9,7 @@ from calib_lightning.core.history import CorrectnessHistory
 from calib_lightning.core.module import ClassificationModule, ModuleOptions, load_checkpoint, load_module
 from calib_lightning.core.preemption import Preemption
 from calib_lightning.core.randomness import StepSeed
+from calib_lightning.core.schedules import CosineToEnd, WarmupCosine
 from calib_lightning.core.stages import StageSwitch, StageTraining, SwitchOptions, load_stages
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CachedFeatures",
     "ClassificationModule",
     "CorrectnessHistory",
+    "CosineToEnd",
     "Encoder",
     "Head",
     "HeadSpec",
@@ -27,6 +29,7 @@ __all__ = [
     "StageTraining",
     "StepSeed",
     "SwitchOptions",
+    "WarmupCosine",
     "build_encoder",
     "build_head",
     "encoder_names",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,21 @@ import torch
 from filelock import FileLock
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from calib_lightning.core.distributed import gather_rows, world_size
+from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use
+from calib_lightning.core.registry import class_path_of
 from calib_lightning.files import write_whole
 from calib_lightning.types import Views
 
 if TYPE_CHECKING:
     from calib_lightning.core.stages import StageTraining
+
+_LOOKED_AT = 256  # rows of a loader that are read twice: an augmentation that acts on one row in ten is seen
 
 
 class CachedFeatures(Views):
@@ -30,20 +35,26 @@ class CachedFeatures(Views):
 
     The images are those without augmentation, or a fixed number of augmented views of each, of which every step draws
     one a row. With a ``folder`` the features are kept in a file named after everything that they depend on: the
-    encoder's weights, the images, the transform and the precision. Runs that share the folder share the file; of two
-    that want it at once, one computes and the other waits.
+    encoder's layers and weights, the images, the transform and the precision. Runs that share the folder share the
+    file; of two that want it at once, one computes and the other waits. A file that cannot be read, or whose first rows
+    are not what the encoder gives now, is replaced with a warning.
 
-    With a data module of this package the processes share the work, and ``views`` and ``folder`` can be used. Any other
-    loader must be a ``DataLoader`` of a map-style data set whose images are the same each time they are read; every
-    process then computes all features.
+    The encoder must be called on the images of the batch as they come from the loader: what changes them on their way
+    would change the features in their place, and the first step of the stage is refused. Nothing that is trained may
+    lie below the head.
+
+    With a data module of this package the processes share the work, and all options can be used. Any other loader
+    must be a ``DataLoader`` of a map-style data set whose images are the same each time they are read; every process
+    then computes all features, and only the defaults can be used.
 
     Args:
         views: Augmented views of each image; 0 means the images as they are.
         folder: Where files are kept; ``None`` keeps the features in memory alone.
-        on_device: Keep them on the training device, where 4 N d bytes must fit.
+        on_device: Keep them on the training device, where N V d numbers must fit.
 
     Raises:
-        ValueError: If ``views`` is negative; before training starts, if features cannot be stored in this run.
+        ValueError: If ``views`` is negative; if features cannot be stored in this run: before training starts where
+            that can be known, else at the switch or in the first step after it.
 
     Example:
         >>> CachedFeatures(views=5).views
@@ -100,11 +111,11 @@ class CachedFeatures(Views):
                     "the same. Use views=0."
                 )
             return
-        if self.views or self.folder is not None:
+        if self.views or self.folder is not None or self.on_device:
             raise ValueError(
-                f"views is {self.views} and folder is {self.folder!r}, but with "
-                f"{type(data).__name__ if data else 'plain loaders'} nothing is known of the images: fixed views and "
-                "files need a data module of this package. Use views=0 and folder=None."
+                f"views is {self.views}, folder is {self.folder!r} and on_device is {self.on_device}, but nothing is "
+                f"known of the images of {type(data).__name__ if data else 'plain loaders'}: these options need a data "
+                "module of this package. Use views=0, folder=None and on_device=False."
             )
 
     def store(
@@ -127,6 +138,7 @@ class CachedFeatures(Views):
             data: Any = datamodule_in_use(trainer)
             if hasattr(data, "stage_features"):
                 features = self._of_benchmark(trainer, module, stored, head, data)
+                stored.expect(features)
                 data.stage_features = features.to(module.device) if self.on_device else features
                 reload_train_loader(trainer, resumed=resumed)
             else:
@@ -148,51 +160,68 @@ class CachedFeatures(Views):
         """Features ``(N, V, d)`` of all training rows, on the CPU."""
         if self.folder is None:
             return self._compute(trainer, module, stored, head, data)
-        path = Path(self.folder) / f"features-{self._key(trainer, stored, data)}.pt"
+        batch = next(iter(self._ordered(data, 0)))
+        first = stored.learn(module, head, batch).cpu()
+        if not stored.direct:
+            raise ValueError(
+                f"folder is {self.folder!r}, but the head of {type(module).__name__} does not get what its encoder "
+                "gives, and a file is named after the encoder alone. Use folder=None."
+            )
+        path = Path(self.folder) / f"features-{self._key(trainer, module, stored, data)}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         # one process of the run holds the lock, and all of them do what it finds
-        lock = FileLock(f"{path}.lock")
-        if trainer.is_global_zero:
-            lock.acquire()
-        try:
-            there: bool = trainer.strategy.broadcast(path.is_file())
+        lock: AbstractContextManager[Any] = FileLock(f"{path}.lock") if trainer.is_global_zero else nullcontext()
+        kept: Tensor | None = None
+        with lock:
+            if trainer.is_global_zero and path.is_file():
+                kept = self._read(path, batch.index, first, data.train_size)
+            there: bool = trainer.strategy.broadcast(kept is not None)
             if not there:
-                features = self._compute(trainer, module, stored, head, data)
+                kept = self._compute(trainer, module, stored, head, data)
                 if trainer.is_global_zero:
-                    write_whole(path, lambda file: torch.save(features, file))
-                return features
-        finally:
-            if trainer.is_global_zero:
-                lock.release()
-        stored.learn(module, head, next(iter(data.ordered_train_loader(augmented=False))))
-        kept: Tensor = torch.load(path, weights_only=True)
+                    write_whole(path, lambda file: torch.save(kept, file))
+        if kept is None:
+            kept = torch.load(path, weights_only=True)
         return kept
+
+    def _read(self, path: Path, index: Tensor, first: Tensor, size: int) -> Tensor | None:
+        try:
+            kept: Tensor = torch.load(path, weights_only=True)
+            if kept.shape[:2] == (size, max(1, self.views)) and _alike(kept[index, 0], first):
+                return kept
+            problem = "holds other features than this encoder gives"
+        except Exception as error:  # what it raises depends on where the file is damaged
+            problem = f"cannot be read ({type(error).__name__})"
+        rank_zero_warn(f"The file of features {path} {problem}: they are computed again, and the file is replaced.")
+        return None
+
+    def _ordered(self, data: Any, view: int) -> Any:
+        loader = data.ordered_train_loader(augmented=self.views > 0)
+        loader.set_epoch(view)  # the augmentation of an epoch is a view
+        return loader
 
     def _compute(
         self, trainer: Trainer, module: LightningModule, stored: StoredFeatures, head: nn.Module, data: Any
     ) -> Tensor:
-        views = []
-        for number in range(max(1, self.views)):
-            loader = data.ordered_train_loader(augmented=self.views > 0)
-            loader.set_epoch(number)  # the augmentation of an epoch is a view
-            index, features = [], []
-            for batch in _progress(trainer, loader, f"Features, view {number + 1}" if self.views else "Features"):
-                features.append(stored.learn(module, head, batch).cpu())
-                index.append(batch.index)
-            own = torch.cat(features)
-            every = gather_rows(own.to(module.device)).cpu() if world_size() > 1 else own
-            rows = gather_rows(torch.cat(index).to(module.device)).cpu() if world_size() > 1 else torch.cat(index)
-            view = torch.empty_like(every)
-            view[rows] = every
-            views.append(view)
-        return torch.stack(views, dim=1)
+        views = max(1, self.views)
+        kept: Tensor | None = None
+        for view in range(views):
+            what = f"Features, view {view + 1} of {views}" if self.views else "Features"
+            for batch in _progress(trainer, self._ordered(data, view), what):
+                features = stored.learn(module, head, batch)
+                rows = gather_rows(batch.index.to(features.device)).cpu()
+                every = gather_rows(features).cpu()
+                if kept is None:  # in one piece: features of large sets are a large part of the memory
+                    kept = every.new_empty((data.train_size, views, *every.shape[1:]))
+                kept[rows, view] = every
+        assert kept is not None
+        return kept
 
-    def _key(self, trainer: Trainer, stored: StoredFeatures, data: Any) -> str:
-        digest = hashlib.sha256()
+    def _key(self, trainer: Trainer, module: LightningModule, stored: StoredFeatures, data: Any) -> str:
+        digest = hashlib.sha256(f"{class_path_of(type(module))} {stored.encoder}".encode())
         for name, value in stored.encoder.state_dict().items():
-            digest.update(
-                name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         digest.update(f"{self.views} {trainer.precision} {data.training_images_key(augmented=self.views > 0)}".encode())
         return digest.hexdigest()[:32]
 
@@ -200,40 +229,61 @@ class CachedFeatures(Views):
 class StoredFeatures:
     """Lets stored features take the place of images within a training step.
 
-    While `in_use`, the encoder gives back what it is given, in the shape that its output has, and the head gets the
-    features, whatever lies between the two.
+    While `in_use`, the encoder gives back the features that it is given; where something lies between encoder and head,
+    it gives NaN in the shape of its output, and the head gets the features.
 
     Args:
         encoder: What is passed by.
         head: What gets the features.
+
+    Attributes:
+        in_use: Whether batches hold features.
+        direct: Whether the head gets just what the encoder gives; known after the first `learn`.
     """
 
     def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
         self.encoder = encoder
         self.in_use = False
-        self._encode = encoder.forward
-        self._shape: tuple[int, ...] | None = None
+        self.direct = False
+        self._encode, self._own = encoder.forward, vars(encoder).get("forward")
+        self._output: Any = None
+        self._shapes: tuple[torch.Size, torch.Size] | None = None
+        self._expected: Tensor | None = None
         self._given: Tensor | None = None
         vars(encoder)["forward"] = self._forward
         self._handle = head.register_forward_pre_hook(self._substitute)
 
     def _forward(self, *inputs: Any, **options: Any) -> Any:
         if self.in_use:
-            (given, *_) = inputs
-            self._given = given
-            if tuple(given.shape[1:]) == self._shape:
-                return given
-            assert self._shape is not None
-            return given.new_zeros(()).expand(len(given), *self._shape)
-        output = self._encode(*inputs, **options)
-        self._shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
-        return output
+            assert self._shapes is not None
+            output, features = self._shapes
+            (given, *_) = (*inputs, *options.values())
+            self._given = given if given.shape[1:] == features else None
+            if self._expected is not None:
+                self._compare(self._expected)
+            if self._given is not None:
+                return given if self.direct else given.new_full((len(given), *output), torch.nan)
+        found = self._encode(*inputs, **options)
+        if self._shapes is None:
+            self._output = found
+        return found
+
+    def _compare(self, expected: Tensor) -> None:
+        """In the first step: whether the encoder is given features that were stored, as they were."""
+        if self._given is None or not torch.isin(_checksums(self._given).cpu(), expected).all():
+            raise ValueError(
+                "What the encoder is given in a training step is not what the loader holds: the images of a batch are "
+                "changed on their way (normalised or mixed in the training step or a transfer hook, say), and stored "
+                "features would be changed in their place. Do that in the data set or within the encoder, or leave "
+                "CachedFeatures out."
+            )
+        self._expected = None
 
     def _substitute(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (self._given, *inputs[1:]) if self.in_use else None
+        return (self._given, *inputs[1:]) if self.in_use and not self.direct and self._given is not None else None
 
     def learn(self, module: LightningModule, head: nn.Module, batch: Any) -> Tensor:
-        """Features ``(N, d)`` of a batch; notes the shape of the encoder's output.
+        """Features ``(N, d)`` of a batch; the first one shows how they reach the head.
 
         Args:
             module: The module.
@@ -244,28 +294,50 @@ class StoredFeatures:
             The features, on the module's device.
 
         Raises:
-            ValueError: If they depend on chance, or the encoder gives no tensor.
+            ValueError: If they depend on chance or on something that is trained, or the encoder gives no tensor.
         """
-        first = self._shape is None
         with evaluating(module):
             features = caught_features(module, head, batch)
-        if first:
-            if self._shape is None:
-                raise ValueError(
-                    f"CachedFeatures needs an encoder that returns a tensor; {type(self.encoder).__name__} does not."
-                )
-            if not torch.equal(features, caught_features(module, head, batch)):
-                raise ValueError(
-                    f"The features of {type(module).__name__} differ between two passes over the same images (dropout "
-                    "outside of the encoder, say): they cannot be stored. Leave CachedFeatures out."
-                )
+        if self._shapes is not None:
+            return features
+        if not isinstance(self._output, Tensor):
+            raise ValueError(
+                f"CachedFeatures needs an encoder whose forward gives a tensor, but when {type(module).__name__} is "
+                f"called, {type(self.encoder).__name__} gives {type(self._output).__name__} or is not called itself. "
+                "Name another submodule with encoder=..., or leave the cache out."
+            )
+        self.direct = self._output.shape == features.shape and torch.equal(self._output, features)
+        self._shapes, self._output = (self._output.shape[1:], features.shape[1:]), None
+        # in the modes of a training step, but for the head, whose statistics must not move
+        with evaluating(head):
+            again = caught_features(module, head, batch, grad=True)
+        if again.requires_grad:
+            raise ValueError(
+                f"Something below the head of {type(module).__name__} is trained in this stage: its features change "
+                "and cannot be stored. Leave CachedFeatures out, or freeze all but the head."
+            )
+        if not _alike(again, features):
+            raise ValueError(
+                f"The features of {type(module).__name__} differ between two passes over the same images (dropout "
+                "outside of the encoder, say): they cannot be stored. Leave CachedFeatures out."
+            )
         return features
+
+    def expect(self, features: Tensor) -> None:
+        """Let the first training step show whether it gets what is stored.
+
+        Args:
+            features: ``(..., d)``, of all rows.
+        """
+        self._expected = torch.cat([_checksums(part) for part in torch.split(features.flatten(0, -2), 1024)])
 
     def remove(self) -> None:
         """Give the encoder its own way back; a second call changes nothing."""
         self._handle.remove()
         if vars(self.encoder).get("forward") == self._forward:
             del vars(self.encoder)["forward"]
+            if self._own is not None:
+                vars(self.encoder)["forward"] = self._own
 
 
 @contextmanager
@@ -280,23 +352,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def caught_features(module: LightningModule, head: nn.Module, batch: Any) -> Tensor:
-    """Call a module on the first part of a batch and return what goes into its head, without gradient.
+def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, grad: bool = False) -> Tensor:
+    """Call a module on the first part of a batch and return what goes into its head.
 
     Args:
         module: The module, with its trainer.
         head: Its head.
         batch: A tuple or list whose first part are the images, on any device.
+        grad: Whether gradients can flow from them.
 
     Returns:
         ``(N, d)``.
+
+    Raises:
+        ValueError: If the module does not call its head once.
     """
     caught: list[Tensor] = []
     trainer = module.trainer
     batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-    handle = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    handle = head.register_forward_pre_hook(lambda _, inputs: caught.extend(inputs[:1]))
     try:
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.set_grad_enabled(grad), trainer.precision_plugin.forward_context():
             module.forward(batch[0])
     finally:
         handle.remove()
@@ -343,17 +419,18 @@ def reload_train_loader(trainer: Trainer, loader: Any = None, *, resumed: bool =
         _set_sampler_epoch(part, trainer.current_epoch)
 
 
-class _Rows(Dataset[tuple[Any, ...]]):
-    """Features, and what came with the images."""
+class _Rows(Dataset[Any]):
+    """Features, and what came with the images, in the kind of tuple that they came in."""
 
-    def __init__(self, columns: list[Tensor]) -> None:
-        self.columns = columns
+    def __init__(self, kind: type[Any], columns: list[Tensor]) -> None:
+        self.kind, self.columns = kind, columns
 
     def __len__(self) -> int:
         return len(self.columns[0])
 
-    def __getitem__(self, row: int) -> tuple[Any, ...]:
-        return tuple(column[row] for column in self.columns)
+    def __getitem__(self, row: int) -> Any:
+        parts = [column[row] for column in self.columns]
+        return self.kind(*parts) if hasattr(self.kind, "_fields") else parts
 
 
 def _over_features(
@@ -370,18 +447,24 @@ def _over_features(
         raise ValueError("CachedFeatures needs a DataLoader with a batch size of its own (no batch_sampler).")
     options: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
     ordered: DataLoader[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, **options)
-    (image, *_), (again, *_) = next(iter(ordered)), next(iter(ordered))
-    if not torch.equal(image, again):
-        raise ValueError(
-            "The training images differ between two readings: features of random augmentations cannot be stored. Leave "
-            "CachedFeatures out, or train this stage on images without augmentation."
-        )
+    for batch, again in islice(zip(ordered, ordered, strict=True), -(-_LOOKED_AT // loader.batch_size)):
+        if not isinstance(batch, list | tuple) or not all(
+            isinstance(part, Tensor) and part.shape[:1] == batch[0].shape[:1] for part in batch
+        ):
+            raise ValueError(
+                "CachedFeatures needs batches that are tuples of tensors with a row for each image; this one is a "
+                f"{type(batch).__name__}. Leave the cache out, or let the data set return such tuples."
+            )
+        if not all(torch.equal(part, other) for part, other in zip(batch, again, strict=True)):
+            raise ValueError(
+                "The training images, or what comes with them, differ between two readings: features of random "
+                "augmentations cannot be stored. Leave CachedFeatures out, or train this stage without augmentation."
+            )
     columns: list[list[Tensor]] = []
     for batch in _progress(trainer, ordered, "Features"):
-        if not isinstance(batch, list | tuple) or not all(isinstance(part, Tensor) for part in batch):
-            raise ValueError(f"CachedFeatures needs batches that are tuples of tensors, not {type(batch).__name__}.")
         columns.append([stored.learn(module, head, batch).cpu(), *batch[1:]])
-    rows = _Rows([torch.cat(parts) for parts in zip(*columns, strict=True)])
+    rows = _Rows(type(batch), [torch.cat(parts) for parts in zip(*columns, strict=True)])
+    stored.expect(rows.columns[0])
     return DataLoader(
         dataset=rows,
         batch_size=loader.batch_size,
@@ -389,6 +472,18 @@ def _over_features(
         drop_last=loader.drop_last,
         generator=loader.generator,
     )
+
+
+def _alike(values: Tensor, others: Tensor) -> bool:
+    """Whether all differences are within what rounding makes of the same computation on another device."""
+    largest = others.float().abs().amax().item()
+    return torch.allclose(values.float(), others.float(), rtol=0, atol=0.01 * largest)
+
+
+def _checksums(rows: Tensor) -> Tensor:
+    """Sum ``(N,)`` int64 over the bits of each row; it does not depend on the order of the sum."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    return rows.contiguous().view(bits).sum(dim=-1, dtype=torch.int64)
 
 
 def _progress(trainer: Trainer, loader: Any, what: str) -> Iterator[Any]:

@@ -24,6 +24,7 @@ from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.registry import class_path_of, find_class
+from calib_lightning.core.schedules import CosineToEnd
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics import CORE, REPORT, EvaluationState
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
@@ -106,6 +107,8 @@ class ClassificationModule(LightningModule):
 
     stage: int = 0
     """How many stage switches this module has been through."""
+    first_stage_epochs: int | None = None
+    """Epochs before the first stage switch of the present fit; ``None`` without one."""
 
     def __init__(
         self,
@@ -230,6 +233,8 @@ class ClassificationModule(LightningModule):
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, CosineToEnd):
+            scheduler.set_epochs(self.first_stage_epochs or self.trainer.max_epochs or -1)
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/nll"}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
@@ -472,11 +477,11 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
         hyper_parameters["encoder"] = {**encoder, "pretrained": False}
     module = cls(**_accepted(cls, hyper_parameters))
     module.on_load_checkpoint(checkpoint)
-    # A criterion that was given as an object is not rebuilt; what it keeps, class weights say, is of no use without it.
-    known = module.state_dict().keys()
-    state = {k: v for k, v in checkpoint["state_dict"].items() if k in known or not k.startswith("criterion.")}
-    # and one that a later stage has replaced keeps what it was built with
-    state |= {k: v for k, v in module.state_dict().items() if k.startswith("criterion.") and k not in state}
+    # A loss that was given as an object is not rebuilt; what it keeps, class weights say, is of no use without it. And
+    # one that a later stage has replaced keeps what it was built with.
+    losses, known = ("criterion.", "refinement_loss."), module.state_dict()
+    state = {k: v for k, v in checkpoint["state_dict"].items() if k in known or not k.startswith(losses)}
+    state |= {k: v for k, v in known.items() if k.startswith(losses) and k not in state}
     module.load_state_dict(state)
     return module.to(map_location).eval()
 

@@ -30,6 +30,7 @@ from calib_lightning.core.feature_cache import (
 from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use, load_checkpoint
 from calib_lightning.core.registry import class_path_of
+from calib_lightning.core.schedules import CosineToEnd
 from calib_lightning.seeding import derive_seed, run_seed
 from calib_lightning.types import Views
 
@@ -254,6 +255,8 @@ class StageSwitch(Callback):
         if self._position == 0:
             if stage == "fit":
                 _check_chain(switches, pl_module)
+                if isinstance(pl_module, ClassificationModule):
+                    pl_module.first_stage_epochs = min(switch._first(trainer) for switch in switches)
             _enter_before_weights(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -301,6 +304,8 @@ class StageSwitch(Callback):
             vars(pl_module).pop(name, None)
         if stage == "fit":
             _set_loading(trainer, None, None)
+            if isinstance(pl_module, ClassificationModule):
+                pl_module.first_stage_epochs = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module usable."""
@@ -392,6 +397,8 @@ class StageSwitch(Callback):
         if self.training.scheduler is None:
             return optimizer
         scheduler = self.training.scheduler(optimizer)
+        if isinstance(scheduler, CosineToEnd):
+            scheduler.set_epochs(self.length(module.trainer))
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/nll"}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}

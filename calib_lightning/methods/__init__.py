@@ -18,6 +18,7 @@ from calib_lightning.methods.class_balanced import (
     class_balanced_loss,
     effective_number_weights,
 )
+from calib_lightning.methods.confidnet import ConfidenceHead, ConfidenceSwitch, ConfidenceTuning, ConfidNet, tcp_loss
 from calib_lightning.methods.cpc import CPC, CPCLoss, cpc_loss
 from calib_lightning.methods.crl import CRL, correctness_ranking_loss, correctness_rate, ranking_confidence
 from calib_lightning.methods.cross_entropy import CrossEntropy, CrossEntropyLoss, cross_entropy_loss
@@ -34,6 +35,17 @@ from calib_lightning.methods.focal_schedule import FocalSchedule, scheduled_gamm
 from calib_lightning.methods.label_smoothing import LabelSmoothing, LabelSmoothingLoss, label_smoothing_loss
 from calib_lightning.methods.ldam import LDAM, CosineHead, LDAMLoss, ldam_loss, ldam_margins
 from calib_lightning.methods.logit_norm import LogitNorm, LogitNormLoss, logit_norm_loss, normalized_logits
+from calib_lightning.methods.mac_cal import (
+    AdaptiveSparsity,
+    MaCCal,
+    MaskedBottleneck,
+    MaskedClassifier,
+    MaskedHead,
+    MaskedLinear,
+    MaskedLinearHead,
+    adapt_keep_rate,
+    decayed_step,
+)
 from calib_lightning.methods.mbls import MbLS, MbLSLoss, mbls_loss
 from calib_lightning.methods.mdca import MDCA, MDCALoss, mdca_penalty
 from calib_lightning.methods.mit_a import MITA, MITATransform
@@ -41,7 +53,11 @@ from calib_lightning.methods.mit_l import MITL, MITLTransform, decouple, draw_ra
 from calib_lightning.methods.mixup import Mixup, MixupTransform, mix
 from calib_lightning.methods.mmce import MMCE, MMCELoss, mmce_loss, mmce_penalty, weighted_mmce_penalty
 from calib_lightning.methods.plp import PLP, block_cuts, peeling_epochs
+from calib_lightning.methods.refcal import ProjectionHead, RefCal, SimCLRLoss, SupConLoss, supcon_loss
 from calib_lightning.methods.regmixup import RegMixup, RegMixupTransform
+from calib_lightning.methods.tst import TST, TSTHead
+from calib_lightning.methods.two_stage import TwoStage
+from calib_lightning.methods.v_tst import VTST, VTSTHead, gaussian_kl
 
 __all__ = [
     "ACLS",
@@ -55,9 +71,12 @@ __all__ = [
     "MITL",
     "MMCE",
     "PLP",
+    "TST",
+    "VTST",
     "ACLSLoss",
     "AdaFocal",
     "AdaFocalLoss",
+    "AdaptiveSparsity",
     "AugMix",
     "AugMixTransform",
     "BalCAL",
@@ -66,6 +85,10 @@ __all__ = [
     "CPCLoss",
     "ClassBalanced",
     "ClassBalancedLoss",
+    "ConfidNet",
+    "ConfidenceHead",
+    "ConfidenceSwitch",
+    "ConfidenceTuning",
     "CosineHead",
     "CrossEntropy",
     "CrossEntropyLoss",
@@ -88,14 +111,28 @@ __all__ = [
     "MITATransform",
     "MITLTransform",
     "MMCELoss",
+    "MaCCal",
+    "MaskedBottleneck",
+    "MaskedClassifier",
+    "MaskedHead",
+    "MaskedLinear",
+    "MaskedLinearHead",
     "MbLS",
     "MbLSLoss",
     "Mixup",
     "MixupTransform",
+    "ProjectionHead",
+    "RefCal",
     "RegMixup",
     "RegMixupTransform",
+    "SimCLRLoss",
+    "SupConLoss",
+    "TSTHead",
+    "TwoStage",
+    "VTSTHead",
     "acls_loss",
     "ada_focal_loss",
+    "adapt_keep_rate",
     "balcal_loss",
     "batch_class_weights",
     "block_cuts",
@@ -106,6 +143,7 @@ __all__ = [
     "cpc_loss",
     "cross_entropy_loss",
     "dca_penalty",
+    "decayed_step",
     "decouple",
     "draw_ratios",
     "dual_focal_loss",
@@ -115,6 +153,7 @@ __all__ = [
     "find_balance",
     "flsd_loss",
     "focal_loss",
+    "gaussian_kl",
     "jsd_consistency",
     "label_smoothing_loss",
     "ldam_loss",
@@ -130,5 +169,7 @@ __all__ = [
     "ranking_confidence",
     "scheduled_gamma",
     "simplex_etf",
+    "supcon_loss",
+    "tcp_loss",
     "weighted_mmce_penalty",
 ]

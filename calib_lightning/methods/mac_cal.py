@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.hooks import RemovableHandle
 
-from calib_lightning.core import ClassificationModule, Head, LinearHead, ModuleOptions
+from calib_lightning.core import ClassificationModule, CosineToEnd, Head, LinearHead, ModuleOptions
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.feature_cache import evaluating
 from calib_lightning.core.module import datamodule_in_use
@@ -449,9 +448,8 @@ class MaskedClassifier(StageSwitch):
         **options: Unpack[SwitchOptions],
     ) -> None:
         _one_of("mask_every", mask_every, Interval)
-        self._cosine = options.get("training") is None
-        if self._cosine:
-            options = {**options, "training": StageTraining(views=CleanViews())}
+        if options.get("training") is None:
+            options = {**options, "training": StageTraining(scheduler=CosineToEnd, views=CleanViews())}
         super().__init__(at_epoch, classifier, **options)
         self.sparsity = AdaptiveSparsity() if sparsity is None else sparsity
         self.mask_every, self.warm_start = mask_every, warm_start
@@ -529,18 +527,14 @@ class MaskedClassifier(StageSwitch):
     # --- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take cross-entropy and the default schedule; refuse data without a calibration split before training."""
+        """Take cross-entropy; refuse data without a calibration split before training."""
         if self.training.criterion is None and isinstance(pl_module, ClassificationModule):
             self.training = copy(self.training)  # which may be another switch's too
             self.training.criterion = CrossEntropyLoss()
         super().setup(trainer, pl_module, stage)
         self._rank = trainer.global_rank
-        if stage != "fit":
-            return
-        if self.sparsity.held_out:
+        if stage == "fit" and self.sparsity.held_out:
             self._calibration_loader(trainer)
-        if self._cosine:
-            self.training.scheduler = partial(CosineAnnealingLR, T_max=self.length(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring sums of a checkpoint to the device."""

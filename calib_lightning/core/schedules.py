@@ -1,0 +1,122 @@
+"""Learning-rate schedules that torch does not have; all are stepped once an epoch."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+
+class CosineToEnd(CosineAnnealingLR):
+    """Half a cosine down to a least rate at the end of the run, or of the stage that it belongs to.
+
+    ``lr_e = m + (lr - m) (1 + cos(pi e / E)) / 2`` in epoch ``e = 0, ..., E - 1``. Torch's `CosineAnnealingLR` must be
+    told E; this one learns it from the trainer and the stage switches, so that nothing has to be changed with the
+    number of epochs. In a training loop of one's own, call `set_epochs`.
+
+    Args:
+        optimizer: Its rates are the ``lr`` of each group.
+        eta_min: m, the least rate.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> schedule = CosineToEnd(optimizer)
+        >>> schedule.set_epochs(40)
+        >>> schedule.T_max
+        40
+    """
+
+    def __init__(self, optimizer: Optimizer, eta_min: float = 0.0) -> None:
+        super().__init__(optimizer, T_max=1, eta_min=eta_min)  # the first epoch has the full rate, whatever T_max
+
+    def set_epochs(self, epochs: int) -> None:
+        """Say how many epochs there are, before the first is over.
+
+        Args:
+            epochs: E.
+
+        Raises:
+            ValueError: If it is not at least 1.
+        """
+        if epochs < 1:
+            raise ValueError(
+                f"CosineToEnd must know the number of epochs, but max_epochs is {epochs}: set trainer.max_epochs, or "
+                "use torch.optim.lr_scheduler.CosineAnnealingLR with a T_max."
+            )
+        self.T_max = epochs
+
+
+class WarmupCosine(LRScheduler):
+    """Half a cosine after a linear warm-up, the schedule of contrastive pretraining (Khosla et al., NeurIPS 2020).
+
+    In epoch ``e = 1, ..., E`` the rate is ``c(e) = m + (lr - m) (1 + cos(pi e / E)) / 2`` with ``m = lr decay^3``. In
+    the first W epochs it is ``s + (c(W) - s) (e - 1/2) / W`` instead, with ``s`` the start of the warm-up. After epoch
+    E it stays at ``m``.
+
+    Args:
+        optimizer: Its rates are the ``lr`` of each group.
+        epochs: E, the epochs of the stage that is trained with it.
+        warmup_epochs: W, less than E; 0 for no warm-up.
+        warmup_start: s, a learning rate.
+        decay: In ``(0, 1]``; the schedule ends at ``lr decay^3``.
+
+    Raises:
+        ValueError: If a number is outside its range, or the warm-up would have to fall.
+
+    Deviations:
+        The authors' warm-up grows from step to step. Here each epoch has the mean of that ramp in it, so that the rate
+        is a function of the epoch alone.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> schedule = WarmupCosine(optimizer, epochs=1000)
+        >>> round(schedule.get_last_lr()[0], 5)
+        0.03449
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        epochs: int,
+        warmup_epochs: int = 10,
+        warmup_start: float = 0.01,
+        decay: float = 0.1,
+    ) -> None:
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}; it must be at least 1: the epochs of the stage.")
+        if not 0 <= warmup_epochs < epochs:
+            raise ValueError(
+                f"warmup_epochs is {warmup_epochs}; it must be at least 0 and less than epochs ({epochs}). Give 0 for "
+                "no warm-up, or more epochs."
+            )
+        if not 0 <= warmup_start < math.inf:
+            raise ValueError(f"warmup_start is {warmup_start}; it must be at least 0 and finite (0.01 in the paper).")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay is {decay}; it must lie in (0, 1] (0.1 in the paper).")
+        self.epochs, self.warmup_epochs = epochs, warmup_epochs
+        self.warmup_start, self.decay = warmup_start, decay
+        rate = min(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+        if warmup_epochs and rate < warmup_start:
+            raise ValueError(
+                f"The learning rate {rate} is below warmup_start, {warmup_start}: a warm-up must rise. Give a smaller "
+                "warmup_start, or warmup_epochs=0."
+            )
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Rate of each group in the epoch that begins."""
+        return [self._rate(float(base), self.last_epoch + 1) for base in self.base_lrs]
+
+    def _rate(self, base: float, epoch: int) -> float:
+        if epoch <= self.warmup_epochs:
+            share = (epoch - 0.5) / self.warmup_epochs
+            return self.warmup_start + share * (self._cosine(base, self.warmup_epochs) - self.warmup_start)
+        return self._cosine(base, min(epoch, self.epochs))
+
+    def _cosine(self, base: float, epoch: int) -> float:
+        least = base * self.decay**3
+        return least + (base - least) * (1 + math.cos(math.pi * epoch / self.epochs)) / 2

@@ -1,0 +1,118 @@
+"""The schedule against its closed form, and its resume."""
+
+import math
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from calib_lightning.core.schedules import WarmupCosine
+
+
+def optimizer(*rates):
+    return SGD([{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in rates])
+
+
+def run(steps, *rates, **options):
+    opt = optimizer(*rates)
+    schedule = WarmupCosine(opt, **options)
+    found = []
+    for _ in range(steps):
+        found.append([group["lr"] for group in opt.param_groups])
+        opt.step()
+        schedule.step()
+    return found
+
+
+def cosine(rate, epoch, epochs, decay):
+    """Epoch counted from 1, as the authors do."""
+    least = rate * decay**3
+    return least + (rate - least) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def authors(rate, epochs, warmup, start, decay, batches):
+    """Mean rate of each epoch of the authors' loop, which sets it epoch by epoch and, in the warm-up, step by step."""
+    means = []
+    for epoch in range(1, epochs + 1):
+        rates = []
+        for batch in range(batches):
+            value = cosine(rate, epoch, epochs, decay)
+            if epoch <= warmup:
+                done = (batch + (epoch - 1) * batches) / (warmup * batches)
+                value = start + done * (cosine(rate, warmup, epochs, decay) - start)
+            rates.append(value)
+        means.append(sum(rates) / batches)
+    return means
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1000, 10), (30, 10), (7, 0), (1, 0), (2, 1)])
+def test_it_is_the_mean_rate_of_the_step_by_step_schedule(epochs, warmup):
+    options = {"epochs": epochs, "warmup_epochs": warmup}
+    found = [rates[0] for rates in run(epochs, 0.5, **options)]
+    # with ever more steps in an epoch the mean of the ramp tends to its middle
+    assert found == pytest.approx(authors(0.5, epochs, warmup, 0.01, 0.1, batches=20000), abs=2e-5)
+
+
+def test_values_of_the_paper_s_run():
+    found = [rates[0] for rates in run(1000, 0.5, epochs=1000)]
+    # 0.49988 is where the warm-up of ten epochs ends
+    assert found[0] == pytest.approx(0.01 + 0.05 * (0.49988 - 0.01), abs=1e-6)
+    assert found[9] == pytest.approx(0.01 + 0.95 * (0.49988 - 0.01), abs=1e-5)
+    assert found[499] == pytest.approx((0.5 + 5e-4) / 2)
+    assert found[999] == pytest.approx(5e-4)
+
+
+def test_without_a_warm_up_it_is_torch_s_cosine_one_epoch_ahead():
+    found = run(12, 0.3, epochs=12, warmup_epochs=0)
+    opt = optimizer(0.3)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=12, eta_min=0.3e-3)
+    for rates in found:
+        opt.step()
+        reference.step()
+        assert rates == pytest.approx([group["lr"] for group in opt.param_groups])
+
+
+def test_each_group_has_its_own_rate_and_the_end_is_kept():
+    found = run(15, 0.5, 0.1, epochs=8, warmup_epochs=2, warmup_start=0.05, decay=0.5)
+    assert found[4] == pytest.approx([cosine(rate, 5, 8, 0.5) for rate in (0.5, 0.1)])
+    assert found[7:] == [pytest.approx([0.0625, 0.0125])] * 8
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 9])
+def test_resumed_schedule_gives_the_same_rates_bit_for_bit(stop):
+    options = {"epochs": 12, "warmup_epochs": 4}
+    whole = run(12, 0.5, 0.2, **options)
+    first = optimizer(0.5, 0.2)
+    schedule = WarmupCosine(first, **options)
+    for _ in range(stop):
+        first.step()
+        schedule.step()
+    saved = {"optimizer": first.state_dict(), "schedule": schedule.state_dict()}
+    second = optimizer(0.5, 0.2)
+    resumed = WarmupCosine(second, **options)
+    second.load_state_dict(saved["optimizer"])
+    resumed.load_state_dict(saved["schedule"])
+    found = []
+    for _ in range(12 - stop):
+        found.append([group["lr"] for group in second.param_groups])
+        second.step()
+        resumed.step()
+    assert found == whole[stop:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"epochs": 10}, r"warmup_epochs is 10; it must be at least 0 and less than epochs \(10\)"),
+        ({"epochs": 10, "warmup_epochs": -1}, "warmup_epochs is -1"),
+        ({"epochs": 20, "warmup_start": -0.1}, "warmup_start is -0.1"),
+        ({"epochs": 20, "warmup_start": math.nan}, "warmup_start is nan"),
+        ({"epochs": 20, "warmup_start": 0.6}, "learning rate 0.5 is below warmup_start, 0.6"),
+        ({"epochs": 20, "decay": 0.0}, r"decay is 0.0; it must lie in \(0, 1\]"),
+        ({"epochs": 20, "decay": math.nan}, "decay is nan"),
+    ],
+)
+def test_bad_numbers_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        WarmupCosine(optimizer(0.5), **options)
