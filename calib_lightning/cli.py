@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from calib_lightning import data, methods
 from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunRecord, SavePredictions
+from calib_lightning.callbacks.record import uses_calibration
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.module import module_record
 from calib_lightning.core.registry import class_path_of, find_class
@@ -131,9 +132,10 @@ class CalibCLI(LightningCLI):
         )
         parser.add_argument(
             "--select_on",
-            type=str,
-            default="val/nll",
-            help="Validation metric that chooses the checkpoint (val/nll, val/accuracy, val/ece, ...), or 'last'.",
+            type=str | None,
+            default=None,
+            help="Validation metric that chooses the checkpoint (val/nll, val/accuracy, val/ece, ...), or 'last'. "
+            "Default: the method's own, which is val/nll for most.",
         )
         parser.add_argument(
             "--test_after_fit",
@@ -193,7 +195,8 @@ class CalibCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what can be checked, then make the folder of the run."""
         config = self._command_config()
-        _check_select_on(config.select_on)
+        if config.select_on is not None:
+            _check_select_on(config.select_on)
         # What is saved is what was asked for: not where this run's files went, nor where it was resumed.
         self.asked = config.clone()
         self.asked.ckpt_path = None
@@ -252,6 +255,7 @@ class CalibCLI(LightningCLI):
         folder = self.run_folder / "checkpoints"
         self.keeper = last = RunCheckpoint(folder, "last")
         keepers = [last]
+        command.select_on = command.select_on or self.model.select_on
         if command.select_on != "last":
             mode = "max" if DIRECTION[command.select_on.rpartition("/")[2]] == "higher" else "min"
             self.keeper = RunCheckpoint(folder, "best", command.select_on, mode)
@@ -319,6 +323,8 @@ class CalibCLI(LightningCLI):
     def _report(self, title: str) -> None:
         if self.trainer.is_global_zero:
             print_table({key: float(value) for key, value in self.trainer.callback_metrics.items()}, title)
+            for name in uses_calibration(self.trainer):
+                print(f"{name} was trained with the calibration split: figures and fits on it are not independent.")
 
 
 def _num_classes(datamodule: LightningDataModule) -> int:

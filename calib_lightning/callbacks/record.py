@@ -22,6 +22,19 @@ from calib_lightning.seeding import run_seed
 _PACKAGES = ("calib-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
 
 
+def uses_calibration(trainer: Trainer) -> list[str]:
+    """Name the callbacks whose training looks at the calibration split.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        Their classes' names; after them the split is no longer independent of the network.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
+    return [type(callback).__name__ for callback in callbacks if getattr(callback, "uses_calibration", False)]
+
+
 class RunRecord(Callback):
     """Keeps ``run.json`` of a run: seconds per stage, images per second, peak memory, versions, revision, results.
 
@@ -92,6 +105,9 @@ class RunRecord(Callback):
                 "select_on": self.keeper.monitor or "last",
                 "path": self._relative(self.keeper.best_model_path),
             }
+        used = uses_calibration(trainer)
+        if used:
+            self._record["calibration_used_by"] = used
         self._finish_stage(trainer, "finished")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

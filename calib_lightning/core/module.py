@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, ClassVar, NotRequired, TypedDict, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -107,6 +107,8 @@ class ClassificationModule(LightningModule):
 
     stage: int = 0
     """How many stage switches this module has been through."""
+    select_on: ClassVar[str] = "val/nll"
+    """The validation metric by which the command line chooses a checkpoint unless it is told another."""
     first_stage_epochs: int | None = None
     """Epochs before the first stage switch of the present fit; ``None`` without one."""
 

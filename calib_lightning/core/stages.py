@@ -171,6 +171,11 @@ class StageSwitch(Callback):
     # --- what it may use ---------------------------------------------------------------------------------------------
 
     @property
+    def uses_calibration(self) -> bool:
+        """Whether the stage looks at the calibration split, so that it is no longer independent of the network."""
+        return False
+
+    @property
     def active(self) -> bool:
         """Whether the switch has happened."""
         return self._entered is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Unpack, cast
+from typing import Any, ClassVar, Unpack, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -237,8 +237,8 @@ class ConfidNet(ClassificationModule):
     largest softmax probability in all metrics of an evaluation that need one.
 
     Few training images are misclassified, so the probability of the true class is near 1 for most of them and the
-    branch learns slowly. Choose the checkpoint by ``val/correctness_auroc``, or take the last: ``val/nll`` does not
-    change after the first stage, so that it would choose a branch of one epoch.
+    branch learns slowly. The command line takes the last checkpoint unless told otherwise (``val/correctness_auroc``,
+    say): ``val/nll`` does not change after the first stage.
 
     Args:
         num_classes: K; the command line takes it from the data.
@@ -271,6 +271,7 @@ class ConfidNet(ClassificationModule):
         (-200, -20)
     """
 
+    select_on: ClassVar[str] = "last"
     confidence_encoder: Encoder | None
 
     def __init__(

@@ -6,7 +6,7 @@ import math
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -484,6 +484,11 @@ class MaskedClassifier(StageSwitch):
         """As `paper`, with ``q`` read as a sparsity."""
         return cls.paper(at_epoch, q_is="sparsity")
 
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether the stage looks at the calibration split; a run's record says so."""
+        return self.sparsity.held_out
+
     def labels(self, batch: Any) -> Tensor:
         """Labels ``(N,)`` or soft targets ``(N, K)`` of a batch; override it for batches of another form.
 
@@ -710,7 +715,7 @@ class MaCCal(ClassificationModule):
     Extra cost: none; in the second stage only the forward pass through the encoder, and the calibration split once.
 
     `MaskedClassifier` is the second stage, and can follow any other method as a callback. Report post-hoc temperature
-    scaling beside it: it is the comparison that this method has to stand.
+    scaling beside it: it is the comparison that this method has to stand. The command line takes the last checkpoint.
 
     Args:
         num_classes: K; the command line takes it from the data.
@@ -733,6 +738,8 @@ class MaCCal(ClassificationModule):
         >>> MaCCal(10, encoder="digits_cnn").switch.at_epoch
         -40
     """
+
+    select_on: ClassVar[str] = "last"
 
     def __init__(
         self, num_classes: int, switch: MaskedClassifier | None = None, **options: Unpack[ModuleOptions]

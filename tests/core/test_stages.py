@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -123,7 +124,7 @@ def test_the_encoder_stays_bit_for_bit_and_the_new_head_learns(tmp_path):
     assert sum(note.sizes[2]) == 79
     assert set(note.sizes[2]) <= {8, 7}
     assert note.lrs[2] == note.lrs[3] == 0.003
-    assert note.modes[1] >= {"encoder", "encoder.network.0", "head"}
+    assert note.modes[1] >= {"encoder", "encoder.network", "head"}
     assert note.modes[2] == note.modes[3] == {"", "head", "head.linear"}
 
 
@@ -364,10 +365,8 @@ def test_resuming_a_module_of_somebody_elses_changes_no_bit(tmp_path):
         switch = StageSwitch(2, encoder="net", head="net.fc")
         run = trainer(folder, 1, [StepSeed(), switch, Stop(), preemption, keep], max_epochs=4)
         train = DataLoader(train.dataset, 16)  # torch's loader cannot go on in the middle of a shuffled epoch
-        try:
+        with suppress(Preempted):
             run.fit(own, train, val, ckpt_path=str(folder / "last.ckpt") if resume else None, weights_only=True)
-        except Preempted:
-            pass
         os.environ.pop("PL_GLOBAL_SEED", None)
         return digest(own)
 

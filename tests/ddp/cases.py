@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from calib_lightning.callbacks import RunRecord, SavePredictions
+from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, CorrectnessHistory, Preemption, StepSeed
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.preemption import Preempted
@@ -91,14 +92,14 @@ def fit(
     The module is that of a row of the table of methods, or one with dropout.
     """
     seed_everything(11, workers=True)
-    data = ToyDataModule(SplitSpec(val=31), batch_size=16, num_workers=workers, train_size=130)
+    data = ToyDataModule(SplitSpec(val=31, calibration=30), batch_size=16, num_workers=workers, train_size=160)
     data.augment = True
-    method, options = (Dropped, {}) if number is None else (ROWS[number].module, ROWS[number].options)
-    module = method(3, encoder="digits_cnn", optimizer=sgd, scheduler=cosine, **options)
+    build = Dropped if number is None else ROWS[number].new
+    module = build(3, encoder="digits_cnn", optimizer=sgd, scheduler=cosine)
     preemption = Preemption(folder)
     # Callbacks run in this order: the wish must be there when Preemption looks.
     watch = Watch(preemption, stop_after)
-    keep = ModelCheckpoint(folder, filename="best", monitor="val/nll", save_last=True, save_on_train_epoch_end=True)
+    keep = RunCheckpoint(folder, "last")
     run = trainer(folder, world, [StepSeed(), watch, preemption, keep], max_epochs=3)
     stopped = None
     try:
@@ -122,7 +123,7 @@ def fit_method(rank: int, world: int, folder: str, number: int) -> dict[str, Any
     """Two epochs of a method: weights, state and validation figures."""
     seed_everything(3, workers=True)
     row = ROWS[number]
-    data = ToyDataModule(SplitSpec(val=31), batch_size=16, train_size=101)
+    data = ToyDataModule(SplitSpec(val=31, calibration=30), batch_size=16, train_size=131)
     module = row.new(3, encoder="digits_cnn", optimizer=sgd)
     before = digest(module)
     run = trainer(folder, world, [StepSeed()], max_epochs=2)

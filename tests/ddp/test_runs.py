@@ -59,6 +59,7 @@ def test_resumed_run_is_bit_equal_on_two_processes(pool2, tmp_path, stop_after):
 
 
 KEEPS_ROWS = [number for number, row in enumerate(ROWS) if row.file in ("ada_focal", "balcal", "crl")]
+STAGED = [number for number, row in enumerate(ROWS) if row.switch is not None]
 
 
 @pytest.mark.parametrize("number", KEEPS_ROWS, ids=lambda number: ROWS[number].module.__name__)
@@ -73,6 +74,18 @@ def test_what_a_method_gathers_in_an_epoch_survives_a_stop(pool2, tmp_path, numb
             assert [len(part) for part in parts] == [32, 32]
     resumed = pool2.run(cases.fit, str(tmp_path / "part"), None, True, 0, number)
     assert whole[0]["digest"] == whole[1]["digest"] == resumed[0]["digest"] == resumed[1]["digest"]
+
+
+@pytest.mark.parametrize("number", STAGED, ids=lambda number: ROWS[number].module.__name__)
+def test_a_staged_method_is_stopped_in_any_stage_on_two_processes(pool2, tmp_path, number):
+    # 3 steps in the epoch of the first stage; the second stage begins after them
+    whole = pool2.run(cases.fit, str(tmp_path / "whole"), None, False, 0, number)
+    for stop in (2, 3, 5):
+        folder = str(tmp_path / str(stop))
+        stopped = pool2.run(cases.fit, folder, stop, False, 0, number)
+        assert [part["stopped"] for part in stopped] == [143, 143]
+        resumed = pool2.run(cases.fit, folder, None, True, 0, number)
+        assert whole[0]["digest"] == whole[1]["digest"] == resumed[0]["digest"] == resumed[1]["digest"], stop
 
 
 def test_history_is_of_all_processes_and_outlives_a_change_of_their_number(pool2, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calib_lightning import methods
-from calib_lightning.core import ClassificationModule, StageSwitch
+from calib_lightning.core import ClassificationModule, LinearHead, StageSwitch, StageTraining
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Row:
     """Whether it can be trained on soft targets."""
     least_classes: int = 2
     switch: Callable[[], StageSwitch] | None = None
-    """The switch of a staged method, at epoch 1 unless a test says otherwise; a new one each time, as it keeps state."""
+    """The switch of a staged method, at epoch 1 unless a test says otherwise; built anew, as it keeps state."""
 
     def new(self, num_classes: int, at_epoch: int = 1, **options: Any) -> ClassificationModule:
         """The method's module with its options."""
@@ -188,6 +188,10 @@ def _cpc(z, t):
     return _cross_entropy(z, t) + total / len(z)
 
 
+def _adam():
+    return StageTraining(lambda params: torch.optim.Adam(params, lr=0.003), batch_size=16)
+
+
 ROWS = [
     Row(methods.CrossEntropy, methods.CrossEntropyLoss(), _cross_entropy, "cross_entropy"),
     Row(
@@ -254,5 +258,26 @@ ROWS = [
     Row(methods.AugMix, None, None, "augmix", {"strength": 6.0, "severity": 2.0}),
     Row(methods.BalCAL, None, None, "balcal", {"delta": 0.9, "adaptor_width": 8}, soft=False),
     Row(methods.PLP, None, None, "plp", {"gamma": 0.5, "cuts": [3, 9, 11]}),
+    Row(methods.TwoStage, None, None, "two_stage", switch=lambda: StageSwitch(1, LinearHead)),
+    Row(methods.TST, None, None, "tst", switch=lambda: StageSwitch(1, methods.TSTHead, _adam())),
+    Row(methods.VTST, None, None, "v_tst", switch=lambda: StageSwitch(1, methods.VTSTHead, _adam())),
+    Row(
+        methods.ConfidNet,
+        None,
+        None,
+        "confidnet",
+        {"error_weight": 2.0},
+        switch=lambda: methods.ConfidenceSwitch(1, width=20, training=_adam()),
+    ),
+    Row(methods.MaCCal, None, None, "mac_cal", switch=lambda: methods.MaskedClassifier(1)),
+    Row(
+        methods.RefCal,
+        None,
+        None,
+        "refcal",
+        {"projection": 16},
+        soft=False,
+        switch=lambda: StageSwitch(1, LinearHead, StageTraining(criterion=methods.MDCALoss(strength=1.0))),
+    ),
 ]
 LOSSES = [row for row in ROWS if row.criterion is not None]

@@ -66,7 +66,11 @@ def test_loss_falls_and_the_checkpoint_rebuilds_the_module(row, tmp_path):
     image = next(iter(data.val_dataloader())).image
     with torch.no_grad():
         assert torch.equal(loaded(image), module.eval()(image))
-    assert _loss(module, batch) < 0.7 * before
+    if row.switch is None:
+        assert _loss(module, batch) < 0.7 * before
+    else:  # another head and perhaps another loss
+        assert loaded.stage == module.stage == 1
+        assert loaded.head.spec == module.head.spec
 
 
 @by_method
@@ -88,7 +92,8 @@ def test_gradients_are_finite_under_bf16_autocast(row):
 def test_it_trains_in_half_precision_throughout(row, fit):
     # weights, buffers and torch's default dtype are bfloat16
     module = row.new(3, encoder="digits_cnn", optimizer=_sgd)
-    trainer = fit(module, ToyDataModule(SplitSpec(val=30), train_size=130), epochs=2, precision="bf16-true")
+    data = ToyDataModule(SplitSpec(val=30, calibration=30), train_size=160)
+    trainer = fit(module, data, epochs=2, precision="bf16-true")
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     assert all(value.isfinite() for value in trainer.callback_metrics.values())
     assert torch.get_default_dtype() == torch.float32
@@ -143,6 +148,7 @@ def _first_batch(data, module):
     data.prepare_data()
     data.setup("fit")
     data.trainer = SimpleNamespace(lightning_module=module, overfit_batches=0)
+    data.stage_views = getattr(module, "views", None)
     return next(iter(data.train_dataloader()))
 
 
