@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.__main__ import main
 from calib_lightning.config_search import find_config
 from calib_lightning.method_table import method_table
+from calib_lightning.methods import MaskedLinearHead
 from tests.methods.table import ROWS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,7 +24,7 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 
 def _commands():
-    for line in SHELL.splitlines():
+    for line in SHELL.replace("\\\n", " ").splitlines():
         for command in line.partition("  #")[0].split("&&"):
             if command.strip().startswith("calib "):
                 yield shlex.split(command)[1:]
@@ -58,7 +61,32 @@ def test_python_runs_as_written(number, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(8, 3, generator=generator), torch.arange(8) % 3) for _ in range(2)]
-    exec(compile(PYTHON[number], f"README.md, python block {number}", "exec"), {"batches": batches})
+    train_loader = DataLoader(TensorDataset(torch.randn(16, 5), torch.arange(16) % 3), 8)
+    names = {"batches": batches, "module": _Own(), "train_loader": train_loader, "val_loader": train_loader}
+    exec(compile(PYTHON[number], f"README.md, python block {number}", "exec"), names)
+    if "MaskedClassifier" in PYTHON[number]:
+        assert isinstance(names["module"].classifier, MaskedLinearHead)
+
+
+class _Own(LightningModule):
+    """A module as somebody else has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.classifier = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.classifier(self.backbone(x).relu())
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
 
 
 def test_the_table_of_methods_is_that_of_their_docstrings():
