@@ -274,12 +274,13 @@ class StageSwitch(Callback):
         if self.active or trainer.current_epoch < self._first(trainer):
             return
         self._first_epoch = trainer.current_epoch
+        stored = any(switch._stored is not None for switch in _switches(trainer))
         for switch in _switches(trainer):
             switch._leave()
         self._enter(trainer, pl_module)
         self.current = True
         _rebuild_training(trainer)
-        if _can_change_loading(trainer):
+        if stored or can_change_loading(trainer):
             reload_train_loader(trainer)
         self._store_features(trainer, pl_module, resumed=False)
         rank_zero_info(
@@ -450,7 +451,7 @@ class StageSwitch(Callback):
         encoder = _submodule(module, self.encoder, "encoder")
         if isinstance(self.training.views, CachedFeatures):
             self.training.views.check(trainer, module, encoder, self.module_head(module), self.training)
-        elif (self.training.views or self.training.batch_size) and not _can_change_loading(trainer):
+        elif (self.training.views or self.training.batch_size) and not can_change_loading(trainer):
             wanted = "views" if self.training.views else "batch_size"
             data = datamodule_in_use(trainer)
             raise ValueError(
@@ -657,7 +658,15 @@ def _enter_before_weights(trainer: Trainer, module: LightningModule) -> None:
     vars(module)["on_load_checkpoint"] = on_load_checkpoint
 
 
-def _can_change_loading(trainer: Trainer) -> bool:
+def can_change_loading(trainer: Trainer) -> bool:
+    """Tell whether the data of a trainer can change its images and batch size at a switch.
+
+    Args:
+        trainer: The trainer, within ``fit``.
+
+    Returns:
+        True for data modules of this package.
+    """
     return hasattr(datamodule_in_use(trainer), "stage_views")
 
 

@@ -87,9 +87,12 @@ class FeatureSet:
         Returns:
             The batch, with features ``(B, d)`` as its images.
         """
-        draw = row_uniform(index, 1, seed=derive_seed(self.seed, epoch, _VIEW))[:, 0]
-        view = (draw * self.features.shape[1]).long()
-        features = self.features[index.to(self.features.device), view.to(self.features.device)]
+        row, views = index.to(self.features.device), self.features.shape[1]
+        if views == 1:
+            features = self.features.select(1, 0).index_select(0, row)
+        else:
+            draw = row_uniform(index, 1, seed=derive_seed(self.seed, epoch, _VIEW))[:, 0]
+            features = self.features[row, (draw * views).long().to(row.device)]
         return Batch(features, self.label.index_select(0, index), index)
 
 

@@ -19,7 +19,7 @@ from calib_lightning.core import ClassificationModule, CosineToEnd, Head, Linear
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.feature_cache import evaluating
 from calib_lightning.core.module import datamodule_in_use
-from calib_lightning.core.stages import HeadFactory, StageSwitch, StageTraining, SwitchOptions
+from calib_lightning.core.stages import HeadFactory, StageSwitch, StageTraining, SwitchOptions, can_change_loading
 from calib_lightning.data.views import CleanViews
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
@@ -416,7 +416,8 @@ class MaskedClassifier(StageSwitch):
         mask_every: "batch" or "epoch".
         warm_start: Whether a `MaskedLinearHead` starts from the weights of the linear classifier before it, so scaled
             that the deployed classifier starts as that one.
-        **options: See `StageSwitch`. Default training: images without augmentation, SGD with lr 0.1, momentum 0.9 and
+        **options: See `StageSwitch`. Default training: images without augmentation (with a data module of this
+            package; other loaders give what they give), SGD with lr 0.1, momentum 0.9 and
             weight decay 5e-4, cosine to 0 over the epochs of the stage. Where a training has no criterion, methods of
             this package get cross-entropy here; other modules keep their loss.
 
@@ -448,8 +449,9 @@ class MaskedClassifier(StageSwitch):
         **options: Unpack[SwitchOptions],
     ) -> None:
         _one_of("mask_every", mask_every, Interval)
-        if options.get("training") is None:
-            options = {**options, "training": StageTraining(scheduler=CosineToEnd, views=CleanViews())}
+        self._default_training = options.get("training") is None
+        if self._default_training:
+            options = {**options, "training": StageTraining(scheduler=CosineToEnd)}
         super().__init__(at_epoch, classifier, **options)
         self.sparsity = AdaptiveSparsity() if sparsity is None else sparsity
         self.mask_every, self.warm_start = mask_every, warm_start
@@ -536,6 +538,9 @@ class MaskedClassifier(StageSwitch):
         if self.training.criterion is None and isinstance(pl_module, ClassificationModule):
             self.training = copy(self.training)  # which may be another switch's too
             self.training.criterion = CrossEntropyLoss()
+        if stage == "fit" and self._default_training:
+            # plain loaders have their own images
+            self.training.views = CleanViews() if can_change_loading(trainer) else None
         super().setup(trainer, pl_module, stage)
         self._rank = trainer.global_rank
         if stage == "fit" and self.sparsity.held_out:
