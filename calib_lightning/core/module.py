@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -65,16 +65,19 @@ def with_transform(options: ModuleOptions, transform: BatchTransform) -> ModuleO
     return {**options, "batch_transform": transform}
 
 
-class ModuleRecord(TypedDict):
-    """What a checkpoint says about the module in it; plain data."""
-
+class _ModuleRecord(TypedDict):
     class_path: str
     num_classes: int
     stage: int
     head: HeadSpec
     train_state: dict[str, Tensor]
-    epoch_rows: NotRequired[dict[str, list[Tensor]]]
-    plain_loss: NotRequired[bool]
+
+
+class ModuleRecord(_ModuleRecord, total=False):
+    """What a checkpoint says about the module in it; plain data. The keys here are missing in older files."""
+
+    epoch_rows: dict[str, list[Tensor]]
+    plain_loss: bool
 
 
 class ClassificationModule(LightningModule):

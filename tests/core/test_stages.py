@@ -468,3 +468,18 @@ def test_size_of_a_head():
 def test_a_run_without_a_number_of_epochs(tmp_path):
     with pytest.raises(ValueError, match=r"max_epochs of the trainer is -1"):
         trainer(tmp_path, 1, [StageSwitch(-1)], max_epochs=-1, max_steps=4).fit(module(), datamodule=toy())
+
+
+def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
+    own = module()
+    fit(tmp_path, own, [], 1).save_checkpoint(tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    for name in ("epoch_rows", "plain_loss"):
+        del checkpoint["calib_lightning"][name]
+    torch.save(checkpoint, tmp_path / "older.ckpt")
+    image = torch.zeros(1, 1, 8, 8)
+    assert torch.equal(load_module(tmp_path / "older.ckpt")(image), own.eval()(image))
+    del checkpoint["calib_lightning"]["head"]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="does not say which calib_lightning module"):
+        load_module(tmp_path / "other.ckpt")
