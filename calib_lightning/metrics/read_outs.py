@@ -261,7 +261,8 @@ CORE = ("accuracy", "nll", "brier", "ece", "signed_gap", "correctness_auroc")
 """What a run logs while it trains, and the columns of result tables."""
 
 REPORT = tuple(key for key, read_out in READ_OUTS.items() if "scores" not in read_out.parts)
-"""Everything that needs no scores of all classes after the batch: what `trainer.test` logs."""
+"""Everything that needs no scores of all classes after the batch; `trainer.test` logs it, and up to 200 classes also
+`ovo_auroc`."""
 
 FULL = tuple(READ_OUTS)
 """Everything."""

@@ -24,7 +24,7 @@ def test_ranks_end_with_equal_weights(pool2, tmp_path, number):
 def test_evaluation_is_exact_on_a_fixed_table(pool2, size, batch_size):
     alone = cases.test_table(0, 1, size, batch_size)
     assert alone["n"] == size
-    assert alone.keys() == {*REPORT, "n"}
+    assert alone.keys() == {*REPORT, "ovo_auroc", "n"}
     for together in pool2.run(cases.test_table, size, batch_size):
         assert together["n"] == size
         assert together["accuracy"] == alone["accuracy"]
