@@ -21,8 +21,8 @@ class RunCheckpoint(ModelCheckpoint):
     Args:
         folder: Where the file goes.
         filename: Its name without ending; each save replaces it.
-        monitor: The metric that must improve for a save; None saves after every epoch. An epoch without it, in a stage
-            that has no classifier yet, is not saved.
+        monitor: The metric that must improve for a save; None saves after every epoch. A stage that has no classifier
+            yet is not saved by a metric.
         mode: ``"min"`` or ``"max"``.
     """
 
@@ -37,6 +37,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.stage = 0
+        self._validated = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew in a new stage; checkpoint callbacks come after the switch that makes it."""
@@ -52,10 +53,16 @@ class RunCheckpoint(ModelCheckpoint):
         self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
         self.best_model_score = self.current_score = None
         self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        self._validated = False  # the trainer still has the figures of the stage before
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there are figures of this stage."""
+        super().on_validation_end(trainer, pl_module)
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, unless the metric that decides is not there."""
-        if self.monitor is None or self.monitor in trainer.callback_metrics:
+        """Save, unless the metric that decides is one of the stage before, or cannot be there yet."""
+        if self.monitor is None or (self._validated and getattr(pl_module, "classifies", True)):
             super().on_train_epoch_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -365,8 +365,14 @@ def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, gra
         ``(N, d)``.
 
     Raises:
+        TypeError: If the batch is no tuple or list.
         ValueError: If the module does not call its head once.
     """
+    if not isinstance(batch, list | tuple):
+        raise TypeError(
+            f"The features of a batch are computed from its first part, but this batch is a {type(batch).__name__}: "
+            "let the loader give tuples with the images first, or override StageSwitch.features."
+        )
     caught: list[Tensor] = []
     trainer = module.trainer
     batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))

@@ -183,6 +183,11 @@ class ClassificationModule(LightningModule):
         logits = self(batch.image)
         return self.criterion_value(logits, batch.label), logits
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the module has a classifier that can be validated; a first stage may have none."""
+        return True
+
     def enter_stage(self, stage: int, criterion: Criterion | None) -> None:
         """Note that a stage begins; `StageSwitch` calls it once it has put the new head.
 
@@ -372,10 +377,23 @@ class ClassificationModule(LightningModule):
         elif self.global_rank == 0:
             device = self.train_state.count.device
             self.train_state.merge_state({name: value.to(device) for name, value in kept.items()})
+        if getattr(self, "_trainer", None) is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_switches(checkpoint)
         parts = record.get("epoch_rows", {})
         mine = {name: own_rows(rows, self.global_rank) for name, rows in parts.items()}
         if mine:
             self.restore_epoch_rows(mine)
+
+    def _check_switches(self, checkpoint: dict[str, Any]) -> None:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
+        have = {callback.state_key for callback in callbacks}
+        for key, state in checkpoint.get("callbacks", {}).items():
+            if key.startswith("StageSwitch[") and state["active"] and key not in have:
+                raise ValueError(
+                    f"The checkpoint is in a stage that a {state['class_path']} has begun, but this trainer has no "
+                    "such switch, and its optimiser would not fit: resume with the switches that it was trained with, "
+                    "or start a new fit from load_module(path)."
+                )
 
     def epoch_rows(self) -> dict[str, Tensor]:
         """Rows ``(n, ...)`` that this process has collected in the begun epoch.

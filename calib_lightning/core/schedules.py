@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 
-class CosineToEnd(CosineAnnealingLR):
+class CosineToEnd(LRScheduler):
     """Half a cosine down to a least rate at the end of the run, or of the stage that it belongs to.
 
-    ``lr_e = m + (lr - m) (1 + cos(pi e / E)) / 2`` in epoch ``e = 0, ..., E - 1``. Torch's `CosineAnnealingLR` must be
-    told E; this one learns it from the trainer and the stage switches, so that nothing has to be changed with the
+    ``lr_e = m + (lr - m) (1 + cos(pi e / E)) / 2`` in epoch ``e = 0, ..., E - 1``. Torch's ``CosineAnnealingLR`` must
+    be told E; this one learns it from the trainer and the stage switches, so that nothing has to be changed with the
     number of epochs. In a training loop of one's own, call `set_epochs`.
 
     Args:
         optimizer: Its rates are the ``lr`` of each group.
         eta_min: m, the least rate.
 
+    Raises:
+        ValueError: If ``eta_min`` is negative or not finite.
+
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> schedule = CosineToEnd(optimizer)
         >>> schedule.set_epochs(40)
-        >>> schedule.T_max
-        40
+        >>> schedule.get_last_lr()
+        [0.1]
     """
 
     def __init__(self, optimizer: Optimizer, eta_min: float = 0.0) -> None:
-        super().__init__(optimizer, T_max=1, eta_min=eta_min)  # the first epoch has the full rate, whatever T_max
+        if not 0 <= eta_min < math.inf:
+            raise ValueError(f"eta_min is {eta_min}; it must be at least 0 and finite.")
+        self.eta_min = eta_min
+        self.epochs: int | None = None
+        super().__init__(optimizer)
 
     def set_epochs(self, epochs: int) -> None:
         """Say how many epochs there are, before the first is over.
@@ -46,7 +54,20 @@ class CosineToEnd(CosineAnnealingLR):
                 f"CosineToEnd must know the number of epochs, but max_epochs is {epochs}: set trainer.max_epochs, or "
                 "use torch.optim.lr_scheduler.CosineAnnealingLR with a T_max."
             )
-        self.T_max = epochs
+        self.epochs = epochs
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Rate of each group in the epoch that begins."""
+        if self.epochs is None and self.last_epoch > 0:
+            raise RuntimeError("CosineToEnd does not know the number of epochs: call set_epochs before the first step.")
+        share = min(1.0, self.last_epoch / (self.epochs or 1))
+        return [
+            self.eta_min + (float(base) - self.eta_min) * (1 + math.cos(math.pi * share)) / 2 for base in self.base_lrs
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state without the number of epochs: a run that is resumed for longer has another end."""
+        return {name: value for name, value in super().state_dict().items() if name != "epochs"}
 
 
 class WarmupCosine(LRScheduler):

@@ -10,15 +10,17 @@ from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.distributed import check_strategy
 from calib_lightning.core.feature_cache import (
     CachedFeatures,
@@ -101,7 +103,8 @@ class StageSwitch(Callback):
     Parameters and BatchNorm statistics of what is frozen stay as they are, bit for bit. The switch works within one
     ``fit``, on one device or DDP, in any LightningModule that has a submodule for its head. Whether it has happened
     travels in the checkpoint: a fit that is resumed from any of them, and an evaluation of any of them, needs the same
-    switches in its trainer. Several switches follow each other in the order of their epochs.
+    switches in its trainer. Several switches follow each other in the order of their epochs. ``EarlyStopping`` begins
+    anew at a switch; a ``ModelCheckpoint`` with a metric compares all stages, `RunCheckpoint` those of the last alone.
 
     Args:
         at_epoch: First epoch of the new stage; a negative number counts from the end: -40 means the last 40 epochs.
@@ -138,11 +141,13 @@ class StageSwitch(Callback):
         self.head = head
         self.init_from = init_from
         self.head_loaded = False
+        self.brought = False
         self.current = False
         self._position: int | None = None
         self._first_epoch: int | None = None
         self._entered: _Entered | None = None
         self._stored: StoredFeatures | None = None
+        self._looked_at = False
 
     # --- what a kind of switch may override --------------------------------------------------------------------------
 
@@ -167,6 +172,21 @@ class StageSwitch(Callback):
         """
         module.requires_grad_(False)
         head.requires_grad_(True)
+
+    def look_at(self, batch: Any) -> None:
+        """Refuse batches that the stage cannot use; called in the first step of a fit.
+
+        Args:
+            batch: A training batch.
+
+        Raises:
+            TypeError: If features are to be stored and the batch is no tuple or list.
+        """
+        if isinstance(self.training.views, CachedFeatures) and not isinstance(batch, list | tuple):
+            raise TypeError(
+                "CachedFeatures needs batches that are tuples of tensors, the images first, not "
+                f"{type(batch).__name__}. Leave the cache out, or let the loader give tuples."
+            )
 
     # --- what it may use ---------------------------------------------------------------------------------------------
 
@@ -248,13 +268,19 @@ class StageSwitch(Callback):
         """Check that the switch can be made, and see to it that checkpoints find the right head."""
         switches = _switches(trainer)
         self._position = switches.index(self)
+        self._looked_at = False
         if self._entered is not None and self._entered.module is not pl_module:
             self._entered, self.current = None, False
         if stage == "fit":
-            self._first_epoch = self._first_epoch if self.active else None
+            if not self.active:
+                self._first_epoch = None
+            elif trainer.ckpt_path is None and (self._first_epoch or 0) > trainer.current_epoch:
+                # another trainer goes on with a module that is in this stage already, and counts from 0
+                self._first_epoch = trainer.current_epoch if self.current else self._position - len(switches)
             self._check(trainer, pl_module)
             if self.active:
-                self._enter(trainer, pl_module)
+                if self.current:
+                    self._enter(trainer, pl_module)
             elif self.init_from is not None and trainer.ckpt_path is None:
                 self._load_start(pl_module)
         if self._position == 0:
@@ -266,8 +292,24 @@ class StageSwitch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with stored features where a checkpoint was taken."""
+        several = len(trainer.optimizers) > 1
+        if several or (self.training.scheduler is not None and not pl_module.automatic_optimization):
+            what = f"{len(trainer.optimizers)} optimisers" if several else "manual optimisation"
+            raise ValueError(
+                f"{type(pl_module).__name__} has {what}, but {type(self).__name__} puts one optimiser"
+                f"{'' if several else ' and a scheduler'} that Lightning steps: use a module with one optimiser"
+                f"{'.' if several else ', or leave the scheduler out.'}"
+            )
         if self.current:
             self._store_features(trainer, pl_module, resumed=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of a switch that never came."""
+        if not self.active:
+            rank_zero_warn(
+                f"{type(self).__name__} was to switch at epoch {self._first(trainer)}, but training ended before it: "
+                "the module is in the stage before. Train on, without what has stopped the run early."
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the switch when its epoch has come."""
@@ -280,6 +322,10 @@ class StageSwitch(Callback):
         self._enter(trainer, pl_module)
         self.current = True
         _rebuild_training(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning does not declare it
+            if isinstance(callback, EarlyStopping):  # a new head begins below the old one
+                callback.wait_count, callback.stopped_epoch = 0, 0
+                callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
         if stored or can_change_loading(trainer):
             reload_train_loader(trainer)
         self._store_features(trainer, pl_module, resumed=False)
@@ -290,6 +336,9 @@ class StageSwitch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what is frozen in evaluation mode, whoever has called ``train()`` on the module."""
+        if not self._looked_at:  # in the first step of a fit, whatever the stage: what the switch needs later
+            self.look_at(batch)
+            self._looked_at = True
         if not self.current:
             return
         self._hold_still(pl_module)
@@ -325,6 +374,7 @@ class StageSwitch(Callback):
             spec = dict(head.spec) if isinstance(head, Head) else None
         return {
             "class_path": class_path_of(type(self)),
+            "at_epoch": self.at_epoch,
             "active": self.active,
             "current": self.current,
             "first_epoch": self._first_epoch,
@@ -345,6 +395,8 @@ class StageSwitch(Callback):
         if self._first_epoch is not None:
             return self._first_epoch
         epochs = trainer.max_epochs
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # one epoch: the new stage is tried
+            return 0
         if self.at_epoch >= 0:
             return self.at_epoch
         if epochs is None or epochs < 1:
@@ -364,10 +416,13 @@ class StageSwitch(Callback):
             parameter = next(old.parameters(), None)
             head.to(module.device, None if parameter is None else parameter.dtype)
             _put(module, self.head, head)
+            criterion = self.training.criterion
+            if criterion is not None:
+                criterion.to(module.device, None if parameter is None else parameter.dtype)
             if isinstance(module, ClassificationModule):
-                module.enter_stage(module.stage + 1, self.training.criterion)
-            elif self.training.criterion is not None:
-                vars(module)["criterion"] = self.training.criterion
+                module.enter_stage(module.stage + 1, criterion)
+            elif criterion is not None:
+                _set(module, "criterion", criterion)
             self._entered = entered
         self.freeze(module, self.module_head(module))
         self._hold_still(module)
@@ -447,8 +502,15 @@ class StageSwitch(Callback):
                 f"init_from is {self.init_from!r}, but the switch comes at epoch {first}: trained weights are for a "
                 f"run that begins with it. Set at_epoch to 0 (now {self.at_epoch}), or train stage 1 without init_from."
             )
+        averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging | WeightAveraging)]  # type: ignore[attr-defined]
+        if averaging:
+            raise ValueError(
+                f"{type(averaging[0]).__name__} averages the weights of all stages, so that what {name} freezes would "
+                "move and two heads be mixed: leave it out, or average in a run of one stage."
+            )
         self.module_head(module)
         encoder = _submodule(module, self.encoder, "encoder")
+        self._check_schedule(trainer, module)
         if isinstance(self.training.views, CachedFeatures):
             self.training.views.check(trainer, module, encoder, self.module_head(module), self.training)
         elif (self.training.views or self.training.batch_size) and not can_change_loading(trainer):
@@ -459,11 +521,40 @@ class StageSwitch(Callback):
                 "only data modules of this package change their images and batch size at a switch. Leave it out, or "
                 "use a BenchmarkDataModule."
             )
+        elif self.training.views is not None:
+            self._check_views(module, self.training.views)
         foreign = not isinstance(module, ClassificationModule)
         if self.training.criterion is not None and foreign and not hasattr(module, "criterion"):
             raise ValueError(
                 f"{name}'s training has a criterion, but {type(module).__name__} has no attribute 'criterion' that its "
                 "training step would call. Leave the criterion out, or let the module call self.criterion."
+            )
+
+    def _check_schedule(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.training.scheduler is None:
+            return
+        schedule: Any = self.training.scheduler(self.training.optimizer([nn.Parameter(torch.zeros(1))]))
+        if isinstance(schedule, CosineToEnd):
+            self.length(trainer)  # which must be known
+        elif isinstance(schedule, ReduceLROnPlateau) and not isinstance(module, ClassificationModule):
+            raise ValueError(
+                f"ReduceLROnPlateau would watch val/nll, which {type(module).__name__} need not log: give "
+                f"{type(self).__name__} a schedule that follows the epochs, such as CosineToEnd."
+            )
+
+    def _check_views(self, module: LightningModule, views: Views) -> None:
+        transform = module.batch_transform if isinstance(module, ClassificationModule) else None
+        own = transform is not None and type(transform).views is not BatchTransform.views
+        if own and self.training.criterion is None:
+            raise ValueError(
+                f"{type(transform).__name__} needs views of its own, but the stage has {type(views).__name__}: give "
+                "the stage a criterion, which takes the transform's place, or leave its views out."
+            )
+        image = views.transform(_AsFloat(), None, 0)(torch.zeros(1, 3, 32, 32).byte(), torch.zeros(1).long(), 0)
+        if image.ndim != 4:
+            raise ValueError(
+                f"{type(views).__name__} makes {image.shape[1]} views of each image, but a stage that classifies sees "
+                "one: use CleanViews or ResizedCropFlip."
             )
 
     def _load_start(self, module: LightningModule) -> None:
@@ -511,7 +602,45 @@ class _Entered:
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         for name, value in self._attributes.items():
-            setattr(self.module, name, value)
+            _set(self.module, name, value)
+
+
+class _AsFloat(nn.Module):
+    """Stands for a normalisation."""
+
+    def forward(self, image: Tensor, index: Tensor, epoch: int) -> Tensor:
+        return image.float()
+
+
+def own_switches(module: LightningModule, *switches: StageSwitch) -> list[Callback]:
+    """Return a method's own switches for ``configure_callbacks``, unless the trainer has one that they would push out.
+
+    Lightning drops a trainer's callback in favour of a module's of the same class, and says so in passing.
+
+    Args:
+        module: The method.
+        *switches: Its switches.
+
+    Returns:
+        The switches.
+
+    Raises:
+        ValueError: If the trainer was given a switch that would be dropped.
+
+    Example:
+        ``return own_switches(self, self.switch)``
+    """
+    for callback in _switches(module.trainer):
+        lost = any(issubclass(type(own), type(callback)) for own in switches)
+        if lost and callback not in switches and not callback.brought:
+            raise ValueError(
+                f"The trainer has a {type(callback).__name__}, but {type(module).__name__} brings one of its own, in "
+                "whose favour Lightning would drop it: give the method its switch as switch=..., or use a method "
+                "without, such as CrossEntropy."
+            )
+    for own in switches:
+        own.brought = True
+    return list(switches)
 
 
 def head_size(module: LightningModule, head: nn.Module) -> tuple[int, int]:
@@ -591,6 +720,12 @@ def _submodule(module: nn.Module, name: str, what: str) -> nn.Module:
         ) from None
 
 
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute whether or not it is a submodule now, and is to be one."""
+    module._modules.pop(name, None)
+    setattr(module, name, value)
+
+
 def _put(module: nn.Module, name: str, head: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(module.get_submodule(parent), last, head)
@@ -639,16 +774,22 @@ def _enter_before_weights(trainer: Trainer, module: LightningModule) -> None:
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         states = {s: checkpoint.get("callbacks", {}).get(s.state_key) or {"active": False} for s in _switches(trainer)}
         active = {switch: state for switch, state in states.items() if state["active"]}
-        for switch, state in active.items():
-            if state["class_path"] != class_path_of(type(switch)):
+        for switch, state in states.items():
+            known, mine = state.get("class_path"), class_path_of(type(switch))
+            moved = state["active"] and state["at_epoch"] != switch.at_epoch
+            if (known is not None and known != mine) or moved:
                 raise ValueError(
-                    f"The checkpoint has been through a {state['class_path']}, this trainer has a "
-                    f"{class_path_of(type(switch))} in its place: give the switches that it was trained with."
+                    f"The checkpoint was trained with a {known} at epoch {state['at_epoch']}, this trainer has a "
+                    f"{mine} at epoch {switch.at_epoch} in its place: give the switches that it was trained with, in "
+                    "their order."
                 )
         # the latest first
         for switch in sorted(states, key=lambda s: -1 if s._first_epoch is None else s._first_epoch, reverse=True):
             if switch not in active:
                 switch._undo()
+        if trainer.state.fn == TrainerFn.FITTING:
+            vars(module).pop("configure_optimizers", None)
+            _set_loading(trainer, None, None)
         for switch, state in sorted(active.items(), key=lambda item: int(item[1]["first_epoch"])):
             switch._first_epoch = state["first_epoch"]
             switch._enter(trainer, module)

@@ -24,6 +24,7 @@ from calib_lightning.core import (
     SwitchOptions,
     build_head,
 )
+from calib_lightning.core.stages import own_switches
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 from calib_lightning.types import Batch, Prediction
@@ -301,7 +302,7 @@ class ConfidNet(ClassificationModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the switches."""
-        return [self.switch] if self.tuning is None else [self.switch, self.tuning]
+        return own_switches(self, self.switch, *(() if self.tuning is None else (self.tuning,)))
 
     def copy_encoder(self) -> None:
         """Give the branch an encoder of its own, equal to that of the classifier."""

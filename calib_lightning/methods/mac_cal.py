@@ -19,7 +19,14 @@ from calib_lightning.core import ClassificationModule, CosineToEnd, Head, Linear
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.feature_cache import evaluating
 from calib_lightning.core.module import datamodule_in_use
-from calib_lightning.core.stages import HeadFactory, StageSwitch, StageTraining, SwitchOptions, can_change_loading
+from calib_lightning.core.stages import (
+    HeadFactory,
+    StageSwitch,
+    StageTraining,
+    SwitchOptions,
+    can_change_loading,
+    own_switches,
+)
 from calib_lightning.data.views import CleanViews
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
@@ -491,6 +498,11 @@ class MaskedClassifier(StageSwitch):
         """Whether the stage looks at the calibration split; a run's record says so."""
         return self.sparsity.held_out
 
+    def look_at(self, batch: Any) -> None:
+        """Refuse batches whose labels cannot be found; called in the first step of a fit."""
+        super().look_at(batch)
+        self.labels(batch)
+
     def labels(self, batch: Any) -> Tensor:
         """Labels ``(N,)`` or soft targets ``(N, K)`` of a batch; override it for batches of another form.
 
@@ -543,8 +555,17 @@ class MaskedClassifier(StageSwitch):
             self.training.views = CleanViews() if can_change_loading(trainer) else None
         super().setup(trainer, pl_module, stage)
         self._rank = trainer.global_rank
-        if stage == "fit" and self.sparsity.held_out:
+        if stage != "fit":
+            return
+        self.length(trainer)  # which must be known
+        if self.sparsity.held_out:
             self._calibration_loader(trainer)
+        fresh = not self.active and trainer.ckpt_path is None
+        if self.warm_start and self.init_from is not None and fresh and not self.head_loaded:
+            raise ValueError(
+                f"warm_start copies the classifier of {self.init_from!r}, but the head in that file is of another kind "
+                "than this module's: give a checkpoint of a linear classifier, or warm_start=False."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring sums of a checkpoint to the device."""
@@ -757,4 +778,4 @@ class MaCCal(ClassificationModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the switch."""
-        return [self.switch]
+        return own_switches(self, self.switch)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.optim import SGD
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from calib_lightning.core import ClassificationModule, Head, LinearHead, ModuleOptions
 from calib_lightning.core.distributed import rows_by_rank, world_size
 from calib_lightning.core.module import datamodule_in_use
-from calib_lightning.core.stages import StageSwitch, StageTraining
+from calib_lightning.core.stages import StageSwitch, StageTraining, own_switches
 from calib_lightning.data.views import ContrastiveViews, ResizedCropFlip
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
@@ -323,12 +324,27 @@ class RefCal(ClassificationModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the switch, and see to it that the first stage is not validated."""
-        return [self.switch, _NoValidation()]
+        return [*own_switches(self, self.switch), _NoValidation()]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the first stage is over."""
+        return self.stage > 0
 
     def setup(self, stage: str) -> None:
         """Ask a data module of this package for the views of the first stage."""
+        if stage == "fit":
+            self._ask_for_views()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the head; a checkpoint may lead back to the first stage and its views."""
+        super().on_load_checkpoint(checkpoint)
+        if getattr(self, "_trainer", None) is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._ask_for_views()
+
+    def _ask_for_views(self) -> None:
         data: Any = datamodule_in_use(self.trainer)
-        if stage == "fit" and self.stage == 0 and hasattr(data, "stage_views"):
+        if self.stage == 0 and hasattr(data, "stage_views"):
             data.stage_views = self.views
 
     def forward(self, image: Tensor) -> Tensor:

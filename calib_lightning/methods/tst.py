@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from calib_lightning.core import ClassificationModule, Head, ModuleOptions, StageSwitch, StageTraining
+from calib_lightning.core.stages import own_switches
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 
 
@@ -133,4 +134,4 @@ class TST(ClassificationModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the switch."""
-        return [self.switch]
+        return own_switches(self, self.switch)

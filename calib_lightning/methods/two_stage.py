@@ -7,6 +7,7 @@ from typing import Unpack
 from lightning.pytorch import Callback
 
 from calib_lightning.core import ClassificationModule, ModuleOptions, StageSwitch
+from calib_lightning.core.stages import own_switches
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 
 
@@ -51,4 +52,4 @@ class TwoStage(ClassificationModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the switch."""
-        return [self.switch]
+        return own_switches(self, self.switch)

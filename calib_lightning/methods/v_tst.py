@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from calib_lightning.core import ClassificationModule, Head, ModuleOptions, StageSwitch, StageTraining
+from calib_lightning.core.stages import own_switches
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 from calib_lightning.methods.tst import bottleneck, checked_switch
@@ -161,7 +162,7 @@ class VTST(ClassificationModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the switch."""
-        return [self.switch]
+        return own_switches(self, self.switch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and logits ``(N, K)`` of one batch, in the second stage those of one draw."""
