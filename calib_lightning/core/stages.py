@@ -595,12 +595,15 @@ class _Entered:
     def __init__(self, module: LightningModule, old: nn.Module) -> None:
         self.module, self.old = module, old
         self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self._modes = [(part, part.training) for part in module.modules()]
         names = ("stage", "criterion", "batch_transform", "plain_loss")
         self._attributes = {name: getattr(module, name) for name in names if hasattr(module, name)}
 
     def undo(self) -> None:
         for parameter in self._trainable:
             parameter.requires_grad_(True)
+        for part, mode in self._modes:
+            part.training = mode
         for name, value in self._attributes.items():
             _set(self.module, name, value)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from calib_lightning.core.schedules import WarmupCosine
+from calib_lightning.core.schedules import CosineToEnd, WarmupCosine
 
 
 def optimizer(*rates):
@@ -116,3 +116,47 @@ def test_resumed_schedule_gives_the_same_rates_bit_for_bit(stop):
 def test_bad_numbers_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         WarmupCosine(optimizer(0.5), **options)
+
+
+# --- a cosine that learns its end ------------------------------------------------------------------------------------
+
+
+def to_end(epochs, state=None, steps=None):
+    opt = optimizer(0.4)
+    schedule = CosineToEnd(opt, eta_min=0.01)
+    schedule.set_epochs(epochs)
+    if state is not None:
+        schedule.load_state_dict(state)
+    found = []
+    for _ in range(epochs if steps is None else steps):
+        found.append(opt.param_groups[0]["lr"])
+        opt.step()
+        schedule.step()
+    return found, schedule.state_dict()
+
+
+def test_a_cosine_to_the_end_is_that_of_torch():
+    opt = optimizer(0.4)
+    theirs, expected = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 7, eta_min=0.01), []
+    for _ in range(7):
+        expected.append(opt.param_groups[0]["lr"])
+        opt.step()
+        theirs.step()
+    assert to_end(7)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_run_that_is_resumed_for_longer_has_another_end():
+    _, state = to_end(4)
+    assert to_end(8, state, steps=4)[0][1:] == pytest.approx(to_end(8)[0][5:], rel=1e-12)
+
+
+def test_a_cosine_without_an_end_is_refused():
+    opt = optimizer(0.4)
+    schedule = CosineToEnd(opt)
+    opt.step()
+    with pytest.raises(RuntimeError, match="call set_epochs"):
+        schedule.step()
+    with pytest.raises(ValueError, match="max_epochs is -1"):
+        schedule.set_epochs(-1)
+    with pytest.raises(ValueError, match="eta_min is nan"):
+        CosineToEnd(opt, eta_min=math.nan)

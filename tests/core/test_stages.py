@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.core import (
     ClassificationModule,
+    CosineToEnd,
     LinearHead,
     Preemption,
     StageSwitch,
@@ -26,8 +27,18 @@ from calib_lightning.core import (
 )
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.core.stages import head_size
-from calib_lightning.data import CleanViews, SplitSpec, ToyDataModule
-from calib_lightning.methods import CrossEntropyLoss, Focal, FocalLoss, Mixup
+from calib_lightning.data import CleanViews, ContrastiveViews, SplitSpec, ToyDataModule
+from calib_lightning.methods import (
+    AdaptiveSparsity,
+    AugMixTransform,
+    CrossEntropy,
+    CrossEntropyLoss,
+    Focal,
+    FocalLoss,
+    MaskedClassifier,
+    Mixup,
+    TwoStage,
+)
 from tests.ddp.cases import Dropped, Watch, cosine, digest, sgd, trainer
 from tests.methods.table import ROWS
 
@@ -227,6 +238,7 @@ def test_a_plain_stage_follows_every_method(row, tmp_path):
 
 
 def staged_run(folder, stop_after=None, resume=False, switches=None):
+    folder.mkdir(exist_ok=True)
     seed_everything(11)
     data = ToyDataModule(SplitSpec(val=31), batch_size=16, train_size=130)
     data.augment = True
@@ -483,3 +495,180 @@ def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="does not say which calib_lightning module"):
         load_module(tmp_path / "other.ckpt")
+
+
+# --- fits that go back, go on, or meet other callbacks ---------------------------------------------------------------
+
+
+def test_a_score_of_the_stage_before_chooses_nothing(tmp_path):
+    best = RunCheckpoint(tmp_path, "best", "val/nll")
+    scores = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            scores.append((trainer.current_epoch, best.best_model_score))
+
+    fit(tmp_path, module(), [StageSwitch(2)], 6, callbacks=[Look(), best], check_val_every_n_epoch=2)
+    assert scores[3][1] is None  # epoch 2 had no validation, and that of epoch 3 is looked at after this callback
+    chosen = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert chosen["epoch"] in (3, 5)
+    assert float(best.best_model_score) == pytest.approx(min(float(s) for _, s in scores[4:]), abs=1)
+
+
+def test_a_metric_that_is_not_there_is_still_told_of(tmp_path):
+    with pytest.raises(Exception, match="val/nl"):
+        fit(tmp_path, module(), [], 1, callbacks=[RunCheckpoint(tmp_path, "best", "val/nl")])
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_the_criterion_follows_the_precision(tmp_path, foreign):
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    training = StageTraining(criterion=nn.CrossEntropyLoss(weight=weight))
+    options = {"max_epochs": 2, "precision": "64-true"}
+    if not foreign:
+        own = module()
+        fit(tmp_path, own, [StageSwitch(1, training=training)], 2, precision="64-true")
+        assert own.criterion.weight.dtype == torch.float64
+        return
+    own, (train, _, _) = Foreign(), loaders()
+    own.criterion = F.cross_entropy  # a function, which nn.Module keeps elsewhere than a submodule
+    own.training_step = lambda batch, batch_idx: own.criterion(own(batch[0].double()), batch[1])
+    run = trainer(tmp_path, 1, [StageSwitch(1, encoder="net", head="net.fc", training=training)], **options)
+    run.fit(own, train)
+    assert own.criterion is training.criterion
+
+
+def test_a_fit_may_go_back_to_the_first_stage(tmp_path):
+    class Keep(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    note, own = Note(), module(scheduler=cosine)
+    switch = StageSwitch(2, training=StageTraining(adam, batch_size=8))
+    run = fit(tmp_path, own, [switch], 4, callbacks=[Keep(), note])
+    whole = digest(own)
+    os.environ["PL_GLOBAL_SEED"] = "3"
+    run.fit(own, datamodule=toy(), ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    os.environ.pop("PL_GLOBAL_SEED")
+    assert set(note.sizes[1]) == {16, 15}
+    assert digest(own) == whole
+
+
+@pytest.mark.parametrize("averaging", [StochasticWeightAveraging(1e-2), EMAWeightAveraging()])
+def test_weight_averaging_is_refused(tmp_path, averaging):
+    with pytest.raises(ValueError, match="averages the weights of all stages"):
+        fit(tmp_path, module(), [StageSwitch(1), averaging], 2)
+
+
+def test_another_trainer_goes_on_in_the_last_stage(tmp_path):
+    own, switches = module(), [StageSwitch(1), StageSwitch(2, training=StageTraining(adam, CosineToEnd, batch_size=8))]
+    fit(tmp_path, own, switches, 3)
+    head, note = own.head, Note()
+    fit(tmp_path, own, switches, 2, callbacks=[note])
+    assert own.head is head
+    assert own.stage == 2
+    assert set(note.sizes[0]) == {8, 7}
+    assert note.lrs == {0: 0.003, 1: pytest.approx(0.0015)}
+    assert [p for p in own.parameters() if p.requires_grad] == list(head.parameters())
+
+
+def test_the_order_of_a_list_does_not_matter(tmp_path):
+    own, note = module(), Note()
+    switches = [StageSwitch(2, training=StageTraining(adam)), StageSwitch(1, training=StageTraining(sgd, batch_size=8))]
+    run = fit(tmp_path, own, switches, 3)
+    run.fit_loop.max_epochs = 4
+    run.callbacks.append(note)
+    run.fit(own, datamodule=toy())
+    assert note.lrs == {3: 0.003}
+    assert set(note.sizes[3]) == {16, 15}
+
+
+def test_a_switch_beside_a_methods_own_is_not_dropped_in_silence(tmp_path):
+    own = module(TwoStage, switch=StageSwitch(1))
+    with pytest.raises(ValueError, match="in whose favour Lightning would drop it"):
+        fit(tmp_path, own, [StageSwitch(2)], 3)
+    run = fit(tmp_path, module(TwoStage, switch=StageSwitch(1)), [], 3)
+    # what an earlier method has left in the trainer may go
+    run.fit_loop.max_epochs = 5
+    run.fit(module(TwoStage, switch=StageSwitch(4)), datamodule=toy())
+
+
+def test_early_stopping_begins_anew_and_a_switch_that_never_came_is_told_of(tmp_path):
+    class Score(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("score", [0.5, 0.1, 0.9, 0.8, 0.7][trainer.current_epoch])
+
+    def stopping(patience):
+        return EarlyStopping("score", patience=patience, check_on_train_epoch_end=False)
+
+    run = fit(tmp_path, module(), [StageSwitch(2)], 5, callbacks=[Score(), stopping(2)])
+    assert run.current_epoch == 5
+    with pytest.warns(UserWarning, match="was to switch at epoch 4, but training ended before"):
+        fit(tmp_path, module(), [StageSwitch(4)], 5, callbacks=[Score(), stopping(1)])
+
+
+def test_other_switches_than_those_of_the_checkpoint_are_refused(tmp_path):
+    class Other(StageSwitch):
+        pass
+
+    staged_run(tmp_path, 7)  # before any switch
+    with pytest.raises(ValueError, match="in its place"):
+        staged_run(tmp_path, resume=True, switches=[Other(2), StageSwitch(-2)])
+    staged_run(tmp_path / "later", 18)
+    with pytest.raises(ValueError, match="no such switch"):
+        staged_run(tmp_path / "later", resume=True, switches=[])
+    with pytest.raises(ValueError, match="at epoch 1 in its place"):
+        staged_run(tmp_path / "later", resume=True, switches=[StageSwitch(1), StageSwitch(-2)])
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "message"),
+    [
+        ({"batch_transform": AugMixTransform()}, StageTraining(views=CleanViews()), "needs views of its own"),
+        ({}, StageTraining(views=ContrastiveViews()), "makes 2 views of each image"),
+    ],
+)
+def test_views_that_do_not_fit_are_refused_before_training(tmp_path, options, training, message):
+    own = module(CrossEntropy, **options)
+    before = digest(own)
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, own, [StageSwitch(1, training=training)], 2)
+    assert digest(own) == before
+
+
+def test_modules_and_batches_that_cannot_be_staged_are_refused_before_the_first_step(tmp_path):
+    class Two(Foreign):
+        def configure_optimizers(self):
+            return super().configure_optimizers(), super().configure_optimizers()
+
+        automatic_optimization = False
+
+    class Named(Foreign):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    train, _, _ = loaders()
+    named = DataLoader([{"x": image, "y": label} for image, label in train.dataset], 16)
+    plateau = StageTraining(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    masked = MaskedClassifier(1, encoder="net", head="net.fc", sparsity=AdaptiveSparsity(held_out=False))
+    for own, loader, switch, error, message in (
+        (Two(), train, StageSwitch(1, encoder="net", head="net.fc"), ValueError, "has 2 optimisers"),
+        (Named(), named, masked, TypeError, "override labels"),
+        (Foreign(), train, StageSwitch(1, encoder="net", head="net.fc", training=plateau), ValueError, "val/nll"),
+    ):
+        before = digest(own)
+        with pytest.raises(error, match=message):
+            trainer(tmp_path, 1, [switch], max_epochs=2).fit(own, loader)
+        assert digest(own) == before
+
+
+def test_a_stage_whose_length_must_be_known(tmp_path):
+    for switch in (MaskedClassifier(1), StageSwitch(1, training=StageTraining(scheduler=CosineToEnd))):
+        with pytest.raises(ValueError, match=r"must know how long its stage lasts: set trainer\.max_epochs"):
+            fit(tmp_path, module(), [switch], -1, max_steps=30)
+
+
+def test_a_fast_run_tries_the_new_stage(tmp_path):
+    own = module(TwoStage)
+    fit(tmp_path, own, [], 100, fast_dev_run=True)
+    assert own.stage == 1
