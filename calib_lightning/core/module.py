@@ -465,7 +465,8 @@ def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
     if not isinstance(record, dict) or not ModuleRecord.__required_keys__ <= set(record):
         raise ValueError(
             "This checkpoint does not say which calib_lightning module it holds; only checkpoints of a "
-            "ClassificationModule do. Load other weights with torch.load and load_state_dict."
+            "ClassificationModule do. Load other weights with torch.load and load_state_dict, and those of a module of "
+            "your own that a StageSwitch has trained with load_stages."
         )
     return cast(ModuleRecord, record)
 

@@ -39,6 +39,9 @@ from calib_lightning.types import Views
 HeadFactory = Callable[[int, int], nn.Module]
 """Builds a head from the number of features and of classes, ``(d, K)``."""
 
+FEW_STEPS = 100
+"""A stage with fewer steps is warned of."""
+
 _HEAD = 101  # purpose that keeps the random stream of new heads apart from others
 
 
@@ -329,6 +332,13 @@ class StageSwitch(Callback):
         if stored or can_change_loading(trainer):
             reload_train_loader(trainer)
         self._store_features(trainer, pl_module, resumed=False)
+        if (trainer.max_epochs or -1) > 0 and isinstance(trainer.num_training_batches, int):
+            steps = self.length(trainer) * trainer.num_training_batches // trainer.accumulate_grad_batches
+            if steps < FEW_STEPS:
+                rank_zero_warn(
+                    f"The stage of {type(self).__name__} has only {steps} steps, in which a new head hardly learns: "
+                    "give it more epochs (at_epoch) or smaller batches (batch_size of its training)."
+                )
         rank_zero_info(
             f"Epoch {trainer.current_epoch}: {type(self).__name__} has frozen all but {self.head!r}, which is now "
             f"{type(self.module_head(pl_module)).__name__}."
@@ -492,6 +502,17 @@ class StageSwitch(Callback):
                     f"at_epoch of {name} is {self.at_epoch}, beyond the last epoch of a run of {epochs}: the switch "
                     f"would never happen. Set it to at most {epochs - 1} (-1 means the last epoch), or train longer."
                 )
+            if first == 0 and self.init_from is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                if self.at_epoch < 0:
+                    raise ValueError(
+                        f"at_epoch of {name} is {self.at_epoch} and the run has {epochs} epochs: none is left to train "
+                        "what the switch freezes. Set at_epoch nearer to the end, train longer, give a trained "
+                        "checkpoint as init_from, or say at_epoch=0 if the module is trained already."
+                    )
+                rank_zero_warn(
+                    f"{name} freezes the module before its first step, and there is no init_from: right for a module "
+                    "that is trained already, useless for a new one."
+                )
         for other in _switches(trainer):
             if other is not self and other._first(trainer) == first:
                 raise ValueError(
@@ -560,6 +581,10 @@ class StageSwitch(Callback):
     def _load_start(self, module: LightningModule) -> None:
         """Load the encoder, and the head where it fits, of a trained checkpoint."""
         assert self.init_from is not None
+        if not Path(self.init_from).is_file():
+            raise FileNotFoundError(
+                f"init_from of {type(self).__name__} is {self.init_from!r}, but there is no such file."
+            )
         state: dict[str, Tensor] = load_checkpoint(self.init_from)["state_dict"]
         encoder, head = f"{self.encoder}." if self.encoder else "", f"{self.head}."
         own = {name: value for name, value in module.state_dict().items() if name.startswith((encoder, head))}
@@ -633,6 +658,8 @@ def own_switches(module: LightningModule, *switches: StageSwitch) -> list[Callba
     Example:
         ``return own_switches(self, self.switch)``
     """
+    if getattr(module, "_trainer", None) is None:
+        return list(switches)
     for callback in _switches(module.trainer):
         lost = any(issubclass(type(own), type(callback)) for own in switches)
         if lost and callback not in switches and not callback.brought:
@@ -643,7 +670,9 @@ def own_switches(module: LightningModule, *switches: StageSwitch) -> list[Callba
             )
     for own in switches:
         own.brought = True
-    return list(switches)
+    # those that the trainer has from an earlier call stay where they are
+    there = module.trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
+    return [own for own in switches if own not in there]
 
 
 def head_size(module: LightningModule, head: nn.Module) -> tuple[int, int]:
@@ -676,7 +705,8 @@ def head_size(module: LightningModule, head: nn.Module) -> tuple[int, int]:
 def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
     """Put the heads of a staged training into a module that is not of this package, and load its weights.
 
-    Modules of this package come back with `load_module`.
+    Modules of this package come back with `load_module`. A head of your own must derive from `Head`, and the file that
+    defines it be imported.
 
     Args:
         module: The module as it was built for training.
@@ -754,6 +784,13 @@ def _check_chain(switches: list[StageSwitch], module: LightningModule) -> None:
         with _seeded(0):
             new = head[switch.head] = switch.new_head(module, old)
         name, parameter = type(new).__name__, next(new.parameters(), None)
+        if not isinstance(new, Head):
+            told = f"The head {name} of {type(switch).__name__} is no calib_lightning.core.Head"
+            if isinstance(module, ClassificationModule):
+                raise ValueError(f"{told}, so a checkpoint could not say how to build it: derive it from Head.")
+            rank_zero_warn(
+                f"{told}, so load_stages cannot build it from a checkpoint: derive it from Head if it should."
+            )
         rows = torch.zeros(2, features) if parameter is None else parameter.new_zeros(2, features)
         try:
             with torch.no_grad(), evaluating(new):

@@ -481,12 +481,10 @@ class MaskedClassifier(StageSwitch):
         Returns:
             The callback.
         """
-        return cls(
-            at_epoch,
-            partial(MaskedBottleneck, scaling="none"),
-            AdaptiveSparsity(gamma=0.95, eta=(0.1, 0.001), q_is=q_is, held_out=False),
-            training=StageTraining(views=CleanViews()),
-        )
+        rule = AdaptiveSparsity(gamma=0.95, eta=(0.1, 0.001), q_is=q_is, held_out=False)
+        switch = cls(at_epoch, partial(MaskedBottleneck, scaling="none"), rule)
+        switch.training.scheduler = None
+        return switch
 
     @classmethod
     def paper_sparsity(cls, at_epoch: int) -> MaskedClassifier:

@@ -263,7 +263,8 @@ class RefCal(ClassificationModule):
         projection: D, numbers of an embedding.
         refinement_loss: Loss of the first stage: maps ``(embeddings (N, V, D) of length 1, labels (N,))`` to a scalar.
             Default: `SupConLoss`; `SimCLRLoss` does not look at labels. Checkpoints do not hold it.
-        views: Views of the training images in the first stage. Default: `ContrastiveViews`. A data module that is not
+        views: Views of the training images in the first stage. Default: `ContrastiveViews`; without its mirror images
+            (``flip=False``, here and in the switch's views) for digits and letters. A data module that is not
             of this package has to give images ``(N, V, C, H, W)`` itself.
         switch: When and how the second stage is trained. Default, from the authors' example: the last 100 epochs, a
             linear head, focal loss with gamma 2 and ten times the MDCA penalty, `ResizedCropFlip`, batches of 512, SGD
@@ -321,10 +322,13 @@ class RefCal(ClassificationModule):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} of RefCal is {value!r}; it must be an object such as {example}.")
         self.switch = switch
+        self._no_validation = _NoValidation()
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the switch, and see to it that the first stage is not validated."""
-        return [*own_switches(self, self.switch), _NoValidation()]
+        trainer: Any = getattr(self, "_trainer", None)
+        there = () if trainer is None else trainer.callbacks
+        return [*own_switches(self, self.switch), *(() if self._no_validation in there else (self._no_validation,))]
 
     @property
     def classifies(self) -> bool:

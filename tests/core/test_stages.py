@@ -672,3 +672,34 @@ def test_a_fast_run_tries_the_new_stage(tmp_path):
     own = module(TwoStage)
     fit(tmp_path, own, [], 100, fast_dev_run=True)
     assert own.stage == 1
+
+
+def test_a_stage_before_which_nothing_is_trained_is_refused_or_told_of(tmp_path):
+    with pytest.raises(ValueError, match="none is left to train what the switch freezes"):
+        fit(tmp_path, module(), [StageSwitch(-2)], 2)
+    with pytest.warns(UserWarning, match="freezes the module before its first step"):
+        fit(tmp_path, module(), [StageSwitch(0)], 1)
+
+
+def test_a_stage_of_few_steps_is_told_of(tmp_path):
+    with pytest.warns(UserWarning, match="has only 10 steps, in which a new head hardly learns"):
+        fit(tmp_path, module(), [StageSwitch(1)], 3)
+
+
+def test_heads_that_no_checkpoint_could_build_are_refused_or_told_of(tmp_path):
+    with pytest.raises(ValueError, match="so a checkpoint could not say how to build it"):
+        fit(tmp_path, module(), [StageSwitch(1, nn.Linear)], 2)
+    train, _, _ = loaders()
+    with pytest.warns(UserWarning, match="so load_stages cannot build it"):
+        trainer(tmp_path, 1, [StageSwitch(1, nn.Linear, encoder="net", head="net.fc")], max_epochs=2).fit(
+            Foreign(), train
+        )
+
+
+def test_evaluating_with_the_same_trainer_names_no_callback_that_is_replaced(tmp_path, caplog):
+    own = module(TwoStage, switch=StageSwitch(1))
+    run = fit(tmp_path, own, [], 2)
+    with caplog.at_level("INFO"):
+        run.validate(own, datamodule=toy(), verbose=False)
+    assert "override existing callbacks" not in caplog.text
+    assert sum(isinstance(callback, StageSwitch) for callback in run.callbacks) == 1

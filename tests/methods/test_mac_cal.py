@@ -589,7 +589,7 @@ def test_presets():
     for switch in (paper, sparsity, ours):
         (group,) = switch.training.optimizer([torch.zeros(1, requires_grad=True)]).param_groups
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 5e-4)
-        assert isinstance(switch.training.views, CleanViews)
+        assert (switch.training.scheduler is None) == (switch is not ours)
     assert isinstance(MaCCal(3, encoder="digits_cnn").switch, MaskedClassifier)
     assert MaCCal(3, encoder="digits_cnn").switch.at_epoch == -40
 
@@ -619,7 +619,14 @@ def test_files_say_what_the_presets_are(file, build):
     if "paper" in file:
         assert training["scheduler"] is None
     else:
-        assert training["scheduler"]["init_args"] == {"T_max": 40}
+        assert training["scheduler"] == "CosineToEnd"
+
+
+@pytest.mark.parametrize("build", [MaskedClassifier, MaskedClassifier.paper])
+def test_images_are_clean_where_the_data_can_be_told(fit, build):
+    switch = build(-1)
+    fit(_module(switch), _data(), 2)
+    assert isinstance(switch.training.views, CleanViews)
 
 
 @pytest.mark.parametrize("kind", ["held-out", "training"])
