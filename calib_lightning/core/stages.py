@@ -60,6 +60,7 @@ class StageTraining:
         frozen_bn: ``"eval"`` keeps the statistics of frozen BatchNorm layers as they are; with ``"train"`` they go on.
 
     Raises:
+        TypeError: If ``criterion`` is no module.
         ValueError: If ``batch_size`` is below 1, or ``frozen_bn`` is another word or cannot be had with the cache.
     """
 
@@ -74,6 +75,11 @@ class StageTraining:
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None for that of the data module.")
+        if criterion is not None and not isinstance(criterion, nn.Module):
+            raise TypeError(
+                f"criterion is {criterion!r}; it must be a module such as nn.CrossEntropyLoss(), because it goes with "
+                "the module to its device."
+            )
         if frozen_bn not in ("eval", "train"):
             raise ValueError(
                 f"frozen_bn is {frozen_bn!r}; it must be 'eval' (statistics stay) or 'train' (they go on)."

@@ -465,6 +465,8 @@ def test_other_strategies_are_refused(tmp_path, monkeypatch):
 def test_bad_settings_of_a_stage_are_refused():
     with pytest.raises(ValueError, match="batch_size is 0"):
         StageTraining(batch_size=0)
+    with pytest.raises(TypeError, match="must be a module such as"):
+        StageTraining(criterion=F.cross_entropy)
     with pytest.raises(ValueError, match="frozen_bn is 'off'"):
         StageTraining(frozen_bn="off")
 
