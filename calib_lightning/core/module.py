@@ -33,7 +33,7 @@ CHECKPOINT_KEY = "calib_lightning"
 PENDING_BATCHES = 50
 OVO_CLASSES = 200
 """Up to so many classes a test reports `ovo_auroc`, which keeps all scores of a set: 80 MB for 50,000 rows."""
-OBJECTS = ["criterion", "optimizer", "scheduler", "batch_transform", "switch", "tuning", "refinement_loss", "views"]
+OBJECTS = ("criterion", "optimizer", "scheduler", "batch_transform", "switch", "tuning", "refinement_loss", "views")
 """Arguments of methods that are objects, not data: they are never saved."""
 
 
@@ -114,6 +114,8 @@ class ClassificationModule(LightningModule):
     """How many stage switches this module has been through."""
     select_on: ClassVar[str] = "val/nll"
     """The validation metric by which the command line chooses a checkpoint unless it is told another."""
+    objects: ClassVar[tuple[str, ...]] = OBJECTS
+    """Names of arguments that are not saved as hyper-parameters."""
     first_stage_epochs: int | None = None
     """Epochs before the first stage switch of the present fit; ``None`` without one."""
 
@@ -131,7 +133,7 @@ class ClassificationModule(LightningModule):
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 1.")
         # Plain data only, here only: checkpoints then load with weights_only=True.
-        self.save_hyperparameters(ignore=OBJECTS)
+        self.save_hyperparameters(ignore=list(self.objects))
         self.num_classes = num_classes
         self.encoder = build_encoder(encoder)
         self.head: Head = LinearHead(self.encoder.num_features, num_classes)

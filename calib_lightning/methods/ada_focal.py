@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +175,9 @@ class AdaFocal(ClassificationModule):
         >>> AdaFocal(10, encoder="digits_cnn").criterion.gammas.shape
         torch.Size([15])
     """
+
+    # its `switch` is a number
+    objects: ClassVar[tuple[str, ...]] = tuple(name for name in ClassificationModule.objects if name != "switch")
 
     def __init__(
         self,

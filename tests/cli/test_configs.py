@@ -40,7 +40,8 @@ def test_every_method_is_stopped_resumed_and_tested(calib, tmp_path, method):
     # 160 training images in batches of 32: 5 steps an epoch, stopped in the middle of the second of three
     options = ("--model", method, "--model.encoder=digits_cnn", *TOY, "--data.train_size=220", "--trainer.max_epochs=3")
     options += ("--trainer.accelerator=cpu", "--trainer.devices=1", "--test_after_fit=false")
-    if "switch" in yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text()).get("init_args", {}):
+    arguments = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text()).get("init_args", {})
+    if isinstance(arguments.get("switch"), dict):
         # the stop comes in the second stage
         options += ("--model.switch.at_epoch=1", "--model.switch.training.batch_size=32")
         options += ("--model.switch.training.optimizer.lr=0.01",)

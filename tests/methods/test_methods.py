@@ -1,6 +1,7 @@
 """What holds for every method: it is complete, it learns, it comes back from its checkpoint."""
 
 import inspect
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +143,22 @@ def test_soft_labels_train_or_are_refused(row):
     assert not torch.isclose(soft, module.loss(batch._replace(label=votes.argmax(dim=-1)))[0])
     module._settle_training()
     assert int(module.train_state.count) == 16
+
+
+@by_method
+def test_plain_settings_are_saved_and_objects_are_not(row):
+    module = row.new(3, encoder="digits_cnn")
+    for name, parameter in inspect.signature(row.module).parameters.items():
+        if isinstance(parameter.default, int | float | str | list | tuple):
+            assert name in module.hparams, name
+    assert torch.load(_saved(dict(module.hparams)), weights_only=True)["encoder"] == "digits_cnn"
+
+
+def _saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
 
 
 def _first_batch(data, module):
