@@ -71,17 +71,19 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path: Path, se
         for _ in range(6):
             for ready in folder.glob("ready-*"):
                 ready.unlink()
+            over = threading.Event()
             signum = draw.choice([signal.SIGTERM, signal.SIGKILL])
-            killer = threading.Thread(target=_kill, args=(pool, folder, signum, draw.uniform(0, 2.0), draw))
+            killer = threading.Thread(target=_kill, args=(pool, folder, signum, draw.uniform(0, 0.8), draw, over))
             if not pool.pids():
                 pool.run(_nothing)  # starts the workers
             killer.start()
             try:
-                parts = pool.run(staged, str(folder), 0.02)
+                parts = pool.run(staged, str(folder), 0.03)
                 kills["SIGTERM"] += parts[0]["stopped"] == 143
                 assert len({part["stopped"] for part in parts}) == 1
             except PoolError:
                 kills["SIGKILL"] += 1
+            over.set()
             killer.join()
             pool.close()
         parts = pool.run(staged, str(folder))
@@ -97,11 +99,14 @@ def _nothing(rank: int, world: int) -> None:
     pass
 
 
-def _kill(pool: ProcessPool, folder: Path, signum: int, seconds: float, draw: random.Random) -> None:
-    end = time.monotonic() + 60
-    while len(list(folder.glob("ready-*"))) < pool.world and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(seconds)
+def _kill(
+    pool: ProcessPool, folder: Path, signum: int, seconds: float, draw: random.Random, over: threading.Event
+) -> None:
+    while len(list(folder.glob("ready-*"))) < pool.world:
+        if over.wait(0.01):
+            return
+    if over.wait(seconds):
+        return
     # SIGKILL hits all, as a machine that goes down; a scheduler may tell a single rank
     pids = pool.pids()
     for pid in pids if signum == signal.SIGKILL else draw.sample(pids, draw.randint(1, len(pids))):
