@@ -16,7 +16,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
@@ -24,7 +23,7 @@ from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.registry import class_path_of, find_class
-from calib_lightning.core.schedules import CosineToEnd
+from calib_lightning.core.schedules import with_schedule
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics import CORE, REPORT, EvaluationState
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
@@ -244,14 +243,9 @@ class ClassificationModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser over the parameters that are to be trained, and its scheduler."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.scheduler is None:
-            return optimizer
-        scheduler = self.scheduler(optimizer)
-        if isinstance(scheduler, CosineToEnd):
-            scheduler.set_epochs(self.first_stage_epochs or self.trainer.max_epochs or -1)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/nll"}}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+        trainer: Trainer | None = getattr(self, "_trainer", None)
+        epochs = self.first_stage_epochs or (None if trainer is None else trainer.max_epochs) or -1
+        return with_schedule(optimizer, self.scheduler, epochs)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,32 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+
+def with_schedule(optimizer: Optimizer, scheduler: LRSchedulerCallable | None, epochs: int) -> OptimizerLRScheduler:
+    """Put an optimiser and its schedule together as Lightning takes them.
+
+    Args:
+        optimizer: The optimiser.
+        scheduler: Builds its schedule, stepped once an epoch; ``ReduceLROnPlateau`` watches ``val/nll``.
+        epochs: Epochs that a `CosineToEnd` lasts; -1 where they are not known.
+
+    Returns:
+        What ``configure_optimizers`` returns.
+    """
+    if scheduler is None:
+        return optimizer
+    schedule = scheduler(optimizer)
+    if isinstance(schedule, CosineToEnd):
+        schedule.set_epochs(epochs)
+    if isinstance(schedule, ReduceLROnPlateau):
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/nll"}}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
 
 
 class CosineToEnd(LRScheduler):

@@ -32,7 +32,7 @@ from calib_lightning.core.feature_cache import (
 from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use, load_checkpoint
 from calib_lightning.core.registry import class_path_of
-from calib_lightning.core.schedules import CosineToEnd
+from calib_lightning.core.schedules import CosineToEnd, with_schedule
 from calib_lightning.seeding import derive_seed, run_seed
 from calib_lightning.types import Views
 
@@ -471,14 +471,8 @@ class StageSwitch(Callback):
     def _configure_optimizers(self, module: LightningModule) -> OptimizerLRScheduler:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = self.training.optimizer(parameters)
-        if self.training.scheduler is None:
-            return optimizer
-        scheduler = self.training.scheduler(optimizer)
-        if isinstance(scheduler, CosineToEnd):
-            scheduler.set_epochs(self.length(module.trainer))
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/nll"}}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
+        known = (module.trainer.max_epochs or -1) > 0
+        return with_schedule(optimizer, self.training.scheduler, self.length(module.trainer) if known else -1)
 
     def _store_features(self, trainer: Trainer, module: LightningModule, resumed: bool) -> None:
         views = self.training.views
