@@ -195,7 +195,7 @@ class SupConLoss(nn.Module):
         return _gathered_loss(embeddings, labels, self.temperature, self.base_temperature)
 
 
-class SimCLRLoss(nn.Module):
+class SimCLRLoss(SupConLoss):
     """`supcon_loss` without labels, over the rows of all processes (Chen et al., ICML 2020): each row is its own class.
 
     Args:
@@ -209,11 +209,6 @@ class SimCLRLoss(nn.Module):
         >>> SimCLRLoss()(torch.ones(2, 2, 1), torch.tensor([0, 0])).isfinite()
         tensor(True)
     """
-
-    def __init__(self, temperature: float = 0.1, base_temperature: float = 0.07) -> None:
-        super().__init__()
-        _check_temperatures(temperature, base_temperature)
-        self.temperature, self.base_temperature = temperature, base_temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Loss (scalar) of embeddings ``(N, V, D)``, V at least 2; the labels are not looked at."""
