@@ -19,8 +19,8 @@ from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunR
 from calib_lightning.callbacks.record import uses_calibration
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.module import module_record
-from calib_lightning.core.registry import class_path_of, find_class
 from calib_lightning.metrics import CORE, DIRECTION
+from calib_lightning.registry import class_path_of, find_class
 from calib_lightning.report import print_table
 from calib_lightning.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
 

@@ -11,6 +11,7 @@ PACKAGE = Path(calib_lightning.__file__).parent
 ALLOWED = {
     "types": set(),
     "seeding": set(),
+    "registry": set(),
     "functional": {"types"},
     "metrics": {"types", "functional"},
     "plots": {"metrics", "files"},
@@ -19,16 +20,19 @@ ALLOWED = {
     "config_search": set(),
     "report": {"metrics"},
     "data": {"types", "seeding", "files"},
-    "core": {"types", "functional", "metrics", "seeding", "files"},
+    "posthoc": {"types", "functional", "metrics", "registry", "files"},
+    "core": {"types", "functional", "metrics", "seeding", "registry", "files"},
     "methods": {"types", "functional", "core", "data", "seeding"},
     "method_table": {"core", "methods"},
-    "callbacks": {"types", "metrics", "plots", "core", "seeding", "files", "run_folder"},
-    "cli": {"data", "methods", "callbacks", "core", "metrics", "report", "run_folder"},
-    "score": {"metrics", "plots", "report", "files"},
-    "__main__": {"cli", "score", "config_search", "run_folder"},
+    "callbacks": {"types", "metrics", "plots", "posthoc", "core", "seeding", "files", "run_folder"},
+    "cli": {"data", "methods", "callbacks", "core", "metrics", "registry", "report", "run_folder"},
+    "score": {"metrics", "plots", "posthoc", "report", "files"},
+    "calibrate": {"types", "metrics", "posthoc", "score", "report", "files", "core", "data", "methods", "run_folder"},
+    "deploy": {"types", "metrics", "posthoc", "core", "methods", "registry", "files"},
+    "__main__": {"cli", "score", "calibrate", "deploy", "config_search", "run_folder"},
     "__init__": set(),
 }
-WITHOUT_TRAINER = {"plots", "functional", "metrics", "seeding", "report", "score"}
+WITHOUT_TRAINER = {"plots", "functional", "metrics", "posthoc", "seeding", "report", "score"}
 
 
 def _parts():

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use
-from calib_lightning.core.registry import class_path_of
 from calib_lightning.files import write_whole
+from calib_lightning.registry import class_path_of
 from calib_lightning.types import Views
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
-from calib_lightning.core.registry import class_path_of, find_class
 from calib_lightning.core.schedules import with_schedule
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics import CORE, REPORT, EvaluationState
+from calib_lightning.registry import class_path_of, find_class
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
 
 CHECKPOINT_KEY = "calib_lightning"

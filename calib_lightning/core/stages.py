@@ -31,8 +31,8 @@ from calib_lightning.core.feature_cache import (
 )
 from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use, load_checkpoint
-from calib_lightning.core.registry import class_path_of
 from calib_lightning.core.schedules import CosineToEnd, with_schedule
+from calib_lightning.registry import class_path_of
 from calib_lightning.seeding import derive_seed, run_seed
 from calib_lightning.types import Views
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.rows import PROBS_TOLERANCE, InputKind, check_shapes, check_values
+from calib_lightning.metrics.functional.rows import InputKind, check_shapes, check_values
 
 SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".csv")
 _COUNT_SUFFIXES = (".csv", ".npy", ".json")
@@ -101,20 +101,6 @@ def read_predictions(
     check_shapes(scores, labels, confidence, where)
     check_values(scores, labels, confidence, input, where)
     return Predictions(scores, labels, confidence, found.columns)
-
-
-def seem_probs(scores: Tensor) -> bool:
-    """Tell whether scores could well be probabilities: all in [0, 1], each row with sum 1.
-
-    Args:
-        scores: ``(N, K)``.
-
-    Returns:
-        Whether they look so; False without rows.
-    """
-    if len(scores) == 0 or bool((scores < 0).any()):
-        return False
-    return bool(((scores.double().sum(dim=1) - 1.0).abs() <= PROBS_TOLERANCE).all())
 
 
 def read_counts(path: Path, classes: int) -> Tensor:

@@ -25,11 +25,12 @@ from calib_lightning.metrics import (
     over_seeds,
     permutation_test,
 )
+from calib_lightning.metrics.functional.rows import seem_probs
 from calib_lightning.metrics.functional.undefined import why_undefined
 from calib_lightning.metrics.read_outs import READ_OUTS
 from calib_lightning.report import SECTIONS
 from calib_lightning.score.arguments import Options
-from calib_lightning.score.reading import Names, Predictions, read_counts, read_predictions, seem_probs
+from calib_lightning.score.reading import Names, Predictions, read_counts, read_predictions
 
 BINNED = frozenset(
     (

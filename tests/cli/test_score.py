@@ -13,8 +13,9 @@ import torch
 
 from calib_lightning.__main__ import main
 from calib_lightning.metrics import DIRECTION, FULL, EvaluationState, functional
+from calib_lightning.metrics.functional.rows import seem_probs
 from calib_lightning.report import SECTIONS, column_of, heading
-from calib_lightning.score.reading import read_counts, seem_probs
+from calib_lightning.score.reading import read_counts
 from calib_lightning.score.scoring import BINNED, selected_metrics, unique_names
 
 from ..metrics.golden import GOLDEN, golden_set, pair_auroc, random_set, reference

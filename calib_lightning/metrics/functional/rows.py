@@ -282,6 +282,20 @@ def check_values(logits: Tensor, labels: Tensor, confidence: Tensor | None, inpu
             )
 
 
+def seem_probs(scores: Tensor) -> bool:
+    """Tell whether scores could well be probabilities: all in [0, 1], each row with sum 1.
+
+    Args:
+        scores: ``(N, K)``.
+
+    Returns:
+        Whether they look so; False without rows.
+    """
+    if len(scores) == 0 or bool((scores < 0).any()):
+        return False
+    return bool(((scores.double().sum(dim=1) - 1.0).abs() <= PROBS_TOLERANCE).all())
+
+
 def _seem_valid(logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind) -> bool:
     # A few whole-tensor reductions that no invalid value passes; only where they object are the rows looked at.
     # Comparisons are written such that NaN fails them.
