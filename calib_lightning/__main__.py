@@ -29,6 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         from calib_lightning.score import main as score  # needs no trainer, whose import takes seconds
 
         return score(arguments[1:])
+    if arguments[:1] == ["calibrate"]:
+        from calib_lightning.calibrate import main as calibrate
+
+        return calibrate(arguments[1:])
 
     from calib_lightning.cli import CalibCLI
     from calib_lightning.config_search import resolve_configs

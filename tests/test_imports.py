@@ -24,7 +24,7 @@ ALLOWED = {
     "core": {"types", "functional", "metrics", "seeding", "registry", "files"},
     "methods": {"types", "functional", "core", "data", "seeding"},
     "method_table": {"core", "methods"},
-    "callbacks": {"types", "metrics", "plots", "posthoc", "core", "seeding", "files", "run_folder"},
+    "callbacks": {"types", "metrics", "plots", "posthoc", "data", "core", "seeding", "files", "run_folder"},
     "cli": {"data", "methods", "callbacks", "core", "metrics", "registry", "report", "run_folder"},
     "score": {"metrics", "plots", "posthoc", "report", "files"},
     "calibrate": {"types", "metrics", "posthoc", "score", "report", "files", "core", "data", "methods", "run_folder"},

@@ -1,9 +1,19 @@
-"""Callbacks: what is written down about a run."""
+"""Callbacks: what is written down about a run, and calibration of any LightningModule."""
 
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.callbacks.figures import LogFigures
+from calib_lightning.callbacks.monitor import CalibrationMonitor
+from calib_lightning.callbacks.post_hoc import PostHocCalibrate
 from calib_lightning.callbacks.predictions import SavePredictions
 from calib_lightning.callbacks.record import RunRecord
 from calib_lightning.callbacks.run_logger import RunLogger
 
-__all__ = ["LogFigures", "RunCheckpoint", "RunLogger", "RunRecord", "SavePredictions"]
+__all__ = [
+    "CalibrationMonitor",
+    "LogFigures",
+    "PostHocCalibrate",
+    "RunCheckpoint",
+    "RunLogger",
+    "RunRecord",
+    "SavePredictions",
+]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics.functional.calibration import bin_sums, ece_from_bins
@@ -20,6 +19,7 @@ from calib_lightning.metrics.functional.rows import (
     seem_probs,
 )
 from calib_lightning.posthoc.spec import Described
+from calib_lightning.posthoc.state import FittedState
 from calib_lightning.types import Prediction
 
 _BINS = 15
@@ -77,7 +77,7 @@ class FitReport(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-class Calibrator(nn.Module, Described, ABC):
+class Calibrator(FittedState, Described, ABC):
     """Maps logits to calibrated log-probabilities, once it is fitted on rows that the network was not trained on.
 
     A subclass keeps its constructor's arguments as attributes of the same names, names its state with `register_state`,
@@ -102,15 +102,6 @@ class Calibrator(nn.Module, Described, ABC):
         super().__init__()
         self.num_classes = 0
         self.report: FitReport | None = None
-
-    def register_state(self, *names: str) -> None:
-        """Name buffers that `fit_rows` assigns; they are empty until then.
-
-        Args:
-            names: Names of the buffers.
-        """
-        for name in names:
-            self.register_buffer(name, torch.empty(0, dtype=torch.float64))
 
     @property
     def fitted(self) -> bool:
@@ -294,14 +285,6 @@ class Calibrator(nn.Module, Described, ABC):
             self.report = None if report is None else FitReport(**{**report, "notes": tuple(report["notes"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The state of {type(self).__name__} is damaged: {error!r}.") from None
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # The shapes of the state follow from the fit, so the buffers take those of the checkpoint.
-        for name, buffer in self._buffers.items():
-            saved = state_dict.get(prefix + name)
-            if isinstance(saved, Tensor) and buffer is not None:
-                self._buffers[name] = torch.empty_like(saved, device=buffer.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Figures:

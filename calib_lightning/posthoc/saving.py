@@ -90,7 +90,7 @@ def load_calibrator(path: str | Path) -> Calibrator:
     """Read a calibrator; the file is loaded with ``weights_only=True``, so nothing in it is executed.
 
     Args:
-        path: A file of `save_calibrator`.
+        path: A file of `save_calibrator`, or a checkpoint of a training with `PostHocCalibrate`.
 
     Returns:
         The fitted calibrator in evaluation mode, on the CPU.
@@ -111,9 +111,24 @@ def load_calibrator(path: str | Path) -> Calibrator:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: is damaged or no file of save_calibrator: {error}") from error
-    if not isinstance(content, Mapping) or FILE_KEY not in content:
-        raise ValueError(f"{path}: holds no calibrator; save one with save_calibrator(calibrator, path).")
-    calibrator = calibrator_of(content[FILE_KEY], f"{path}: the record")
+    record = _record_in(content)
+    if record is None:
+        raise ValueError(
+            f"{path}: holds no calibrator; save one with save_calibrator(calibrator, path), or train with the callback "
+            "PostHocCalibrate."
+        )
+    calibrator = calibrator_of(record, f"{path}: the record")
     if not calibrator.fitted:
         raise ValueError(f"{path}: holds a calibrator that is not fitted.")
     return calibrator
+
+
+def _record_in(content: Any) -> Any:
+    """The record in a file of ours, or that of the first callback of a checkpoint that has one."""
+    if not isinstance(content, Mapping):
+        return None
+    if FILE_KEY in content:
+        return content[FILE_KEY]
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else []
+    return next((state[FILE_KEY] for state in states if isinstance(state, Mapping) and FILE_KEY in state), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,8 +17,16 @@ from calib_lightning.posthoc.spec import Described
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps a point ``(P,)`` float64 to its value (0-d) and gradient ``(P,)``, float64, without autograd."""
 
+Preconditioner = Callable[[Tensor], Tensor]
+"""Maps a gradient ``(P,)`` to about the inverse Hessian times it; linear, symmetric and positive definite."""
+
 CONVERGED = 1e-6
 """A gradient with no entry above this (in nats by unit of a parameter) is taken for zero."""
+
+_PAIRS = 10
+_MOST_TRIALS = 30
+# Two values closer than this share of them are told apart by their slopes, not by their rounded difference.
+_NOISE = 1e-14
 
 
 class Solution(NamedTuple):
@@ -44,53 +54,143 @@ class Solver(Described, ABC):
     """A way to minimise a smooth function."""
 
     @abstractmethod
-    def minimise(self, objective: Objective, start: Tensor) -> Solution:
+    def minimise(
+        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
+    ) -> Solution:
         """Minimise.
 
         Args:
             objective: The function.
             start: ``(P,)`` float64.
+            precondition: About the inverse Hessian, for solvers that use curvature; those of the papers do not.
 
         Returns:
-            Where it stopped; never above the start.
+            Where it stopped.
         """
 
 
 class _Counted:
-    """Counts evaluations and keeps the best point; values that are not finite are never the best."""
+    """Counts how often an objective is evaluated."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective, self.passes = objective, 0
-        self.value, self.point, self.gradient = torch.inf, torch.empty(0), torch.empty(0)
 
     def __call__(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = self.objective(point)
         self.passes += 1
-        if self.passes == 1 or float(value) < self.value:
-            self.value, self.point, self.gradient = float(value), point.clone(), gradient.clone()
-        return value, gradient
+        return self.objective(point)
 
-    def best(self) -> Solution:
-        return Solution(self.point, self.value, float(self.gradient.abs().max()), self.passes)
+
+class _Place(NamedTuple):
+    """A point with its value, gradient, and slope along the direction of search."""
+
+    point: Tensor
+    value: float
+    gradient: Tensor
+    slope: float
 
 
 @dataclass(frozen=True)
 class LBFGS(Solver):
-    """L-BFGS with a strong Wolfe line search, until the gradient is zero but for rounding (Nocedal and Wright, 2006).
+    """L-BFGS until the gradient is zero but for rounding (Nocedal and Wright, 2006, algorithm 7.5).
+
+    A step is accepted by the approximate Wolfe conditions (Hager and Zhang, 2005): slopes tell a decrease even where
+    the values have run out of digits. The result is never above the start, but for rounding in the last digit.
 
     Args:
         max_passes: Most evaluations of the objective.
         tolerance: Largest absolute entry of the gradient at the end.
+
+    Example:
+        >>> bowl = lambda x: ((x - 3).square().sum(), 2 * (x - 3))
+        >>> LBFGS().minimise(bowl, torch.zeros(2, dtype=torch.float64)).point
+        tensor([3., 3.], dtype=torch.float64)
     """
 
     max_passes: int = 1000
     tolerance: float = 1e-9
 
-    def minimise(self, objective: Objective, start: Tensor) -> Solution:
+    def minimise(
+        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
+    ) -> Solution:
         """Minimise; see `Solver.minimise`."""
         counted = _Counted(objective)
-        _torch_lbfgs(counted, start, lr=1.0, steps=self.max_passes, tolerance=self.tolerance, search="strong_wolfe")
-        return counted.best()
+        value, gradient = counted(start)
+        here = _Place(start, float(value), gradient, 0.0)
+        pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_PAIRS)
+        while counted.passes < self.max_passes and float(here.gradient.abs().max()) > self.tolerance:
+            direction = -_quasi_newton(here.gradient, pairs, precondition)
+            slope = float(direction @ here.gradient)
+            # Without any curvature the length of the gradient says nothing about that of the step.
+            first = 1.0 if pairs or precondition else min(1.0, 1.0 / float(here.gradient.abs().sum()))
+            trials = min(_MOST_TRIALS, self.max_passes - counted.passes)
+            found = _search(counted, here._replace(slope=slope), direction, first, trials) if slope < 0.0 else None
+            if found is None:
+                if not pairs:
+                    break
+                pairs.clear()  # the pairs may be what misleads it: once more from the gradient alone
+                continue
+            moved, turned = found.point - here.point, found.gradient - here.gradient
+            product = moved @ turned
+            if float(product) > 0.0:
+                pairs.append((moved, turned, product))
+            here = found
+        return Solution(here.point, here.value, float(here.gradient.abs().max()), counted.passes)
+
+
+def _quasi_newton(
+    gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]], precondition: Preconditioner | None
+) -> Tensor:
+    """The inverse Hessian that the pairs of steps and changes of the gradient suggest, times the gradient."""
+    rest = gradient.clone()
+    shares = []
+    for moved, turned, product in reversed(pairs):
+        share = (moved @ rest) / product
+        rest -= share * turned
+        shares.append(share)
+    result = precondition(rest) if precondition else rest
+    if pairs:
+        _, turned, product = pairs[-1]
+        result = result * (product / (turned @ (precondition(turned) if precondition else turned)))
+    for (moved, turned, product), share in zip(pairs, reversed(shares), strict=True):
+        result = result + (share - (turned @ result) / product) * moved
+    return result
+
+
+def _search(
+    objective: Objective, start: _Place, direction: Tensor, first: float, trials: int
+) -> _Place | None:
+    """A step along the direction whose slope is much flatter and whose value is not higher; ``None`` if none is found.
+
+    The step lies between one where the function still falls steeply and one where it rises or is too high.
+    """
+    ceiling = start.value + _NOISE * abs(start.value)
+    low, low_slope, high, high_slope = 0.0, start.slope, math.inf, math.nan
+    step, lowest = first, None
+    for _ in range(trials):
+        point = start.point + step * direction
+        value, gradient = objective(point)
+        here = _Place(point, float(value), gradient, float(gradient @ direction))
+        too_far = not here.value <= ceiling or not here.slope <= -0.8 * start.slope
+        if not too_far and here.slope >= 0.9 * start.slope:
+            return here
+        if here.value < (lowest or start).value and math.isfinite(here.slope):
+            lowest = here
+        if too_far:
+            high, high_slope = step, here.slope
+        else:
+            low, low_slope = step, here.slope
+        step = _between(low, low_slope, high, high_slope)
+    return lowest
+
+
+def _between(low: float, low_slope: float, high: float, high_slope: float) -> float:
+    if high == math.inf:
+        return 4.0 * low
+    if not 0.0 < high_slope < math.inf:
+        return low + 0.3 * (high - low)
+    # where a straight line through the slopes is zero, but not so near an end that little would be gained
+    part = low_slope / (low_slope - high_slope)
+    return low + min(max(part, 0.1), 0.9) * (high - low)
 
 
 @dataclass(frozen=True)
@@ -105,11 +205,19 @@ class PlainLBFGS(Solver):
     lr: float = 0.01
     steps: int = 50
 
-    def minimise(self, objective: Objective, start: Tensor) -> Solution:
+    def minimise(
+        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
+    ) -> Solution:
         """Minimise; the last point is the result, as in that code."""
-        counted = _Counted(objective)
-        point = _torch_lbfgs(counted, start, lr=self.lr, steps=self.steps, tolerance=1e-7, search=None)
-        return _at(counted, point)
+        counted, point = _Counted(objective), start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([point], lr=self.lr, max_iter=self.steps)
+
+        def closure() -> Tensor:
+            value, point.grad = counted(point.detach())
+            return value
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        return _at(counted, point.detach())
 
 
 @dataclass(frozen=True)
@@ -124,7 +232,9 @@ class GradientDescent(Solver):
     lr: float = 1e-3
     epochs: int = 1000
 
-    def minimise(self, objective: Objective, start: Tensor) -> Solution:
+    def minimise(
+        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
+    ) -> Solution:
         """Minimise; the last point is the result."""
         counted, point = _Counted(objective), start.clone()
         for _ in range(self.epochs):
@@ -144,7 +254,9 @@ class AdamDescent(Solver):
     lr: float = 1e-3
     epochs: int = 1000
 
-    def minimise(self, objective: Objective, start: Tensor) -> Solution:
+    def minimise(
+        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
+    ) -> Solution:
         """Minimise; the last point is the result."""
         counted, point = _Counted(objective), start.clone().requires_grad_()
         adam = torch.optim.Adam([point], lr=self.lr)
@@ -157,27 +269,3 @@ class AdamDescent(Solver):
 def _at(counted: _Counted, point: Tensor) -> Solution:
     value, gradient = counted(point)
     return Solution(point, float(value), float(gradient.abs().max()), counted.passes)
-
-
-def _torch_lbfgs(
-    objective: Objective, start: Tensor, *, lr: float, steps: int, tolerance: float, search: str | None
-) -> Tensor:
-    point = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [point],
-        lr=lr,
-        max_iter=steps,
-        max_eval=steps if search else None,
-        tolerance_grad=tolerance,
-        tolerance_change=0.0 if search else 1e-9,
-        history_size=20 if search else 100,
-        line_search_fn=search,
-    )
-
-    def closure() -> Tensor:
-        value, gradient = objective(point.detach())
-        point.grad = gradient
-        return value
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return point.detach()

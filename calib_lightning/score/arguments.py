@@ -27,19 +27,26 @@ undefined, "inf" where infinite.
 """
 
 
-class Options(argparse.Namespace):
-    """What the command line says; see ``calib score --help``."""
+class FigureOptions(argparse.Namespace):
+    """What the command line says about how files are read and which figures are computed."""
 
-    files: list[Path]
     input: Literal["logits", "probs"]
     scores_key: str | None
     labels_key: str | None
-    labels: list[Path]
+    features_key: str
     metrics: str | None
     bins: list[int]
     intervals: int | None
     level: float
     seed: int
+
+
+class Options(FigureOptions):
+    """What the command line says; see ``calib score --help``."""
+
+    files: list[Path]
+    labels: list[Path]
+    calibrator: Path | None
     groups: Literal["class", "frequency"] | None
     train_counts: Path | None
     compare: Path | None
@@ -63,11 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="saved scores and labels, see below")
     data = parser.add_argument_group("what the files hold")
-    data.add_argument(
-        "--input", choices=["logits", "probs"], default="logits", help="what the scores are (default: logits)"
-    )
-    data.add_argument("--scores-key", metavar="NAME", help="name of the scores in .npz and .pt files")
-    data.add_argument("--labels-key", metavar="NAME", help="name of the labels, or of their column")
+    add_input_arguments(data)
     data.add_argument(
         "--labels",
         action="append",
@@ -78,27 +81,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what is computed")
     what.add_argument(
-        "--metrics",
-        metavar="WHICH",
-        help="core, all, or keys with commas between them (default: all; without ovo_auroc for more than 200 classes)",
+        "--calibrator",
+        type=Path,
+        metavar="CAL",
+        help="a file of `calib calibrate`: score what this calibrator makes of each FILE (not of --compare)",
     )
-    what.add_argument(
-        "--bins",
-        type=_bins,
-        default=[15],
-        metavar="M[,M...]",
-        help="number of bins; several give each binned metric for each, as ece@10 (default: 15)",
-    )
+    add_figure_arguments(what, "all; without ovo_auroc for more than 200 classes")
     what.add_argument(
         "--intervals",
         nargs="?",
         const=DEFAULT_RESAMPLES,
-        type=_at_least_two,
+        type=at_least_two,
         metavar="N",
         help=f"bootstrap intervals from N resamples ({DEFAULT_RESAMPLES} if not given)",
     )
-    what.add_argument("--level", type=_level, default=0.95, help="coverage of intervals (default: 0.95)")
-    what.add_argument("--seed", type=_seed, default=0, help="seed of resamples and exchanges (default: 0)")
     what.add_argument(
         "--groups", choices=["class", "frequency"], help="figures for each class, or for frequent and rare classes"
     )
@@ -120,6 +116,50 @@ def make_parser() -> argparse.ArgumentParser:
     out.add_argument("--output", type=Path, metavar="FILE", help="write the report there (.txt, .json or .md)")
     out.add_argument("--figures", type=Path, metavar="DIR", help="write figures as PNG and SVG to DIR/<set>/")
     return parser
+
+
+def add_input_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add what says how files are read.
+
+    Args:
+        group: Gets the arguments.
+    """
+    group.add_argument(
+        "--input", choices=["logits", "probs"], default="logits", help="what the scores are (default: logits)"
+    )
+    group.add_argument("--scores-key", metavar="NAME", help="name of the scores in .npz and .pt files")
+    group.add_argument("--labels-key", metavar="NAME", help="name of the labels, or of their column")
+    group.add_argument(
+        "--features-key",
+        default="features",
+        metavar="NAME",
+        help="name of the features (N, d) in .npz and .pt files, for calibrators that need them (default: features)",
+    )
+
+
+def add_figure_arguments(group: argparse._ArgumentGroup, metrics: str, default: str | None = None) -> None:
+    """Add what says which figures are computed, but for the intervals.
+
+    Args:
+        group: Gets the arguments.
+        metrics: What ``--metrics`` is by default, in words.
+        default: The same as a value.
+    """
+    group.add_argument(
+        "--metrics",
+        default=default,
+        metavar="WHICH",
+        help=f"core, all, or keys with commas between them (default: {metrics})",
+    )
+    group.add_argument(
+        "--bins",
+        type=_bins,
+        default=[15],
+        metavar="M[,M...]",
+        help="number of bins; several give each binned metric for each, as ece@10 (default: 15)",
+    )
+    group.add_argument("--level", type=_level, default=0.95, help="coverage of intervals (default: 0.95)")
+    group.add_argument("--seed", type=_seed, default=0, help="seed of whatever is drawn at random (default: 0)")
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> Options:
@@ -170,7 +210,8 @@ def _bins(text: str) -> list[int]:
     return list(dict.fromkeys(bins))
 
 
-def _at_least_two(text: str) -> int:
+def at_least_two(text: str) -> int:
+    """Read a number of resamples."""
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 2")
     return int(text)

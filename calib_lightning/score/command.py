@@ -36,17 +36,26 @@ def main(argv: list[str]) -> int:
     try:
         report = _write_report(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"calib: error: {_one_line(error)}", file=sys.stderr)
+        print(f"calib: error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0 if options.figures is None else _write_figures(options, options.figures, report)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _check_writable(path: Path, option: str) -> None:
-    """Refuse a file or folder that surely cannot be written; nothing is made yet, so that a fault leaves no trace."""
+def check_writable(path: Path, option: str) -> None:
+    """Refuse a folder that surely cannot be written; nothing is made yet, so that a fault leaves no trace.
+
+    Args:
+        path: The folder; it need not exist.
+        option: What named it, for the message.
+
+    Raises:
+        OSError: It or the folder above is a file, or may not be written to.
+    """
     folder = path
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -66,9 +75,9 @@ def _write_report(options: Options) -> Report:
     if options.output is not None:
         if options.output.is_dir():
             raise IsADirectoryError(f"--output {options.output}: is a folder; name a file")
-        _check_writable(options.output.parent, "--output")
+        check_writable(options.output.parent, "--output")
     if options.figures is not None:
-        _check_writable(options.figures, "--figures")
+        check_writable(options.figures, "--figures")
     report = score(options)
     if options.format == "text":
         console = Console()
@@ -92,8 +101,8 @@ def _write_figures(options: Options, folder: Path, report: Report) -> int:
     code = 0
     for entry in report.sets:
         try:
-            write_figures(folder, entry.name, entry.predictions, options.bins[0], options.input)
+            write_figures(folder, entry.name, entry.predictions, options.bins[0], entry.predictions.input)
         except Exception as error:  # the report is written, and the figures of the other sets may yet succeed
-            print(f"calib: warning: no figures of {entry.name}: {_one_line(error)}", file=sys.stderr)
+            print(f"calib: warning: no figures of {entry.name}: {one_line(error)}", file=sys.stderr)
             code = 1
     return code

@@ -34,12 +34,14 @@ class Predictions(NamedTuple):
         labels: ``(N,)`` int64 in ``0..K-1``.
         confidence: ``(N,)`` in ``[0, 1]``, or ``None``.
         columns: Which columns of a CSV file were read as what; empty for other files.
+        input: What the scores are.
     """
 
     scores: Tensor
     labels: Tensor
     confidence: Tensor | None
     columns: str = ""
+    input: InputKind = "logits"
 
 
 class Names(NamedTuple):
@@ -100,7 +102,35 @@ def read_predictions(
         )
     check_shapes(scores, labels, confidence, where)
     check_values(scores, labels, confidence, input, where)
-    return Predictions(scores, labels, confidence, found.columns)
+    return Predictions(scores, labels, confidence, found.columns, input)
+
+
+def read_features(path: Path, name: str, rows: int) -> Tensor:
+    """Read the features that stand in a file beside the scores.
+
+    Args:
+        path: A ``.npz``, ``.pt`` or ``.pth`` file.
+        name: Name of the array.
+        rows: N, the number of scores.
+
+    Returns:
+        ``(N, d)``, floating point.
+
+    Raises:
+        ValueError: The file has no such array, or its shape is wrong.
+        TypeError: It is not floating point.
+        OSError: The file cannot be read.
+    """
+    features = _Found(path, Names(), "scores").array(name, "--features-key")
+    _check_dense(features, f"{path}: {name!r}")
+    if features.ndim != 2 or len(features) != rows:
+        raise ValueError(
+            f"{path}: {name!r} has shape {tuple(features.shape)}, allowed: ({rows}, d), one row of features for each "
+            "row of scores"
+        )
+    if not features.is_floating_point():
+        raise TypeError(f"{path}: {name!r} is {features.dtype}, allowed: features of a floating-point dtype")
+    return features
 
 
 def read_counts(path: Path, classes: int) -> Tensor:
@@ -160,6 +190,12 @@ class _Found:
             held = ", ".join(map(repr, self.content)) or "nothing"
             raise ValueError(f"{self.path}: no {name!r}; the file holds {held}; name one of them with {option}{hint}")
         return self.content[name]
+
+    def array(self, name: str, option: str) -> Tensor:
+        """An array of a file that names its arrays."""
+        if isinstance(self.content, Tensor) or self.is_csv:
+            raise ValueError(f"{self.path}: {name!r} is read only from .npz, .pt and .pth files with named arrays")
+        return self._named(name, option)
 
     @property
     def scores(self) -> Tensor:

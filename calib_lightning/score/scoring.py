@@ -28,9 +28,10 @@ from calib_lightning.metrics import (
 from calib_lightning.metrics.functional.rows import seem_probs
 from calib_lightning.metrics.functional.undefined import why_undefined
 from calib_lightning.metrics.read_outs import READ_OUTS
+from calib_lightning.posthoc import Calibrator, as_logits, load_calibrator
 from calib_lightning.report import SECTIONS
-from calib_lightning.score.arguments import Options
-from calib_lightning.score.reading import Names, Predictions, read_counts, read_predictions
+from calib_lightning.score.arguments import FigureOptions, Options
+from calib_lightning.score.reading import Names, Predictions, read_counts, read_features, read_predictions
 
 BINNED = frozenset(
     (
@@ -40,6 +41,9 @@ BINNED = frozenset(
     )
 )
 """The metrics that depend on the number of bins."""
+
+REPLACED_CONFIDENCE = "the file has a confidence of its own, in whose place stands that of the calibrated logits"
+"""What is said of a file whose method brings its own confidence, once it is calibrated."""
 
 _ROWS_AT_ONCE = 8192
 _MOST_CLASSES_OF_OVO = 200
@@ -102,11 +106,13 @@ class Report(NamedTuple):
         sets: One entry a file.
         spreads: Mean and deviation of each figure over the files, empty if they are not runs of one method.
         notes: The notes of all sets.
+        calibrator: Name of the calibrator that was applied, or ``None``.
     """
 
     sets: list[SetReport]
     spreads: dict[str, Spread]
     notes: list[str]
+    calibrator: str | None
 
 
 def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
@@ -182,24 +188,27 @@ def score(options: Options) -> Report:
     labels: list[Path | None] = list(options.labels) or [None]
     labels = labels * len(options.files) if len(labels) == 1 else labels
     # Everything is read before anything is computed: a fault of the last file should not cost the work on the others.
-    inputs = _read(options, labels)
+    calibrator = None if options.calibrator is None else load_calibrator(options.calibrator)
+    inputs = _read(options, labels, calibrator)
     sets = [_score_file(options, *entry) for entry in zip(names, options.files, inputs, strict=True)]
     spreads = {}
     if options.seeds:
         for key in dict.fromkeys(key for entry in sets for key in entry.figures.values):
             spreads[key] = over_seeds([entry.figures.values.get(key, math.nan) for entry in sets], options.level)
-    return Report(sets, spreads, list(dict.fromkeys(note for entry in sets for note in entry.notes)))
+    notes = list(dict.fromkeys(note for entry in sets for note in entry.notes))
+    return Report(sets, spreads, notes, None if calibrator is None else calibrator.name)
 
 
 class _Inputs(NamedTuple):
-    """All that was read for one file: what it holds, the other run and the training images of each class."""
+    """All that was read for one file: what is scored, the other run, the images of each class, and remarks."""
 
     predictions: Predictions
     other: Predictions | None
     counts: torch.Tensor | None
+    notes: list[str]
 
 
-def _read(options: Options, labels: Sequence[Path | None]) -> list[_Inputs]:
+def _read(options: Options, labels: Sequence[Path | None], calibrator: Calibrator | None) -> list[_Inputs]:
     names = Names(options.scores_key, options.labels_key)
     others: dict[Path | None, Predictions] = {}
     inputs = []
@@ -209,48 +218,136 @@ def _read(options: Options, labels: Sequence[Path | None]) -> list[_Inputs]:
             if labels_path not in others:
                 others[labels_path] = read_predictions(options.compare, options.input, names, labels_path)
             _check_same_samples(path, options.compare, predictions, others[labels_path])
-        classes = predictions.scores.shape[1]
-        counts = None if options.train_counts is None else read_counts(options.train_counts, classes)
-        inputs.append(_Inputs(predictions, others.get(labels_path), counts))
+        other, scores = others.get(labels_path), predictions.scores
+        counts = None if options.train_counts is None else read_counts(options.train_counts, scores.shape[1])
+        notes = list(input_notes(predictions))
+        if calibrator is not None:
+            check_fits(calibrator, scores, f"{path} and {options.calibrator}")
+            features = read_features(path, options.features_key, len(scores)) if calibrator.needs_features else None
+            notes += [] if predictions.confidence is None else [REPLACED_CONFIDENCE]
+            predictions = calibrated(calibrator, with_logits(predictions), features)
+            other = None if other is None else with_logits(other)
+        elif predictions.confidence is not None:
+            notes.append("the confidence is the one in the file, not the largest probability")
+        inputs.append(_Inputs(predictions, other, counts, notes))
     return inputs
 
 
+def with_logits(predictions: Predictions) -> Predictions:
+    """Turn probabilities into logits, as calibrators need them.
+
+    Args:
+        predictions: Logits or probabilities.
+
+    Returns:
+        Logits; the same object if they were.
+    """
+    if predictions.input == "logits":
+        return predictions
+    return predictions._replace(scores=as_logits(predictions.scores), input="logits")
+
+
+def check_fits(calibrator: Calibrator, scores: torch.Tensor, where: str) -> None:
+    """Refuse scores of another number of classes than the calibrator was fitted to.
+
+    Args:
+        calibrator: A fitted calibrator.
+        scores: ``(N, K)``.
+        where: Names both, for the message.
+
+    Raises:
+        ValueError: K differs.
+    """
+    if scores.shape[1] != calibrator.num_classes:
+        raise ValueError(
+            f"{where} do not belong together: the scores have {scores.shape[1]} classes, but {calibrator.name} was "
+            f"fitted to {calibrator.num_classes}; give logits of the network that it was fitted for"
+        )
+
+
+def calibrated(calibrator: Calibrator, predictions: Predictions, features: torch.Tensor | None) -> Predictions:
+    """Apply a calibrator to a set.
+
+    Args:
+        calibrator: A fitted calibrator.
+        predictions: Logits; see `with_logits`.
+        features: ``(N, d)`` for calibrators that need them.
+
+    Returns:
+        Its log-probabilities as logits, and its confidence where it has one of its own.
+    """
+    logits, confidences = [], []
+    with torch.no_grad():
+        for start in range(0, max(1, len(predictions.scores)), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            found = calibrator.predict(predictions.scores[rows], None if features is None else features[rows])
+            logits.append(found.logits)
+            confidences += [] if found.confidence is None else [found.confidence]
+    confidence = torch.cat(confidences) if confidences else None
+    return predictions._replace(scores=torch.cat(logits), confidence=confidence)
+
+
 def _score_file(options: Options, name: str, path: Path, inputs: _Inputs) -> SetReport:
-    predictions, other, counts = inputs
-    states = _states(options, predictions)
+    predictions, other, counts, notes = inputs
+    details = options.intervals is not None or options.compare is not None or options.groups is not None
+    states = states_of(options, predictions, details)
+    figures, warned = figures_of(options, states)
+    with _warnings_as_notes(warned):
+        groups = _groups(options, predictions, counts)
+    if other is not None:
+        others = states_of(options, other, details)
+        differences = {
+            behind: permutation_test(state, others[behind], seed=options.seed) for behind, state in states.items()
+        }
+        figures = figures._replace(differences=_merged(differences))
+    if options.metrics is None and predictions.scores.shape[1] > _MOST_CLASSES_OF_OVO:
+        notes = [*notes, f"ovo_auroc is left out for more than {_MOST_CLASSES_OF_OVO} classes; --metrics all has it"]
+    notes = [*notes, *value_notes(predictions, figures.values), *warned]
+    return SetReport(name, path, predictions, figures, groups, [f"{name}: {note}" for note in dict.fromkeys(notes)])
+
+
+def states_of(options: FigureOptions, predictions: Predictions, details: bool) -> dict[str, EvaluationState]:
+    """Read a set into the states of its metrics.
+
+    Args:
+        options: Metrics and numbers of bins.
+        predictions: The set.
+        details: Whether the states keep the rows, as intervals need them.
+
+    Returns:
+        One state for each number of bins, by what stands behind its keys, and one for what needs no bins.
+    """
+    metrics = selected_metrics(options.metrics, predictions.scores.shape[1])
+    if len(options.bins) == 1:
+        return {"": _filled(predictions, metrics, options.bins[0], details)}
+    plain, binned = ([key for key in metrics if (key in BINNED) == wanted] for wanted in (False, True))
+    states = {f"@{bins}": _filled(predictions, binned, bins, details) for bins in options.bins if binned}
+    return states | ({"": _filled(predictions, plain, options.bins[0], details)} if plain else {})
+
+
+def figures_of(options: FigureOptions, states: Mapping[str, EvaluationState]) -> tuple[Figures, list[str]]:
+    """Compute the figures of a set and, if they are asked for, their intervals.
+
+    Args:
+        options: Number of resamples, level and seed.
+        states: Of `states_of`.
+
+    Returns:
+        The figures, without differences, and what metrics warned of.
+    """
     warned: list[str] = []
     intervals: dict[str, Interval] = {}
-    differences: dict[str, Difference] = {}
     with _warnings_as_notes(warned):
         values = _merged({behind: state.compute() for behind, state in states.items()})
         if options.intervals is not None:
             draw = (options.intervals, options.level, options.seed)
             intervals = _merged({behind: bootstrap_intervals(state, *draw) for behind, state in states.items()})
-        groups = _groups(options, predictions, counts)
-    if other is not None:
-        others = _states(options, other)
-        differences = _merged(
-            {behind: permutation_test(state, others[behind], seed=options.seed) for behind, state in states.items()}
-        )
-    figures = Figures({key: float(value) for key, value in values.items()}, intervals, differences)
-    notes = [*_notes(options, predictions, figures.values), *warned]
-    return SetReport(name, path, predictions, figures, groups, [f"{name}: {note}" for note in dict.fromkeys(notes)])
+    return Figures({key: float(value) for key, value in values.items()}, intervals, {}), warned
 
 
-def _states(options: Options, predictions: Predictions) -> dict[str, EvaluationState]:
-    """One state for each number of bins, by what stands behind its keys, and one for what needs no bins."""
-    metrics = selected_metrics(options.metrics, predictions.scores.shape[1])
-    if len(options.bins) == 1:
-        return {"": _filled(predictions, metrics, options.bins[0], options)}
-    plain, binned = ([key for key in metrics if (key in BINNED) == wanted] for wanted in (False, True))
-    states = {f"@{bins}": _filled(predictions, binned, bins, options) for bins in options.bins if binned}
-    return states | ({"": _filled(predictions, plain, options.bins[0], options)} if plain else {})
-
-
-def _filled(predictions: Predictions, metrics: Sequence[str], n_bins: int, options: Options) -> EvaluationState:
-    details = options.intervals is not None or options.compare is not None or options.groups is not None
-    state = EvaluationState(metrics, n_bins, details=details, input=options.input)
-    scores, labels, confidence, _ = predictions
+def _filled(predictions: Predictions, metrics: Sequence[str], n_bins: int, details: bool) -> EvaluationState:
+    scores, labels, confidence = predictions[:3]
+    state = EvaluationState(metrics, n_bins, details=details, input=predictions.input)
     for start in range(0, max(1, len(labels)), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         state.update(scores[rows], labels[rows], None if confidence is None else confidence[rows])
@@ -268,7 +365,7 @@ def _groups(options: Options, predictions: Predictions, counts: torch.Tensor | N
     classes = predictions.scores.shape[1]
     # What needs all scores of a row is a statement about all classes together.
     metrics = [key for key in selected_metrics(options.metrics, classes) if "scores" not in READ_OUTS[key].parts]
-    state = _filled(predictions, metrics, options.bins[0], options)
+    state = _filled(predictions, metrics, options.bins[0], details=True)
     of_classes = by_class(state)
     worst = {key: of_classes.worst(key) for key in metrics if READ_OUTS[key].better != "none"}
     return Groups(of_classes if counts is None else by_frequency(state, counts), worst)
@@ -296,19 +393,35 @@ def _warnings_as_notes(notes: list[str]) -> Iterator[None]:
             notes.append(str(warning.message))
 
 
-def _notes(options: Options, predictions: Predictions, values: Mapping[str, float]) -> Iterator[str]:
-    scores, labels, confidence, columns = predictions
-    if columns:
-        yield columns
-    if options.input == "logits" and seem_probs(scores):
+def input_notes(predictions: Predictions) -> Iterator[str]:
+    """Say what a reader should know about a file.
+
+    Args:
+        predictions: As they were read.
+
+    Yields:
+        Sentences without a full stop.
+    """
+    if predictions.columns:
+        yield predictions.columns
+    if predictions.input == "logits" and seem_probs(predictions.scores):
         yield (
             "all scores lie in [0, 1] and each row sums to 1, and they are taken for logits; if they are "
             "probabilities, say --input probs"
         )
-    if confidence is not None:
-        yield "the confidence is the one in the file, not the largest probability"
-    if options.metrics is None and scores.shape[1] > _MOST_CLASSES_OF_OVO:
-        yield f"ovo_auroc is left out for more than {_MOST_CLASSES_OF_OVO} classes; --metrics all has it"
+
+
+def value_notes(predictions: Predictions, values: Mapping[str, float]) -> Iterator[str]:
+    """Say which figures of a set are infinite or not defined, and why.
+
+    Args:
+        predictions: The set.
+        values: Its figures.
+
+    Yields:
+        Sentences without a full stop.
+    """
+    scores, labels = predictions[:2]
     infinite = [key for key, value in values.items() if math.isinf(value)]
     if infinite:
         yield f"{', '.join(infinite)} infinite: a label has probability 0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -15,11 +15,11 @@ from rich.text import Text
 import calib_lightning
 from calib_lightning.metrics import CORE, Difference, Spread
 from calib_lightning.report import SECTIONS, column_of, heading, show
-from calib_lightning.score.arguments import Options
-from calib_lightning.score.scoring import Report, SetReport
+from calib_lightning.score.arguments import FigureOptions, Options
+from calib_lightning.score.scoring import Figures, Report, SetReport
 
 _MOST_COLUMNS = 8
-_SETS_SIDE_BY_SIDE = 4
+_SIDE_BY_SIDE = 4
 _WIDE = 1000
 
 
@@ -37,6 +37,20 @@ class Grid(NamedTuple):
     rows: list[list[str]]
 
 
+class Entry(NamedTuple):
+    """What figures are of.
+
+    Attributes:
+        name: Its name.
+        cells: What stands before the figures.
+        figures: The figures.
+    """
+
+    name: str
+    cells: list[str]
+    figures: Figures
+
+
 def as_text(report: Report, options: Options, console: Console | None = None) -> str:
     """Write a report for people.
 
@@ -48,9 +62,23 @@ def as_text(report: Report, options: Options, console: Console | None = None) ->
     Returns:
         The text, empty if it went to a terminal.
     """
+    return grids_as_text(_grids(report, options), _remarks(report, options), console)
+
+
+def grids_as_text(grids: Iterable[Grid], remarks: Iterable[str], console: Console | None = None) -> str:
+    """Draw tables and the remarks below them for people.
+
+    Args:
+        grids: The tables.
+        remarks: The remarks.
+        console: As in `as_text`.
+
+    Returns:
+        As in `as_text`.
+    """
     buffer = io.StringIO()
     console = console or Console(file=buffer, width=_WIDE)
-    for grid in _grids(report, options):
+    for grid in grids:
         table = Table(title=Text(grid.title, style="italic"), title_justify="left")
         for place, title in enumerate(grid.header):
             table.add_column(Text(title), justify="right" if place else "left", overflow="fold")
@@ -61,7 +89,7 @@ def as_text(report: Report, options: Options, console: Console | None = None) ->
             else:
                 table.add_row(*map(Text, row))
         console.print(table)
-    for line in _remarks(report, options):
+    for line in remarks:
         console.print(Text(line), soft_wrap=True)
     return buffer.getvalue()
 
@@ -76,15 +104,28 @@ def as_markdown(report: Report, options: Options) -> str:
     Returns:
         The text.
     """
+    return grids_as_markdown(_grids(report, options), _remarks(report, options))
+
+
+def grids_as_markdown(grids: Iterable[Grid], remarks: Iterable[str]) -> str:
+    """Write tables and the remarks below them in Markdown.
+
+    Args:
+        grids: The tables.
+        remarks: The remarks.
+
+    Returns:
+        The text.
+    """
     blocks = []
-    for grid in _grids(report, options):
+    for grid in grids:
         width = len(grid.header)
         lines = [_line(grid.header), _line(["---", *["---:"] * (width - 1)])]
         for row in grid.rows:
             cells = [f"**{row[0]}**"] if len(row) == 1 else row
             lines.append(_line(cells + [""] * (width - len(row))))
         blocks.append("\n".join([f"{grid.title}\n", *lines]))
-    blocks += list(_remarks(report, options))
+    blocks += list(remarks)
     return "\n\n".join(blocks) + "\n"
 
 
@@ -102,12 +143,24 @@ def as_json(report: Report, options: Options) -> str:
     """
     content: dict[str, Any] = {
         "calib_lightning": calib_lightning.__version__,
-        "settings": _settings(options),
-        "sets": {entry.name: _set_content(entry) for entry in report.sets},
+        "settings": _settings(report, options),
+        "sets": {entry.name: _set_content(report, entry) for entry in report.sets},
     }
     if report.spreads:
         content["seeds"] = {key: spread._asdict() for key, spread in report.spreads.items()}
     content["notes"] = report.notes
+    return json_text(content)
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """Write JSON; what is not defined is null, what is infinite the string "inf" or "-inf".
+
+    Args:
+        content: Plain data.
+
+    Returns:
+        The text.
+    """
     return json.dumps(_json_values(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -115,7 +168,15 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _settings(options: Options) -> dict[str, Any]:
+def figure_settings(options: FigureOptions) -> dict[str, Any]:
+    """Say by which conventions the figures were computed.
+
+    Args:
+        options: The command line.
+
+    Returns:
+        Plain data.
+    """
     settings: dict[str, Any] = {
         "input": options.input,
         "n_bins": options.bins,
@@ -126,6 +187,28 @@ def _settings(options: Options) -> dict[str, Any]:
     }
     if options.intervals is not None:
         settings["intervals"] = {"method": "bootstrap", "resamples": options.intervals, "level": options.level}
+    return settings
+
+
+def figure_content(figures: Figures) -> dict[str, Any]:
+    """Figures and their intervals as plain data.
+
+    Args:
+        figures: The figures.
+
+    Returns:
+        ``values`` and, where there are any, ``intervals``.
+    """
+    content: dict[str, Any] = {"values": figures.values}
+    if figures.intervals:
+        content["intervals"] = {key: [interval.low, interval.high] for key, interval in figures.intervals.items()}
+    return content
+
+
+def _settings(report: Report, options: Options) -> dict[str, Any]:
+    settings = figure_settings(options)
+    if report.calibrator is not None:
+        settings["calibrator"] = {"name": report.calibrator, "file": str(options.calibrator)}
     if options.groups is not None:
         settings["groups"] = {"by": options.groups, "n_bins": options.bins[0]}
     if options.compare is not None:
@@ -135,17 +218,16 @@ def _settings(options: Options) -> dict[str, Any]:
     return settings
 
 
-def _set_content(entry: SetReport) -> dict[str, Any]:
+def _set_content(report: Report, entry: SetReport) -> dict[str, Any]:
     scores, confidence = entry.predictions.scores, entry.predictions.confidence
+    own = "from the file" if report.calibrator is None else "from the calibrator"
     content: dict[str, Any] = {
         "file": str(entry.path),
         "n": len(scores),
         "classes": scores.shape[1],
-        "confidence": "largest probability" if confidence is None else "from the file",
-        "values": entry.figures.values,
+        "confidence": "largest probability" if confidence is None else own,
+        **figure_content(entry.figures),
     }
-    if entry.figures.intervals:
-        content["intervals"] = {key: [interval.low, interval.high] for key, interval in entry.figures.intervals.items()}
     if entry.figures.differences:
         content["compare"] = {
             key: {"difference": difference.value, "p_value": difference.p_value}
@@ -178,17 +260,11 @@ def _json_values(content: Any) -> Any:
 
 
 def _grids(report: Report, options: Options) -> Iterator[Grid]:
-    title = f"{options.input}, {', '.join(map(str, options.bins))} bins (lo, hi]"
-    keys = list(dict.fromkeys(key for entry in report.sets for key in entry.figures.values))
-    if len(keys) <= _MOST_COLUMNS:
-        rows = [[entry.name, *_sizes(entry), *(_figure(entry, key) for key in keys)] for entry in report.sets]
-        yield Grid(title, ["set", "N", "K", *map(_heading, keys)], rows)
-    else:
-        for start in range(0, len(report.sets), _SETS_SIDE_BY_SIDE):
-            sets = report.sets[start : start + _SETS_SIDE_BY_SIDE]
-            sizes = [[name, *cells] for name, *cells in zip("NK", *map(_sizes, sets), strict=True)]
-            cells = {key: [_figure(entry, key) for entry in sets] for key in keys}
-            yield Grid(title, ["metric", *(entry.name for entry in sets)], [*sizes, *_sectioned(cells)])
+    title = f"{options.input}, {bins_title(options)}"
+    if report.calibrator is not None:
+        title += f", calibrated by {report.calibrator}"
+    entries = [Entry(entry.name, _sizes(entry), entry.figures) for entry in report.sets]
+    yield from figure_grids(title, ["set", "N", "K"], entries)
     if report.spreads:
         cells = {key: _spread_cells(key, spread) for key, spread in report.spreads.items()}
         runs = f"{len(report.sets)} runs"
@@ -199,6 +275,34 @@ def _grids(report: Report, options: Options) -> Iterator[Grid]:
             yield Grid(f"{entry.name} less {options.compare}", ["metric", "difference", "p"], _sectioned(cells))
         if entry.groups:
             yield _group_grid(entry, options)
+
+
+def bins_title(options: FigureOptions) -> str:
+    """Say how many bins there are."""
+    return f"{', '.join(map(str, options.bins))} bins (lo, hi]"
+
+
+def figure_grids(title: str, header: Sequence[str], entries: Sequence[Entry]) -> Iterator[Grid]:
+    """Tables of figures: one row for each entry, or, of many metrics, one row for each metric.
+
+    Args:
+        title: What stands above each table.
+        header: Titles of the name and of the cells that stand before the figures.
+        entries: What the figures are of.
+
+    Yields:
+        The tables.
+    """
+    keys = list(dict.fromkeys(key for entry in entries for key in entry.figures.values))
+    if len(keys) <= _MOST_COLUMNS:
+        rows = [[entry.name, *entry.cells, *(_figure(entry.figures, key) for key in keys)] for entry in entries]
+        yield Grid(title, [*header, *map(_heading, keys)], rows)
+        return
+    for start in range(0, len(entries), _SIDE_BY_SIDE):
+        some = entries[start : start + _SIDE_BY_SIDE]
+        before = [[name, *(entry.cells[place] for entry in some)] for place, name in enumerate(header[1:])]
+        cells = {key: [_figure(entry.figures, key) for entry in some] for key in keys}
+        yield Grid(title, ["metric", *(entry.name for entry in some)], [*before, *_sectioned(cells)])
 
 
 def _group_grid(entry: SetReport, options: Options) -> Grid:
@@ -248,9 +352,9 @@ def _cell(key: str, value: float) -> str:
     return show(value, column_of(key.partition("@")[0]).percent)
 
 
-def _figure(entry: SetReport, key: str) -> str:
-    text = _cell(key, entry.figures.values.get(key, math.nan))
-    interval = entry.figures.intervals.get(key)
+def _figure(figures: Figures, key: str) -> str:
+    text = _cell(key, figures.values.get(key, math.nan))
+    interval = figures.intervals.get(key)
     if interval is None or math.isnan(interval.low):
         return text
     return f"{text} [{_cell(key, interval.low)}, {_cell(key, interval.high)}]"
@@ -270,13 +374,18 @@ def _interval_title(options: Options) -> str:
     return f"{100 * options.level:g} % interval of the mean"
 
 
-def _remarks(report: Report, options: Options) -> Iterator[str]:
+def intervals_remark(options: FigureOptions) -> Iterator[str]:
+    """Say what the intervals are, where there are any."""
     if options.intervals is not None:
         yield (
             f"In brackets: {100 * options.level:g} % bootstrap intervals, {options.intervals} resamples, seed "
             f"{options.seed}. What chance alone enlarges, such as ECE, is corrected for that in the interval, not in "
             "the figure, which may lie outside."
         )
+
+
+def _remarks(report: Report, options: Options) -> Iterator[str]:
+    yield from intervals_remark(options)
     if options.compare is not None:
         yield f"p: paired permutation test, seed {options.seed}; not corrected for the number of metrics."
     for note in report.notes:

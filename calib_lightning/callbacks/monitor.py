@@ -1,0 +1,136 @@
+"""Calibration and ranking of any LightningModule while it is validated."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from calib_lightning.callbacks.foreign import as_logits_of, image_and_label
+from calib_lightning.metrics import REPORT, EvaluationState
+from calib_lightning.plots import figures, log_figure
+
+
+class CalibrationMonitor(Callback):
+    """Logs metrics, reliability diagram, confidence histogram and risk-coverage curve of any LightningModule.
+
+    Batches are tuples ``(image, label, ...)``, and ``forward(image)`` gives logits ``(N, K)``. Where the validation
+    step calls the module once (``self(image)``), that call's output is used and nothing is computed twice; otherwise
+    the module is called once more. Rows are counted exactly and once on several processes, as far as the loader gives
+    them once. What is wrong with the figures (logits that are not finite, say) is warned of and does not end
+    the training.
+
+    Args:
+        metrics: Keys of `calib_lightning.metrics.READ_OUTS`; those that need no K scores a row by default.
+        prefix: The keys are ``<prefix>/<metric>``; with several loaders ``<prefix>/<number>/<metric>``.
+        figures_every: Figures are drawn in every so many-th epoch; 0 for never.
+
+    Example:
+        ``Trainer(callbacks=[CalibrationMonitor()]).fit(module, train_loader, val_loader)`` logs ``val/ece`` and others.
+    """
+
+    def __init__(self, metrics: Sequence[str] = REPORT, prefix: str = "val", figures_every: int = 1) -> None:
+        EvaluationState(metrics)  # an unknown key is refused now, not after an epoch
+        if figures_every < 0:
+            raise ValueError(f"figures_every={figures_every}: it must be 0 (no figures) or a number of epochs >= 1")
+        self.metrics, self.prefix, self.figures_every = tuple(metrics), prefix, figures_every
+        self._states: dict[int, EvaluationState] = {}
+        self._outputs: list[Any] = []
+        self._hook: Any = None
+        self._fault: str | None = None
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        # All processes compute the same sets, also one that gets no batch of them.
+        loaders = trainer.val_dataloaders
+        count = len(loaders) if isinstance(loaders, list | tuple) else 1
+        self._states = {place: EvaluationState(self.metrics).to(pl_module.device) for place in range(count)}
+        self._fault = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Listen to what the module returns when the step calls it."""
+        self._outputs = []
+        self._hook = pl_module.register_forward_hook(self._catch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add one batch."""
+        self._stop_listening()
+        caught, self._outputs = self._outputs, []
+        if trainer.sanity_checking or self._fault is not None:
+            return
+        try:
+            image, labels = image_and_label(batch, type(self).__name__)
+            if len(caught) != 1 or not _is_of(caught[0], labels):
+                with trainer.precision_plugin.forward_context():
+                    caught = [pl_module(image)]
+            logits = as_logits_of(caught[0], type(self).__name__)
+            self._states[dataloader_idx].update(logits.detach(), labels)
+        except (TypeError, ValueError) as error:
+            self._fault = str(error)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute, log and draw."""
+        if trainer.sanity_checking:
+            return
+        # one process with a fault must not leave the others waiting for it
+        sound = trainer.strategy.reduce_boolean_decision(self._fault is None, all=True)
+        if not sound:
+            warnings.warn(
+                f"CalibrationMonitor logs nothing for epoch {trainer.current_epoch}: "
+                f"{self._fault or 'another process was given what it cannot use'}",
+                stacklevel=2,
+            )
+            return
+        for place, state in self._states.items():
+            prefix = self.prefix if len(self._states) == 1 else f"{self.prefix}/{place}"
+            try:
+                values = {f"{prefix}/{key}": value.float() for key, value in state.compute().items()}
+            except ValueError as error:  # found on all processes alike, as the counts of faults are summed
+                rank_zero_warn(f"CalibrationMonitor logs nothing for epoch {trainer.current_epoch}: {error}")
+                continue
+            pl_module.log_dict(values, add_dataloader_idx=False)
+            if self.figures_every and trainer.current_epoch % self.figures_every == 0:
+                self._draw(trainer, prefix, state)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._stop_listening()
+
+    def _draw(self, trainer: Trainer, prefix: str, state: EvaluationState) -> None:
+        try:
+            drawn = figures(state, title=prefix)
+        except Exception as error:  # a picture must not cost a run
+            rank_zero_warn(f"no figures of {prefix}: {error}")
+            return
+        for kind, figure in drawn.items():
+            log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step)
+
+    def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._outputs.append(output)
+
+    def _stop_listening(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def _is_of(output: Any, labels: Tensor) -> bool:
+    """Whether an output seems to be the logits of these rows."""
+    try:
+        return len(as_logits_of(output, "")) == len(labels)
+    except TypeError:
+        return False

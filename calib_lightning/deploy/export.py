@@ -1,0 +1,319 @@
+"""Classifiers as ``torch.export`` programs and ONNX models, checked against the module before they are written."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
+from calib_lightning.deploy.decision import Decision, decide
+from calib_lightning.deploy.saving import check_fitted, checked_metadata, operating_point_of, preprocessing_of
+from calib_lightning.files import write_whole
+
+METADATA_KEY = "calib_lightning"
+"""Where an ONNX model holds its metadata, as JSON, among its ``metadata_props``."""
+METADATA_FILE = "calib_lightning.json"
+"""Where a ``.pt2`` archive holds them, among its extra files."""
+INPUT = "image"
+OUTPUTS = ("log_probs", "confidence")
+"""The second is there only for calibrators whose confidence is not the largest probability."""
+RTOL, ATOL = 1e-3, 1e-4
+"""How far an exported classifier may be from the module, in log-probabilities and confidences."""
+
+Runner = Callable[[Tensor], Sequence[Tensor]]
+"""Maps images ``(N, C, H, W)`` to log-probabilities ``(N, K)`` and, where there is a second output, confidences."""
+
+
+class ParityError(RuntimeError):
+    """An exported classifier does not give what the module gives; no file was written."""
+
+
+class ExportedClassifier:
+    """An exported classifier that was read from a file.
+
+    Args:
+        run: What calls it.
+        metadata: What the file says about it.
+
+    Attributes:
+        metadata: The same.
+        preprocessing: How images are prepared; ``None`` where the file does not say.
+        classes: Names of the classes; ``None`` where the file does not say.
+        operating_point: The threshold below which `predict` abstains, ``None`` where none was chosen.
+    """
+
+    def __init__(self, run: Runner, metadata: Metadata) -> None:
+        self.run, self.metadata = run, metadata
+        self.preprocessing, self.operating_point = preprocessing_of(metadata), operating_point_of(metadata)
+        self.classes = metadata["classes"]
+
+    def predict(self, image: Tensor, threshold: float | None = None) -> Decision:
+        """Label, confidence and whether to abstain; as `CalibratedClassifier.predict`.
+
+        Args:
+            image: ``(N, C, H, W)`` float32, N >= 1.
+            threshold: Confidence below which to abstain; that of `operating_point` by default, and without one nothing
+                abstains.
+
+        Returns:
+            All three, each ``(N,)``.
+        """
+        log_probs, *confidence = self.run(image)
+        if threshold is None:
+            threshold = 0.0 if self.operating_point is None else self.operating_point.threshold
+        return decide(log_probs, confidence[0] if confidence else None, threshold)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def export_torch(classifier: CalibratedClassifier, path: str | Path, example: Tensor | None = None) -> None:
+    """Write a classifier as a ``torch.export`` program (``.pt2``), which runs without the code of its network.
+
+    The batch size is free, the size of the images is not. Metadata are the extra file ``calib_lightning.json``. The
+    program is read back and compared with the module on the example and on two other batch sizes.
+
+    `torch.export.load` may execute what a file holds: read only ``.pt2`` files from people you trust. Files of
+    `save_classifier` and ONNX models are safe to read.
+
+    Args:
+        classifier: With a fitted calibrator.
+        path: The file to write or replace, whole or not at all.
+        example: Images ``(N, C, H, W)`` float32; random ones of the size in the preprocessing by default.
+
+    Raises:
+        ParityError: The program does not give what the module gives.
+        RuntimeError: The calibrator is not fitted, or the network cannot be exported.
+        TypeError: The example is not float32, or the network does not compute with it.
+        ValueError: No example was given and the size of the images is not known.
+        OSError: The file cannot be written; an older one is then as it was.
+
+    Example:
+        ``export_torch(classifier, "classifier.pt2", torch.randn(2, 3, 224, 224))``
+    """
+    module, image = _prepared(classifier, example)
+    file = io.BytesIO()
+    extra = {METADATA_FILE: json.dumps(classifier.metadata, allow_nan=False)}
+    torch.export.save(_traced(module, image), file, extra_files=extra)
+    file.seek(0)
+    _check_parity(module, _torch_runner(torch.export.load(file)), image, "torch.export program")
+    write_whole(Path(path), lambda target: target.write(file.getvalue()))
+
+
+def export_onnx(classifier: CalibratedClassifier, path: str | Path, example: Tensor | None = None) -> None:
+    """Write a classifier as an ONNX model: input ``image``, output ``log_probs`` and perhaps ``confidence``.
+
+    The batch size is free, the size of the images is not. Metadata are JSON under the key ``calib_lightning`` of the
+    model's ``metadata_props``. ONNX Runtime runs the model and is compared with the module on the example and on two
+    other batch sizes. The state of calibrators, float64 in the module, is cast to float32 in the graph.
+
+    Args:
+        classifier: With a fitted calibrator.
+        path: The file to write or replace, whole or not at all; ``.onnx`` is customary.
+        example: Images ``(N, C, H, W)`` float32; random ones of the size in the preprocessing by default.
+
+    Raises:
+        ModuleNotFoundError: What the extra ``export`` installs is missing.
+        ParityError: The model does not give what the module gives.
+        RuntimeError: The calibrator is not fitted, the network cannot be exported, or the model is larger than the 2 GB
+            of one file.
+        TypeError: The example is not float32, or the network does not compute with it.
+        ValueError: No example was given and the size of the images is not known.
+        OSError: The file cannot be written; an older one is then as it was.
+
+    Example:
+        ``export_onnx(classifier, "classifier.onnx", torch.randn(2, 3, 224, 224))``
+    """
+    _need("onnx", "onnxscript", "onnxruntime")
+    module, image = _prepared(classifier, example)
+    try:
+        program = torch.onnx.export(
+            _traced(module, image),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS[: len(module(image))]),
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
+        assert program is not None
+        program.model.metadata_props[METADATA_KEY] = json.dumps(classifier.metadata, allow_nan=False)
+        content: bytes = program.model_proto.SerializeToString()
+    except Exception as error:  # exporter, protobuf and their checkers have errors of their own
+        raise RuntimeError(
+            f"{_named(classifier)} cannot be written as one ONNX file: {_first_line(error)}"
+        ) from error
+    _check_parity(module, _onnx_runner(_session(content, "cpu")), image, "ONNX model")
+    write_whole(Path(path), lambda target: target.write(content))
+
+
+class _Outputs(nn.Module):
+    """What is exported: one output, or two."""
+
+    def __init__(self, classifier: CalibratedClassifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        logits, confidence = self.classifier.outputs(image)
+        return (logits,) if confidence is None else (logits, confidence)
+
+
+def _prepared(classifier: CalibratedClassifier, example: Tensor | None) -> tuple[_Outputs, Tensor]:
+    """The module to export, on the CPU, and an example of two images or more."""
+    check_fitted(classifier)
+    if example is None:
+        if classifier.preprocessing is None:
+            raise ValueError("the size of the images is not known: give example=images (N, C, H, W)")
+        example = torch.randn(2, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+    if not isinstance(example, Tensor) or example.dtype != torch.float32 or len(example) == 0:
+        found = f"{example.dtype} of {len(example)} rows" if isinstance(example, Tensor) else type(example).__name__
+        raise TypeError(f"the example is {found}; give one or more images (N, C, H, W) in float32")
+    on_host = classifier if classifier.device.type == "cpu" else copy.deepcopy(classifier).cpu()
+    module = _Outputs(on_host.eval()).eval()
+    image = example.detach().cpu()
+    if len(image) == 1:
+        image = torch.cat([image, image])  # a batch of one would be taken for a constant
+    with torch.no_grad():
+        try:
+            found_dtype = module(image)[0].dtype
+        except RuntimeError as error:
+            raise TypeError(
+                f"{_named(classifier)} does not take the example {tuple(image.shape)} in float32: {_first_line(error)}"
+            ) from error
+    if found_dtype != torch.float32:
+        raise TypeError(f"{_named(classifier)} computes in {found_dtype}; convert the network with .float()")
+    return module, image
+
+
+def _traced(module: _Outputs, image: Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, (image,), dynamic_shapes=({0: batch},), strict=False)
+    except Exception as error:  # whatever the code of the network does
+        raise RuntimeError(
+            f"{_named(module.classifier)} cannot be exported with a free batch size: {_first_line(error)}"
+        ) from error
+
+
+@torch.no_grad()
+def _check_parity(module: _Outputs, run: Runner, example: Tensor, what: str) -> None:
+    for image in (example, example[:1], torch.cat([example, example[:1]])):
+        expected = module(image)
+        try:
+            found = run(image)
+        except Exception as error:  # a runtime has errors of its own
+            raise ParityError(f"the {what} does not run on a batch of {len(image)}: {_first_line(error)}") from error
+        for name, wanted, got in zip(OUTPUTS, expected, found, strict=False):
+            if not torch.allclose(got, wanted, rtol=RTOL, atol=ATOL):
+                gap = float((got - wanted).abs().max())
+                raise ParityError(
+                    f"the {what} of {_named(module.classifier)} differs from the module by {gap:.3g} in {name} of a "
+                    f"batch of {len(image)}, more than {ATOL} + {RTOL} |{name}|; no file was written"
+                )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_exported(path: str | Path, device: str | torch.device = "cpu") -> ExportedClassifier:
+    """Read a file of `export_torch` (``.pt2``) or `export_onnx` (``.onnx``).
+
+    Reading a ``.pt2`` file may execute what it holds (`torch.export.load` unpickles objects and evaluates
+    expressions): read only those from people you trust. An ONNX model holds a graph and numbers alone.
+
+    Args:
+        path: The file.
+        device: Where it runs.
+
+    Returns:
+        The classifier.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ModuleNotFoundError: ONNX Runtime is missing.
+        ValueError: It is no such file, or damaged, or the device is not there.
+    """
+    path, device = Path(path), torch.device(device)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no classifier {path}.")
+    if path.suffix == ".onnx":
+        _need("onnxruntime")
+        session = _session(path.read_bytes(), device.type, str(path))
+        text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
+        run = _onnx_runner(session)
+    elif path.suffix == ".pt2":
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path}: is damaged or no file of export_torch")
+        extra = {METADATA_FILE: ""}
+        try:
+            program = torch.export.load(path, extra_files=extra)
+            if device.type != "cpu":
+                program = torch.export.passes.move_to_device_pass(program, device)
+        except Exception as error:  # whatever a damaged archive makes of it
+            raise ValueError(f"{path}: is damaged or of another version of torch: {_first_line(error)}") from error
+        text, run = extra[METADATA_FILE], _torch_runner(program, device)
+    else:
+        raise ValueError(f"{path}: the suffix is {path.suffix!r}, allowed: .pt2 of export_torch, .onnx of export_onnx")
+    try:
+        return ExportedClassifier(run, checked_metadata(json.loads(text)))
+    except ValueError as error:
+        raise ValueError(f"{path}: was not written by export_torch or export_onnx: {error}") from error
+
+
+def _torch_runner(program: torch.export.ExportedProgram, device: torch.device | None = None) -> Runner:
+    module: Any = program.module()
+
+    @torch.no_grad()
+    def run(image: Tensor) -> Sequence[Tensor]:
+        outputs: Sequence[Tensor] = module(image if device is None else image.to(device))
+        return outputs
+
+    return run
+
+
+def _session(content: bytes, device: str, where: str = "the ONNX model") -> Any:
+    import onnxruntime
+
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
+    if provider not in onnxruntime.get_available_providers():
+        raise ValueError(f"device {device!r}: this ONNX Runtime does not run there; use cpu, or install one that does")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=[provider])
+    except Exception as error:  # its errors have no common class
+        raise ValueError(f"{where}: is damaged or no ONNX model: {_first_line(error)}") from error
+
+
+def _onnx_runner(session: Any) -> Runner:
+    def run(image: Tensor) -> Sequence[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {INPUT: image.cpu().numpy()})]
+
+    return run
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        try:
+            __import__(package)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{package} is not installed: ONNX models need pip install 'calib-lightning[export]'"
+            ) from error
+
+
+def _named(classifier: CalibratedClassifier) -> str:
+    return f"{type(classifier.network).__name__} with {classifier.calibrator.name}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

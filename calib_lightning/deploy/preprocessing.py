@@ -1,0 +1,198 @@
+"""How an image file becomes the tensor that a network was trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+_FILTERS = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
+_MODES = {1: "L", 3: "RGB"}
+_CROPS = ("center", "squash")
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")
+
+
+class ImageData(Protocol):
+    """What `Preprocessing.from_data` reads of a data module."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def evaluation_loaders(self) -> Mapping[str, Iterable[Any]]:
+        """Loaders of batches whose first part is images ``(N, C, H, W)``, by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, crop and standardise an image: ``(x / 255 - mean) / std``, one mean a channel.
+
+    Images become grey or RGB as by torchvision's and timm's loaders: transparency is dropped, and the orientation that
+    a camera has noted is not looked at.
+
+    Args:
+        size: Height and width in pixels of what the network gets.
+        mean: Mean of each channel, as a fraction of full brightness; one for grey images, three for RGB.
+        std: Standard deviation of each channel, in the same unit.
+        crop_pct: Size over the size that the image is resized to before the central crop, in ``(0, 1]``.
+        crop_mode: ``"center"`` keeps the aspect ratio and cuts off what is outside the centre, ``"squash"`` does not
+            keep it.
+        interpolation: ``"nearest"``, ``"box"``, ``"bilinear"``, ``"hamming"``, ``"bicubic"`` or ``"lanczos"``.
+
+    Raises:
+        ValueError: A value is not allowed.
+
+    Example:
+        >>> prepare = Preprocessing(size=(8, 8), mean=(0.5,), std=(0.5,))
+        >>> prepare(Image.new("RGB", (20, 10), "white")).shape
+        torch.Size([1, 8, 8])
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("size", int), ("mean", float), ("std", float)):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name), kind))
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size={self.size!r}: give height and width in pixels, such as (224, 224)")
+        if len(self.mean) not in _MODES or len(self.std) != len(self.mean):
+            raise ValueError(
+                f"mean={self.mean!r}, std={self.std!r}: give one number each for grey images, three each for RGB"
+            )
+        if not all(map(math.isfinite, self.mean)) or not all(0.0 < value < math.inf for value in self.std):
+            raise ValueError(f"mean={self.mean!r}, std={self.std!r}: they must be finite, and std above 0")
+        if not isinstance(self.crop_pct, int | float) or not 0.0 < self.crop_pct <= 1.0:
+            raise ValueError(f"crop_pct={self.crop_pct!r}: it must be in (0, 1]; 1 crops nothing but the longer side")
+        for name, allowed in (("crop_mode", _CROPS), ("interpolation", tuple(_FILTERS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
+
+    @classmethod
+    def from_timm(cls, model: nn.Module) -> Preprocessing:
+        """Read the preparation of evaluation images from a timm model, as `timm.data.resolve_data_config` says it.
+
+        Args:
+            model: A timm model, or one with such a ``pretrained_cfg``.
+
+        Returns:
+            What `timm.data.create_transform` does with an image file.
+
+        Raises:
+            ValueError: The model does not say it, or asks for what is not known here.
+        """
+        if not getattr(model, "pretrained_cfg", None):
+            raise ValueError(
+                f"{type(model).__name__} does not say how images are prepared, as timm models do in pretrained_cfg; "
+                "give Preprocessing(size=..., mean=..., std=...)"
+            )
+        from timm.data import resolve_data_config  # here: it takes seconds
+
+        config = resolve_data_config(model=model)
+        return cls(
+            size=tuple(config["input_size"][1:]),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+            interpolation=config["interpolation"],
+        )
+
+    @classmethod
+    def from_data(cls, data: ImageData) -> Preprocessing:
+        """Read the preparation from a data module of this package, whose images are of one size.
+
+        Args:
+            data: A data module, after ``setup()``.
+
+        Returns:
+            Resizing to the size of its images, and its standardisation.
+
+        Example:
+            ``Preprocessing.from_data(DigitsDataModule())``
+        """
+        image = next(iter(next(iter(data.evaluation_loaders().values()))))[0]
+        return cls(size=tuple(image.shape[-2:]), mean=tuple(data.mean), std=tuple(data.std))
+
+    @classmethod
+    def from_record(cls, record: Any) -> Preprocessing:
+        """Build what `record` describes.
+
+        Args:
+            record: Plain data, as `record` returns it; it may come from anybody.
+
+        Returns:
+            The preprocessing.
+
+        Raises:
+            ValueError: It is no such record.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(record, Mapping) or set(record) != set(names):
+            raise ValueError(f"{record!r:.200} does not describe how images are prepared: give {', '.join(names)}")
+        return cls(**record)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Itself as plain data."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape ``(C, H, W)`` of what it returns."""
+        return (len(self.mean), *self.size)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Prepare one image.
+
+        Args:
+            image: Of any size; 8 bits a channel.
+
+        Returns:
+            ``(C, H, W)`` float32.
+
+        Raises:
+            ValueError: The image has more than 8 bits a channel, which would be cut off, or is too long and narrow.
+        """
+        if image.mode not in _EIGHT_BITS:
+            raise ValueError(f"the image is of mode {image.mode}, allowed: 8 bits a channel; convert it to RGB or grey")
+        image = self._resized(image.convert(_MODES[len(self.mean)]))
+        height, width = self.size
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        image = image.crop((left, top, left + width, top + height))
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(height, width, -1).permute(2, 0, 1)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return ((pixels / 255 - mean) / std).contiguous()
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        height, width = (math.floor(side / self.crop_pct) for side in self.size)
+        if self.crop_mode == "center":
+            if height == width:  # the two cases round as torchvision and timm do
+                short, long = sorted(image.size)
+                long = int(height * long / short)
+                width, height = (height, long) if image.width <= image.height else (long, height)
+            else:
+                ratio = min(image.height / height, image.width / width)
+                height, width = round(image.height / ratio), round(image.width / ratio)
+        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"the image is {image.width} x {image.height}, too long and narrow to be resized; crop it")
+        return image.resize((width, height), _FILTERS[self.interpolation])
+
+
+def _numbers(name: str, values: Any, kind: type) -> tuple[Any, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name}={values!r}: give a sequence of numbers")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | kind):
+            raise ValueError(f"{name}={values!r}: {value!r} is no {'whole ' if kind is int else ''}number")
+    return tuple(kind(value) for value in values)

@@ -1,0 +1,85 @@
+"""Beta calibration (Kull, Silva Filho and Flach, 2017), fitted by exact maximum likelihood."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from calib_lightning.posthoc.base import Optimum
+from calib_lightning.posthoc.binary import BinaryCalibrator
+from calib_lightning.posthoc.platt import fit_logistic
+
+Parameters = Literal["abm", "am", "ab"]
+"""Which of the parameters of beta calibration are free."""
+
+
+def beta_columns(log_odds: Tensor) -> Tensor:
+    """The two features of beta calibration, ``ln p`` and ``-ln(1 - p)``, without cancellation.
+
+    Args:
+        log_odds: ``(N,)``.
+
+    Returns:
+        ``(N, 2)``.
+    """
+    return torch.stack([F.logsigmoid(log_odds), -F.logsigmoid(-log_odds)], dim=-1)
+
+
+class Beta(BinaryCalibrator):
+    """Beta calibration (Kull et al., 2017), ``sigmoid(a ln p - b ln(1 - p) + c)`` with ``a, b >= 0``.
+
+    The map of two beta distributions, one of the scores of hits and one of those of misses. With a = b = 1, c = 0 it
+    changes nothing. The state is ``coefficients = (a, b, c)``.
+
+    Args:
+        parameters: ``"abm"``: all three; ``"am"``: a = b, the same as `Platt`; ``"ab"``: one half stays one half,
+            ``c = (a - b) ln 2``.
+
+    Raises:
+        ValueError: Other parameters.
+
+    Deviations: The authors' code stops its solver early, so that its coefficients differ in the third digit. Where
+    the likelihood has no maximum the targets are smoothed, see `fit_logistic`.
+
+    Example:
+        >>> log_odds = torch.tensor([2.0, 2.0, 2.0, 2.0, 0.0, 0.0])
+        >>> beta = Beta("am")
+        >>> _ = beta.fit(log_odds, torch.tensor([True, True, True, False, True, False]))
+        >>> torch.sigmoid(beta(torch.tensor([2.0, 0.0])))
+        tensor([0.7500, 0.5000], dtype=torch.float64)
+    """
+
+    coefficients: Tensor
+
+    def __init__(self, parameters: Parameters = "abm") -> None:
+        super().__init__()
+        if parameters not in ("abm", "am", "ab"):
+            raise ValueError(f"parameters={parameters!r}: it must be 'abm', 'am' or 'ab'")
+        self.parameters = parameters
+        self.register_state("coefficients")
+
+    def fit_rows(self, log_odds: Tensor, hits: Tensor) -> Optimum:
+        """Maximise the likelihood; see `BinaryCalibrator.fit_rows`."""
+        if self.parameters == "am":
+            fit = fit_logistic(log_odds.unsqueeze(1), log_odds, hits, intercept=True)
+            self.coefficients = torch.stack([fit.slopes[0], fit.slopes[0], fit.intercept])
+            return fit.optimum
+        columns = beta_columns(log_odds)
+        if self.parameters == "abm":
+            fit = fit_logistic(columns, log_odds, hits, intercept=True)
+            self.coefficients = torch.stack([fit.slopes[0], fit.slopes[1], fit.intercept])
+            return fit.optimum
+        log_two = math.log(2.0)
+        fit = fit_logistic(columns + columns.new_tensor([log_two, -log_two]), log_odds, hits, intercept=False)
+        self.coefficients = torch.stack([*fit.slopes, (fit.slopes[0] - fit.slopes[1]) * log_two])
+        return fit.optimum
+
+    def transform(self, log_odds: Tensor) -> Tensor:
+        """Apply the map; see `BinaryCalibrator.transform`."""
+        a, b, c = self.coefficients.unbind()
+        below, above = beta_columns(log_odds).unbind(dim=-1)
+        return a * below + b * above + c

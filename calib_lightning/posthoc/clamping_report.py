@@ -1,0 +1,151 @@
+"""What is known of a fit of Neural Clamping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from calib_lightning.metrics.functional.calibration import bin_sums, ece_from_bins
+from calib_lightning.metrics.functional.rows import Rows, check_shapes, check_values
+from calib_lightning.posthoc.clamping_descent import focal_rows
+from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
+
+_BINS = 15
+
+
+class ClampCandidate(NamedTuple):
+    """One run, with a gamma and a lambda; figures are those of the calibration rows.
+
+    Attributes:
+        gamma: Focusing parameter of its loss.
+        weight: lambda; 0 where delta was not trained.
+        loss_start: Objective at the start, T = 1.
+        loss_end: Objective at the end.
+        ece: Expected calibration error (15 bins) at the end, a fraction.
+        nll: Mean negative log-likelihood at the end, in nats.
+        temperature: T.
+        delta_norm: Euclidean norm of delta.
+        accuracy_change: Accuracy at the end less that of the network alone, a fraction.
+    """
+
+    gamma: float
+    weight: float
+    loss_start: float
+    loss_end: float
+    ece: float
+    nll: float
+    temperature: float
+    delta_norm: float
+    accuracy_change: float
+
+
+class ClampReport(NamedTuple):
+    """How a fit went; the figures are those of the calibration rows of all processes.
+
+    Attributes:
+        rows: N.
+        chosen: The run with the least calibration error, the first of equal ones.
+        candidates: All runs, in the order of gammas, then of weights.
+        nll_before: Mean negative log-likelihood of the network alone, in nats.
+        ece_before: Its expected calibration error (15 bins), a fraction.
+        start_moved: Share of the entries of delta_0 that are not 0.
+        notes: What a user should know.
+    """
+
+    rows: int
+    chosen: ClampCandidate
+    candidates: tuple[ClampCandidate, ...]
+    nll_before: float
+    ece_before: float
+    start_moved: float
+    notes: tuple[str, ...] = ()
+
+
+def as_plain(report: ClampReport | None) -> dict[str, Any] | None:
+    """Write a report as plain data, for checkpoints."""
+    if report is None:
+        return None
+    runs = [list(run) for run in report.candidates]
+    return {**report._asdict(), "chosen": list(report.chosen), "candidates": runs, "notes": list(report.notes)}
+
+
+def from_plain(state: Mapping[str, Any] | None) -> ClampReport | None:
+    """Read what `as_plain` wrote.
+
+    Raises:
+        KeyError: A part is missing.
+        TypeError: It is something else.
+    """
+    if state is None:
+        return None
+    runs = tuple(ClampCandidate(*run) for run in state["candidates"])
+    chosen, notes = ClampCandidate(*state["chosen"]), tuple(state["notes"])
+    return ClampReport(**{**state, "chosen": chosen, "candidates": runs, "notes": notes})
+
+
+class Figures(NamedTuple):
+    """What the rows of all processes say about ``f(x + delta) / T``.
+
+    Attributes:
+        rows: N.
+        nll: Mean negative log-likelihood in nats.
+        ece: Expected calibration error (15 bins).
+        accuracy: Accuracy.
+        losses: Mean focal loss of each gamma.
+    """
+
+    rows: int
+    nll: float
+    ece: float
+    accuracy: float
+    losses: tuple[float, ...]
+
+
+def measured(rows: ClampRows, delta: Tensor | None, log_temperature: float, gammas: Sequence[float]) -> Figures:
+    """Go through the rows once, without gradients.
+
+    Args:
+        rows: Images and network.
+        delta: ``(C, H, W)``; ``None`` is no perturbation.
+        log_temperature: log T.
+        gammas: Focusing parameters of the losses that are asked for.
+
+    Returns:
+        The figures, the same on every process.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value, here or on another process, or no rows at all.
+    """
+    totals = torch.zeros(4 + len(gammas) + 3 * _BINS, dtype=torch.float64)
+    fault: TypeError | ValueError | None = None
+    try:
+        for image, label in rows.batches():
+            logits = rows.logits(image if delta is None else image + delta.to(image.dtype))
+            check_shapes(logits, label, None, WHERE)
+            check_values(logits, label, None, "logits", WHERE)
+            scaled = Rows(logits * math.exp(-log_temperature), label, None, "logits")
+            losses = [float(focal_rows(scaled.scores, label, gamma).double().sum()) for gamma in gammas]
+            firsts = [len(label), float(scaled.nll.sum()), float(scaled.correct.sum()), 0.0, *losses]
+            bins = bin_sums(scaled.confidence, scaled.correct, _BINS).cpu().flatten()
+            totals += torch.cat([torch.tensor(firsts, dtype=torch.float64), bins])
+        rows.like()
+    except (TypeError, ValueError) as error:
+        # The other processes must hear of it, or they would wait for this one.
+        fault = error
+        totals[3] = 1.0
+    if several_processes():
+        totals = reduced(totals.to(rows.device)).cpu()
+    if fault is not None:
+        raise fault
+    count, nll, correct, faults, *losses = totals[: 4 + len(gammas)].tolist()
+    if faults:
+        raise ValueError(f"{WHERE}: {int(faults)} of the other processes found a fault in its rows; see its message")
+    if count == 0.0:
+        raise ValueError(f"{WHERE}: no rows were given; give the images and labels of the calibration split")
+    ece = float(ece_from_bins(totals[4 + len(gammas) :].view(_BINS, 3)))
+    return Figures(int(count), nll / count, ece, correct / count, tuple(loss / count for loss in losses))

@@ -1,0 +1,114 @@
+"""Where Neural Clamping starts from: a random perturbation, or the one that raises the entropy most."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calib_lightning.posthoc.clamping_rows import ClampRows, reduced
+from calib_lightning.posthoc.spec import Described
+
+
+class ClampStart(Described, ABC):
+    """A perturbation ``delta_0`` to start from, the same on every process."""
+
+    @abstractmethod
+    def delta(self, rows: ClampRows, like: Tensor) -> Tensor:
+        """Make it.
+
+        Args:
+            rows: Images and network.
+            like: Of the shape ``(C, H, W)``, dtype and device of the result.
+
+        Returns:
+            ``(C, H, W)``.
+        """
+
+
+@dataclass(frozen=True)
+class RandomStart(ClampStart):
+    """Normal numbers, as in the experiments of Tang et al. (2024).
+
+    Args:
+        scale: Their standard deviation, in units of the normalised image; 0 starts without a perturbation.
+        seed: Any integer.
+    """
+
+    scale: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative scale."""
+        if not 0.0 <= self.scale < math.inf:
+            raise ValueError(f"scale={self.scale!r}: it must be at least 0 and finite; 0.01 is customary")
+
+    def delta(self, rows: ClampRows, like: Tensor) -> Tensor:
+        """Draw it on the CPU, so that every device gets the same; see `ClampStart.delta`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return (self.scale * torch.randn(like.shape, generator=generator, dtype=torch.float64)).to(like)
+
+
+class DataDrivenStart(ClampStart):
+    """The perturbation of Theorem 3.2 of Tang et al. (2024): it raises the entropy most, to first order.
+
+    With ``g = sum_i grad_x H(softmax(f(x_i)))``, the least and largest value ``l`` and ``mu`` of each input over the
+    rows, and the range ``[low, high]`` of what an image can be, ``delta_0 = sign(g) eta`` with ``eta = l - low`` where
+    ``g < 0``, ``high - mu`` where ``g > 0`` and 0 where ``g = 0``: of the perturbations that keep all rows in that
+    range, the best for the linear approximation. Thousands of natural images touch both ends of the range at nearly
+    every pixel, so that nearly all of it is 0; the report tells how much is not.
+
+    Args:
+        low: Least value of each channel in normalised space, ``(0 - mean) / std`` for images in ``[0, 1]``.
+        high: Largest value of each channel, ``(1 - mean) / std``.
+
+    Raises:
+        ValueError: They are not of the same number of channels, or not in order.
+
+    Example:
+        >>> DataDrivenStart(low=[-1.0], high=[1.0]).name
+        'DataDrivenStart(low=[-1.0], high=[1.0])'
+    """
+
+    def __init__(self, low: Sequence[float], high: Sequence[float]) -> None:
+        self.low, self.high = tuple(map(float, low)), tuple(map(float, high))
+        if not self.low or len(self.low) != len(self.high):
+            raise ValueError(f"low={low!r} and high={high!r}: give one number of each for every channel")
+        if not all(-math.inf < a < b < math.inf for a, b in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"low={low!r} must be finite and below high={high!r} in every channel")
+
+    def delta(self, rows: ClampRows, like: Tensor) -> Tensor:
+        """Go through the rows once, forwards and backwards; see `ClampStart.delta`."""
+        channels = like.shape[0]
+        if len(self.low) != channels:
+            raise ValueError(f"{self.name}: it has {len(self.low)} channels, the images have {channels}")
+        slope, least, largest = _entropy_slope_and_range(rows, like)
+        shape = (channels,) + (1,) * (like.ndim - 1)
+        low, high = like.new_tensor(self.low).view(shape), like.new_tensor(self.high).view(shape)
+        width = high - low
+        if bool((least < low - 1e-3 * width).any()) or bool((largest > high + 1e-3 * width).any()):
+            raise ValueError(
+                f"{self.name}: the images reach from {float(least.min()):g} to {float(largest.max()):g}, outside of "
+                "that range; give low=(0 - mean) / std and high=(1 - mean) / std of their normalisation"
+            )
+        eta = torch.where(slope < 0, least - low, torch.where(slope > 0, high - largest, 0.0))
+        # What only rounding of the normalisation leaves is no room.
+        return torch.sign(slope) * torch.where(eta > 1e-5 * width, eta, 0.0)
+
+
+def _entropy_slope_and_range(rows: ClampRows, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    slope = torch.zeros_like(like)
+    least, largest = torch.full_like(like, torch.inf), torch.full_like(like, -torch.inf)
+    for image, _ in rows.batches():
+        least = torch.minimum(least, image.amin(dim=0))
+        largest = torch.maximum(largest, image.amax(dim=0))
+        with torch.enable_grad():
+            point = image.detach().requires_grad_()
+            log_probs = torch.log_softmax(rows.differentiable_logits(point), dim=-1)
+            entropy = -(log_probs.exp() * log_probs).sum()
+        slope += torch.autograd.grad(entropy, point)[0].sum(dim=0)
+    return reduced(slope), reduced(least, "MIN"), reduced(largest, "MAX")

@@ -1,0 +1,128 @@
+"""Histogram binning (Zadrozny and Elkan, 2001): how often the event happened in each bin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib_lightning.posthoc.base import Optimum
+from calib_lightning.posthoc.binary import BinaryCalibrator, bounded_log_odds
+
+
+def equal_width_edges(n_bins: int) -> Tensor:
+    """Log-odds of the inner edges ``1/M .. (M-1)/M`` of M bins of equal width.
+
+    Args:
+        n_bins: M >= 1.
+
+    Returns:
+        ``(M - 1,)`` float64.
+    """
+    upto = torch.arange(1, n_bins, dtype=torch.float64)
+    return torch.log(upto) - torch.log(n_bins - upto)
+
+
+def equal_mass_edges(values: Tensor, n_bins: int) -> Tensor:
+    """Inner edges of at most M bins ``(lo, hi]`` with as equal numbers of values as ties allow, and none empty.
+
+    An edge lies halfway between the neighbours it parts; equal values stay together, in the lower bin.
+
+    Args:
+        values: ``(N,)``; N >= 1.
+        n_bins: M >= 1.
+
+    Returns:
+        Strictly increasing, at most ``(M - 1,)``.
+
+    Example:
+        >>> equal_mass_edges(torch.tensor([3.0, 1.0, 2.0, 4.0]), 2)
+        tensor([2.5000])
+    """
+    ordered = values.sort().values
+    rows = len(ordered)
+    # The first rows of groups 1.. where the sizes differ by one at most, the larger first; few rows make empty groups.
+    number = torch.arange(1, n_bins, device=values.device)
+    first = (number * (rows // n_bins) + number.clamp_max(rows % n_bins)).unique()
+    first = first[(first > 0) & (first < rows)]
+    last = ordered[first - 1].unique()
+    last = last[last < ordered[-1]]
+    following = ordered[torch.searchsorted(ordered, last, right=True)]
+    halfway = last + 0.5 * (following - last)
+    return torch.where(halfway < following, halfway, last)
+
+
+class Binned(BinaryCalibrator):
+    """One value for each bin ``(lo, hi]`` of the log-odds.
+
+    A subclass's fit assigns the state: ``edges``, the inner edges ``(M - 1,)`` in log-odds, and ``values``, the
+    calibrated log-odds ``(M,)`` of the bins.
+    """
+
+    edges: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state("edges", "values")
+
+    def transform(self, log_odds: Tensor) -> Tensor:
+        """Look up the bin's value; see `BinaryCalibrator.transform`."""
+        return self.values[torch.bucketize(log_odds, self.edges)]
+
+
+def check_bins(n_bins: int) -> int:
+    """Refuse a number of bins that is none.
+
+    Args:
+        n_bins: The number.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: It is not a whole number from 1 on.
+    """
+    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
+        raise ValueError(f"n_bins={n_bins!r}: it must be a whole number from 1 on, such as 15")
+    return n_bins
+
+
+class HistogramBinning(Binned):
+    """Histogram binning (Zadrozny and Elkan, 2001): the value of a bin ``(lo, hi]`` is the share of hits in it.
+
+    A bin without rows has its centre as value.
+
+    Args:
+        n_bins: M, number of bins.
+        equal_mass: Whether the bins have the same number of rows each; else the same width in probability.
+
+    Raises:
+        ValueError: ``n_bins`` is not a whole number from 1 on.
+
+    Deviations: Values are kept between 1e-6 and ``1 - 1e-6``, so that no outcome has probability 0.
+
+    Example:
+        >>> binning = HistogramBinning(2)
+        >>> _ = binning.fit(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([True, True, False, True]))
+        >>> torch.sigmoid(binning(torch.tensor([-9.0, 9.0])))
+        tensor([0.2500, 0.7500], dtype=torch.float64)
+    """
+
+    def __init__(self, n_bins: int = 15, equal_mass: bool = False) -> None:
+        super().__init__()
+        self.n_bins, self.equal_mass = check_bins(n_bins), equal_mass
+
+    def fit_rows(self, log_odds: Tensor, hits: Tensor) -> Optimum:
+        """Count; see `BinaryCalibrator.fit_rows`."""
+        if self.equal_mass:
+            edges = equal_mass_edges(log_odds, self.n_bins)
+        else:
+            edges = equal_width_edges(self.n_bins).to(log_odds.device)
+        bins = len(edges) + 1
+        index = torch.bucketize(log_odds, edges)
+        rows = torch.bincount(index, minlength=bins)
+        # Only bins of equal width can be empty.
+        centre = (torch.arange(bins, device=log_odds.device) + 0.5) / bins
+        share = torch.bincount(index, hits.double(), minlength=bins) / rows.clamp_min(1)
+        self.edges, self.values = edges, bounded_log_odds(torch.where(rows > 0, share, centre))
+        return Optimum()

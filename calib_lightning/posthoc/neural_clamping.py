@@ -1,0 +1,327 @@
+"""Neural Clamping (Tang et al., 2024): an input perturbation and a temperature that are trained on a frozen network."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from calib_lightning.functional import at_least_float32
+from calib_lightning.posthoc.clamping_descent import (
+    ClampDescent,
+    Clamped,
+    Objective,
+    Penalty,
+    PenaltyWeight,
+    RelativeWeight,
+    penalty_of,
+    with_exact_temperature,
+)
+from calib_lightning.posthoc.clamping_report import (
+    ClampCandidate,
+    ClampReport,
+    Figures,
+    as_plain,
+    from_plain,
+    measured,
+)
+from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, Images, Network, frozen, several_processes
+from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
+from calib_lightning.posthoc.spec import Described, build
+
+_STILL_MOVING = 1e-2
+_WEIGHTS: tuple[PenaltyWeight, ...] = (RelativeWeight(),)
+_START = RandomStart()
+_DESCENT = ClampDescent()
+
+
+class NeuralClamping(nn.Module, Described):
+    """Input perturbation and temperature, trained jointly on a frozen network (Tang et al., TMLR 2024).
+
+    ``z = f(x + delta) / T`` with one delta for all images, added after normalisation, minimises
+    ``mean_i focal_gamma(z_i, y_i) + lambda R(delta)`` over the calibration rows, starting from T = 1. Every pair of a
+    gamma and a lambda is a run of its own; the one with the least calibration error (15 bins) on the same rows is kept.
+    The network is used in evaluation mode, and neither its parameters nor its buffers change.
+
+    With ``descent=None`` delta stays where it starts and T alone is fitted, exactly: with a `DataDrivenStart` that is
+    the cheap variant of the paper, at the cost of one backward pass. Then there is no penalty to weigh.
+
+    Where several processes have been initialised each gives its own rows, and all end with the same delta and T.
+
+    Args:
+        gammas: Focusing parameters of the loss, each at least 0; 0 is cross-entropy.
+        weights: Rules for lambda, or one rule.
+        start: Where delta starts.
+        descent: How delta and T are trained, or ``None``.
+        penalty: R, ``"l2sq"`` for the squared Euclidean norm of delta or ``"l2"`` for the norm.
+        batch_size: Rows of a batch of each process, where images are a tensor.
+
+    Attributes:
+        delta: Perturbation ``(C, H, W)`` in units of the normalised image.
+        log_temperature: log T, 0-d float64, so that T is above 0 always.
+        report: How the last fit went, ``None`` before.
+
+    Raises:
+        ValueError: An argument out of range.
+
+    Deviations:
+        The code of the authors penalises the norm and not its square, has T itself as the parameter, clips
+        probabilities to ``[1e-7, 1 - 1e-7]``, and crops and flips the calibration images unless told not to. Nothing
+        keeps ``x + delta`` in the range of images, there as here.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> images, labels = torch.randn(64, 1, 2, 2), torch.arange(64) % 3
+        >>> clamping = NeuralClamping(descent=ClampDescent(epochs=20, lr=0.1))
+        >>> clamping = clamping.fit(network, images, labels, progress=False)
+        >>> clamping(network(clamping.perturb(images))).shape
+        torch.Size([64, 3])
+    """
+
+    delta: Tensor
+    log_temperature: Tensor
+
+    def __init__(
+        self,
+        gammas: Sequence[float] = (1.0,),
+        weights: PenaltyWeight | Sequence[PenaltyWeight] = _WEIGHTS,
+        start: ClampStart = _START,
+        descent: ClampDescent | None = _DESCENT,
+        penalty: Penalty = "l2sq",
+        batch_size: int = 512,
+    ) -> None:
+        super().__init__()
+        self.gammas = tuple(gammas)
+        self.weights = (weights,) if isinstance(weights, PenaltyWeight) else tuple(weights)
+        self.start, self.descent, self.penalty, self.batch_size = start, descent, penalty, batch_size
+        if not self.gammas or not all(0.0 <= gamma < math.inf for gamma in self.gammas):
+            raise ValueError(f"gammas={gammas!r}: give at least one number, each at least 0 and finite")
+        if not self.weights:
+            raise ValueError("weights is empty: give at least one rule, such as RelativeWeight(0.1)")
+        if penalty not in ("l2sq", "l2"):
+            raise ValueError(f"penalty={penalty!r}: it must be 'l2sq' or 'l2'")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: it must be at least 1")
+        self.report: ClampReport | None = None
+        self.register_buffer("delta", torch.empty(0))
+        self.register_buffer("log_temperature", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it can be used."""
+        return self.delta.numel() > 0
+
+    @property
+    def temperature(self) -> float:
+        """The fitted T; above 1 it lowers confidence."""
+        return math.exp(float(self.log_temperature))
+
+    # --- use ---------------------------------------------------------------------------------------------------------
+
+    def perturb(self, image: Tensor) -> Tensor:
+        """Add delta to images.
+
+        Args:
+            image: ``(N, C, H, W)``, floating point, normalised as in the fit.
+
+        Returns:
+            The same shape and dtype.
+
+        Raises:
+            RuntimeError: It was not fitted.
+            ValueError: Another shape than it was fitted to.
+        """
+        self._check_fitted()
+        if image.shape[1:] != self.delta.shape:
+            raise ValueError(
+                f"NeuralClamping was fitted to images of shape (N, {', '.join(map(str, self.delta.shape))}), "
+                f"got {tuple(image.shape)}"
+            )
+        return image + self.delta.to(image.dtype)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Divide the logits of perturbed images by T.
+
+        Args:
+            logits: ``f(x + delta)``, ``(N, K)``, floating point; half precision is widened to float32.
+
+        Returns:
+            Log-probabilities ``(N, K)``, float32 or float64.
+
+        Raises:
+            RuntimeError: It was not fitted.
+        """
+        self._check_fitted()
+        logits = at_least_float32(logits)
+        # The largest logit is taken off first, so that a small T cannot overflow.
+        shifted = logits - logits.amax(dim=-1, keepdim=True)
+        return torch.log_softmax(shifted * torch.exp(-self.log_temperature).to(logits.dtype), dim=-1)
+
+    def logits(self, network: Network, image: Tensor) -> Tensor:
+        """Ask a network, which must be in evaluation mode, for calibrated logits ``f(x + delta) / T``.
+
+        Args:
+            network: That of the fit.
+            image: ``(N, C, H, W)``.
+
+        Returns:
+            ``(N, K)``, float32 or float64; T is applied already, so they do not go through `forward`.
+        """
+        logits = at_least_float32(network(self.perturb(image)))
+        return logits * torch.exp(-self.log_temperature).to(logits.dtype)
+
+    def input_only(self) -> NeuralClamping:
+        """Keep the perturbation alone, ``f(x + delta)``: one of the paper's ablations.
+
+        Returns:
+            A copy with T = 1, without a report.
+        """
+        return self._with(self.delta, torch.zeros_like(self.log_temperature))
+
+    def output_only(self) -> NeuralClamping:
+        """Keep the temperature alone, ``f(x) / T``: the other ablation.
+
+        Returns:
+            A copy with delta = 0, without a report.
+        """
+        return self._with(torch.zeros_like(self.delta), self.log_temperature)
+
+    def _with(self, delta: Tensor, log_temperature: Tensor) -> NeuralClamping:
+        self._check_fitted()
+        copy = build(self.spec, NeuralClamping)
+        copy.delta, copy.log_temperature = delta.clone(), log_temperature.clone()
+        return copy
+
+    def _check_fitted(self) -> None:
+        if not self.fitted:
+            raise RuntimeError("NeuralClamping is not fitted: call fit(network, images, labels) or load a fitted one.")
+
+    # --- fit ---------------------------------------------------------------------------------------------------------
+
+    def fit(self, network: Network, images: Images, labels: Tensor | None = None, progress: bool = True) -> Self:
+        """Train on the calibration split: held-out rows, clean, neither augmented nor trained nor tested on.
+
+        Args:
+            network: A module, or a function of images that is differentiable and in evaluation mode.
+            images: ``(N, C, H, W)``, floating point, normalised as the network takes them; or batches that can be read
+                again and again (a ``DataLoader``), whose first two entries are images and labels. Batches are taken as
+                they come, so a loader that shuffles should have a generator of its own.
+            labels: ``(N,)`` integer; ``None`` with batches.
+            progress: Whether the first process shows a bar.
+
+        Returns:
+            Itself; how it went is in ``report``, and a warning tells of what went wrong.
+
+        Raises:
+            TypeError: A wrong dtype.
+            ValueError: A wrong shape, an invalid value, no rows, or a network without gradients.
+            FloatingPointError: The loss is not finite.
+        """
+        rows = ClampRows(network, images, labels, self.batch_size)
+        self.delta, self.report = self.delta.new_empty(0), None  # a fit that fails leaves nothing that could be used
+        with torch.no_grad(), frozen(network):
+            before = measured(rows, None, 0.0, ())
+            start = self.start.delta(rows, rows.like())
+            losses = measured(rows, start, 0.0, self.gammas).losses
+            runs: list[ClampCandidate] = []
+            with self._bar(progress) as bar:
+                for objective, loss in self._objectives(rows, start, losses):
+                    end = self._run(objective, start, bar.update)
+                    after = measured(rows, end.delta, end.log_temperature, (objective.gamma,))
+                    runs.append(_candidate(objective, loss, start, end, before, after))
+                    if runs[-1].ece < min((run.ece for run in runs[:-1]), default=math.inf):
+                        best, chosen = end, runs[-1]
+        self.delta = best.delta
+        self.log_temperature = torch.tensor(best.log_temperature, dtype=torch.float64, device=best.delta.device)
+        self.report = ClampReport(
+            rows=before.rows,
+            chosen=chosen,
+            candidates=tuple(runs),
+            nll_before=before.nll,
+            ece_before=before.ece,
+            start_moved=float((start != 0).double().mean()),
+            notes=tuple(_notes(best, chosen, before)),
+        )
+        for note in self.report.notes:
+            warnings.warn(f"{WHERE}: {note}", stacklevel=2)
+        return self
+
+    def _bar(self, progress: bool) -> Any:
+        epochs = 1 if self.descent is None else self.descent.epochs * len(self.weights)
+        first = not several_processes() or dist.get_rank() == 0
+        return tqdm(total=epochs * len(self.gammas), desc="Neural Clamping", disable=not (progress and first))
+
+    def _objectives(self, rows: ClampRows, start: Tensor, losses: Sequence[float]) -> Iterator[tuple[Objective, float]]:
+        """Every objective, with its focal loss at the start."""
+        size = penalty_of(start, self.penalty)
+        for gamma, loss in zip(self.gammas, losses, strict=True):
+            weights = [0.0] if self.descent is None else [rule.weight(loss, size) for rule in self.weights]
+            for weight in weights:
+                yield Objective(rows, gamma, weight, self.penalty), loss
+
+    def _run(self, objective: Objective, start: Tensor, after_epoch: Callable[[], Any]) -> Clamped:
+        if self.descent is not None:
+            return self.descent.run(objective, start, after_epoch)
+        end = with_exact_temperature(objective.rows, start, objective.gamma)
+        after_epoch()
+        return end
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The report, as plain data."""
+        return {"report": as_plain(self.report)}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the report from a checkpoint.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        try:
+            self.report = from_plain(state["report"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"The state of NeuralClamping is damaged: {error!r}.") from None
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # The shape of delta follows from the images of the fit, so the buffer takes that of the checkpoint.
+        saved = state_dict.get(prefix + "delta")
+        if isinstance(saved, Tensor):
+            self.delta = torch.empty_like(saved, device=self.delta.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _candidate(
+    objective: Objective, loss: float, start: Tensor, end: Clamped, before: Figures, after: Figures
+) -> ClampCandidate:
+    return ClampCandidate(
+        gamma=objective.gamma,
+        weight=objective.weight,
+        loss_start=loss + objective.weight * penalty_of(start, objective.penalty),
+        loss_end=after.losses[0] + objective.weight * penalty_of(end.delta, objective.penalty),
+        ece=after.ece,
+        nll=after.nll,
+        temperature=math.exp(end.log_temperature),
+        delta_norm=float(end.delta.norm()),
+        accuracy_change=after.accuracy - before.accuracy,
+    )
+
+
+def _notes(end: Clamped, chosen: ClampCandidate, before: Figures) -> Iterator[str]:
+    if chosen.ece >= before.ece:
+        yield f"the calibration error is {chosen.ece:.4f}, not below the {before.ece:.4f} of the network alone"
+    if chosen.loss_end > chosen.loss_start:
+        yield f"the objective rose from {chosen.loss_start:.4g} to {chosen.loss_end:.4g}; use a lower lr"
+    elif abs(end.slope) > _STILL_MOVING:
+        yield (
+            f"it was stopped before the optimum: the slope by log T was {end.slope:.2g} in the last epoch; raise lr, "
+            "momentum or epochs"
+        )
+    if end.at_bound:
+        yield "the likelihood rises without end, so that T was stopped at its bound"

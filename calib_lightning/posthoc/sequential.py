@@ -1,0 +1,123 @@
+"""Calibrators one after the other."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from calib_lightning.posthoc.base import Calibrator, FitReport, Optimum
+
+_BLOCK = 2**22
+
+
+class Sequential(Calibrator):
+    """Fits calibrators one after the other, each to what those before it make of the same rows.
+
+    It keeps the predicted class if all of its members do, is of the full distribution if they are, and so on.
+
+    Args:
+        calibrators: At least one. After one that calibrates the predicted class alone (`TopLabel`), no member may
+            calibrate the full distribution.
+
+    Raises:
+        TypeError: Something else than a `Calibrator`.
+        ValueError: None, one object twice, or a member for the full distribution after one for the predicted class.
+
+    Example:
+        >>> from calib_lightning.posthoc import FixedTemperature
+        >>> twice = Sequential(FixedTemperature(2.0), FixedTemperature(1.5))
+        >>> twice.name, twice.preserves_argmax
+        ('Sequential(FixedTemperature(temperature=2.0), FixedTemperature(temperature=1.5))', True)
+    """
+
+    def __init__(self, *calibrators: Calibrator) -> None:
+        super().__init__()
+        if not calibrators:
+            raise ValueError("Sequential(): give at least one calibrator, such as Sequential(FixedTemperature(1.5))")
+        for calibrator in calibrators:
+            if not isinstance(calibrator, Calibrator):
+                raise TypeError(
+                    f"Sequential({calibrator!r:.100}): it must be a Calibrator; wrap one of a single probability in "
+                    "OneVsRest or TopLabel"
+                )
+        if len({id(calibrator) for calibrator in calibrators}) < len(calibrators):
+            raise ValueError("Sequential: the same object is given twice, and has room for one fit; make two of it")
+        for before, after in zip(calibrators, calibrators[1:], strict=False):
+            if after.full_distribution and not before.full_distribution:
+                raise ValueError(
+                    f"Sequential: {after.name} after {before.name} would use probabilities of classes that were not "
+                    "calibrated, and undo the confidence of the predicted class; put it first"
+                )
+        self.calibrators = nn.ModuleList(calibrators)
+
+    @property
+    def members(self) -> list[Calibrator]:
+        """The calibrators, in order."""
+        return [member for member in self.calibrators if isinstance(member, Calibrator)]
+
+    @property
+    def preserves_argmax(self) -> bool:  # type: ignore[override]
+        """Whether all members keep the predicted class."""
+        return all(member.preserves_argmax for member in self.members)
+
+    @property
+    def full_distribution(self) -> bool:  # type: ignore[override]
+        """Whether all members calibrate all probabilities."""
+        return all(member.full_distribution for member in self.members)
+
+    @property
+    def needs_features(self) -> bool:  # type: ignore[override]
+        """Whether a member needs features."""
+        return any(member.needs_features for member in self.members)
+
+    @property
+    def per_class(self) -> bool:  # type: ignore[override]
+        """Whether a member has parameters of every class."""
+        return any(member.per_class for member in self.members)
+
+    def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
+        """Fit the members in order; see `Calibrator.fit_rows`."""
+        reports: list[FitReport] = []
+        for position, member in enumerate(self.members):
+            if position:
+                logits = self._after(self.members[position - 1], logits, features)
+            with warnings.catch_warnings():
+                # What a member has to say is in its report, and is told once, with its name.
+                warnings.filterwarnings("ignore", re.escape(f"{type(member).__name__}.fit: "))
+                member.fit(logits, labels, features)
+            if member.report is not None:
+                reports.append(member.report)
+        norms = [report.gradient_norm for report in reports if not math.isnan(report.gradient_norm)]
+        return Optimum(
+            converged=all(report.converged for report in reports),
+            passes=sum(report.passes for report in reports),
+            gradient_norm=max(norms, default=math.nan),
+            at_bound=any(report.at_bound for report in reports),
+            notes=tuple(f"{report.calibrator}: {note}" for report in reports for note in report.notes),
+        )
+
+    def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """Apply the members in order; see `Calibrator.transform`."""
+        for member in self.members:
+            logits = member.transform(logits, features)
+        return logits
+
+    def top_confidence(self, logits: Tensor, features: Tensor | None) -> Tensor | None:
+        """That of the last member, where it has one."""
+        *before, last = self.members
+        for member in before:
+            logits = member.transform(logits, features)
+        return last.top_confidence(logits, features)
+
+    @staticmethod
+    def _after(member: Calibrator, logits: Tensor, features: Tensor | None) -> Tensor:
+        rows = torch.arange(len(logits), device=logits.device)
+        parts = [
+            member.transform(logits[some], None if features is None else features[some])
+            for some in torch.split(rows, max(1, _BLOCK // logits.shape[1]))
+        ]
+        return torch.cat(parts)

@@ -1,0 +1,214 @@
+"""Calibrators of K classes made of calibrators of one probability."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.binary import BinaryCalibrator
+from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
+
+FEWEST_HITS = 5
+"""A class with fewer calibration rows keeps its probabilities in `OneVsRest`."""
+
+_BLOCK = 2**20
+
+
+class RowOdds(NamedTuple):
+    """What the log-odds of all classes of a row are made of.
+
+    Attributes:
+        index: Predicted class ``(N,)``, the first of the largest.
+        top: Its log-odds ``(N,)`` float64.
+        total: ``logsumexp`` of the row's logits, ``(N,)`` float64.
+    """
+
+    index: Tensor
+    top: Tensor
+    total: Tensor
+
+
+def row_odds(logits: Tensor) -> RowOdds:
+    """Find the predicted class, its log-odds, and the logarithm of the sum of exponentials.
+
+    Args:
+        logits: ``(N, K)``, finite; K >= 2.
+
+    Returns:
+        All three.
+    """
+    wide = logits.double()
+    return RowOdds(wide.argmax(dim=-1), top_log_odds(wide), wide.logsumexp(dim=-1))
+
+
+def class_log_odds(logits: Tensor, label: int, rows: RowOdds) -> Tensor:
+    """Log-odds of one class against the others, ``z_k - logsumexp(z without k)``, without cancellation.
+
+    Only the predicted class has a probability above one half, so for the others ``log p - log(1 - p)`` is exact.
+
+    Args:
+        logits: ``(N, K)``.
+        label: k.
+        rows: Of `row_odds`.
+
+    Returns:
+        ``(N,)`` float64.
+
+    Example:
+        >>> logits = torch.tensor([[50.0, 0.0]])
+        >>> class_log_odds(logits, 0, row_odds(logits))
+        tensor([50.], dtype=torch.float64)
+    """
+    log_prob = logits[:, label].double() - rows.total
+    # Where this is the predicted class the value is not used; the bound only keeps it finite.
+    others = torch.log1p(-torch.exp(log_prob.clamp_max(-0.5)))
+    return torch.where(rows.index == label, rows.top, log_prob - others)
+
+
+class OneVsRest(Calibrator):
+    """One calibrator for each class, of its probability against all others (Zadrozny and Elkan, 2002).
+
+    ``q_k = g_k(p_k) / sum_j g_j(p_j)``. The predicted class may change.
+
+    Args:
+        calibrator: What is fitted to each class; it is copied, and itself never fitted.
+
+    Raises:
+        TypeError: It is no `BinaryCalibrator`.
+
+    Attributes:
+        copies: The fitted copies, one for each class. That of a class with fewer than 5 rows, or with all of them, is
+            not fitted: the class keeps its probabilities before the division.
+
+    Example:
+        >>> from calib_lightning.posthoc.platt import Platt
+        >>> logits, labels = torch.randn(60, 3), torch.arange(60) % 3
+        >>> OneVsRest(Platt()).fit(logits, labels)(logits).exp().sum(dim=1).allclose(torch.ones(60))
+        True
+    """
+
+    preserves_argmax = False
+    per_class = True
+
+    def __init__(self, calibrator: BinaryCalibrator) -> None:
+        super().__init__()
+        self.calibrator = _checked(calibrator, "OneVsRest")
+        self.copies = nn.ModuleList()
+
+    def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
+        """Fit a copy to each class; see `Calibrator.fit_rows`."""
+        classes = logits.shape[1]
+        step = max(1, _BLOCK // classes)
+        blocks = [row_odds(block) for block in torch.split(logits, step)]
+        rows = RowOdds(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+        counts = torch.bincount(labels, minlength=classes).tolist()
+        copies = [copy.deepcopy(self.calibrator) for _ in range(classes)]
+        optima = {
+            label: copies[label].fit(class_log_odds(logits, label, rows), labels == label)
+            for label in range(classes)
+            if FEWEST_HITS <= counts[label] < len(labels)
+        }
+        self.copies = nn.ModuleList(copies)
+        return _joined(optima, classes)
+
+    def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """Calibrate each class and divide by the sum; see `Calibrator.transform`."""
+        rows = row_odds(logits)
+        parts = []
+        for label, calibrator in enumerate(self.copies):
+            log_odds = class_log_odds(logits, label, rows)
+            parts.append(calibrator(log_odds) if calibrator.fitted else log_odds)
+        return torch.log_softmax(F.logsigmoid(torch.stack(parts, dim=-1)), dim=-1).to(logits.dtype)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        start = f"{prefix}copies."
+        saved = {name.removeprefix(start).partition(".")[0] for name in state_dict if name.startswith(start)}
+        self.copies = nn.ModuleList(copy.deepcopy(self.calibrator) for _ in saved)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _checked(calibrator: BinaryCalibrator, where: str) -> BinaryCalibrator:
+    if not isinstance(calibrator, BinaryCalibrator):
+        raise TypeError(
+            f"{where}({calibrator!r:.100}): it must be a calibrator of one probability (Beta(), Platt(), Isotonic(), "
+            "HistogramBinning(), ...)"
+        )
+    return calibrator
+
+
+def _joined(optima: Mapping[int, Optimum], classes: int) -> Optimum:
+    """One account of the fits of some classes."""
+    notes = []
+    if len(optima) < classes:
+        notes.append(
+            f"{classes - len(optima)} of {classes} classes have fewer than {FEWEST_HITS} rows, or all of them, and keep "
+            "their probabilities"
+        )
+    told = Counter(note for optimum in optima.values() for note in optimum.notes)
+    notes += [f"{number} of {classes} classes: {note}" for note, number in told.items()]
+    norms = [optimum.gradient_norm for optimum in optima.values() if not math.isnan(optimum.gradient_norm)]
+    return Optimum(
+        converged=all(optimum.converged for optimum in optima.values()),
+        passes=max((optimum.passes for optimum in optima.values()), default=1),
+        gradient_norm=max(norms, default=math.nan),
+        at_bound=any(optimum.at_bound for optimum in optima.values()),
+        notes=tuple(notes),
+    )
+
+
+class TopLabel(Calibrator):
+    """Calibrates the confidence in the predicted class alone; the others share the rest in their old proportions.
+
+    With c' the calibrated confidence, ``q_k = p_k (1 - c') / (1 - c)`` for the classes that are not predicted. c' can be
+    so low that another class would be predicted. The predicted class is kept nevertheless: in the distribution, c' is
+    raised to just above ``1 / K`` and the others are brought below it, see `with_top_confidence`. `predict` gives c'
+    itself beside the distribution, and metrics of the confidence use that.
+
+    Args:
+        calibrator: Fitted to the confidence and whether the prediction is right; it is not copied.
+
+    Raises:
+        TypeError: It is no `BinaryCalibrator`.
+
+    Example:
+        >>> from calib_lightning.posthoc.beta import Beta
+        >>> logits, labels = torch.randn(60, 3), torch.arange(60) % 3
+        >>> calibrated = TopLabel(Beta()).fit(logits, labels).predict(logits)
+        >>> calibrated.logits.argmax(dim=1).equal(logits.argmax(dim=1)), calibrated.confidence.shape
+        (True, torch.Size([60]))
+    """
+
+    preserves_argmax = True
+    full_distribution = False
+
+    def __init__(self, calibrator: BinaryCalibrator) -> None:
+        super().__init__()
+        self.calibrator = _checked(calibrator, "TopLabel")
+
+    def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
+        """Fit to the confidence; see `Calibrator.fit_rows`."""
+        step = max(1, _BLOCK // logits.shape[1])
+        log_odds = torch.cat([top_log_odds(block.double()) for block in torch.split(logits, step)])
+        hits = logits.argmax(dim=1) == labels
+        optimum = self.calibrator.fit(log_odds, hits)
+        if bool(hits.all()) or not bool(hits.any()):
+            kind = "right" if bool(hits.all()) else "wrong"
+            note = f"all {len(hits)} predictions are {kind}, so that nothing tells sure from unsure ones"
+            return optimum._replace(notes=(note, *optimum.notes))
+        return optimum
+
+    def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """Give the predicted class its confidence; see `Calibrator.transform`."""
+        return with_top_confidence(logits, self.calibrator(top_log_odds(logits.double())))
+
+    def top_confidence(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """Calibrated confidence ``(N,)`` float64 in the predicted class, which may be below ``1 / K``."""
+        return torch.sigmoid(self.calibrator(top_log_odds(logits.double())))

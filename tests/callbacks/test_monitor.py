@@ -1,0 +1,139 @@
+"""CalibrationMonitor on modules that are not ours."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from calib_lightning.callbacks import CalibrationMonitor
+from calib_lightning.metrics import REPORT, EvaluationState
+from tests.callbacks.modules import Foreign, loader, rows
+
+
+def trainer_with(monitor, tmp_path, epochs=1, **kwargs):
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=CSVLogger(tmp_path, name="", version=""),
+        callbacks=[monitor, *kwargs.pop("callbacks", [])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+
+
+def expected(module, n=37, seed=1):
+    x, label = rows(n, seed)
+    state = EvaluationState(REPORT)
+    with torch.no_grad():
+        state.update(module.net(x), label)
+    return {key: float(value) for key, value in state.compute().items()}
+
+
+@pytest.mark.parametrize("calls_itself", [True, False])
+def test_logs_the_metrics_of_the_whole_set(tmp_path, calls_itself):
+    module = Foreign(calls_itself)
+    trainer = trainer_with(CalibrationMonitor(figures_every=0), tmp_path, num_sanity_val_steps=2)
+    trainer.fit(module, loader(40), loader(37, seed=1))
+    found = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    for key, value in expected(module).items():
+        assert found[f"val/{key}"] == pytest.approx(value, rel=1e-6, abs=1e-7), key
+    # 2 sanity batches, then 5: the network is not called a second time where the step has called it
+    assert module.calls == (7 if calls_itself else 5)
+    assert not module._forward_hooks
+
+
+def test_a_checkpoint_can_be_chosen_by_what_is_logged(tmp_path):
+    keeper = ModelCheckpoint(tmp_path / "kept", monitor="val/ece", mode="min")
+    trainer = trainer_with(CalibrationMonitor(figures_every=0), tmp_path, epochs=3, callbacks=[keeper])
+    trainer.fit(Foreign(), loader(40), loader(37, seed=1))
+    assert keeper.best_model_score is not None
+
+
+def test_figures_reach_the_logger(tmp_path):
+    trainer = trainer_with(CalibrationMonitor(figures_every=2), tmp_path, epochs=3)
+    trainer.fit(Foreign(), loader(40), loader(37, seed=1))
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert len([name for name in names if "reliability" in name]) == 2, names  # epochs 0 and 2
+
+
+def test_several_loaders_have_keys_of_their_own(tmp_path):
+    module = Foreign()
+    trainer = trainer_with(CalibrationMonitor(("accuracy",), figures_every=0), tmp_path)
+    trainer.fit(module, loader(40), [loader(37, seed=1), loader(20, seed=2)])
+    found = trainer.callback_metrics
+    assert float(found["val/0/accuracy"]) == pytest.approx(expected(module)["accuracy"])
+    assert float(found["val/1/accuracy"]) == pytest.approx(expected(module, 20, 2)["accuracy"])
+
+
+def test_output_with_logits(tmp_path):
+    class WithDict(Foreign):
+        def forward(self, x):
+            out = super().forward(x)
+            return out if self.training else {"logits": out}
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    module = WithDict()
+    trainer = trainer_with(CalibrationMonitor(figures_every=0), tmp_path)
+    trainer.fit(module, loader(40), loader(37, seed=1))
+    assert float(trainer.callback_metrics["val/ece"]) == pytest.approx(expected(module)["ece"], abs=1e-7)
+
+
+class Broken(Foreign):
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.sanity_checking:
+            return
+        logits = self(batch[0])
+        assert logits is not None
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out if self.training else out * torch.nan
+
+
+def test_what_is_wrong_with_the_figures_does_not_end_the_training(tmp_path):
+    trainer = trainer_with(CalibrationMonitor(), tmp_path, epochs=2)
+    with pytest.warns(UserWarning, match="logs nothing for epoch 0.*invalid logits"):
+        trainer.fit(Broken(), loader(40), loader(37, seed=1))
+    assert trainer.current_epoch == 2
+    assert not any(key.startswith("val/") for key in trainer.callback_metrics)
+
+
+def test_sequences_as_output_are_named(tmp_path):
+    class Wrong(Foreign):
+        def forward(self, x):
+            return (self.net(x),) if not self.training else self.net(x)
+
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    with pytest.warns(UserWarning, match="needs logits.*but got tuple"):
+        trainer_with(CalibrationMonitor(), tmp_path).fit(Wrong(), loader(16), loader(16, seed=1))
+
+
+def test_options_are_checked_before_the_training():
+    with pytest.raises(ValueError, match="figures_every=-1"):
+        CalibrationMonitor(figures_every=-1)
+    with pytest.raises(ValueError, match="eceee"):
+        CalibrationMonitor(("eceee",))
+
+
+def test_the_training_is_the_same_with_it(tmp_path):
+    weights = []
+    for callbacks in ([], [CalibrationMonitor()]):
+        torch.manual_seed(0)
+        module = Foreign()
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=2, logger=False, callbacks=callbacks, enable_progress_bar=False,
+            enable_checkpointing=False, enable_model_summary=False,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, loader(40), loader(37, seed=1))
+        weights.append(module.net.weight.detach().clone())
+    assert torch.equal(*weights)
