@@ -20,7 +20,7 @@ ALLOWED = {
     "config_search": set(),
     "report": {"metrics"},
     "data": {"types", "seeding", "files"},
-    "posthoc": {"types", "functional", "metrics", "registry", "files"},
+    "posthoc": {"types", "functional", "metrics", "seeding", "registry", "files"},
     "core": {"types", "functional", "metrics", "seeding", "registry", "files"},
     "methods": {"types", "functional", "core", "data", "seeding"},
     "method_table": {"core", "methods"},

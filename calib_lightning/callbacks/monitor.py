@@ -74,10 +74,13 @@ class CalibrationMonitor(Callback):
             return
         try:
             image, labels = image_and_label(batch, type(self).__name__)
-            if len(caught) != 1 or not _is_of(caught[0], labels):
+            # Under DDP the step itself runs as a call of the module, so that its result is caught too.
+            found = {id(logits): logits for output in caught if (logits := _logits_of(output, labels)) is not None}
+            if len(found) != 1:
                 with trainer.precision_plugin.forward_context():
-                    caught = [pl_module(image)]
-            logits = as_logits_of(caught[0], type(self).__name__)
+                    output = pl_module(image)
+                found = {0: as_logits_of(output, type(self).__name__)}
+            logits = next(iter(found.values()))
             self._states[dataloader_idx].update(logits.detach(), labels)
         except (TypeError, ValueError) as error:
             self._fault = str(error)
@@ -128,9 +131,10 @@ class CalibrationMonitor(Callback):
             self._hook = None
 
 
-def _is_of(output: Any, labels: Tensor) -> bool:
-    """Whether an output seems to be the logits of these rows."""
+def _logits_of(output: Any, labels: Tensor) -> Tensor | None:
+    """The logits of these rows in an output, if it seems to hold them."""
     try:
-        return len(as_logits_of(output, "")) == len(labels)
+        logits = as_logits_of(output, "")
     except TypeError:
-        return False
+        return None
+    return logits if len(logits) == len(labels) else None

@@ -9,19 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.temperature import fit_inverse_temperature
+from calib_lightning.metrics.functional.temperature import LOG_BETA_BOUND
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
 from calib_lightning.posthoc.spec import Described
+from calib_lightning.posthoc.temperature import FocalTemperature, Temperature
 
 Penalty = Literal["l2sq", "l2"]
 """R, the squared Euclidean norm of delta or the norm."""
-
-_LOG_T_RANGE = (-6.0, 4.0)
 
 
 def focal_rows(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
@@ -232,7 +230,7 @@ class ClampDescent(Described):
             Where it ended, with the mean slope of the last epoch by log T.
 
         Raises:
-            FloatingPointError: The loss is not finite.
+            FloatingPointError: The loss is not finite, or log T has left ``[-16, 16]``.
         """
         delta, log_t = start.clone().requires_grad_(), start.new_zeros((), requires_grad=True)
         optimizer = torch.optim.SGD([delta, log_t], lr=self.lr, momentum=self.momentum)
@@ -247,10 +245,7 @@ class ClampDescent(Described):
                 if count == 0.0:
                     break
                 if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"{WHERE}: the loss is {loss} in epoch {epoch + 1} with gamma={objective.gamma:g}, "
-                        f"lambda={objective.weight:g} and lr={self.lr:g}; use a lower lr"
-                    )
+                    raise self._diverged(objective, f"the loss is {loss} in epoch {epoch + 1}")
                 delta.grad = (sums[:-3] / count).view_as(delta) + objective.weight * _penalty_slope(
                     delta, objective.penalty
                 )
@@ -259,7 +254,15 @@ class ClampDescent(Described):
                 optimizer.step()
             slope = slopes / total
             after_epoch()
+        if not (bool(delta.isfinite().all()) and abs(float(log_t)) <= LOG_BETA_BOUND):
+            raise self._diverged(objective, f"it ends with log T = {float(log_t):g}")
         return Clamped(delta.detach(), float(log_t), slope)
+
+    def _diverged(self, objective: Objective, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{WHERE}: {what} with gamma={objective.gamma:g}, lambda={objective.weight:g} and lr={self.lr:g}; use a "
+            "lower lr"
+        )
 
 
 def with_exact_temperature(rows: ClampRows, delta: Tensor, gamma: float) -> Clamped:
@@ -280,24 +283,6 @@ def with_exact_temperature(rows: ClampRows, delta: Tensor, gamma: float) -> Clam
     labels = torch.cat([torch.empty(0, dtype=torch.int64, device=delta.device), *(label for _, label in pairs)])
     if several_processes():
         logits, labels = torch.cat(gather_all_tensors(logits)), torch.cat(gather_all_tensors(labels))
-    if gamma == 0.0:
-        fit = fit_inverse_temperature(logits, labels)
-        return Clamped(delta, -math.log(fit.beta), at_bound=fit.at_bound)
-    log_t = _focal_log_temperature(logits, labels, gamma)
-    return Clamped(delta, log_t, at_bound=min(abs(log_t - bound) for bound in _LOG_T_RANGE) < 1e-3)
-
-
-def _focal_log_temperature(logits: Tensor, labels: Tensor, gamma: float) -> float:
-    # The focal loss is not convex in 1 / T: a scan, then a search around the best point of it.
-    def loss(log_t: float) -> float:
-        parts = [
-            focal_rows(some.double() * math.exp(-log_t), own, gamma).sum()
-            for some, own in zip(torch.split(logits, 4096), torch.split(labels, 4096), strict=True)
-        ]
-        return float(torch.stack(parts).sum())
-
-    grid = torch.linspace(*_LOG_T_RANGE, 61).tolist()
-    best = min(range(len(grid)), key=lambda number: loss(grid[number]))
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-7})
-    return float(found.x)
+    calibrator = FocalTemperature(gamma) if gamma else Temperature()
+    optimum = calibrator.fit_rows(logits, labels, None)
+    return Clamped(delta, math.log(calibrator.temperature), at_bound=optimum.at_bound)

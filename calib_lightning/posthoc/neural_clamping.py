@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from calib_lightning.functional import at_least_float32
@@ -34,6 +34,7 @@ from calib_lightning.posthoc.clamping_report import (
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, Images, Network, frozen, several_processes
 from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
 from calib_lightning.posthoc.spec import Described, build
+from calib_lightning.posthoc.state import FittedState
 
 _STILL_MOVING = 1e-2
 _WEIGHTS: tuple[PenaltyWeight, ...] = (RelativeWeight(),)
@@ -41,7 +42,7 @@ _START = RandomStart()
 _DESCENT = ClampDescent()
 
 
-class NeuralClamping(nn.Module, Described):
+class NeuralClamping(FittedState, Described):
     """Input perturbation and temperature, trained jointly on a frozen network (Tang et al., TMLR 2024).
 
     ``z = f(x + delta) / T`` with one delta for all images, added after normalisation, minimises
@@ -76,7 +77,7 @@ class NeuralClamping(nn.Module, Described):
         keeps ``x + delta`` in the range of images, there as here.
 
     Example:
-        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
         >>> images, labels = torch.randn(64, 1, 2, 2), torch.arange(64) % 3
         >>> clamping = NeuralClamping(descent=ClampDescent(epochs=20, lr=0.1))
         >>> clamping = clamping.fit(network, images, labels, progress=False)
@@ -109,8 +110,7 @@ class NeuralClamping(nn.Module, Described):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: it must be at least 1")
         self.report: ClampReport | None = None
-        self.register_buffer("delta", torch.empty(0))
-        self.register_buffer("log_temperature", torch.zeros((), dtype=torch.float64))
+        self.register_state("delta", "log_temperature")
 
     @property
     def fitted(self) -> bool:
@@ -221,7 +221,7 @@ class NeuralClamping(nn.Module, Described):
         Raises:
             TypeError: A wrong dtype.
             ValueError: A wrong shape, an invalid value, no rows, or a network without gradients.
-            FloatingPointError: The loss is not finite.
+            FloatingPointError: The descent diverges.
         """
         rows = ClampRows(network, images, labels, self.batch_size)
         self.delta, self.report = self.delta.new_empty(0), None  # a fit that fails leaves nothing that could be used
@@ -288,13 +288,6 @@ class NeuralClamping(nn.Module, Described):
             self.report = from_plain(state["report"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"The state of NeuralClamping is damaged: {error!r}.") from None
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # The shape of delta follows from the images of the fit, so the buffer takes that of the checkpoint.
-        saved = state_dict.get(prefix + "delta")
-        if isinstance(saved, Tensor):
-            self.delta = torch.empty_like(saved, device=self.delta.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _candidate(

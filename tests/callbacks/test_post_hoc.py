@@ -37,17 +37,18 @@ def test_fits_to_the_final_weights():
 
 
 def test_every_kept_file_has_the_calibrator_of_its_own_weights(tmp_path):
-    module, callback = Foreign(lr=3.0), PostHocCalibrate(Temperature(), loader(50, seed=7))
-    keeper = ModelCheckpoint(tmp_path, filename="best", monitor="foreign_loss", mode="max", save_last=True)
-    trainer_with(callback, keeper, epochs=4).fit(module, loader(40), loader(37, seed=1))
+    module, callback = Foreign(lr=0.02), PostHocCalibrate(Temperature(), loader(50, seed=7))
+    keeper = ModelCheckpoint(tmp_path, filename="best", monitor="foreign_loss", mode="max")
+    newest = ModelCheckpoint(tmp_path, filename="newest")
+    trainer_with(callback, keeper, newest, epochs=4).fit(module, loader(40), loader(37, seed=1))
     final = {name: value.clone() for name, value in module.state_dict().items()}
     found = {}
-    for name in ("best", "last"):
+    for name in ("best", "newest"):
         path = tmp_path / f"{name}.ckpt"
         saved = Foreign.load_from_checkpoint(path)
         found[name] = float(load_calibrator(path).beta)
         assert found[name] == pytest.approx(beta_of(saved.net), rel=1e-9), name
-    assert found["best"] != found["last"] == pytest.approx(float(callback.calibrator.beta))
+    assert found["best"] != found["newest"] == pytest.approx(float(callback.calibrator.beta))
     assert all(torch.equal(value, final[name]) for name, value in module.state_dict().items())
     # a resumed training and a later test take it from the checkpoint
     again = PostHocCalibrate(Temperature(), loader(50, seed=7))

@@ -40,7 +40,7 @@ def monitor_and_calibrate(rank: int, world: int, folder: str, broken_rank: int |
     data = ToyDataModule(SplitSpec(val=41, calibration=53), batch_size=8)
     module = Own()
     if broken_rank == rank:
-        module.register_forward_hook(lambda own, inputs, output: output if own.training else output * torch.nan)
+        module.net.register_forward_hook(lambda net, inputs, output: output if net.training else output * torch.nan)
     calibrate = PostHocCalibrate(Temperature())
     keeper = ModelCheckpoint(folder, filename="kept")
     callbacks = [CalibrationMonitor(figures_every=0), keeper]

@@ -16,11 +16,13 @@ class Row(NamedTuple):
     Attributes:
         new: Makes one that is not fitted.
         identity: Whether an NLL fit over a family that contains the identity, which can never be worse on its own rows.
+        shift: Whether a constant added to all logits of a row changes nothing, as in the uncalibrated probabilities.
         exact_order: Whether a fit is the same, bit for bit or to 1e-6, for rows in any order.
     """
 
     new: Callable[[], P.Calibrator]
     identity: bool = False
+    shift: bool = True
     exact_order: bool = True
 
 
@@ -31,11 +33,13 @@ ROWS = {
     "ECETemperature": Row(P.ECETemperature),
     "EnsembleTemperature": Row(P.EnsembleTemperature),
     "EnsembleTemperature-nll": Row(lambda: P.EnsembleTemperature("nll"), identity=True),
-    "VectorScaling": Row(P.VectorScaling, identity=True),
-    "MatrixScaling": Row(P.MatrixScaling, identity=True),
-    "MatrixScalingODIR": Row(lambda: P.MatrixScalingODIR((0.01, 1.0), folds=2), identity=True, exact_order=False),
+    "VectorScaling": Row(P.VectorScaling, identity=True, shift=False),
+    "MatrixScaling": Row(P.MatrixScaling, identity=True, shift=False),
+    "MatrixScalingODIR": Row(
+        lambda: P.MatrixScalingODIR((0.01, 1.0), folds=2), identity=True, shift=False, exact_order=False
+    ),
     "MatrixScalingODIR-ensemble": Row(
-        lambda: P.MatrixScalingODIR((0.1, 1.0), folds=3, ensemble=True), exact_order=False
+        lambda: P.MatrixScalingODIR((0.1, 1.0), folds=3, ensemble=True), shift=False, exact_order=False
     ),
     "Dirichlet": Row(lambda: P.Dirichlet((0.01, 1.0), folds=2), identity=True, exact_order=False),
     "StructuredVectorScaling": Row(P.StructuredVectorScaling),

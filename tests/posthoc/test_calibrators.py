@@ -78,7 +78,7 @@ def test_report_says_what_the_rows_say(name):
     assert report.nll_before == pytest.approx(0.670436471058, abs=1e-11)
     assert report.ece_before == pytest.approx(0.054325825305, abs=1e-11)
     assert report.nll_after == pytest.approx(float(metrics.nll(prediction.logits, labels)), abs=1e-12)
-    ece = metrics.ece(prediction.logits, labels, prediction.confidence)
+    ece = metrics.ece(prediction.logits, labels, confidence=prediction.confidence)
     assert report.ece_after == pytest.approx(float(ece), abs=1e-12)
     change = float((prediction.logits.argmax(1) == labels).double().mean()) - 0.764
     assert report.accuracy_change == pytest.approx(change, abs=1e-12)
@@ -98,6 +98,8 @@ def test_keeps_the_predicted_class_where_it_says_so(name):
 
 @ALL
 def test_what_is_added_to_a_row_changes_nothing(name):
+    if not ROWS[name].shift:
+        pytest.skip("W (z + c) is not W z + c")
     logits, labels, features = the_set()
     shift = torch.linspace(-30, 30, len(logits), dtype=torch.float64).unsqueeze(1)
     one = applied(fitted(name), logits, features)

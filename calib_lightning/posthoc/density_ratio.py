@@ -1,0 +1,194 @@
+"""Calibration by the densities of right and wrong predictions over confidence and proximity (Xiong et al., 2023)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
+
+FEWEST = 5
+"""With fewer right or fewer wrong predictions there is no density to speak of."""
+
+FLOOR = 1e-10
+"""Density below which the confidence is left as it was."""
+
+_LEAST_SPREAD = 1e-3
+_BLOCK = 2**22
+
+
+def proximity(features: Tensor, reference: Tensor, neighbours: int, power: float, *, own: Tensor | None) -> Tensor:
+    """Nearness to a set, ``D(x) = mean_k exp(-d_k^power)`` over the nearest neighbours.
+
+    Args:
+        features: ``(N, d)``, each row of length one.
+        reference: ``(M, d)``, each row of length one.
+        neighbours: How many neighbours, at most M (M - 1 with ``own``).
+        power: Exponent of the Euclidean distance ``d_k``.
+        own: Place ``(N,)`` of each row in the reference, where it is no neighbour of itself; ``None`` for other rows.
+
+    Returns:
+        ``(N,)`` in ``[0, 1]``.
+
+    Example:
+        >>> circle = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> proximity(circle, circle, 1, 2.0, own=torch.arange(2))  # the squared distance is 2
+        tensor([0.1353, 0.1353])
+    """
+    cosine = features @ reference.T
+    if own is not None:
+        cosine.scatter_(1, own.unsqueeze(1), -torch.inf)
+    nearest = cosine.topk(neighbours, dim=1).values
+    squared = (2.0 - 2.0 * nearest).clamp_min(0.0)
+    return torch.exp(-squared.pow(0.5 * power)).mean(dim=1)
+
+
+def log_density(points: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
+    """Logarithm of a kernel density estimate with a Gaussian kernel, a product over the columns.
+
+    Args:
+        points: ``(N, c)``.
+        centres: ``(M, c)``.
+        widths: Bandwidth of each column, ``(c,)``.
+
+    Returns:
+        ``(N,)``.
+
+    Example:
+        >>> log_density(torch.zeros(1, 2), torch.zeros(3, 2), torch.ones(2)).exp()  # 1 / (2 pi)
+        tensor([0.1592])
+    """
+    exponent = torch.zeros(points.shape[0], centres.shape[0], dtype=points.dtype, device=points.device)
+    # Column by column: a tensor of all differences would be larger.
+    for column in range(points.shape[1]):
+        gap = (points[:, column : column + 1] - centres[:, column]) / widths[column]
+        exponent = exponent - 0.5 * gap * gap
+    scale = math.log(centres.shape[0]) + 0.5 * points.shape[1] * math.log(2.0 * math.pi)
+    return torch.logsumexp(exponent, dim=1) - torch.log(widths).sum() - scale
+
+
+def reference_widths(points: Tensor) -> Tensor:
+    """Normal-reference bandwidths, ``1.06 std_j m^(-1 / (4 + c))``; a spread below 1e-3 counts as 1e-3.
+
+    Args:
+        points: ``(m, c)``.
+
+    Returns:
+        ``(c,)``.
+    """
+    rows, columns = points.shape
+    shrinking: float = rows ** (-1.0 / (4 + columns))
+    return points.std(dim=0, correction=0).clamp_min(_LEAST_SPREAD) * (1.06 * shrinking)
+
+
+class DensityRatio(Calibrator):
+    """Proximity-informed calibration by density ratios (Xiong et al., NeurIPS 2023).
+
+    With c the confidence and D the proximity of a row to the calibration rows (the mean of ``exp(-d^power)`` over its
+    nearest neighbours there, features scaled to length one), f1 and f0 the densities of (c, D) over the right and the
+    wrong calibration rows, and n1 and n0 their numbers, ``c' = f1 / (f1 + f0 n0 / n1)``. The densities are Gaussian
+    kernel estimates with bandwidths ``1.06 std n^(-1/6)``. The other classes share ``1 - c'`` in their old proportions,
+    and the predicted class is kept as in `with_top_confidence`. It is mostly put behind a temperature.
+
+    It keeps the features of all calibration rows, and the cost of a row is proportional to their number.
+
+    Args:
+        neighbours: Number of neighbours, at least 1.
+        distance_power: Exponent of the Euclidean distance; 2 is what the code of the authors does, 1 what they write.
+
+    Raises:
+        ValueError: An argument out of range.
+
+    Deviations:
+        Where both densities fall below 1e-10, that code returns a confidence of 0. Here ``1e-10 c`` is added to f1 and
+        ``1e-10 (1 - c)`` to the other term, so that far from all calibration rows the confidence stays c. With fewer
+        than 5 right or wrong calibration rows nothing is changed, and the report says so.
+
+    Example:
+        >>> logits, labels, features = torch.randn(60, 3), torch.arange(60) % 3, torch.randn(60, 8)
+        >>> DensityRatio().fit(logits, labels, features).predict(logits, features).confidence.shape
+        torch.Size([60])
+    """
+
+    preserves_argmax = True
+    full_distribution = False
+    needs_features = True
+
+    reference: Tensor
+    right: Tensor
+    wrong: Tensor
+
+    def __init__(self, neighbours: int = 10, distance_power: float = 2.0) -> None:
+        super().__init__()
+        if neighbours < 1:
+            raise ValueError(f"neighbours={neighbours!r}: it must be at least 1; 10 is customary")
+        if not 0.0 < distance_power < math.inf:
+            raise ValueError(f"distance_power={distance_power!r}: it must be above 0, such as 2")
+        self.neighbours, self.distance_power = neighbours, distance_power
+        self.register_state("reference", "right", "wrong")
+
+    def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
+        """Note where the right and the wrong rows lie; see `Calibrator.fit_rows`."""
+        assert features is not None
+        correct = logits.argmax(dim=1) == labels
+        rows, hits = len(labels), int(correct.sum())
+        if min(hits, rows - hits) < FEWEST:
+            self.reference = features[:0]
+            self.right = self.wrong = torch.zeros(0, 2, dtype=torch.float64, device=logits.device)
+            note = (
+                f"{hits} right and {rows - hits} wrong predictions are too few for densities (at least {FEWEST} of "
+                "each): the confidence is not changed"
+            )
+            return Optimum(notes=(note,))
+        reference = F.normalize(features, dim=1)
+        neighbours = min(self.neighbours, rows - 1)
+        near = [
+            proximity(reference[own], reference, neighbours, self.distance_power, own=own)
+            for own in torch.split(torch.arange(rows, device=logits.device), _step(rows))
+        ]
+        points = torch.stack([_confidence(logits), torch.cat(near).double()], dim=1)
+        self.reference, self.right, self.wrong = reference, points[correct], points[~correct]
+        return Optimum()
+
+    def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """Give the predicted class the ratio; see `Calibrator.transform`."""
+        return with_top_confidence(logits, self._log_odds(logits, features))
+
+    def top_confidence(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """The ratio c', ``(N,)`` float64, which may be below ``1 / K``."""
+        return torch.sigmoid(self._log_odds(logits, features))
+
+    def _log_odds(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        assert features is not None
+        if self.reference.shape[0] == 0:
+            return top_log_odds(logits.double())
+        if torch.compiler.is_compiling():  # an exported graph takes all its rows at once
+            return self._block_log_odds(logits, features)
+        step = _step(len(self.reference))
+        blocks = zip(torch.split(logits, step), torch.split(features, step), strict=True)
+        return torch.cat([self._block_log_odds(*block) for block in blocks])
+
+    def _block_log_odds(self, logits: Tensor, features: Tensor) -> Tensor:
+        odds = top_log_odds(logits.double())
+        reference = self.reference.to(features.dtype)
+        neighbours = min(self.neighbours, reference.shape[0])
+        near = proximity(F.normalize(features, dim=1), reference, neighbours, self.distance_power, own=None)
+        points = torch.stack([torch.sigmoid(odds), near.double()], dim=1)
+        right = log_density(points, self.right, reference_widths(self.right))
+        wrong = log_density(points, self.wrong, reference_widths(self.wrong))
+        wrong = wrong + math.log(self.wrong.shape[0] / self.right.shape[0])
+        floor = math.log(FLOOR)
+        return torch.logaddexp(right, floor + F.logsigmoid(odds)) - torch.logaddexp(wrong, floor + F.logsigmoid(-odds))
+
+
+def _confidence(logits: Tensor) -> Tensor:
+    step = max(1, _BLOCK // logits.shape[1])
+    return torch.sigmoid(torch.cat([top_log_odds(block.double()) for block in torch.split(logits, step)]))
+
+
+def _step(columns: int) -> int:
+    return max(1, _BLOCK // columns)

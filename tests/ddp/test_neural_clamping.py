@@ -1,0 +1,59 @@
+"""Neural Clamping on two processes ends where one process with all rows does."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from tests.ddp import clamping_cases as cases
+
+
+def alone(kind):
+    image, label = cases.all_rows()
+    clamping = cases.method(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cases.plain(clamping.fit(cases.network(), image, label, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "loader"),
+    [
+        ("random", [45, 45], False),
+        ("data", [61, 29], False),
+        ("data", [61, 29], True),
+        ("data", [90, 0], False),
+        ("exact", [61, 29], True),
+        ("exact", [0, 90], False),
+    ],
+)
+def test_full_batches_end_where_one_process_does(pool2, kind, sizes, loader):
+    first, second = pool2.run(cases.case_fit, kind, sizes, loader, 200)
+    assert first == second, "the processes differ"
+    expected = alone(kind)
+    assert first["report"]["rows"] == cases.TOTAL
+    np.testing.assert_allclose(first["delta"], expected["delta"], atol=1e-9)
+    assert first["log_t"] == pytest.approx(expected["log_t"], abs=1e-9)
+    assert first["log_t"] != 0.0
+    assert first["report"]["start_moved"] == expected["report"]["start_moved"]
+    for ours, theirs in zip(first["report"]["candidates"], expected["report"]["candidates"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_mini_batches_of_different_numbers_end_equal(pool2, loader):
+    first, second = pool2.run(cases.case_fit, "data", [70, 20], loader, 16)
+    assert first == second
+    assert first["log_t"] != 0.0
+
+
+def test_a_fault_of_one_process_is_told_on_both(pool2):
+    other, faulty = pool2.run(cases.case_fault)
+    assert "label 9" in faulty
+    assert "1 of the other processes found a fault" in other
+
+
+def test_only_the_first_process_has_a_bar(pool2):
+    first, second = pool2.run(cases.case_bar)
+    assert "Neural Clamping: 100%" in first
+    assert second == ""
