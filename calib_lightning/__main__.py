@@ -33,6 +33,13 @@ def main(argv: list[str] | None = None) -> int:
         from calib_lightning.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
+    if arguments[:1] == ["predict"]:
+        from calib_lightning.deploy.arguments import is_for_images
+
+        if is_for_images(arguments):
+            from calib_lightning.deploy.command import main as predict
+
+            return predict(arguments[1:])
 
     from calib_lightning.cli import CalibCLI
     from calib_lightning.config_search import resolve_configs

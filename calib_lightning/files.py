@@ -29,3 +29,27 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def numbered_folder(wanted: Path) -> Path:
+    """Make a new folder: ``wanted``, or ``wanted-2``, ``wanted-3``, ... where that exists.
+
+    Args:
+        wanted: Path of the folder; missing folders above it are made.
+
+    Returns:
+        Path of the folder that was made.
+
+    Raises:
+        OSError: If the folder cannot be made (read-only parent, no space).
+    """
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from calib_lightning.files import write_whole
+from calib_lightning.files import numbered_folder, write_whole
 
 _ENVIRONMENT = "CALIB_RUN_FOLDER"
 
@@ -33,16 +33,7 @@ def create_run_folder(wanted: str | Path) -> Path:
     wanted = Path(wanted)
     if not _is_rank_zero():
         return Path(os.environ.get(_ENVIRONMENT, wanted))
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return use_run_folder(folder)
+    return use_run_folder(numbered_folder(wanted))
 
 
 def use_run_folder(folder: Path) -> Path:

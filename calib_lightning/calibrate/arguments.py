@@ -55,9 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "run", nargs="?", type=Path, metavar="RUN", help="a folder of `calib fit`, or see --calibration"
-    )
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run, or see --calibration")
     parser.add_argument(
         "--calibrators",
         action="append",
@@ -66,9 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="name all calibrators and end")
     data = parser.add_argument_group("files in place of a run")
-    data.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="scores and labels that calibrators are fitted on"
-    )
+    data.add_argument("--calibration", type=Path, metavar="FILE", help="scores and labels to fit to")
     data.add_argument(
         "--test",
         action="extend",
@@ -76,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         type=Path,
         metavar="FILE",
-        help="scores and labels that they are measured on",
+        help="scores and labels to measure on",
     )
     data.add_argument(
         "--labels",

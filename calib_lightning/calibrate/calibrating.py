@@ -5,21 +5,45 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, NamedTuple
 
 from calib_lightning import posthoc
 from calib_lightning.calibrate.arguments import DEFAULT_CALIBRATOR, Options, split_names
 from calib_lightning.calibrate.reading import Inputs, Source
 from calib_lightning.metrics import EvaluationState
 from calib_lightning.posthoc import Calibrator, parse
+from calib_lightning.posthoc.binary import BinaryCalibrator
+from calib_lightning.posthoc.neural_clamping import NeuralClamping
 from calib_lightning.score.reading import Predictions
-from calib_lightning.score.scoring import Figures, calibrated, figures_of, states_of, value_notes, with_logits
+from calib_lightning.score.scoring import (
+    Figures,
+    calibrated,
+    figures_of,
+    states_of,
+    value_notes,
+    warnings_as_notes,
+    with_logits,
+)
+
+if TYPE_CHECKING:
+    from calib_lightning.calibrate.network import RunNetwork
+
+AnyCalibrator = Calibrator | NeuralClamping
 
 UNCALIBRATED = "uncalibrated"
 """Name of the row of the network as it is."""
 
 NOTICEABLE = 0.005
 """A loss of accuracy or of correctness AUROC, as a fraction, that is worth a note."""
+
+
+LOST_REFINEMENT = (
+    "where the correctness AUROC falls, confidences tell right from wrong answers less well; no calibration error "
+    "shows that"
+)
+"""What is said, once, where a calibrator lowers it noticeably."""
 
 
 class Fitted(NamedTuple):
@@ -30,7 +54,7 @@ class Fitted(NamedTuple):
         notes: What its fit warned of.
     """
 
-    calibrator: Calibrator
+    calibrator: AnyCalibrator
     notes: list[str]
 
 
@@ -55,6 +79,7 @@ class Report(NamedTuple):
         rows: For each set a row for `UNCALIBRATED` and one for each calibrator.
         failed: Why calibrators are not among them, by name.
         notes: What a reader of the figures should know.
+        checkpoint: The network that was loaded, or ``None``.
     """
 
     inputs: Inputs
@@ -62,9 +87,10 @@ class Report(NamedTuple):
     rows: dict[str, dict[str, Row]]
     failed: dict[str, str]
     notes: list[str]
+    checkpoint: Path | None
 
 
-def named_calibrators(texts: Sequence[str] | None) -> list[Calibrator]:
+def named_calibrators(texts: Sequence[str] | None) -> list[AnyCalibrator]:
     """Build the calibrators of a command line.
 
     Args:
@@ -77,28 +103,39 @@ def named_calibrators(texts: Sequence[str] | None) -> list[Calibrator]:
         ValueError: A text cannot be read, or names no calibrator.
     """
     names = [name for text in texts or [DEFAULT_CALIBRATOR] for name in split_names(text)]
-    built = [parse(name, Calibrator) for name in names]  # type: ignore[type-abstract]
+    built = [_built(name) for name in names]
     return list({calibrator.name: calibrator for calibrator in built}.values())
 
 
+def _built(text: str) -> AnyCalibrator:
+    if text.partition("(")[0] == NeuralClamping.__name__:
+        return parse(text, NeuralClamping)
+    return parse(text, Calibrator)  # type: ignore[type-abstract]
+
+
 def all_calibrators() -> Iterator[str]:
-    """One line for every calibrator: its name and the first sentence of its docstring.
+    """One line for everything that ``--calibrators`` takes: its name and the first sentence of its docstring.
 
     Yields:
-        The lines.
+        The lines, under a heading for each kind.
     """
-    found = {name: getattr(posthoc, name) for name in posthoc.__all__}
-    names = [
-        name
-        for name, item in found.items()
-        if isinstance(item, type) and issubclass(item, Calibrator) and not inspect.isabstract(item)
-    ]
-    for name in sorted(names):
-        first = (inspect.getdoc(found[name]) or "").partition("\n\n")[0]
-        yield f"{name:<{max(map(len, names))}}  {' '.join(first.split())}"
+    kinds: dict[str, type | UnionType] = {
+        "calibrators:": AnyCalibrator,
+        "calibrators of one probability, for OneVsRest(...) and TopLabel(...):": BinaryCalibrator,
+    }
+    exported = {name: getattr(posthoc, name) for name in posthoc.__all__}
+    classes = {name: item for name, item in exported.items() if isinstance(item, type) and not inspect.isabstract(item)}
+    for heading, kind in kinds.items():
+        names = sorted(name for name, item in classes.items() if issubclass(item, kind))
+        yield heading
+        for name in names:
+            first = (inspect.getdoc(classes[name]) or "").partition("\n\n")[0]
+            yield f"  {name:<{max(map(len, names))}}  {' '.join(first.split())}"
 
 
-def calibrate(options: Options, calibrators: Sequence[Calibrator], inputs: Inputs) -> Report:
+def calibrate(
+    options: Options, calibrators: Sequence[AnyCalibrator], inputs: Inputs, network: RunNetwork | None
+) -> Report:
     """Fit every calibrator to the calibration rows and measure it on every test set.
 
     One that fails is left out, and why is in the report.
@@ -106,64 +143,75 @@ def calibrate(options: Options, calibrators: Sequence[Calibrator], inputs: Input
     Args:
         options: The command line.
         calibrators: Not fitted.
-        inputs: The sets.
+        inputs: The sets, with features where a calibrator needs them.
+        network: That of the run, where a calibrator needs it.
 
     Returns:
         The report.
     """
     notes = list(inputs.notes)
     rows: dict[str, dict[str, Row]] = {}
+    said: dict[str, list[str]] = {}
     for test in inputs.tests:
-        rows[test.name] = {UNCALIBRATED: _row(options, test, UNCALIBRATED, test.predictions, notes)}
+        row, said[test.name] = _row(options, test.predictions)
+        rows[test.name] = {UNCALIBRATED: row}
+        notes += [f"{test.name}: {note}" for note in said[test.name]]
     fitted: dict[str, Fitted] = {}
     failed: dict[str, str] = {}
     for calibrator in calibrators:
         name = calibrator.name
         try:
-            found = _fit(calibrator, inputs.calibration)
-            applied = [calibrated(calibrator, with_logits(test.predictions), test.features) for test in inputs.tests]
+            found = _fit(calibrator, inputs.calibration, network)
+            applied = [_applied(calibrator, test, network) for test in inputs.tests]
         except Exception as error:  # whatever is wrong with one must not cost the others
             failed[name] = " ".join(str(error).split()) or type(error).__name__
             continue
         fitted[name] = found
         for test, predictions in zip(inputs.tests, applied, strict=True):
-            rows[test.name][name] = _row(options, test, name, predictions, notes)
+            rows[test.name][name], new = _row(options, predictions)
+            notes += [f"{test.name}, {name}: {note}" for note in new if note not in said[test.name]]
             notes += _losses(test, name, predictions)
-    return Report(inputs, fitted, rows, failed, list(dict.fromkeys(notes)))
+    checkpoint = None if network is None else network.checkpoint
+    notes = sorted(dict.fromkeys(notes), key=LOST_REFINEMENT.__eq__)  # behind all that it explains
+    return Report(inputs, fitted, rows, failed, notes, checkpoint)
 
 
-def _fit(calibrator: Calibrator, source: Source) -> Fitted:
+def _fit(calibrator: AnyCalibrator, source: Source, network: RunNetwork | None) -> Fitted:
+    warned: list[str] = []
+    with warnings_as_notes(warned):
+        if isinstance(calibrator, Calibrator):
+            calibrator.fit(source.logits, source.predictions.labels, source.features)
+        else:
+            assert network is not None
+            network.fit(calibrator)
     where = f"{type(calibrator).__name__}.fit: "
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        calibrator.fit(source.logits, source.predictions.labels, source.features)
-    return Fitted(calibrator, list(dict.fromkeys(str(warning.message).removeprefix(where) for warning in caught)))
+    return Fitted(calibrator, list(dict.fromkeys(note.removeprefix(where) for note in warned)))
 
 
-def _row(options: Options, test: Source, name: str, predictions: Predictions, notes: list[str]) -> Row:
-    states = states_of(options, predictions, details=options.intervals is not None)
-    figures, warned = figures_of(options, states)
-    notes += [f"{test.name}, {name}: {note}" for note in (*value_notes(predictions, figures.values), *warned)]
-    return Row(figures, predictions.confidence is not None)
+def _applied(calibrator: AnyCalibrator, test: Source, network: RunNetwork | None) -> Predictions:
+    if isinstance(calibrator, Calibrator):
+        return calibrated(calibrator, with_logits(test.predictions), test.features)
+    assert network is not None
+    return test.predictions._replace(scores=network.clamped_logits(calibrator, test.name), confidence=None)
+
+
+def _row(options: Options, predictions: Predictions) -> tuple[Row, list[str]]:
+    figures, warned = figures_of(options, states_of(options, predictions, details=options.intervals is not None))
+    row = Row(figures, predictions.confidence is not None)
+    return row, list(dict.fromkeys([*value_notes(predictions, figures.values), *warned]))
+
+
+_QUALITIES = {"accuracy": "accuracy", "correctness_auroc": "correctness AUROC"}
 
 
 def _losses(test: Source, name: str, predictions: Predictions) -> Iterator[str]:
     before, after = _quality(test.predictions), _quality(predictions)
-    for key, (title, meaning) in _QUALITIES.items():
-        if before[key] - after[key] > NOTICEABLE:
-            yield (
-                f"{test.name}: {name} lowers the {title} from {100 * before[key]:.2f} to {100 * after[key]:.2f} %, "
-                f"{meaning}"
-            )
-
-
-_QUALITIES = {
-    "accuracy": ("accuracy", "as it changes which class is predicted"),
-    "correctness_auroc": (
-        "correctness AUROC",
-        "so that its confidences tell right from wrong answers less well, which calibration errors do not show",
-    ),
-}
+    lost = [key for key in _QUALITIES if before[key] - after[key] > NOTICEABLE]
+    said = [f"the {_QUALITIES[key]} from {100 * before[key]:.2f} to {100 * after[key]:.2f} %" for key in lost]
+    if said:
+        yield f"{test.name}: {name} lowers {' and '.join(said)}"
+    if "correctness_auroc" in lost:
+        yield LOST_REFINEMENT
 
 
 def _quality(predictions: Predictions) -> dict[str, float]:

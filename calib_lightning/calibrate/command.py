@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from calib_lightning.calibrate.arguments import Options, make_parser, parse
 from calib_lightning.score.command import check_writable, one_line
 
 if TYPE_CHECKING:
-    from calib_lightning.calibrate.calibrating import Report
-    from calib_lightning.posthoc import Calibrator
+    from calib_lightning.calibrate.calibrating import AnyCalibrator, Report
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     options = parse(parser, argv)
     # These imports take seconds.
     from calib_lightning.calibrate.calibrating import all_calibrators, named_calibrators
+    from calib_lightning.posthoc.neural_clamping import NeuralClamping
     from calib_lightning.score.scoring import selected_metrics
 
     if options.list:
@@ -40,9 +41,12 @@ def main(argv: list[str]) -> int:
         selected_metrics(options.metrics, classes=2)
     except ValueError as error:
         parser.error(one_line(error))
+    for calibrator in calibrators:
+        if isinstance(calibrator, NeuralClamping) and options.run is None:
+            parser.error(f"{calibrator.name} needs the network and its images: give a RUN")
     try:
         report = _report(options, calibrators)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, UnpicklingError) as error:
         print(f"calib: error: {one_line(error)}", file=sys.stderr)
         return 1
     for name, reason in report.failed.items():
@@ -50,28 +54,33 @@ def main(argv: list[str]) -> int:
     return 1 if report.failed else 0
 
 
-def _report(options: Options, calibrators: Sequence[Calibrator]) -> Report:
+def _report(options: Options, calibrators: Sequence[AnyCalibrator]) -> Report:
     from rich.console import Console
 
     from calib_lightning.calibrate.calibrating import calibrate
     from calib_lightning.calibrate.reading import read_inputs
     from calib_lightning.calibrate.writing import as_text, write_folder
+    from calib_lightning.posthoc import Calibrator
 
     output = options.output
     if output is None and options.run is not None:
         output = options.run / "calibrate"
     if output is not None:
-        output = output.resolve()
+        output = output if output.name else output.resolve()
         check_writable(output.parent, "--output")
-    inputs = read_inputs(options, features=any(calibrator.needs_features for calibrator in calibrators))
-    report = calibrate(options, calibrators, inputs)
+    more = any(not isinstance(calibrator, Calibrator) or calibrator.needs_features for calibrator in calibrators)
+    inputs, network = read_inputs(options, features=more), None
+    if more and options.run is not None:
+        from calib_lightning.calibrate.network import RunNetwork  # only now the trainer is needed
+
+        network = RunNetwork(options.run)
+        inputs = network.with_features(inputs)
+    report = calibrate(options, calibrators, inputs, network)
     console = Console()
     sys.stdout.write(as_text(report, options, console if console.is_terminal else None))
     if output is None:
         print("Nothing was written; --output DIR keeps the fitted calibrators and the report.")
     else:
         folder = write_folder(report, options, output)
-        print(
-            f"The calibrators and the report are in {folder}; calib score FILE --calibrator {folder}/NAME.pt uses one."
-        )
+        print(f"The calibrators and the report are in {folder}; `calib score FILE --calibrator CAL.pt` applies one.")
     return report

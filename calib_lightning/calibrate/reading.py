@@ -137,14 +137,10 @@ def _from_files(options: Options) -> tuple[Source, list[Source]]:
                 "measured on looks better than it is: give held-out rows of their own"
             )
     names = Names(options.scores_key, options.labels_key)
-    sources = [
-        Source(
-            name,
-            [path, *([] if of_labels is None else [of_labels])],
-            read_predictions(path, options.input, names, of_labels),
-        )
-        for name, path, of_labels in zip(["calibration", *unique_names(options.test)], paths, labels, strict=True)
-    ]
+    sources = []
+    for name, path, of_labels in zip(["calibration", *unique_names(options.test)], paths, labels, strict=True):
+        files = [path] if of_labels is None else [path, of_labels]
+        sources.append(Source(name, files, read_predictions(path, options.input, names, of_labels)))
     return sources[0], sources[1:]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from rich.console import Console
 
 import calib_lightning
 from calib_lightning.calibrate.arguments import Options
-from calib_lightning.calibrate.calibrating import UNCALIBRATED, Fitted, Report, Row
+from calib_lightning.calibrate.calibrating import UNCALIBRATED, AnyCalibrator, Fitted, Report, Row
 from calib_lightning.calibrate.reading import Source, sha256_of
-from calib_lightning.files import write_whole
+from calib_lightning.files import numbered_folder, write_whole
 from calib_lightning.posthoc import FitReport, save_calibrator
+from calib_lightning.posthoc.neural_clamping import NeuralClamping
 from calib_lightning.report import show
 from calib_lightning.score.writing import (
     Entry,
@@ -60,7 +62,7 @@ def write_folder(report: Report, options: Options, wanted: Path) -> Path:
     Raises:
         OSError: It cannot be written.
     """
-    folder = _new_folder(wanted)
+    folder = numbered_folder(wanted)
     files = _file_names(list(report.fitted))
     for name, fitted in report.fitted.items():
         save_calibrator(fitted.calibrator, folder / files[name])
@@ -69,18 +71,6 @@ def write_folder(report: Report, options: Options, wanted: Path) -> Path:
     text = json_text(_content(report, options, files))
     write_whole(folder / "report.json", lambda file: file.write(text.encode()))
     return folder
-
-
-def _new_folder(wanted: Path) -> Path:
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    folder, number = wanted, 2
-    while True:
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
-        else:
-            return folder
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:
@@ -99,6 +89,8 @@ def _content(report: Report, options: Options, files: dict[str, str]) -> dict[st
     settings = figure_settings(options) | {"calibrators": [*report.fitted, *report.failed]}
     if options.run is not None:
         settings["run"] = str(options.run)
+    if report.checkpoint is not None:
+        settings["checkpoint"] = {"file": str(report.checkpoint), "sha256": sha256_of(report.checkpoint)}
     return {
         "calib_lightning": calib_lightning.__version__,
         "settings": settings,
@@ -138,39 +130,56 @@ def _row_content(name: str, row: Row) -> dict[str, Any]:
 
 
 def _fit_content(fitted: Fitted) -> dict[str, Any]:
-    return {**_report_of(fitted)._asdict(), "notes": fitted.notes}
-
-
-def _report_of(fitted: Fitted) -> FitReport:
-    assert fitted.calibrator.report is not None
-    return fitted.calibrator.report
+    calibrator = fitted.calibrator
+    if isinstance(calibrator, NeuralClamping):
+        assert calibrator.report is not None
+        runs = {
+            "chosen": calibrator.report.chosen._asdict(),
+            "candidates": [run._asdict() for run in calibrator.report.candidates],
+        }
+        return {**calibrator.report._asdict(), **runs, "notes": fitted.notes}
+    assert calibrator.report is not None
+    return {**calibrator.report._asdict(), "notes": fitted.notes}
 
 
 def _grids(report: Report, options: Options) -> Iterator[Grid]:
     for source in report.inputs.tests:
         rows, classes = source.predictions.scores.shape
         entries = [Entry(name, [], row.figures) for name, row in report.rows[source.name].items()]
-        yield from figure_grids(
-            f"{source.name}: {rows:,} rows, {classes:,} classes, {bins_title(options)}", [""], entries
-        )
+        title = f"{source.name}: {rows:,} rows, {classes:,} classes, {bins_title(options)}"
+        yield from figure_grids(title, [""], entries)
     if report.fitted:
         rows = len(report.inputs.calibration.predictions.labels)
         header = ["calibrator", "converged", "passes", "gradient", "at bound", "NLL", "ECE %", "accuracy change %"]
-        fits = [[name, *_fit_cells(_report_of(fitted))] for name, fitted in report.fitted.items()]
+        fits = [[name, *_fit_cells(fitted.calibrator)] for name, fitted in report.fitted.items()]
         yield Grid(f"fits to the {rows:,} calibration rows, with the figures of these rows", header, fits)
 
 
-def _fit_cells(fit: FitReport) -> list[str]:
-    gradient = "-" if fit.gradient_norm != fit.gradient_norm else f"{fit.gradient_norm:.1e}"
-    return [
-        "yes" if fit.converged else "no",
-        f"{fit.passes:,}",
-        gradient,
-        "yes" if fit.at_bound else "no",
-        f"{show(fit.nll_before, percent=False)} → {show(fit.nll_after, percent=False)}",
-        f"{show(fit.ece_before, percent=True)} → {show(fit.ece_after, percent=True)}",
-        f"{100 * fit.accuracy_change:+.2f}",
-    ]
+def _fit_cells(calibrator: AnyCalibrator) -> list[str]:
+    if isinstance(calibrator, NeuralClamping):
+        assert calibrator.report is not None
+        chosen = calibrator.report.chosen
+        how = ["-"] * 4  # it is stopped after a number of epochs, and notes say if that was too early
+        before, after = (calibrator.report.nll_before, calibrator.report.ece_before), (chosen.nll, chosen.ece)
+        change = chosen.accuracy_change
+    else:
+        assert calibrator.report is not None
+        fit = calibrator.report
+        how = [_yes(fit.converged), f"{fit.passes:,}", _gradient(fit), _yes(fit.at_bound)]
+        before, after, change = (fit.nll_before, fit.ece_before), (fit.nll_after, fit.ece_after), fit.accuracy_change
+    nll, ece = (
+        f"{show(one, percent)} → {show(other, percent)}"
+        for one, other, percent in zip(before, after, (False, True), strict=True)
+    )
+    return [*how, nll, ece, f"{100 * change:+.2f}"]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _gradient(fit: FitReport) -> str:
+    return "-" if math.isnan(fit.gradient_norm) else f"{fit.gradient_norm:.1e}"
 
 
 def _remarks(report: Report, options: Options) -> Iterator[str]:

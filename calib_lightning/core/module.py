@@ -490,7 +490,23 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
     Example:
         ``module = load_module("runs/quickstart/checkpoints/best.ckpt")``
     """
-    checkpoint = load_checkpoint(path, map_location)
+    return module_of(load_checkpoint(path, map_location)).to(map_location)
+
+
+def module_of(checkpoint: dict[str, Any]) -> ClassificationModule:
+    """Rebuild the trained module from a loaded checkpoint, as `load_module` does from a file.
+
+    Args:
+        checkpoint: A checkpoint as `load_checkpoint` returns it.
+
+    Returns:
+        The module in ``eval()`` mode.
+
+    Raises:
+        RuntimeError: If the weights do not fit the module that is described.
+        TypeError: If it describes a head with arguments that its class does not take.
+        ValueError: If it was not written by a `ClassificationModule` or names a class that is not known.
+    """
     record = module_record(checkpoint)
     cls = find_class(record["class_path"], ClassificationModule)
     hyper_parameters = dict(checkpoint.get("hyper_parameters", {}))
@@ -506,7 +522,7 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
     state = {k: v for k, v in checkpoint["state_dict"].items() if k in known or not k.startswith(losses)}
     state |= {k: v for k, v in known.items() if k.startswith(losses) and k not in state}
     module.load_state_dict(state)
-    return module.to(map_location).eval()
+    return module.eval()
 
 
 def _accepted(cls: type[ClassificationModule], hyper_parameters: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,16 @@
 """A network and its calibrator as one classifier to keep, export and use: label, confidence, abstain."""
 
-from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
-from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
-from calib_lightning.deploy.export import ExportedClassifier, ParityError, export_onnx, export_torch, load_exported
-from calib_lightning.deploy.preprocessing import Preprocessing
-from calib_lightning.deploy.saving import load_classifier, save_classifier
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
+    from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
+    from calib_lightning.deploy.export import ExportedClassifier, ParityError, export_onnx, export_torch, load_exported
+    from calib_lightning.deploy.preprocessing import Preprocessing
+    from calib_lightning.deploy.saving import load_classifier, save_classifier
 
 __all__ = [
     "CalibratedClassifier",
@@ -22,3 +28,15 @@ __all__ = [
     "operating_point",
     "save_classifier",
 ]
+
+_MODULES = ("classifier", "decision", "export", "preprocessing", "saving")
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: `calib predict --help` imports this package too, and torch takes seconds.
+    if name in __all__:
+        for module in _MODULES:
+            found = vars(importlib.import_module(f"{__name__}.{module}"))
+            if name in found:
+                return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, Self, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,10 @@ from torch import Tensor, nn
 import calib_lightning
 from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
 from calib_lightning.deploy.preprocessing import Preprocessing
-from calib_lightning.posthoc import Calibrator
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.neural_clamping import NeuralClamping
 from calib_lightning.posthoc.spec import Spec
 from calib_lightning.types import Prediction
-
-
-class Perturbation(Protocol):
-    """Changes images before the network sees them, as `NeuralClamping` does."""
-
-    def perturb(self, image: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)``, changed."""
-        ...
 
 
 class Metadata(TypedDict):
@@ -31,7 +24,7 @@ class Metadata(TypedDict):
         calib_lightning: Version that wrote it.
         calibrator: How the calibrator is written.
         calibrator_spec: How it is built.
-        temperature: Its temperature, ``None`` where it has no single one.
+        temperature: That of the calibrator, times that of the perturbation; ``None`` where the calibrator has none.
         num_classes: K.
         classes: Names of the classes, ``None`` where they are not known.
         preprocessing: How images are prepared, ``None`` where it is not known.
@@ -50,7 +43,7 @@ class Metadata(TypedDict):
 
 
 class CalibratedClassifier(nn.Module):
-    """Network, calibrator and, where there is one, input perturbation as one module: ``calibrator(network(x + delta))``.
+    """Network, calibrator and, where there is one, input perturbation as one module: ``calibrator(f(x + d) / T)``.
 
     It takes the network and the calibrator as they are, not copies, onto the device of the network and into evaluation
     mode, where it stays: a calibration does not hold for a network that trains.
@@ -58,7 +51,7 @@ class CalibratedClassifier(nn.Module):
     Args:
         network: Maps images ``(N, C, H, W)`` to logits ``(N, K)``: any module, from timm, of this package or your own.
         calibrator: Fitted, or to be fitted with `fit`.
-        clamping: What changes the images before the network sees them.
+        clamping: Fitted on this network; its perturbation and its temperature are applied before the calibrator.
         preprocessing: How an image file becomes an image, for ``calib predict``.
         classes: K names.
         features: Name of the network's submodule whose output is the features ``(N, d)``, for calibrators that need
@@ -84,7 +77,7 @@ class CalibratedClassifier(nn.Module):
         network: nn.Module,
         calibrator: Calibrator,
         *,
-        clamping: Perturbation | None = None,
+        clamping: NeuralClamping | None = None,
         preprocessing: Preprocessing | None = None,
         classes: Sequence[str] | None = None,
         features: str | None = None,
@@ -166,15 +159,13 @@ class CalibratedClassifier(nn.Module):
         Raises:
             TypeError: The network does not return one tensor.
         """
-        if self.clamping is not None:
-            image = self.clamping.perturb(image)
         if not self.calibrator.needs_features:
-            return self._checked(self.network(image)), None
+            return self._logits(image), None
         caught: list[Tensor] = []
         layer = self.network.get_submodule(self.features or "")
         handle = layer.register_forward_hook(lambda module, inputs, output: caught.append(output))
         try:
-            logits = self._checked(self.network(image))
+            logits = self._logits(image)
         finally:
             handle.remove()
         if len(caught) != 1 or not isinstance(caught[0], Tensor):
@@ -280,12 +271,15 @@ class CalibratedClassifier(nn.Module):
     @property
     def metadata(self) -> Metadata:
         """What its files say about it; plain data."""
-        temperature = getattr(self.calibrator, "temperature", None)
+        temperature = getattr(self.calibrator, "temperature", None) if self.calibrator.fitted else None
+        temperature = temperature if isinstance(temperature, float) else None
+        if temperature is not None and self.clamping is not None:
+            temperature *= self.clamping.temperature
         return Metadata(
             calib_lightning=calib_lightning.__version__,
             calibrator=self.calibrator.name,
             calibrator_spec=self.calibrator.spec,
-            temperature=temperature if isinstance(temperature, float) else None,
+            temperature=temperature,
             num_classes=self.calibrator.num_classes,
             classes=None if self.classes is None else list(self.classes),
             preprocessing=None if self.preprocessing is None else self.preprocessing.record,
@@ -297,10 +291,11 @@ class CalibratedClassifier(nn.Module):
         if self.classes is not None and known and len(self.classes) != known:
             raise ValueError(f"{len(self.classes)} names of classes were given for {known} classes; give one for each")
 
-    def _checked(self, logits: Any) -> Tensor:
+    def _logits(self, image: Tensor) -> Tensor:
+        logits: Any = self.network(image if self.clamping is None else self.clamping.perturb(image))
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"{type(self.network).__name__} returns {type(logits).__name__}; it must return logits (N, K) alone: "
                 "wrap it in a module that does"
             )
-        return logits
+        return logits if self.clamping is None else self.clamping(logits)

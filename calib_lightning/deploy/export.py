@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
 from calib_lightning.deploy.decision import Decision, decide
@@ -93,18 +94,19 @@ def export_torch(classifier: CalibratedClassifier, path: str | Path, example: Te
         ParityError: The program does not give what the module gives.
         RuntimeError: The calibrator is not fitted, or the network cannot be exported.
         TypeError: The example is not float32, or the network does not compute with it.
-        ValueError: No example was given and the size of the images is not known.
+        ValueError: The example is not of the size in the preprocessing, or neither of them was given.
         OSError: The file cannot be written; an older one is then as it was.
 
     Example:
         ``export_torch(classifier, "classifier.pt2", torch.randn(2, 3, 224, 224))``
     """
-    module, image = _prepared(classifier, example)
     file = io.BytesIO()
     extra = {METADATA_FILE: json.dumps(classifier.metadata, allow_nan=False)}
-    torch.export.save(_traced(module, image), file, extra_files=extra)
-    file.seek(0)
-    _check_parity(module, _torch_runner(torch.export.load(file)), image, "torch.export program")
+    with _on_host(classifier):
+        module, image = _prepared(classifier, example)
+        torch.export.save(_traced(module, image), file, extra_files=extra)
+        file.seek(0)
+        _check_parity(module, _torch_runner(torch.export.load(file)), image, "torch.export program")
     write_whole(Path(path), lambda target: target.write(file.getvalue()))
 
 
@@ -126,31 +128,17 @@ def export_onnx(classifier: CalibratedClassifier, path: str | Path, example: Ten
         RuntimeError: The calibrator is not fitted, the network cannot be exported, or the model is larger than the 2 GB
             of one file.
         TypeError: The example is not float32, or the network does not compute with it.
-        ValueError: No example was given and the size of the images is not known.
+        ValueError: The example is not of the size in the preprocessing, or neither of them was given.
         OSError: The file cannot be written; an older one is then as it was.
 
     Example:
         ``export_onnx(classifier, "classifier.onnx", torch.randn(2, 3, 224, 224))``
     """
     _need("onnx", "onnxscript", "onnxruntime")
-    module, image = _prepared(classifier, example)
-    try:
-        program = torch.onnx.export(
-            _traced(module, image),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=list(OUTPUTS[: len(module(image))]),
-            dynamic_shapes=({0: "batch"},),
-            verbose=False,
-        )
-        assert program is not None
-        program.model.metadata_props[METADATA_KEY] = json.dumps(classifier.metadata, allow_nan=False)
-        content: bytes = program.model_proto.SerializeToString()
-    except Exception as error:  # exporter, protobuf and their checkers have errors of their own
-        raise RuntimeError(
-            f"{_named(classifier)} cannot be written as one ONNX file: {_first_line(error)}"
-        ) from error
-    _check_parity(module, _onnx_runner(_session(content, "cpu")), image, "ONNX model")
+    with _on_host(classifier):
+        module, image = _prepared(classifier, example)
+        content = _onnx_model(module, image)
+        _check_parity(module, _onnx_runner(_session(content, "cpu")), image, "ONNX model")
     write_whole(Path(path), lambda target: target.write(content))
 
 
@@ -163,11 +151,22 @@ class _Outputs(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         logits, confidence = self.classifier.outputs(image)
-        return (logits,) if confidence is None else (logits, confidence)
+        return (logits,) if confidence is None else (logits, confidence.to(logits.dtype))
+
+
+@contextlib.contextmanager
+def _on_host(classifier: CalibratedClassifier) -> Iterator[None]:
+    # Moved and moved back, not copied: a module that was trained holds on to its trainer, which would be copied too.
+    device = classifier.device
+    classifier.cpu()
+    try:
+        yield
+    finally:
+        classifier.to(device)
 
 
 def _prepared(classifier: CalibratedClassifier, example: Tensor | None) -> tuple[_Outputs, Tensor]:
-    """The module to export, on the CPU, and an example of two images or more."""
+    """The module to export, and an example of two images or more."""
     check_fitted(classifier)
     if example is None:
         if classifier.preprocessing is None:
@@ -176,8 +175,12 @@ def _prepared(classifier: CalibratedClassifier, example: Tensor | None) -> tuple
     if not isinstance(example, Tensor) or example.dtype != torch.float32 or len(example) == 0:
         found = f"{example.dtype} of {len(example)} rows" if isinstance(example, Tensor) else type(example).__name__
         raise TypeError(f"the example is {found}; give one or more images (N, C, H, W) in float32")
-    on_host = classifier if classifier.device.type == "cpu" else copy.deepcopy(classifier).cpu()
-    module = _Outputs(on_host.eval()).eval()
+    if classifier.preprocessing is not None and example.shape[1:] != classifier.preprocessing.shape:
+        raise ValueError(
+            f"the example has shape {tuple(example.shape)}, but the preprocessing makes images (N, "
+            f"{', '.join(map(str, classifier.preprocessing.shape))}); give images of that shape"
+        )
+    module = _Outputs(classifier).eval()
     image = example.detach().cpu()
     if len(image) == 1:
         image = torch.cat([image, image])  # a batch of one would be taken for a constant
@@ -202,6 +205,27 @@ def _traced(module: _Outputs, image: Tensor) -> torch.export.ExportedProgram:
         raise RuntimeError(
             f"{_named(module.classifier)} cannot be exported with a free batch size: {_first_line(error)}"
         ) from error
+
+
+def _onnx_model(module: _Outputs, image: Tensor) -> bytes:
+    traced = _traced(module, image)
+    try:
+        program = torch.onnx.export(
+            traced,
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS[: len(module(image))]),
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
+        assert program is not None
+        program.model.metadata_props[METADATA_KEY] = json.dumps(module.classifier.metadata, allow_nan=False)
+        content: bytes = program.model_proto.SerializeToString()
+    except Exception as error:  # exporter, protobuf and their checkers have errors of their own
+        raise RuntimeError(
+            f"{_named(module.classifier)} cannot be written as one ONNX file: {_first_line(error)}"
+        ) from error
+    return content
 
 
 @torch.no_grad()
@@ -257,7 +281,7 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Expor
         try:
             program = torch.export.load(path, extra_files=extra)
             if device.type != "cpu":
-                program = torch.export.passes.move_to_device_pass(program, device)
+                program = move_to_device_pass(program, device)
         except Exception as error:  # whatever a damaged archive makes of it
             raise ValueError(f"{path}: is damaged or of another version of torch: {_first_line(error)}") from error
         text, run = extra[METADATA_FILE], _torch_runner(program, device)
@@ -281,7 +305,7 @@ def _torch_runner(program: torch.export.ExportedProgram, device: torch.device | 
 
 
 def _session(content: bytes, device: str, where: str = "the ONNX model") -> Any:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
     if provider not in onnxruntime.get_available_providers():
@@ -296,7 +320,10 @@ def _session(content: bytes, device: str, where: str = "the ONNX model") -> Any:
 
 def _onnx_runner(session: Any) -> Runner:
     def run(image: Tensor) -> Sequence[Tensor]:
-        return [torch.from_numpy(output) for output in session.run(None, {INPUT: image.cpu().numpy()})]
+        try:
+            return [torch.from_numpy(output) for output in session.run(None, {INPUT: image.cpu().numpy()})]
+        except Exception as error:  # its errors have no common class
+            raise RuntimeError(f"ONNX Runtime failed on images {tuple(image.shape)}: {_first_line(error)}") from error
 
     return run
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calib_lightning.core.module import ClassificationModule, load_module
+from calib_lightning.core.module import ClassificationModule, module_of
 
 _TIMM_OPTIONS = ("num_classes", "in_chans", "img_size")
 
@@ -40,12 +38,11 @@ def network_record(network: nn.Module, shape: tuple[int, ...] | None = None) -> 
     return {name: value for name, value in record.items() if value is not None}
 
 
-def network_of(record: Any, where: str) -> nn.Module:
+def network_of(record: Any) -> nn.Module:
     """Build the network that a record describes; nothing of a record is executed.
 
     Args:
         record: Of `network_record`; it may come from anybody.
-        where: Whose record it is, for messages.
 
     Returns:
         The network, with its weights, on the CPU and in evaluation mode.
@@ -53,30 +50,31 @@ def network_of(record: Any, where: str) -> nn.Module:
     Raises:
         ValueError: It does not say how the network is built, is damaged, or names a class that is not known.
     """
-    state = _state_of(record, where)
+    state = _state_of(record)
     if "module" not in record and "timm" not in record:
         raise ValueError(
-            f"{where}: holds the weights of a network, but not how it is built, which is known of timm models and "
+            "it holds the weights of a network, but not how it is built, which is known of timm models and "
             "ClassificationModules only: build the network and give load_classifier(path, network=network)"
         )
     try:
-        network = _module_of(record["module"], state) if "module" in record else _timm_model(record["timm"])
+        network = (
+            module_of({**record["module"], "state_dict": state}) if "module" in record else _timm_model(record["timm"])
+        )
         # the tensors themselves, so that half precision stays half precision
         network.load_state_dict(state, assign=True)
     except Exception as error:  # a constructor that is given what a stranger wrote may fail in any way
         raise ValueError(
-            f"{where}: the network cannot be built as the file says, which is damaged or of another version: {error}"
+            f"the network cannot be built as the file says, which is damaged or of another version: {error}"
         ) from error
     return network.eval()
 
 
-def fill_network(network: nn.Module, record: Any, where: str) -> nn.Module:
+def fill_network(network: nn.Module, record: Any) -> nn.Module:
     """Load the weights of a record into a network that was built by somebody else.
 
     Args:
         network: As it was when it was saved.
         record: Of `network_record`; it may come from anybody.
-        where: Whose record it is, for messages.
 
     Returns:
         The same network.
@@ -85,24 +83,16 @@ def fill_network(network: nn.Module, record: Any, where: str) -> nn.Module:
         ValueError: The weights do not fit it.
     """
     try:
-        network.load_state_dict(_state_of(record, where))
+        network.load_state_dict(_state_of(record))
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: the weights do not fit the {type(network).__name__} given: {error}") from error
+        raise ValueError(f"the weights do not fit the {type(network).__name__} given: {error}") from error
     return network
 
 
-def _state_of(record: Any, where: str) -> dict[str, Any]:
+def _state_of(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping) or not isinstance(record.get("state"), Mapping):
-        raise ValueError(f"{where}: is damaged: it has no weights of a network")
+        raise ValueError("it is damaged: it has no weights of a network")
     return dict(record["state"])
-
-
-def _module_of(checkpoint: Any, state: dict[str, Any]) -> ClassificationModule:
-    # As a file, because a checkpoint is what a module is rebuilt from.
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.ckpt"
-        torch.save({**checkpoint, "state_dict": state}, path)
-        return load_module(path)
 
 
 def _timm_model(recipe: Any) -> nn.Module:

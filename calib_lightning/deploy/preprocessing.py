@@ -96,9 +96,10 @@ class Preprocessing:
                 f"{type(model).__name__} does not say how images are prepared, as timm models do in pretrained_cfg; "
                 "give Preprocessing(size=..., mean=..., std=...)"
             )
-        from timm.data import resolve_data_config  # here: it takes seconds
+        import timm.data  # here: it takes seconds
 
-        config = resolve_data_config(model=model)
+        resolve: Any = timm.data.resolve_data_config  # type: ignore[attr-defined]  # timm does not re-export it by name
+        config = resolve(model=model)
         return cls(
             size=tuple(config["input_size"][1:]),
             mean=tuple(config["mean"]),

@@ -5,18 +5,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata, Perturbation
+from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
 from calib_lightning.deploy.decision import OperatingPoint
 from calib_lightning.deploy.networks import fill_network, network_of, network_record
 from calib_lightning.deploy.preprocessing import Preprocessing
 from calib_lightning.files import write_whole
-from calib_lightning.posthoc import calibrator_of, calibrator_record
-from calib_lightning.posthoc.spec import Described, build
+from calib_lightning.posthoc.saving import calibrator_of, calibrator_record, clamping_of
 
 FILE_KEY = "calib_lightning.classifier"
 """What a file of `save_classifier` holds the record under."""
@@ -31,7 +30,6 @@ def save_classifier(classifier: CalibratedClassifier, path: str | Path) -> None:
 
     Raises:
         RuntimeError: The calibrator is not fitted.
-        TypeError: The perturbation cannot be written down.
         OSError: The file cannot be written; an older one is then as it was.
 
     Example:
@@ -42,7 +40,7 @@ def save_classifier(classifier: CalibratedClassifier, path: str | Path) -> None:
     content = {
         "network": network_record(classifier.network, shape),
         "calibrator": dict(calibrator_record(classifier.calibrator)),
-        "clamping": None if classifier.clamping is None else _clamping_record(classifier.clamping),
+        "clamping": None if classifier.clamping is None else dict(calibrator_record(classifier.clamping)),
         "features": classifier.features,
         "metadata": dict(classifier.metadata),
     }
@@ -81,11 +79,11 @@ def load_classifier(
         record, metadata = content[FILE_KEY], checked_metadata(content[FILE_KEY]["metadata"])
         clamping, features = record["clamping"], record["features"]
         calibrator = calibrator_of(record["calibrator"], "the record")
-        built = network_of(record["network"], "it") if network is None else fill_network(network, record["network"], "it")
+        built = network_of(record["network"]) if network is None else fill_network(network, record["network"])
         classifier = CalibratedClassifier(
             built,
             calibrator,
-            clamping=None if clamping is None else _clamping_of(clamping),
+            clamping=None if clamping is None else clamping_of(clamping, "the record of its perturbation"),
             preprocessing=preprocessing_of(metadata),
             classes=metadata["classes"],
             features=features,
@@ -105,10 +103,12 @@ def check_fitted(classifier: CalibratedClassifier) -> None:
         classifier: The classifier.
 
     Raises:
-        RuntimeError: Its calibrator is not fitted.
+        RuntimeError: Its calibrator or its perturbation is not fitted.
     """
     if not classifier.calibrator.fitted:
         raise RuntimeError(f"{classifier.calibrator.name} is not fitted: call fit(loader) on the classifier first.")
+    if classifier.clamping is not None and not classifier.clamping.fitted:
+        raise RuntimeError(f"{classifier.clamping.name} is not fitted: call its fit(network, loader) first.")
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
@@ -159,33 +159,21 @@ def operating_point_of(metadata: Metadata) -> OperatingPoint | None:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds more than tensors and plain data, or is no file of torch.save, and is not read: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: is damaged or no file of save_classifier: {error}") from error
+    with path.open("rb") as file:
+        content = _plain(file, path)
     if not isinstance(content, Mapping) or not isinstance(content.get(FILE_KEY), Mapping):
         raise ValueError(f"{path}: holds no classifier; save one with save_classifier(classifier, path).")
     return content
 
 
-def _clamping_record(clamping: Perturbation) -> dict[str, Any]:
-    if not isinstance(clamping, nn.Module) or not isinstance(clamping, Described):
-        raise TypeError(f"{type(clamping).__name__} cannot be written down; use NeuralClamping")
-    state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in clamping.state_dict().items()}
-    return {"spec": clamping.spec, "state": state}
-
-
-def _clamping_of(record: Any) -> Perturbation:
+def _plain(file: IO[bytes], path: Path) -> Any:
     try:
-        clamping: Any = build(record["spec"], Described)
-        if not isinstance(clamping, nn.Module) or not callable(getattr(clamping, "perturb", None)):
-            raise ValueError(f"{type(clamping).__name__} changes no images")
-        clamping.load_state_dict(record["state"])
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"the record of its perturbation is damaged or of another version: {error}") from error
-    return cast(Perturbation, clamping)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than tensors and plain data, or is no file of torch.save, and is not read: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    # torch says OSError of an archive that is cut off; one of the disk came up when the file was opened
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: is damaged or no file of save_classifier: {error}") from error

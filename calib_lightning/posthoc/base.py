@@ -23,7 +23,7 @@ from calib_lightning.posthoc.state import FittedState
 from calib_lightning.types import Prediction
 
 _BINS = 15
-_BLOCK = 2**22
+_BLOCK = 2**18
 
 
 class Optimum(NamedTuple):
@@ -158,7 +158,8 @@ class Calibrator(FittedState, Described, ABC):
             raise ValueError(f"{where}: no rows were given; give the logits and labels of the calibration split")
         check_values(logits, labels, None, "logits", where)
         features = self._checked_features(features, len(labels), where)
-        if seem_probs(at_least_float32(logits)) and logits.shape[1] > 1:
+        # One row mostly tells, and costs nothing.
+        if logits.shape[1] > 1 and seem_probs(at_least_float32(logits[:1])) and seem_probs(at_least_float32(logits)):
             warnings.warn(
                 f"{where}: all logits lie in [0, 1] and each row sums to 1; if they are probabilities, give "
                 "as_logits(probs)",

@@ -7,13 +7,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from calib_lightning.posthoc.base import Optimum
-from calib_lightning.posthoc.binary import BinaryCalibrator
+from calib_lightning.posthoc.binary import BinaryCalibrator, log_sigmoid
 from calib_lightning.posthoc.platt import fit_logistic
 
-Parameters = Literal["abm", "am", "ab"]
+Variant = Literal["abm", "am", "ab"]
 """Which of the parameters of beta calibration are free."""
 
 
@@ -26,7 +25,7 @@ def beta_columns(log_odds: Tensor) -> Tensor:
     Returns:
         ``(N, 2)``.
     """
-    return torch.stack([F.logsigmoid(log_odds), -F.logsigmoid(-log_odds)], dim=-1)
+    return torch.stack([log_sigmoid(log_odds), -log_sigmoid(-log_odds)], dim=-1)
 
 
 class Beta(BinaryCalibrator):
@@ -36,11 +35,11 @@ class Beta(BinaryCalibrator):
     changes nothing. The state is ``coefficients = (a, b, c)``.
 
     Args:
-        parameters: ``"abm"``: all three; ``"am"``: a = b, the same as `Platt`; ``"ab"``: one half stays one half,
+        variant: ``"abm"``: all three; ``"am"``: a = b, the same as `Platt`; ``"ab"``: one half stays one half,
             ``c = (a - b) ln 2``.
 
     Raises:
-        ValueError: Other parameters.
+        ValueError: Another variant.
 
     Deviations: The authors' code stops its solver early, so that its coefficients differ in the third digit. Where
     the likelihood has no maximum the targets are smoothed, see `fit_logistic`.
@@ -55,21 +54,21 @@ class Beta(BinaryCalibrator):
 
     coefficients: Tensor
 
-    def __init__(self, parameters: Parameters = "abm") -> None:
+    def __init__(self, variant: Variant = "abm") -> None:
         super().__init__()
-        if parameters not in ("abm", "am", "ab"):
-            raise ValueError(f"parameters={parameters!r}: it must be 'abm', 'am' or 'ab'")
-        self.parameters = parameters
+        if variant not in ("abm", "am", "ab"):
+            raise ValueError(f"variant={variant!r}: it must be 'abm', 'am' or 'ab'")
+        self.variant = variant
         self.register_state("coefficients")
 
     def fit_rows(self, log_odds: Tensor, hits: Tensor) -> Optimum:
         """Maximise the likelihood; see `BinaryCalibrator.fit_rows`."""
-        if self.parameters == "am":
+        if self.variant == "am":
             fit = fit_logistic(log_odds.unsqueeze(1), log_odds, hits, intercept=True)
             self.coefficients = torch.stack([fit.slopes[0], fit.slopes[0], fit.intercept])
             return fit.optimum
         columns = beta_columns(log_odds)
-        if self.parameters == "abm":
+        if self.variant == "abm":
             fit = fit_logistic(columns, log_odds, hits, intercept=True)
             self.coefficients = torch.stack([fit.slopes[0], fit.slopes[1], fit.intercept])
             return fit.optimum

@@ -1,4 +1,4 @@
-"""Calibrators of one probability, that of an event such as "the prediction is right"; wrappers lift them to K classes."""
+"""Calibrators of one probability, that of an event such as "the prediction is right"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calib_lightning.posthoc.spec import Described
 from calib_lightning.posthoc.state import FittedState
 
 FLOOR = 1e-6
-"""Frequencies are kept between this and one minus this: no calibration set is large enough to tell them from 0 and 1."""
+"""Frequencies are kept between this and one minus this: no calibration set can tell them from 0 and 1."""
 
 
 class BinaryCalibrator(FittedState, Described, ABC):
@@ -70,8 +70,8 @@ class BinaryCalibrator(FittedState, Described, ABC):
             raise TypeError(f"{where}: log_odds are {log_odds.dtype} and hits {hits.dtype}; give floats and bool")
         if log_odds.ndim != 1 or hits.shape != log_odds.shape or len(hits) == 0:
             raise ValueError(
-                f"{where}: log_odds have shape {tuple(log_odds.shape)} and hits {tuple(hits.shape)}; give (N,) of both, "
-                "N at least 1"
+                f"{where}: log_odds have shape {tuple(log_odds.shape)} and hits {tuple(hits.shape)}; give (N,) of "
+                "both, N at least 1"
             )
         bad = ~log_odds.isfinite()
         if bool(bad.any()):
@@ -95,6 +95,25 @@ class BinaryCalibrator(FittedState, Described, ABC):
         if not self.fitted:
             raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(log_odds, hits) or load a fitted one.")
         return self.transform(log_odds.double())
+
+
+def log_sigmoid(log_odds: Tensor) -> Tensor:
+    """Logarithm of the probability, of steps that neither overflow nor saturate.
+
+    The one of torch is exported to ONNX as the logarithm of the sigmoid, which is infinite below some -745 and has lost
+    its digits long before.
+
+    Args:
+        log_odds: Any shape.
+
+    Returns:
+        The same shape.
+
+    Example:
+        >>> log_sigmoid(torch.tensor([-2000.0, 0.0]))
+        tensor([-2.0000e+03, -6.9315e-01])
+    """
+    return log_odds.clamp_max(0.0) - torch.log1p(torch.exp(-log_odds.abs()))
 
 
 def bounded_log_odds(probs: Tensor) -> Tensor:

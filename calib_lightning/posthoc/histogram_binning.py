@@ -42,9 +42,9 @@ def equal_mass_edges(values: Tensor, n_bins: int) -> Tensor:
     rows = len(ordered)
     # The first rows of groups 1.. where the sizes differ by one at most, the larger first; few rows make empty groups.
     number = torch.arange(1, n_bins, device=values.device)
-    first = (number * (rows // n_bins) + number.clamp_max(rows % n_bins)).unique()
+    first = number * (rows // n_bins) + number.clamp_max(rows % n_bins)
     first = first[(first > 0) & (first < rows)]
-    last = ordered[first - 1].unique()
+    last = torch.unique_consecutive(ordered[first - 1])
     last = last[last < ordered[-1]]
     following = ordered[torch.searchsorted(ordered, last, right=True)]
     halfway = last + 0.5 * (following - last)
@@ -67,6 +67,8 @@ class Binned(BinaryCalibrator):
 
     def transform(self, log_odds: Tensor) -> Tensor:
         """Look up the bin's value; see `BinaryCalibrator.transform`."""
+        if len(self.values) == 1:  # ONNX cannot look up without edges
+            return self.values.expand_as(log_odds)
         return self.values[torch.bucketize(log_odds, self.edges)]
 
 

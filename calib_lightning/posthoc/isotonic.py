@@ -22,7 +22,7 @@ def isotonic_knots(scores: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Scores ``(M,)``, strictly increasing, M >= 2, and the values there, in ``[0, 1]``.
     """
-    fit = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
+    fit = IsotonicRegression(y_min=0.0, y_max=1.0)  # type: ignore[no-untyped-call]
     fit.fit(scores.cpu().numpy(), hits.double().cpu().numpy())
     knots = torch.from_numpy(fit.X_thresholds_).to(scores)
     values = torch.from_numpy(fit.y_thresholds_).to(scores).clamp(0.0, 1.0)
@@ -34,9 +34,9 @@ def isotonic_knots(scores: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
 class Isotonic(BinaryCalibrator):
     """Isotonic regression (Zadrozny and Elkan, 2002), ``(f(p) + 1e-9 p) / (1 + 1e-9)`` with f non-decreasing.
 
-    f is constant on the steps of the fit, linear in the log-odds between them, and goes on with its first and last value
-    outside. Equal scores are pooled. The second term keeps the order of rows on one step in float64; rounded to float32
-    they are tied, so that the AUROC of a ranking may drop.
+    f is constant on the steps of the fit and linear in the log-odds between them; outside it goes on with its first and
+    last value. Equal scores are pooled. The second term keeps the order of rows on one step in float64; rounded to
+    float32 they are tied, so that the AUROC of a ranking may drop.
 
     Deviations: Values are kept between 1e-6 and ``1 - 1e-6``, so that no outcome has probability 0.
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from calib_lightning.posthoc.base import Optimum
-from calib_lightning.posthoc.binary import BinaryCalibrator
+from calib_lightning.posthoc.binary import BinaryCalibrator, log_sigmoid
 from calib_lightning.posthoc.solver import CONVERGED
 
 _MOST_STEPS = 100
@@ -38,13 +38,13 @@ class Logistic(NamedTuple):
 
 
 def fit_logistic(columns: Tensor, log_odds: Tensor, hits: Tensor, *, intercept: bool) -> Logistic:
-    """Logistic regression with slopes >= 0 by exact maximum likelihood, started from all slopes 1 and intercept 0.
+    """Logistic regression with slopes >= 0 by exact maximum likelihood.
 
     Newton's method to rounding. If a slope comes out negative, the best fit with some slopes at zero is taken, which is
-    the maximum under the constraint, as the problem is convex. What the rows do not determine keeps its start. Where
+    the maximum under the constraint, as the problem is convex. A column that is constant keeps the slope 1. Where
     the likelihood rises without end (hits and misses are separated, or one of them is missing), the targets are
-    ``(n_hits + 1) / (n_hits + 2)`` and ``1 / (n_misses + 2)`` (Platt, 1999). The result is never less likely than the
-    start.
+    ``(n_hits + 1) / (n_hits + 2)`` and ``1 / (n_misses + 2)`` (Platt, 1999). The result is never less likely than
+    all slopes 1 and intercept 0.
 
     Args:
         columns: ``(N, P)`` float64; each must not fall with the log-odds and, without intercept, have their sign.
@@ -105,9 +105,11 @@ def _newton(columns: Tensor, targets: Tensor, intercept: bool) -> _Stop:
     if intercept:
         design = torch.cat([design, torch.ones_like(targets).unsqueeze(1)], dim=1)
     count = columns.shape[1]
-    point = torch.ones(design.shape[1], dtype=torch.float64, device=columns.device)
-    if intercept:
-        point[count] = shift.sum()  # the identity in centred columns
+    # Where all probabilities are 0 or 1 there is no curvature, so Newton's method starts from scores of some size 1; a
+    # slope that the rows cannot tell from the intercept stays 1.
+    reach = torch.where(constant, 0.0, design[:, :count].abs().amax(dim=0))
+    point = torch.cat([1.0 / (1.0 + reach), reach.new_zeros(design.shape[1] - count)])
+    point[:count][constant] = 1.0
 
     def slope_of(point: Tensor) -> tuple[float, Tensor, Tensor]:
         scores = design @ point
@@ -122,7 +124,9 @@ def _newton(columns: Tensor, targets: Tensor, intercept: bool) -> _Stop:
         if norm(gradient) <= _ROUNDING:
             break
         step = _solve((design * weights.unsqueeze(1)).mT @ design / len(targets), gradient)
-        for halvings in range(_MOST_HALVINGS):
+        # Shorter steps than these change the value by less than its rounding.
+        promised = float(gradient @ step) / (_ROUNDING * (1.0 + value))
+        for halvings in range(max(1, min(_MOST_HALVINGS, int(math.log2(max(promised, 1.0))) + 1))):
             following = point - step * 0.5**halvings
             new = slope_of(following)
             passes += 1
@@ -143,11 +147,12 @@ def _solve(hessian: Tensor, gradient: Tensor) -> Tensor:
     scale = hessian.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     scale = torch.where(hessian.diagonal() > 0.0, scale, 0.0)
     inverse = torch.linalg.pinv(hessian * scale * scale.unsqueeze(1), rtol=1e-13, hermitian=True)
-    return scale * (inverse @ (scale * gradient))
+    step: Tensor = scale * (inverse @ (scale * gradient))
+    return step
 
 
 def _loss(scores: Tensor, targets: Tensor) -> float:
-    return -float((targets * F.logsigmoid(scores) + (1.0 - targets) * F.logsigmoid(-scores)).mean())
+    return -float((targets * log_sigmoid(scores) + (1.0 - targets) * log_sigmoid(-scores)).mean())
 
 
 def _separated(log_odds: Tensor, hits: Tensor, intercept: bool) -> bool:

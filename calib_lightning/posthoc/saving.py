@@ -5,14 +5,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from calib_lightning.files import write_whole
 from calib_lightning.posthoc.base import Calibrator
-from calib_lightning.posthoc.spec import Spec, build
+from calib_lightning.posthoc.neural_clamping import NeuralClamping
+from calib_lightning.posthoc.spec import Described, Spec, build
+
+T = TypeVar("T", Calibrator, NeuralClamping)
 
 FILE_KEY = "calib_lightning.calibrator"
 """What a file of `save_calibrator` holds the record under."""
@@ -30,14 +33,14 @@ class CalibratorRecord(TypedDict):
     state: dict[str, Any]
 
 
-def calibrator_record(calibrator: Calibrator) -> CalibratorRecord:
+def calibrator_record(calibrator: Calibrator | NeuralClamping) -> CalibratorRecord:
     """Write a calibrator down as plain data and tensors on the CPU.
 
     Args:
         calibrator: Fitted or not.
 
     Returns:
-        What `calibrator_of` turns back into an equal calibrator.
+        What `calibrator_of`, or `clamping_of`, turns back into an equal one.
     """
     state = {
         name: value.detach().cpu() if isinstance(value, Tensor) else value
@@ -59,17 +62,48 @@ def calibrator_of(record: Mapping[str, Any], where: str = "The record") -> Calib
     Raises:
         ValueError: It is no record, or one that is damaged or of a class that is not known.
     """
+    found = _restored(record, where)
+    if isinstance(found, NeuralClamping):
+        raise ValueError(
+            f"{where} is that of a NeuralClamping, which changes the images that the network sees, so that logits are "
+            "not enough: read it with load_clamping and use it in a CalibratedClassifier."
+        )
+    return found
+
+
+def clamping_of(record: Mapping[str, Any], where: str = "The record") -> NeuralClamping:
+    """Build the Neural Clamping that a record describes, in evaluation mode.
+
+    Args:
+        record: Of `calibrator_record`.
+        where: Whose record it is, for messages.
+
+    Returns:
+        An equal one.
+
+    Raises:
+        ValueError: It is no record, or one that is damaged or of another class.
+    """
+    found = _restored(record, where)
+    if not isinstance(found, NeuralClamping):
+        raise ValueError(f"{where} is that of a {found.name}, not of a NeuralClamping: read it with load_calibrator.")
+    return found
+
+
+def _restored(record: Mapping[str, Any], where: str) -> Calibrator | NeuralClamping:
     if not isinstance(record, Mapping) or not {"spec", "state"} <= set(record):
         raise ValueError(f"{where} is not that of a calibrator; save one with save_calibrator(calibrator, path).")
     try:
-        calibrator = build(record["spec"], Calibrator)  # type: ignore[type-abstract]
-        calibrator.load_state_dict(record["state"])
+        found = build(record["spec"], Described)
+        if not isinstance(found, Calibrator | NeuralClamping):
+            raise ValueError(f"{type(found).__name__} is no calibrator")
+        found.load_state_dict(record["state"])
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{where} of a calibrator is damaged or of another version: {error}") from error
-    return calibrator.eval()
+    return found.eval()
 
 
-def save_calibrator(calibrator: Calibrator, path: str | Path) -> None:
+def save_calibrator(calibrator: Calibrator | NeuralClamping, path: str | Path) -> None:
     """Write a fitted calibrator to a file, whole or not at all.
 
     Args:
@@ -99,7 +133,33 @@ def load_calibrator(path: str | Path) -> Calibrator:
         FileNotFoundError: There is no such file.
         ValueError: It is not a file of a calibrator, is damaged, or holds more than tensors and plain data.
     """
-    path = Path(path)
+    return _fitted(calibrator_of(_read(Path(path)), f"{path}: the record"), path)
+
+
+def load_clamping(path: str | Path) -> NeuralClamping:
+    """Read a Neural Clamping as `load_calibrator` reads a calibrator.
+
+    Args:
+        path: A file of `save_calibrator`.
+
+    Returns:
+        The fitted Neural Clamping in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: As in `load_calibrator`.
+    """
+    return _fitted(clamping_of(_read(Path(path)), f"{path}: the record"), path)
+
+
+def _fitted(found: T, path: str | Path) -> T:
+    if not found.fitted:
+        raise ValueError(f"{path}: holds a calibrator that is not fitted.")
+    return found
+
+
+def _read(path: Path) -> Any:
+    """The record in a file of ours, or that of the first callback of a checkpoint that has one."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no calibrator {path}.")
     try:
@@ -109,26 +169,17 @@ def load_calibrator(path: str | Path) -> Calibrator:
             f"{path}: holds more than tensors and plain data, or is no file of torch.save, and is not read: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: is damaged or no file of save_calibrator: {error}") from error
-    record = _record_in(content)
+    content = content if isinstance(content, Mapping) else {}
+    if FILE_KEY in content:
+        return content[FILE_KEY]
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else []
+    record = next((state[FILE_KEY] for state in states if isinstance(state, Mapping) and FILE_KEY in state), None)
     if record is None:
         raise ValueError(
             f"{path}: holds no calibrator; save one with save_calibrator(calibrator, path), or train with the callback "
             "PostHocCalibrate."
         )
-    calibrator = calibrator_of(record, f"{path}: the record")
-    if not calibrator.fitted:
-        raise ValueError(f"{path}: holds a calibrator that is not fitted.")
-    return calibrator
-
-
-def _record_in(content: Any) -> Any:
-    """The record in a file of ours, or that of the first callback of a checkpoint that has one."""
-    if not isinstance(content, Mapping):
-        return None
-    if FILE_KEY in content:
-        return content[FILE_KEY]
-    callbacks = content.get("callbacks")
-    states = callbacks.values() if isinstance(callbacks, Mapping) else []
-    return next((state[FILE_KEY] for state in states if isinstance(state, Mapping) and FILE_KEY in state), None)
+    return record

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from calib_lightning.posthoc.base import Optimum
+from calib_lightning.posthoc.binary import log_sigmoid
 from calib_lightning.posthoc.histogram_binning import Binned, check_bins, equal_mass_edges
 from calib_lightning.posthoc.platt import fit_logistic
 from calib_lightning.seeding import row_uniform
@@ -25,7 +25,7 @@ def mean_log_odds(log_odds: Tensor, index: Tensor, bins: int) -> Tensor:
     """
     rows = torch.bincount(index, minlength=bins)
     # Relative to a bin's largest, which is some log p: no sum can underflow.
-    hits, misses = (_log_sum(F.logsigmoid(side), index, bins) for side in (log_odds, -log_odds))
+    hits, misses = (_log_sum(log_sigmoid(side), index, bins) for side in (log_odds, -log_odds))
     return torch.where(rows > 0, hits - misses, torch.nan)
 
 
@@ -54,7 +54,7 @@ class ScalingBinning(Binned):
     Example:
         >>> log_odds = torch.linspace(-2, 2, 100)
         >>> binning = ScalingBinning(n_bins=4)
-        >>> _ = binning.fit(log_odds, torch.arange(100) % 3 > 0)
+        >>> _ = binning.fit(log_odds, (log_odds > 0) | (torch.arange(100) % 3 > 0))
         >>> binning(log_odds).unique().shape
         torch.Size([4])
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Sequential(Calibrator):
                 )
         if len({id(calibrator) for calibrator in calibrators}) < len(calibrators):
             raise ValueError("Sequential: the same object is given twice, and has room for one fit; make two of it")
-        for before, after in zip(calibrators, calibrators[1:], strict=False):
+        for before, after in pairwise(calibrators):
             if after.full_distribution and not before.full_distribution:
                 raise ValueError(
                     f"Sequential: {after.name} after {before.name} would use probabilities of classes that were not "

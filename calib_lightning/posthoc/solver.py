@@ -18,12 +18,16 @@ Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps a point ``(P,)`` float64 to its value (0-d) and gradient ``(P,)``, float64, without autograd."""
 
 Preconditioner = Callable[[Tensor], Tensor]
-"""Maps a gradient ``(P,)`` to about the inverse Hessian times it; linear, symmetric and positive definite."""
+"""Maps a gradient ``(P,)`` to about the inverse Hessian times it; linear, symmetric and positive semidefinite."""
+
+Curvature = Callable[[Tensor], Preconditioner]
+"""Maps a point ``(P,)`` to about the inverse Hessian there."""
 
 CONVERGED = 1e-6
 """A gradient with no entry above this (in nats by unit of a parameter) is taken for zero."""
 
 _PAIRS = 10
+_RENEWAL = 20
 _MOST_TRIALS = 30
 # Two values closer than this share of them are told apart by their slopes, not by their rounded difference.
 _NOISE = 1e-14
@@ -54,15 +58,13 @@ class Solver(Described, ABC):
     """A way to minimise a smooth function."""
 
     @abstractmethod
-    def minimise(
-        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
-    ) -> Solution:
+    def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
         """Minimise.
 
         Args:
             objective: The function.
             start: ``(P,)`` float64.
-            precondition: About the inverse Hessian, for solvers that use curvature; those of the papers do not.
+            curvature: About the inverse Hessian, for solvers that can use it; those of the papers do not.
 
         Returns:
             Where it stopped.
@@ -109,15 +111,17 @@ class LBFGS(Solver):
     max_passes: int = 1000
     tolerance: float = 1e-9
 
-    def minimise(
-        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
-    ) -> Solution:
+    def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
         """Minimise; see `Solver.minimise`."""
         counted = _Counted(objective)
         value, gradient = counted(start)
         here = _Place(start, float(value), gradient, 0.0)
         pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_PAIRS)
+        precondition, steps = None, 0
         while counted.passes < self.max_passes and float(here.gradient.abs().max()) > self.tolerance:
+            if curvature and steps % _RENEWAL == 0:
+                precondition = curvature(here.point)
+            steps += 1
             direction = -_quasi_newton(here.gradient, pairs, precondition)
             slope = float(direction @ here.gradient)
             # Without any curvature the length of the gradient says nothing about that of the step.
@@ -156,9 +160,7 @@ def _quasi_newton(
     return result
 
 
-def _search(
-    objective: Objective, start: _Place, direction: Tensor, first: float, trials: int
-) -> _Place | None:
+def _search(objective: Objective, start: _Place, direction: Tensor, first: float, trials: int) -> _Place | None:
     """A step along the direction whose slope is much flatter and whose value is not higher; ``None`` if none is found.
 
     The step lies between one where the function still falls steeply and one where it rises or is too high.
@@ -205,9 +207,7 @@ class PlainLBFGS(Solver):
     lr: float = 0.01
     steps: int = 50
 
-    def minimise(
-        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
-    ) -> Solution:
+    def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
         """Minimise; the last point is the result, as in that code."""
         counted, point = _Counted(objective), start.clone().requires_grad_()
         optimizer = torch.optim.LBFGS([point], lr=self.lr, max_iter=self.steps)
@@ -232,9 +232,7 @@ class GradientDescent(Solver):
     lr: float = 1e-3
     epochs: int = 1000
 
-    def minimise(
-        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
-    ) -> Solution:
+    def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
         """Minimise; the last point is the result."""
         counted, point = _Counted(objective), start.clone()
         for _ in range(self.epochs):
@@ -254,9 +252,7 @@ class AdamDescent(Solver):
     lr: float = 1e-3
     epochs: int = 1000
 
-    def minimise(
-        self, objective: Objective, start: Tensor, precondition: Preconditioner | None = None
-    ) -> Solution:
+    def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
         """Minimise; the last point is the result."""
         counted, point = _Counted(objective), start.clone().requires_grad_()
         adam = torch.optim.Adam([point], lr=self.lr)

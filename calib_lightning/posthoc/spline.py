@@ -30,7 +30,7 @@ def spline_slope(gap: NDArray[np.float64], knots: int) -> NDArray[np.float64]:
     """
     rows = len(gap)
     # Natural splines are linear in their values at the knots: one column for each.
-    basis = CubicSpline(np.linspace(0.0, 1.0, knots), np.eye(knots), bc_type="natural")
+    basis = CubicSpline(np.linspace(0.0, 1.0, knots), np.eye(knots), bc_type="natural")  # type: ignore[no-untyped-call]
     cumulative = np.concatenate([[0.0], np.cumsum(gap) / rows])
     values = np.linalg.lstsq(basis(np.linspace(0.0, 1.0, rows + 1)), cumulative, rcond=None)[0]
     slope: NDArray[np.float64] = basis((np.arange(rows) + 0.5) / rows, 1) @ values

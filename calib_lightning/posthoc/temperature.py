@@ -12,7 +12,6 @@ from torch import Tensor
 
 from calib_lightning.metrics.functional.temperature import (
     LOG_BETA_BOUND,
-    TemperatureSearch,
     search_inverse_temperature,
     tempered_rows,
 )
@@ -20,8 +19,8 @@ from calib_lightning.posthoc.base import Calibrator, Optimum
 from calib_lightning.posthoc.solver import CONVERGED, PlainLBFGS, Solver
 
 _LEAST_RANGE = 1e-3
-_SCAN_STEP = 0.25
-_SCAN_WINDOW = 5.0
+_SCAN_STEP = 0.5
+_VALLEYS = 3
 
 
 def tempered(logits: Tensor, beta: Tensor) -> Tensor:
@@ -133,7 +132,7 @@ class FocalTemperature(_Tempered):
     """Temperature scaling by the focal loss (Lin et al., 2017).
 
     ``q = softmax(z / T)`` with the T of the least ``mean (1 - q_y)^gamma (-log q_y)``. It is above the T of the
-    likelihood. The loss may have several minima: it is scanned, and the lowest point found refined.
+    likelihood. The loss may have several minima: it is scanned, and the lowest of those found is taken.
 
     Args:
         gamma: Exponent >= 0; 0 is the likelihood.
@@ -195,9 +194,8 @@ class Sloped(NamedTuple):
 def lowest(loss: Callable[[float, torch.dtype], Sloped], logits: Tensor, labels: Tensor) -> tuple[float, Optimum]:
     """Inverse temperature of the least loss, which may have several minima.
 
-    The loss is scanned on ``log T`` in steps of 1/4, to 5 on both sides of the optimum of the likelihood (between the
-    bounds of `Temperature` if the lowest point is an end, or the likelihood has no optimum), and the root of its slope
-    beside the lowest point is found by Brent's method.
+    The loss is scanned on ``log T`` in steps of 1/2 between the bounds of `Temperature`. In the three lowest valleys
+    that are seen the root of the slope is found by Brent's method, and the lowest of them is the result.
 
     Args:
         loss: Maps ``beta`` and a dtype to calculate in to the loss; what it gives for float32 is only compared.
@@ -207,38 +205,34 @@ def lowest(loss: Callable[[float, torch.dtype], Sloped], logits: Tensor, labels:
     Returns:
         ``beta = 1 / T``, and how it went; the gradient is that by ``log T``.
     """
-    likely: TemperatureSearch = search_inverse_temperature(logits, labels)
+    likely = search_inverse_temperature(logits, labels)
     centre, passes = math.log(likely.optimum.beta), likely.passes
 
-    def by_log(log_beta: float) -> float:
+    def at(log_beta: float, dtype: torch.dtype = torch.float64) -> Sloped:
         nonlocal passes
         passes += 1
-        return math.exp(log_beta) * loss(math.exp(log_beta), torch.float64).slope
+        value, slope = loss(math.exp(log_beta), dtype)
+        return Sloped(value if math.isfinite(value) else math.inf, math.exp(log_beta) * slope)
 
-    def scan(low: float, high: float) -> tuple[float, bool]:
-        nonlocal passes
-        points = [centre + _SCAN_STEP * i for i in range(-128, 129) if low <= centre + _SCAN_STEP * i <= high]
-        values = {point: loss(math.exp(point), torch.float32).value for point in points}
-        passes += len(points)
-        best = min(points, key=lambda point: (values[point], abs(point - centre)))  # constant logits: the centre
-        return best, best in (points[0], points[-1])
-
-    low, high = max(centre - _SCAN_WINDOW, -LOG_BETA_BOUND), min(centre + _SCAN_WINDOW, LOG_BETA_BOUND)
-    best, at_end = scan(low, high)
-    if likely.optimum.at_bound or at_end:
-        best, at_end = scan(-LOG_BETA_BOUND, LOG_BETA_BOUND)
-    slope = by_log(best)
-    if slope == 0.0 and not at_end:
-        return math.exp(best), Optimum(True, passes, 0.0)
-    # The slope says on which side the minimum is; it is not beyond the next point, which is no lower.
-    side = min(max(best - math.copysign(_SCAN_STEP, slope), -LOG_BETA_BOUND), LOG_BETA_BOUND)
-    if by_log(side) * slope < 0.0:
-        best = brentq(by_log, best, side, xtol=1e-12, rtol=1e-14)
-    elif at_end:
-        beta = math.exp(math.copysign(LOG_BETA_BOUND, best))
-        return _still_ordered(beta, logits), Optimum(False, passes, abs(slope), True)
-    gradient = abs(by_log(best))
-    return math.exp(best), Optimum(gradient <= CONVERGED, passes, gradient)
+    reach = math.ceil(2.0 * LOG_BETA_BOUND / _SCAN_STEP)
+    inside = [centre + _SCAN_STEP * i for i in range(-reach, reach + 1)]
+    points = [-LOG_BETA_BOUND, *(p for p in inside if abs(p) < LOG_BETA_BOUND), LOG_BETA_BOUND]
+    values = [at(point, torch.float32).value for point in points]
+    if min(values) == max(values):  # constant logits: every temperature gives the same
+        return math.exp(centre), Optimum(True, passes, 0.0)
+    dips = [i for i in range(1, len(points) - 1) if values[i] <= min(values[i - 1], values[i + 1])]
+    found = []
+    for i in sorted(dips, key=lambda i: (values[i], abs(points[i] - centre)))[:_VALLEYS]:
+        slope = at(points[i]).slope
+        side = points[i - 1] if slope > 0.0 else points[i + 1]
+        if at(side).slope * slope < 0.0:
+            root = brentq(lambda p: at(p).slope, points[i], side, xtol=1e-12, rtol=1e-14)  # type: ignore[no-untyped-call]
+            found.append((*at(root), root))
+    end, where = min((at(bound).value, bound) for bound in (-LOG_BETA_BOUND, LOG_BETA_BOUND))
+    if not found or end <= min(found)[0]:
+        return _still_ordered(math.exp(where), logits), Optimum(False, passes, abs(at(where).slope), True)
+    _, slope, log_beta = min(found)
+    return math.exp(log_beta), Optimum(abs(slope) <= CONVERGED, passes, abs(slope))
 
 
 def _still_ordered(beta: float, logits: Tensor) -> float:
@@ -260,11 +254,11 @@ def _descended(solver: Solver, logits: Tensor, labels: Tensor) -> tuple[float, O
     start = logits.new_tensor([first], dtype=torch.float64)
     found = solver.minimise(by_temperature, start)
     temperature, gradient = float(found.point), found.gradient_norm * abs(float(found.point))
-    raw, highest = (float(by_temperature(start.new_tensor([t]))[0]) for t in (1.0, first))
+    highest = float(by_temperature(start)[0])
+    raw, raw_slope = (float(part) for part in by_temperature(torch.ones_like(start)))
     passes = found.passes + 2
     if not (0.0 < temperature < math.inf and found.value <= highest):
         note = f"{solver.name} ran away to T = {temperature:.4g}; T = 1 is used. Temperature() finds the optimum"
-        value, slope = by_temperature(start.new_tensor([1.0]))
-        return 1.0, Optimum(False, passes + 1, float(slope.abs()), notes=(note,))
-    notes = (f"{solver.name} stopped at T = {temperature:.4g}, which is worse than T = 1",) if found.value > raw else ()
-    return 1.0 / temperature, Optimum(gradient <= CONVERGED, passes, gradient, notes=notes)
+        return 1.0, Optimum(False, passes, abs(raw_slope), notes=(note,))
+    worse = (f"{solver.name} stopped at T = {temperature:.4g}, which is worse than T = 1",)
+    return 1.0 / temperature, Optimum(gradient <= CONVERGED, passes, gradient, notes=worse * (found.value > raw))

@@ -6,7 +6,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from calib_lightning.posthoc.binary import log_sigmoid
+
+_MARGIN = 1e-3
+"""How far, relatively, c' stays above the largest of the others: enough for the arithmetic of an exported model."""
 
 
 def top_log_odds(logits: Tensor) -> Tensor:
@@ -50,9 +54,7 @@ def with_top_confidence(logits: Tensor, log_odds: Tensor) -> Tensor:
         >>> with_top_confidence(logits, torch.tensor([0.8]).logit()).exp()
         tensor([[0.8000, 0.1200, 0.0800]])
     """
-    classes = logits.shape[-1]
-    # Enough to tell two log-probabilities of -log K apart.
-    margin = 32.0 * torch.finfo(logits.dtype).eps
+    classes, margin = logits.shape[-1], _MARGIN
     least = math.log1p(margin) - math.log(classes - 1 - margin)
     odds = log_odds.to(logits.dtype).clamp_min(least).unsqueeze(-1)
     is_top = _is_class(logits.argmax(dim=-1), classes)
@@ -65,7 +67,7 @@ def with_top_confidence(logits: Tensor, log_odds: Tensor) -> Tensor:
     # equal, so that nothing has to be mixed.
     kept = (allowed - mean).clamp_min(0.0) / (largest - mean).clamp_min(torch.finfo(logits.dtype).tiny)
     share = torch.where(kept < 1.0, torch.log(kept * share.exp() + (1.0 - kept) * mean), share)
-    return torch.where(is_top, F.logsigmoid(odds), F.logsigmoid(-odds) + share)
+    return torch.where(is_top, log_sigmoid(odds), log_sigmoid(-odds) + share)
 
 
 def _is_class(index: Tensor, classes: int) -> Tensor:

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from calib_lightning.posthoc.base import Calibrator, Optimum
-from calib_lightning.posthoc.binary import BinaryCalibrator
+from calib_lightning.posthoc.binary import BinaryCalibrator, log_sigmoid
 from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
 
 FEWEST_HITS = 5
@@ -26,12 +25,12 @@ class RowOdds(NamedTuple):
     """What the log-odds of all classes of a row are made of.
 
     Attributes:
-        index: Predicted class ``(N,)``, the first of the largest.
+        predicted: Predicted class ``(N,)``, the first of the largest.
         top: Its log-odds ``(N,)`` float64.
         total: ``logsumexp`` of the row's logits, ``(N,)`` float64.
     """
 
-    index: Tensor
+    predicted: Tensor
     top: Tensor
     total: Tensor
 
@@ -70,7 +69,7 @@ def class_log_odds(logits: Tensor, label: int, rows: RowOdds) -> Tensor:
     log_prob = logits[:, label].double() - rows.total
     # Where this is the predicted class the value is not used; the bound only keeps it finite.
     others = torch.log1p(-torch.exp(log_prob.clamp_max(-0.5)))
-    return torch.where(rows.index == label, rows.top, log_prob - others)
+    return torch.where(rows.predicted == label, rows.top, log_prob - others)
 
 
 class OneVsRest(Calibrator):
@@ -126,7 +125,7 @@ class OneVsRest(Calibrator):
         for label, calibrator in enumerate(self.copies):
             log_odds = class_log_odds(logits, label, rows)
             parts.append(calibrator(log_odds) if calibrator.fitted else log_odds)
-        return torch.log_softmax(F.logsigmoid(torch.stack(parts, dim=-1)), dim=-1).to(logits.dtype)
+        return torch.log_softmax(log_sigmoid(torch.stack(parts, dim=-1)), dim=-1).to(logits.dtype)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         start = f"{prefix}copies."
@@ -149,8 +148,8 @@ def _joined(optima: Mapping[int, Optimum], classes: int) -> Optimum:
     notes = []
     if len(optima) < classes:
         notes.append(
-            f"{classes - len(optima)} of {classes} classes have fewer than {FEWEST_HITS} rows, or all of them, and keep "
-            "their probabilities"
+            f"{classes - len(optima)} of {classes} classes have fewer than {FEWEST_HITS} rows, or all of them, and "
+            "keep their probabilities"
         )
     told = Counter(note for optimum in optima.values() for note in optimum.notes)
     notes += [f"{number} of {classes} classes: {note}" for note, number in told.items()]
@@ -167,9 +166,9 @@ def _joined(optima: Mapping[int, Optimum], classes: int) -> Optimum:
 class TopLabel(Calibrator):
     """Calibrates the confidence in the predicted class alone; the others share the rest in their old proportions.
 
-    With c' the calibrated confidence, ``q_k = p_k (1 - c') / (1 - c)`` for the classes that are not predicted. c' can be
-    so low that another class would be predicted. The predicted class is kept nevertheless: in the distribution, c' is
-    raised to just above ``1 / K`` and the others are brought below it, see `with_top_confidence`. `predict` gives c'
+    With c' the calibrated confidence, ``q_k = p_k (1 - c') / (1 - c)`` for the classes that are not predicted. c' can
+    be so low that another class would be predicted. The predicted class is kept nevertheless: in the distribution, c'
+    is raised to just above ``1 / K`` and the others are brought below it, see `with_top_confidence`. `predict` gives c'
     itself beside the distribution, and metrics of the confidence use that.
 
     Args:

@@ -292,7 +292,7 @@ def _score_file(options: Options, name: str, path: Path, inputs: _Inputs) -> Set
     details = options.intervals is not None or options.compare is not None or options.groups is not None
     states = states_of(options, predictions, details)
     figures, warned = figures_of(options, states)
-    with _warnings_as_notes(warned):
+    with warnings_as_notes(warned):
         groups = _groups(options, predictions, counts)
     if other is not None:
         others = states_of(options, other, details)
@@ -337,7 +337,7 @@ def figures_of(options: FigureOptions, states: Mapping[str, EvaluationState]) ->
     """
     warned: list[str] = []
     intervals: dict[str, Interval] = {}
-    with _warnings_as_notes(warned):
+    with warnings_as_notes(warned):
         values = _merged({behind: state.compute() for behind, state in states.items()})
         if options.intervals is not None:
             draw = (options.intervals, options.level, options.seed)
@@ -381,8 +381,15 @@ def _check_same_samples(path: Path, other_path: Path, one: Predictions, other: P
 
 
 @contextmanager
-def _warnings_as_notes(notes: list[str]) -> Iterator[None]:
-    """Turn the warnings of metrics into notes, but for those of undefined values, which `_notes` says at once."""
+def warnings_as_notes(notes: list[str]) -> Iterator[None]:
+    """Turn warnings of our own into notes, but for those of undefined values, which `value_notes` says at once.
+
+    Args:
+        notes: Gets the notes.
+
+    Yields:
+        Nothing.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield

@@ -51,6 +51,8 @@ ROWS = {
     "TopLabel-Isotonic": Row(lambda: P.TopLabel(P.Isotonic())),
     "TopLabel-ScalingBinning": Row(lambda: P.TopLabel(P.ScalingBinning())),
     "TopLabel-Spline": Row(lambda: P.TopLabel(P.Spline())),
+    "OneVsRest-BBQ": Row(lambda: P.OneVsRest(P.BBQ())),
+    "IRM": Row(P.IRM),
     "DensityRatio": Row(P.DensityRatio),
     "Sequential": Row(lambda: P.Sequential(P.Temperature(), P.TopLabel(P.Beta()))),
 }

@@ -373,3 +373,23 @@ def test_names_are_read_but_not_executed():
     }.items():
         with pytest.raises(ValueError, match=message):
             P.parse(text, P.Calibrator)
+
+
+def test_files_of_neural_clamping_are_read_apart(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    images = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        clamping = P.NeuralClamping(descent=P.ClampDescent(epochs=2)).fit(
+            network, images, torch.arange(64) % 3, progress=False
+        )
+    path = tmp_path / "clamping.pt"
+    P.save_calibrator(clamping, path)
+    loaded = P.load_clamping(path)
+    assert torch.equal(loaded.delta, clamping.delta)
+    assert loaded.temperature == clamping.temperature
+    with pytest.raises(ValueError, match="read it with load_clamping"):
+        P.load_calibrator(path)
+    P.save_calibrator(fitted("Temperature"), path)
+    with pytest.raises(ValueError, match="is that of a Temperature, not of a NeuralClamping"):
+        P.load_clamping(path)

@@ -49,7 +49,7 @@ def test_others_are_mixed_with_their_mean_until_they_are_below_the_top():
     logits = torch.tensor([[0.5, 0.4, 0.06, 0.04]], dtype=torch.float64).log()
     ours = with_top_confidence(logits, torch.tensor([0.3], dtype=torch.float64).logit()).exp()[0].numpy()
     others = np.array([0.4, 0.06, 0.04]) / 0.5
-    a = (others[0] - 0.3 / 0.7) / (others[0] - 1 / 3)  # solves 0.7 ((1 - a) r + a / 3) = 0.3
+    a = (others[0] - 0.999 * 0.3 / 0.7) / (others[0] - 1 / 3)  # solves 0.7 ((1 - a) r + a / 3) = 0.999 * 0.3
     np.testing.assert_allclose(ours, [0.3, *(0.7 * ((1 - a) * others + a / 3))], rtol=1e-12)
     assert ours[0] > ours[1] > ours[2] > ours[3]
 

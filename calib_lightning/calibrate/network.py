@@ -1,0 +1,171 @@
+"""The trained network of a run and the images of its sets, for calibrators that need more than logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor, nn
+
+from calib_lightning import data
+from calib_lightning.calibrate.reading import Inputs, Source, read_record
+from calib_lightning.core import ClassificationModule, load_module
+from calib_lightning.data import BenchmarkDataModule
+from calib_lightning.posthoc.neural_clamping import NeuralClamping
+from calib_lightning.types import Batch
+
+AGREEMENT = 0.02
+"""How far recomputed logits may lie from the saved ones, relative to their size; those may be of lower precision."""
+
+
+class RunNetwork:
+    """The chosen checkpoint of a run, in evaluation mode, and its data.
+
+    Args:
+        run: Folder of the run, or of a test in it.
+
+    Attributes:
+        checkpoint: The file of the network.
+
+    Raises:
+        ValueError: The folder has no configuration or no checkpoint, or the data are not those of the run.
+        OSError: A file cannot be read.
+    """
+
+    def __init__(self, run: Path) -> None:
+        inner = not (run / "config.yaml").is_file() and (run.parent / "config.yaml").is_file()
+        home = run.parent if inner else run
+        config, record = home / "config.yaml", read_record(home)
+        if not config.is_file():
+            raise ValueError(
+                f"{run}: has no config.yaml, which says what images the network sees; give the run's folder"
+            )
+        chosen = (record.get("checkpoint") or {}).get("path")
+        if not chosen or not (home / chosen).is_file():
+            raise ValueError(
+                f"{run}: has no chosen checkpoint, so there is no network to ask; train the run to its end"
+            )
+        self.checkpoint = home / chosen
+        self.data = _data_of(config)
+        self.data.prepare_data()
+        self.data.setup("test")
+        if record.get("splits") not in (None, self.data.splits_hash):
+            raise ValueError(
+                f"{config}: leads to other splits of the data than the run had, so that its predictions are of other "
+                "images; use the data that the run was trained with"
+            )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.module: ClassificationModule = load_module(self.checkpoint, device)
+
+    def with_features(self, inputs: Inputs) -> Inputs:
+        """Compute the features of all sets, what the head of the network sees, in one pass over the images.
+
+        Args:
+            inputs: The sets of the run.
+
+        Returns:
+            The same with features, and with a note on how the logits of this pass agree with the saved ones.
+
+        Raises:
+            ValueError: The logits are not those that were saved, so the network is not theirs.
+        """
+        sources, largest = [], 0.0
+        for source in (inputs.calibration, *inputs.tests):
+            logits, features = self._outputs(source.name)
+            off = _distance(logits, source)
+            if not off <= AGREEMENT:
+                raise ValueError(
+                    f"{source.files[0]}: its logits are not those of {self.checkpoint} (relative difference {off:.2g}, "
+                    f"allowed: {AGREEMENT:g}); test this network again, or give the folder of its test"
+                )
+            largest = max(largest, off)
+            sources.append(source._replace(features=features))
+        note = f"the logits of {self.checkpoint} agree with the saved ones (largest relative difference {largest:.1g})"
+        return Inputs(sources[0], sources[1:], [*inputs.notes, note])
+
+    def fit(self, clamping: NeuralClamping) -> None:
+        """Fit Neural Clamping to the images of the calibration split.
+
+        Args:
+            clamping: Is fitted.
+        """
+        batches = [Batch(*batch) for batch in self.data.evaluation_loader("calibration")]
+        images, labels = torch.cat([batch.image for batch in batches]), torch.cat([batch.label for batch in batches])
+        clamping.fit(self.module, images, labels)
+
+    def clamped_logits(self, clamping: NeuralClamping, name: str) -> Tensor:
+        """Ask the network with perturbed images.
+
+        Args:
+            clamping: Fitted.
+            name: Name of the set.
+
+        Returns:
+            Calibrated logits ``(N, K)`` on the CPU.
+        """
+        with torch.no_grad():
+            return torch.cat([clamping.logits(self.module, image).cpu() for image in self._images(name)])
+
+    def _images(self, name: str) -> Iterator[Tensor]:
+        for batch in self.data.evaluation_loader(name):
+            yield Batch(*batch).image.to(self.module.device)
+
+    def _outputs(self, name: str) -> tuple[Tensor, Tensor]:
+        logits: list[Tensor] = []
+        features: list[Tensor] = []
+        with torch.no_grad(), _inputs_of(self.module.head, features):
+            for image in self._images(name):
+                logits.append(self.module.outputs(image).logits.float().cpu())
+        return torch.cat(logits), torch.cat(features)
+
+
+def _data_of(config: Path) -> BenchmarkDataModule:
+    """Build the data module that a run's configuration names; only those of this package are looked up."""
+    try:
+        section = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+        class_path, arguments = str(section["class_path"]), section.get("init_args") or {}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{config}: does not say what the data are ({error!r})") from error
+    known = {name: item for name in data.__all__ if _is_benchmark(item := getattr(data, name))}
+    package, _, name = class_path.rpartition(".")
+    if name not in known or package.partition(".")[0] not in ("", data.__name__.partition(".")[0]):
+        raise ValueError(
+            f"{config}: the data are {class_path!r}, but only those of this package can be read again "
+            f"({', '.join(known)}); save logits and features of other data and give --calibration and --test"
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(known[name], "data")
+    try:
+        found = parser.instantiate_classes(parser.parse_object({"data": arguments})).data
+    except ArgumentError as error:
+        raise ValueError(f"{config}: {error}") from error
+    assert isinstance(found, BenchmarkDataModule)
+    return found
+
+
+def _is_benchmark(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, BenchmarkDataModule) and item is not BenchmarkDataModule
+
+
+@contextmanager
+def _inputs_of(head: nn.Module, kept: list[Tensor]) -> Iterator[None]:
+    """Keep what a head is called with."""
+    handle = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].flatten(1).float().cpu()))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _distance(logits: Tensor, source: Source) -> float:
+    """Root mean square of the differences, relative to that of the saved logits around their row means."""
+    saved = source.logits.float()
+    if saved.shape != logits.shape:
+        return float("inf")
+    size = (saved - saved.mean(dim=1, keepdim=True)).square().mean().sqrt()
+    return float((logits - saved).square().mean().sqrt() / size.clamp_min(torch.finfo(torch.float32).tiny))

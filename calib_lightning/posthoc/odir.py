@@ -1,0 +1,214 @@
+"""Affine maps with off-diagonal and intercept regularisation, and the choice of its strength by cross-validation."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.linear import Fit, FullMap, Ridge, full_nll, separates
+from calib_lightning.posthoc.solver import LBFGS
+from calib_lightning.seeding import row_uniform
+
+# What a strength is worth is known long before the optimum is.
+_ROUGH = LBFGS(max_passes=40, tolerance=1e-4)
+_EXACT = LBFGS()
+
+Pair = tuple[float, float]
+
+
+def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """Deal rows to folds, so that the folds' sizes, and those of each class in them, differ by one row at most.
+
+    Args:
+        labels: ``(N,)``.
+        folds: How many.
+        seed: Which of the rows of a class come first.
+
+    Returns:
+        Number of the fold of each row, ``(N,)`` int64.
+    """
+    index = torch.arange(len(labels), device=labels.device)
+    shuffled = row_uniform(index, 1, seed=seed).squeeze(1).argsort()
+    # Dealt on from class to class, so that classes of few rows do not all go to the first folds.
+    order = shuffled[labels[shuffled].argsort(stable=True)]
+    return torch.empty_like(index).index_copy_(0, order, index % folds)
+
+
+def _mapped(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.log_softmax(inputs @ weight.mT + bias, dim=-1)
+
+
+def mapped_log_probs(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``log mean_f softmax(W_f x + b_f)``: the average of the probabilities of several maps.
+
+    Args:
+        inputs: ``(N, K)``.
+        weight: ``(F, K, K)``.
+        bias: ``(F, K)``.
+
+    Returns:
+        ``(N, K)``.
+    """
+    each = _mapped(inputs, weight, bias.unsqueeze(1))
+    return torch.logsumexp(each, dim=0) - math.log(len(weight))
+
+
+def _stacked(models: list[Fit]) -> tuple[Tensor, Tensor]:
+    matrices = torch.stack([fit.matrix for fit in models])
+    return matrices[..., :-1].contiguous(), matrices[..., -1].contiguous()
+
+
+class _Path(NamedTuple):
+    """Fits with all strengths: the sum of the negative log-likelihoods of some rows, the maps, and the passes."""
+
+    scores: dict[Pair, float]
+    maps: dict[Pair, Tensor]
+    passes: int
+
+
+class RidgedMatrix(Calibrator):
+    """An affine map with off-diagonal and intercept regularisation, ODIR (Kull et al., 2019).
+
+    ``J = NLL + lambda / (K (K-1)) sum_{i != j} W_ij^2 + mu / K sum_j b_j^2``, NLL the mean negative log-likelihood in
+    nats. The diagonal is free, as it is the temperature. J is minimised to the optimum, from ``W = I/T`` with the
+    likeliest temperature T, along the strengths from the largest to the smallest.
+
+    Args:
+        lambdas: The strengths lambda > 0 to choose from; of one alone there is no choice.
+        mus: The strengths mu > 0, each tried with each lambda; ``None`` takes mu equal to lambda.
+        folds: The strengths with the least negative log-likelihood in cross-validation of so many stratified folds are
+            chosen; ``None`` looks at the rows of the fit themselves, which nearly always chooses the weakest.
+        ensemble: Average the probabilities of the folds' models, as the authors do; else one model is fitted to all
+            rows with the chosen strengths.
+        normalize: Divide the sums by ``K (K-1)`` and K as above; else use them as they are, as the authors' code does:
+            ``lambda`` here is then ``K (K-1)`` times theirs, and ``mu`` K times.
+        seed: Of the folds.
+
+    Attributes:
+        penalty: The chosen lambda.
+        bias_penalty: The chosen mu.
+        weight: W, ``(K, K)``; with `ensemble` ``(folds, K, K)``.
+        bias: b, ``(K,)``, its mean zero; with `ensemble` ``(folds, K)``.
+
+    Raises:
+        ValueError: No strength, or one that is not above 0; fewer than two folds, or none with `ensemble`.
+
+    Deviations:
+        The authors' code minimises with Adam and stops early; this goes to the optimum. Where a class has no rows its
+        diagonal entry stays at 1/T, and the ridge decides the rest.
+    """
+
+    preserves_argmax = False
+    per_class = True
+    weight: Tensor
+    bias: Tensor
+    penalty: Tensor
+    bias_penalty: Tensor
+
+    def __init__(
+        self,
+        lambdas: Sequence[float] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4),
+        mus: Sequence[float] | None = None,
+        folds: int | None = 5,
+        ensemble: bool = False,
+        normalize: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, values in (("lambdas", lambdas), ("mus", (1.0,) if mus is None else mus)):
+            if not values or not all(0.0 < value < math.inf for value in values):
+                raise ValueError(f"{name}={values!r}: give one or more numbers above 0, such as (0.1, 1.0, 10.0)")
+        if folds is not None and folds < 2:
+            raise ValueError(f"folds={folds!r}: give 2 or more, or None to choose on the rows of the fit themselves")
+        if folds is None and ensemble:
+            raise ValueError("ensemble=True averages the models of folds: give folds=5, or ensemble=False")
+        self.lambdas = tuple(lambdas)
+        self.mus = None if mus is None else tuple(mus)
+        self.folds = folds
+        self.ensemble = ensemble
+        self.normalize = normalize
+        self.seed = seed
+        self.register_state("weight", "bias", "penalty", "bias_penalty")
+
+    @abstractmethod
+    def inputs(self, logits: Tensor) -> Tensor:
+        """What is mapped, ``(N, K)`` in the dtype of the logits."""
+
+    def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
+        """Choose the strengths and minimise J; see `Calibrator.fit_rows`."""
+        inputs = self.inputs(logits.double())
+        full = FullMap(inputs, labels)
+        chains = self._chains()
+        choose = sum(map(len, chains)) > 1
+        # One row cannot be divided.
+        folds = min(self.folds or 1, len(labels)) if choose or self.ensemble else 1
+        fold = stratified_folds(labels, folds, self.seed)
+        parts = [FullMap(inputs[fold != k], labels[fold != k]) for k in range(folds)] if folds > 1 else []
+        pair, warm, passes = chains[0][0], None, 0
+        if choose and parts:
+            paths = [self._path(part, chains, inputs[fold == k], labels[fold == k]) for k, part in enumerate(parts)]
+            pair = min(paths[0].scores, key=lambda pair: sum(path.scores[pair] for path in paths))
+            passes = sum(path.passes for path in paths)
+        elif choose:
+            path = self._path(full, chains, inputs, labels)
+            pair = min(path.scores, key=path.scores.__getitem__)
+            passes, warm = path.passes, path.maps[pair]
+
+        ridge, notes = self._ridge(pair, inputs.shape[1]), []
+        models = [part.fit(ridge, _EXACT) for part in parts] if self.ensemble else []
+        if models:
+            averaged = mapped_log_probs(inputs, *_stacked(models))
+            if float(F.nll_loss(averaged, labels)) > float(F.nll_loss(torch.log_softmax(logits.double(), -1), labels)):
+                notes.append("the average of the folds' models is less likely than the raw logits: one model is used")
+                passes += sum(fit.solution.passes for fit in models)
+                models = []
+        models = models or [full.fit(ridge, _EXACT, warm)]
+        weight, bias = _stacked(models)
+        if not self.ensemble:
+            weight, bias = weight[0], bias[0]
+        self.weight, self.bias = weight, bias
+        self.penalty, self.bias_penalty = inputs.new_tensor(pair[0]), inputs.new_tensor(pair[1])
+        return Optimum(
+            converged=all(fit.solution.converged for fit in models),
+            passes=passes + sum(fit.solution.passes for fit in models),
+            gradient_norm=max(fit.solution.gradient_norm for fit in models),
+            # The diagonal is what no ridge holds.
+            at_bound=any(separates(inputs * fit.matrix.diagonal(), labels) for fit in models),
+            notes=tuple(notes),
+        )
+
+    def _chains(self) -> list[list[Pair]]:
+        """All pairs of strengths in chains along which none rises, so that each fit starts below its own start."""
+        lambdas = sorted(set(self.lambdas), reverse=True)
+        if self.mus is None:
+            return [[(value, value) for value in lambdas]]
+        return [[(value, mu) for mu in sorted(set(self.mus), reverse=True)] for value in lambdas]
+
+    def _ridge(self, pair: Pair, classes: int) -> Ridge:
+        shares = (classes * (classes - 1), classes) if self.normalize else (1, 1)
+        return Ridge(off_diagonal=pair[0] / shares[0], bias=pair[1] / shares[1])
+
+    def _path(self, part: FullMap, chains: list[list[Pair]], inputs: Tensor, labels: Tensor) -> _Path:
+        """Fit a part of the rows with all strengths, and score each fit by the likelihood of other rows."""
+        path = _Path({}, {}, 0)
+        for chain in chains:
+            warm = None
+            for pair in chain:
+                fit = part.fit(self._ridge(pair, inputs.shape[1]), _ROUGH, warm)
+                warm = path.maps[pair] = fit.matrix
+                path.scores[pair] = float(full_nll(inputs, labels, warm)[0]) * len(labels)
+                path = path._replace(passes=path.passes + fit.solution.passes)
+        return path
+
+    def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """Map, and average over models; see `Calibrator.transform`."""
+        inputs = self.inputs(logits)
+        weight, bias = self.weight.to(inputs.dtype), self.bias.to(inputs.dtype)
+        return mapped_log_probs(inputs, weight, bias) if self.ensemble else _mapped(inputs, weight, bias)

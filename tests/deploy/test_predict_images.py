@@ -1,0 +1,214 @@
+"""``calib predict --images``: one table from every kind of file, and what cannot be read is named."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from calib_lightning.deploy import CalibratedClassifier, export_onnx, export_torch, save_classifier
+from calib_lightning.deploy.arguments import is_for_images
+from calib_lightning.methods import CrossEntropy
+from calib_lightning.posthoc import FixedTemperature
+
+from ..cli.conftest import calib
+from .networks import CLASSES, PREPROCESSING
+
+__all__ = ["calib"]
+
+NAMES = ["a.png", "b.jpg", "c.JPEG", "deep/d.webp", "deep/e.bmp", "f.png", "g.png"]
+
+
+@pytest.fixture(scope="module")
+def made():
+    torch.manual_seed(0)
+    network = CrossEntropy(len(CLASSES), encoder="digits_cnn")
+    network.head.linear.weight.data *= 30
+    calibrator = FixedTemperature(1.5).fit(torch.randn(20, 5), torch.arange(20) % 5)
+    return CalibratedClassifier(network, calibrator, preprocessing=PREPROCESSING, classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "deep").mkdir()
+    draw = np.random.default_rng(0)
+    for place, name in enumerate(NAMES):
+        mode = ("L", "RGB")[place % 2]
+        pixels = draw.integers(0, 256, (10 + place, 12, len(mode)), dtype=np.uint8).squeeze()
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def confidences(made, pictures):
+    """Confidences of the images, one after another through the module."""
+    batch = torch.stack([PREPROCESSING(Image.open(pictures / name)) for name in NAMES])
+    return made.predict(batch)
+
+
+@pytest.fixture(scope="module")
+def models(made, pictures, confidences, tmp_path_factory):
+    """The classifier in all formats, with a threshold in the middle of the confidences."""
+    folder = tmp_path_factory.mktemp("models")
+    ordered = confidences.confidence.sort().values
+    # the four most confident are right, the others wrong
+    label = torch.where(confidences.confidence >= ordered[3], confidences.label, (confidences.label + 1) % 5)
+    batch = torch.stack([PREPROCESSING(Image.open(pictures / name)) for name in NAMES])
+    made.set_threshold([(batch, label)], risk=0.0)
+    save_classifier(made, folder / "model.pt")
+    export_torch(made, folder / "model.pt2")
+    export_onnx(made, folder / "model.onnx")
+    return folder
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pt2", "onnx"])
+@pytest.mark.parametrize("size", [2, 32])
+def test_every_format_gives_the_same_table(suffix, size, calib, pictures, models, confidences, tmp_path):
+    model = models / f"model.{suffix}"
+    done = calib("predict", "--images", pictures, "--model", model, "--output=out.csv", f"--batch-size={size}")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    rows = table(tmp_path / "out.csv")
+    assert [row["file"] for row in rows] == NAMES
+    assert [row["label"] for row in rows] == [CLASSES[label] for label in confidences.label]
+    found = [float(row["confidence"]) for row in rows]
+    np.testing.assert_allclose(found, confidences.confidence.numpy(), atol=2e-6)
+    accepted = confidences.confidence >= confidences.confidence.sort().values[3]
+    assert [row["abstain"] for row in rows] == ["false" if kept else "true" for kept in accepted]
+    assert accepted.sum() == 4
+
+
+def test_json_and_the_table_say_the_same(calib, pictures, models, tmp_path):
+    argv = ("predict", f"--images={pictures}", f"--model={models / 'model.pt'}")
+    assert calib(*argv, "--output=out.json").code == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["file"] for row in rows] == NAMES
+    assert {type(row["abstain"]) for row in rows} == {bool}
+    done = calib(*argv)
+    lines = [line for line in done.out.splitlines() if ".png" in line or "deep" in line or ".j" in line.lower()]
+    assert len(lines) == len(NAMES)
+    for line, row in zip(lines, rows, strict=True):
+        assert row["file"] in line
+        assert row["label"] in line
+        assert f"{row['confidence']:.4f}" in line
+        assert (" yes " in line) == row["abstain"]
+
+
+def test_the_threshold_of_the_command_line_comes_first(calib, pictures, models, tmp_path):
+    argv = ("predict", "--images", pictures, "--model", models / "model.onnx", "--output=out.csv")
+    for threshold, abstain in ((0, "false"), (1, "true")):
+        assert calib(*argv, "--threshold", threshold).code == 0
+        assert {row["abstain"] for row in table(tmp_path / "out.csv")} == {abstain}
+
+
+def test_bad_images_are_named_and_the_others_predicted(calib, pictures, models, tmp_path):
+    folder = tmp_path / "some"
+    shutil.copytree(pictures, folder)
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "text.jpg").write_text("no image")
+    (folder / "empty.bmp").write_bytes(b"")
+    Image.fromarray(np.zeros((9, 9), dtype=np.uint16)).save(folder / "deep" / "sixteen.png")
+    Image.new("L", (9, 9)).save(folder / "gif.png", format="GIF")
+    Image.new("L", (9, 9)).save(folder / "scan.tiff")
+    (folder / "notes.txt").write_text("not meant")
+    (folder / ".hidden.png").write_text("not meant")
+    done = calib("predict", "--images", folder, "--model", models / "model.pt", "--output=out.csv")
+    assert done.code == 1
+    assert [row["file"] for row in table(tmp_path / "out.csv")] == NAMES
+    for said in (
+        "broken.png: ",
+        "text.jpg: is no image of the formats",
+        "empty.bmp: is no image",
+        "deep/sixteen.png: the image is of mode I;16",
+        "gif.png: is no image of the formats JPEG, PNG, WEBP, BMP",
+        "scan.tiff: is not read; convert it",
+        "note: no images: notes.txt",
+    ):
+        assert said in done.err
+    assert "hidden" not in done.err
+    assert done.err.count("error:") == 6
+
+
+def test_without_a_threshold_nothing_abstains_and_it_is_said(calib, pictures, made, tmp_path):
+    plain = CalibratedClassifier(made.network, made.calibrator, preprocessing=PREPROCESSING)
+    save_classifier(plain, tmp_path / "plain.pt")
+    done = calib("predict", "--images", pictures, "--model", "plain.pt", "--output=out.csv")
+    assert done.code == 0
+    assert "has no operating threshold, so nothing abstains" in done.err
+    rows = table(tmp_path / "out.csv")
+    assert {row["abstain"] for row in rows} == {"false"}
+    assert {row["label"] for row in rows} <= set("01234")  # numbers where there are no names
+
+
+def test_what_is_missing_is_named(calib, pictures, made, models, tmp_path):
+    save_classifier(CalibratedClassifier(made.network, made.calibrator), tmp_path / "bare.pt")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "broken.pt").write_bytes(b"broken")
+    for images, model, said in (
+        (pictures, "bare.pt", "does not say how images are prepared"),
+        (pictures, "none.pt", "There is no classifier none.pt"),
+        (pictures, "broken.pt", "broken.pt: "),
+        ("nothing", models / "model.pt", "holds no image; read are .jpg"),
+        ("nowhere", models / "model.pt", "--images nowhere: is not a folder"),
+    ):
+        done = calib("predict", "--images", images, "--model", model)
+        assert (done.code, done.out) == (1, "")
+        assert f"calib: error: {said}" in done.err or said in done.err
+        assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pt2", "onnx"])
+def test_a_device_that_is_not_there_is_named(suffix, calib, pictures, models):
+    done = calib("predict", "--images", pictures, "--model", models / f"model.{suffix}", "--device", "nowhere")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("calib: error: ")
+    assert "nowhere" in done.err
+
+
+def test_a_folder_as_output_is_refused_before_the_work(calib, pictures, tmp_path):
+    (tmp_path / "out.csv").mkdir()
+    done = calib("predict", "--images", pictures, "--model", "none.pt", "--output=out.csv")
+    assert (done.code, done.err) == (1, "calib: error: --output out.csv: is a folder; name a file\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--images", "x"), "--model"),
+        (("--images", "x", "--model", "y", "--output", "z.txt"), "must be .csv or .json"),
+        (("--images", "x", "--model", "y", "--threshold", "80"), "'80' is not a fraction"),
+        (("--images", "x", "--model", "y", "--batch-size", "0"), "'0' is not an integer >= 1"),
+        (("--images",), "expected one argument"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(calib, argv, said):
+    done = calib("predict", *argv)
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from calib_lightning.__main__ import main\n"
+        "try: main(['predict', '--images', '--help'])\n"
+        "except SystemExit as left: print(left.code, 'torch' in sys.modules, 'PIL' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--threshold C" in done.stdout
+    assert done.stdout.endswith("0 False False\n")
+
+
+def test_the_trainer_keeps_its_own_predict():
+    assert is_for_images(["predict", "--model=y", "--images=x"])
+    assert not is_for_images(["predict", "-c", "runs/x/config.yaml"])
+    assert not is_for_images(["score", "--images"])

@@ -1,0 +1,102 @@
+"""Preparation of images, against torchvision's transforms as timm puts them together."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+
+from calib_lightning.data import DigitsDataModule
+from calib_lightning.deploy import Preprocessing
+
+
+def picture(width, height, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze(), mode=mode)
+
+
+@pytest.mark.parametrize("shape", [(50, 37), (37, 50), (24, 24), (9, 31), (200, 64)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"},
+        {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"},
+        {"crop_pct": 0.9, "crop_mode": "squash", "interpolation": "lanczos"},
+        {"crop_pct": 0.95, "crop_mode": "center", "interpolation": "bilinear"},
+    ],
+)
+@pytest.mark.parametrize("size", [(24, 24), (24, 32)])
+def test_images_are_prepared_as_by_timm(shape, config, size):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    expected = create_transform(input_size=(3, *size), mean=mean, std=std, **config)(picture(*shape))
+    found = Preprocessing(size=size, mean=mean, std=std, **config)(picture(*shape))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_timm_models_say_it(name):
+    model = timm.create_model(name, num_classes=3)
+    expected = create_transform(**resolve_data_config(model=model))(picture(90, 70))
+    torch.testing.assert_close(Preprocessing.from_timm(model)(picture(90, 70)), expected, rtol=0, atol=1e-6)
+
+
+def test_data_modules_say_it():
+    data = DigitsDataModule()
+    data.setup()
+    prepare = Preprocessing.from_data(data)
+    assert prepare.shape == (1, 8, 8)
+    batch = next(iter(data.evaluation_loader("iid")))
+    pixels = (batch.image[0, 0] * prepare.std[0] + prepare.mean[0]).mul(255).round().to(torch.uint8)
+    torch.testing.assert_close(prepare(Image.fromarray(pixels.numpy())), batch.image[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_every_mode_of_eight_bits_becomes_grey_or_rgb(mode):
+    image = picture(12, 12).convert(mode)
+    for channels in (1, 3):
+        prepare = Preprocessing((12, 12), (0.0,) * channels, (1.0,) * channels)
+        expected = np.array(image.convert("L" if channels == 1 else "RGB")).reshape(12, 12, channels) / 255
+        np.testing.assert_allclose(prepare(image).permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+
+def test_images_of_more_bits_and_endless_strips_are_refused():
+    prepare = Preprocessing((8, 8), (0.5,), (0.5,))
+    with pytest.raises(ValueError, match="mode I;16"):
+        prepare(Image.fromarray(np.zeros((9, 9), dtype=np.uint16)))
+    with pytest.raises(ValueError, match="30000000 x 1"):
+        prepare(Image.new("L", (30_000_000, 1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (8,)}, "size=.*height and width"),
+        ({"size": 8}, "size=8: give a sequence"),
+        ({"size": (8.5, 8)}, "8.5 is no whole number"),
+        ({"mean": (0.1, 0.2)}, "one number each for grey"),
+        ({"mean": "ab"}, "give a sequence"),
+        ({"mean": (float("nan"),)}, "finite"),
+        ({"std": (0.0,)}, "std above 0"),
+        ({"crop_pct": 0}, r"crop_pct=0.*\(0, 1\]"),
+        ({"crop_mode": "border"}, "crop_mode='border': use one of center, squash"),
+        ({"interpolation": "cubic"}, "interpolation='cubic': use one of"),
+    ],
+)
+def test_bad_values_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**{"size": (8, 8), "mean": (0.5,), "std": (0.5,), **options})
+
+
+def test_a_network_that_does_not_say_it():
+    with pytest.raises(ValueError, match="Linear does not say how images are prepared"):
+        Preprocessing.from_timm(torch.nn.Linear(2, 2))
+
+
+def test_records_come_back():
+    prepare = Preprocessing((24, 32), (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), 0.9, "squash", "lanczos")
+    assert Preprocessing.from_record(prepare.record) == prepare
+    with pytest.raises(ValueError, match="does not describe how images are prepared"):
+        Preprocessing.from_record({**prepare.record, "more": 1})
+    with pytest.raises(ValueError, match="does not describe how images are prepared"):
+        Preprocessing.from_record("squash")
