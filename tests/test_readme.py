@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.__main__ import main
+from calib_lightning.calibrate.arguments import split_names
 from calib_lightning.config_search import find_config
+from calib_lightning.deploy import CalibratedClassifier, Preprocessing, export_onnx
 from calib_lightning.method_table import method_table
 from calib_lightning.methods import MaskedLinearHead
+from calib_lightning.posthoc import Calibrator, FixedTemperature, NeuralClamping, Temperature, parse, save_calibrator
 from tests.methods.table import ROWS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,6 +25,14 @@ README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 SHELL = "".join(text for kind, text in BLOCKS if kind == "bash")
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+
+
+# commands of ours that are no commands of the trainer; each is tested with small files below
+OWN = ("score", "calibrate")
+
+
+def _of_trainer(command):
+    return command[0] not in OWN and "--images" not in command
 
 
 def _commands():
@@ -41,7 +53,7 @@ def test_the_two_setup_commands_are_those_that_are_checked():
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in _commands() if "RUN" not in " ".join(c) and c[0] != "score"], ids=" ".join
+    "command", [c for c in _commands() if "RUN" not in " ".join(c) and _of_trainer(c)], ids=" ".join
 )
 def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(REPOSITORY)
@@ -52,7 +64,7 @@ def test_commands_parse(command, monkeypatch, tmp_path, capsys):
 
 def test_commands_on_a_run_are_there():
     # their behaviour is tested with real runs in tests/cli/test_runs.py
-    on_runs = [c for c in _commands() if "RUN" in " ".join(c) and c[0] != "score"]
+    on_runs = [c for c in _commands() if "RUN" in " ".join(c) and _of_trainer(c)]
     assert {c[0] for c in on_runs} == {"fit", "test"}
 
 
@@ -63,7 +75,17 @@ def test_python_runs_as_written(number, monkeypatch, tmp_path):
     batches = [(torch.randn(8, 3, generator=generator), torch.arange(8) % 3) for _ in range(2)]
     train_loader = DataLoader(TensorDataset(torch.randn(16, 5), torch.arange(16) % 3), 8)
     names = {"batches": batches, "module": _Own(), "train_loader": train_loader, "val_loader": train_loader}
+    names |= {"calibration_loader": train_loader, "images": torch.randn(4, 5)}
+    if "timm" in PYTHON[number]:
+        pictures = DataLoader(TensorDataset(torch.rand(12, 3, 64, 64), torch.arange(12) % 3), 6)
+        names |= {"calibration_loader": pictures, "val_loader": pictures, "images": torch.rand(4, 3, 64, 64)}
     exec(compile(PYTHON[number], f"README.md, python block {number}", "exec"), names)
+    if "timm" in PYTHON[number]:
+        assert Path("classifier.onnx").exists()
+        assert names["confidence"].shape == (4,)
+    if "PostHocCalibrate" in PYTHON[number]:
+        assert names["log_probs"].exp().sum(1).allclose(torch.ones(4))
+        assert torch.equal(names["calibrator"].beta, names["calibrate"].calibrator.beta)
     if "MaskedClassifier" in PYTHON[number]:
         assert isinstance(names["module"].classifier, MaskedLinearHead)
 
@@ -129,11 +151,46 @@ def test_score_commands_do_what_they_say(monkeypatch, tmp_path, capsys):
     np.save("labels.npy", labels)
     np.savetxt("probs.csv", np.column_stack([logits.double().softmax(1), labels]), delimiter=",")
     Path("counts.json").write_text("[200, 50, 5]")
+    np.savez("test.npz", logits=logits.numpy(), labels=labels)
+    Path("calibrated").mkdir()
+    save_calibrator(Temperature().fit(logits, torch.from_numpy(labels)), "calibrated/Temperature.pt")
     commands = [c for c in _commands() if c[0] == "score"]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         files = [["seed0.npz", "seed1.npz"] if word == "seed*.npz" else [word] for word in command]
         assert main([word for some in files for word in some]) == 0, command
         out = capsys.readouterr().out
         assert "ECE" in out or Path("report.json").exists(), command
     assert len(list(Path("figures").rglob("*.svg"))) == 3
+
+
+def test_calibrate_commands_do_what_they_say(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("val", "test"):
+        labels = torch.arange(200) % 3
+        logits = 3 * torch.randn(200, 3, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 3)
+        np.savez(f"{name}.npz", logits=logits.numpy(), labels=labels.numpy())
+    # the command on a run is tested with a real one in tests/cli/test_calibrate.py
+    commands = [c for c in _commands() if c[0] == "calibrate" and "RUN" not in c]
+    assert len(commands) == 3
+    for command in commands:
+        assert main(command) == 0, command
+        assert "Temperature" in capsys.readouterr().out, command
+    assert Path("calibrated/Temperature.pt").is_file()
+    for command in (c for c in _commands() if c[0] == "calibrate" and "--calibrators" in c):
+        for name in split_names(command[command.index("--calibrators") + 1]):
+            parse(name, NeuralClamping if name.startswith("Neural") else Calibrator)
+
+
+def test_predict_command_does_what_it_says(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    calibrator = FixedTemperature(1.5).fit(torch.randn(9, 3), torch.arange(9) % 3)
+    plain = Preprocessing(size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
+    export_onnx(CalibratedClassifier(network, calibrator, preprocessing=plain), "classifier.onnx")
+    Path("DIR").mkdir()
+    Image.new("RGB", (4, 4), (200, 10, 10)).save("DIR/red.png")
+    (command,) = [c for c in _commands() if "--images" in c]
+    assert main(command) == 0, capsys.readouterr().err
+    assert "red.png" in Path("answers.csv").read_text()
