@@ -318,7 +318,7 @@ class _Figures:
 def _problems(report: FitReport) -> list[str]:
     problems = list(report.notes)
     if report.at_bound:
-        problems.append("the likelihood rises without end, so that a parameter was stopped at its bound")
+        problems.append("a parameter was stopped at its bound: the best value for these rows lies beyond it")
     if not report.converged and not report.at_bound:
         problems.append(
             f"stopped after {report.passes} passes before the optimum (largest gradient {report.gradient_norm:.2g})"

@@ -156,9 +156,9 @@ class ECETemperature(_Tempered):
     Deviations: the code of Mukhoti et al. (2020) uses ``step=0.1, largest=10.0``, and of several best T the smallest.
 
     Example:
-        >>> logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
         >>> round(ECETemperature().fit(logits, torch.tensor([0, 0, 0, 0])).temperature, 3)
-        0.91
+        1.82
     """
 
     def __init__(self, step: float = 0.001, largest: float = 5.0, n_bins: int = 15, exhaustive: bool = False) -> None:

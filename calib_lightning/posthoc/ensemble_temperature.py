@@ -61,7 +61,7 @@ class EnsembleTemperature(Calibrator):
     Here T is the best of all between the bounds of `Temperature`.
 
     Example:
-        >>> logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
         >>> ets = EnsembleTemperature().fit(logits, torch.tensor([0, 0, 0, 0]))
         >>> ets.forward(logits)[0].exp()
         tensor([0.7500, 0.2500])

@@ -107,9 +107,9 @@ class Temperature(_Tempered):
     above the optimum for 10 classes and 0.17 for 100; gradient descent ends 0.1 above. The default ends at it.
 
     Example:
-        >>> logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> round(Temperature().fit(logits, torch.tensor([0, 0, 0, 0])).temperature, 6)  # 1 / log 3
-        0.910239
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+        >>> round(Temperature().fit(logits, torch.tensor([0, 0, 0, 0])).temperature, 6)  # 2 / log 3
+        1.820478
     """
 
     def __init__(self, solver: Solver | None = None) -> None:
@@ -141,9 +141,9 @@ class FocalTemperature(_Tempered):
         ValueError: ``gamma`` < 0.
 
     Example:
-        >>> logits = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
         >>> round(FocalTemperature().fit(logits, torch.tensor([0, 0, 0, 0])).temperature, 4)
-        1.3692
+        3.23
     """
 
     def __init__(self, gamma: float = 1.0) -> None:

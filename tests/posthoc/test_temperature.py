@@ -155,6 +155,19 @@ def test_optimum_beyond_the_lower_bound_of_beta():
     assert (fit.beta, fit.at_bound) == (math.exp(-16), True)
 
 
+def test_optimum_just_beyond_a_bound_is_stopped_there():
+    """The slope at the bound is not zero, but the root lies further: three of four right need ``beta gap = log 3``."""
+    labels = torch.tensor([0, 0, 0, 1])
+    for gap, bound in ((1e-8, 16.0), (1e8, -16.0)):
+        fit = functional.fit_inverse_temperature(torch.tensor([[gap, 0.0]] * 4, dtype=torch.float64), labels)
+        assert (fit.beta, fit.at_bound) == (math.exp(bound), True)
+    # Of many classes the slope may fall below zero first: 0.102 of the rows have the class with the large logit.
+    logits = torch.tensor([[1e8] + [0.0] * 9] * 1000, dtype=torch.float64)
+    few = torch.where(torch.arange(1000) < 102, 0, torch.arange(1000) % 9 + 1)
+    fit = functional.fit_inverse_temperature(logits, few)
+    assert (fit.beta, fit.at_bound) == (math.exp(-16), True)
+
+
 # --- recipes of papers
 
 

@@ -132,7 +132,8 @@ def search_inverse_temperature(logits: Tensor, labels: Tensor, weights: Tensor |
     start, _, _ = _root(lambda log_beta: at(log_beta, torch.float32), start, _ENOUGH_FOR_A_START)
     log_beta, value, slope = _root(at, start, _ENOUGH)
     if abs(log_beta) > LOG_BETA_BOUND - 3.0 * _ENOUGH:  # halving towards a bound ends this close to it
-        return TemperatureSearch(OptimalTemperature(math.exp(round(log_beta)), value, True), slope, passes)
+        beta = math.exp(math.copysign(LOG_BETA_BOUND, log_beta))
+        return TemperatureSearch(OptimalTemperature(beta, value, True), slope, passes)
     return TemperatureSearch(OptimalTemperature(math.exp(log_beta), value, False), slope, passes)
 
 
