@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import signal
 import sys
 import traceback
 
@@ -25,8 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an arrow in a table must not end a run whose output is not UTF-8
+    try:
+        code = _without_trainer(arguments)
+    except KeyboardInterrupt:
+        print("calib: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return _with_trainer(arguments) if code is None else code
+
+
+def _without_trainer(arguments: list[str]) -> int | None:
+    """Run a command that needs no trainer, whose import takes seconds; ``None`` if it is another one."""
     if arguments[:1] == ["score"]:
-        from calib_lightning.score import main as score  # needs no trainer, whose import takes seconds
+        from calib_lightning.score import main as score
 
         return score(arguments[1:])
     if arguments[:1] == ["calibrate"]:
@@ -40,7 +51,10 @@ def main(argv: list[str] | None = None) -> int:
             from calib_lightning.deploy.command import main as predict
 
             return predict(arguments[1:])
+    return None
 
+
+def _with_trainer(arguments: list[str]) -> int:
     from calib_lightning.cli import CalibCLI
     from calib_lightning.config_search import resolve_configs
     from calib_lightning.run_folder import forget_run_folder

@@ -102,8 +102,10 @@ class CalibCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=CalibParser,
             parser_kwargs={
-                "description": "Train and evaluate classifiers whose confidence can be trusted. "
-                "'calib score FILE...' scores saved predictions; see 'calib score --help'."
+                "description": "Train and evaluate classifiers whose confidence can be trusted. Beside the subcommands "
+                "below, 'calib score FILE...' scores saved predictions, 'calib calibrate RUN' fits calibrators to "
+                "held-out predictions, and 'calib predict --images DIR --model FILE' labels images with a calibrated "
+                "classifier; see 'calib score --help', 'calib calibrate --help' and 'calib predict --images --help'."
             },
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -108,9 +108,12 @@ def named_calibrators(texts: Sequence[str] | None) -> list[AnyCalibrator]:
 
 
 def _built(text: str) -> AnyCalibrator:
-    if text.partition("(")[0] == NeuralClamping.__name__:
-        return parse(text, NeuralClamping)
-    return parse(text, Calibrator)  # type: ignore[type-abstract]
+    try:
+        if text.partition("(")[0] == NeuralClamping.__name__:
+            return parse(text, NeuralClamping)
+        return parse(text, Calibrator)  # type: ignore[type-abstract]
+    except ValueError as error:
+        raise ValueError(f"{error} `calib calibrate --list` says what there is.") from error
 
 
 def all_calibrators() -> Iterator[str]:

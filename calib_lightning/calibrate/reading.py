@@ -194,8 +194,9 @@ def _check_apart(calibration: Source, test: Source) -> list[str]:
     rows, test_rows = _distinct_rows(mine), _distinct_rows(others)
     shared = len(rows & test_rows)
     same = mine.scores.shape == others.scores.shape and rows == test_rows
-    # Where a network says the same of all images, two sets share the few rows that there are.
-    by_chance = shared <= mine.scores.shape[1]
+    # Where a network says the same of all images, each set repeats the few rows that there are, and two share them.
+    repeats = len(rows) < len(mine.labels) or len(test_rows) < len(others.labels)
+    by_chance = shared == 0 or (repeats and shared <= mine.scores.shape[1])
     if (same and torch.equal(mine.labels, others.labels)) or (
         shared == min(len(rows), len(test_rows)) and not by_chance
     ):

@@ -21,8 +21,9 @@ class CalibrationMonitor(Callback):
     Batches are tuples ``(image, label, ...)``, and ``forward(image)`` gives logits ``(N, K)``. Where the validation
     step calls the module once (``self(image)``), that call's output is used and nothing is computed twice; otherwise
     the module is called once more. Rows are counted exactly and once on several processes, as far as the loader gives
-    them once. What is wrong with the figures (logits that are not finite, say) is warned of and does not end
-    the training.
+    them once. What is wrong with the figures (logits that are not finite, say) is warned of and does not end the
+    training. A module that logs one of the keys itself needs another ``prefix``: Lightning refuses a key that is logged
+    twice in ``on_validation_epoch_end``, and of one that the step logs too the figure here is what others see.
 
     Args:
         metrics: Keys of `calib_lightning.metrics.READ_OUTS`; those that need no K scores a row by default.
@@ -30,10 +31,10 @@ class CalibrationMonitor(Callback):
         figures_every: Figures are drawn in every so many-th epoch; 0 for never.
 
     Example:
-        ``Trainer(callbacks=[CalibrationMonitor()]).fit(module, train_loader, val_loader)`` logs ``val/ece`` and others.
+        ``Trainer(callbacks=[CalibrationMonitor()]).fit(module, loader, val_loader)`` logs ``monitor/ece`` and others.
     """
 
-    def __init__(self, metrics: Sequence[str] = REPORT, prefix: str = "val", figures_every: int = 1) -> None:
+    def __init__(self, metrics: Sequence[str] = REPORT, prefix: str = "monitor", figures_every: int = 1) -> None:
         EvaluationState(metrics)  # an unknown key is refused now, not after an epoch
         if figures_every < 0:
             raise ValueError(f"figures_every={figures_every}: it must be 0 (no figures) or a number of epochs >= 1")
@@ -74,7 +75,6 @@ class CalibrationMonitor(Callback):
             return
         try:
             image, labels = image_and_label(batch, type(self).__name__)
-            # Under DDP the step itself runs as a call of the module, so that its result is caught too.
             found = {id(logits): logits for output in caught if (logits := _logits_of(output, labels)) is not None}
             if len(found) != 1:
                 with trainer.precision_plugin.forward_context():
@@ -82,8 +82,9 @@ class CalibrationMonitor(Callback):
                 found = {0: as_logits_of(output, type(self).__name__)}
             logits = next(iter(found.values()))
             self._states[dataloader_idx].update(logits.detach(), labels)
-        except (TypeError, ValueError) as error:
-            self._fault = str(error)
+        except Exception as error:  # figures must not cost a run, whatever the module's forward raises
+            plain = isinstance(error, TypeError | ValueError)
+            self._fault = str(error) if plain else f"{type(error).__name__}: {error}"
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute, log and draw."""
@@ -102,7 +103,7 @@ class CalibrationMonitor(Callback):
             prefix = self.prefix if len(self._states) == 1 else f"{self.prefix}/{place}"
             try:
                 values = {f"{prefix}/{key}": value.float() for key, value in state.compute().items()}
-            except ValueError as error:  # found on all processes alike, as the counts of faults are summed
+            except Exception as error:  # found on all processes alike, as the counts of faults are summed
                 rank_zero_warn(f"CalibrationMonitor logs nothing for epoch {trainer.current_epoch}: {error}")
                 continue
             pl_module.log_dict(values, add_dataloader_idx=False)
@@ -123,7 +124,9 @@ class CalibrationMonitor(Callback):
             log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._outputs.append(output)
+        # Under DDP the step itself, whose first input is the batch, runs as a call of the module.
+        if not (inputs and isinstance(inputs[0], list | tuple)):
+            self._outputs.append(output)
 
     def _stop_listening(self) -> None:
         if self._hook is not None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,8 +18,10 @@ from calib_lightning.core import AtomicCheckpointIO
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module import datamodule_in_use
 from calib_lightning.data.loader import ResumableLoader
-from calib_lightning.posthoc import Calibrator, calibrator_of, calibrator_record
+from calib_lightning.posthoc import Calibrator, build, calibrator_of, calibrator_record
 from calib_lightning.posthoc.saving import FILE_KEY
+
+T = TypeVar("T")
 
 
 class PostHocCalibrate(Callback):
@@ -63,8 +64,10 @@ class PostHocCalibrate(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an empty calibration split before anything is trained."""
+        """Refuse an empty calibration split, and forget a calibrator of earlier weights, before anything is trained."""
         self._batches(trainer)
+        if self.calibrator.fitted:  # else the checkpoints of this training would hold it beside other weights
+            self.calibrator = build(self.calibrator.spec, Calibrator)  # type: ignore[type-abstract]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit to the final weights, then for every checkpoint that is kept."""
@@ -72,7 +75,7 @@ class PostHocCalibrate(Callback):
             return
         try:
             self.calibrator = self._fitted(trainer, pl_module)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a loader or a module raises, the training is not lost
             rank_zero_warn(f"PostHocCalibrate: {self.calibrator.name} was not fitted: {error}")
             return
         report = self.calibrator.report
@@ -95,7 +98,11 @@ class PostHocCalibrate(Callback):
         """Take the calibrator of a checkpoint; one of another kind than this callback's is left there."""
         if FILE_KEY not in state_dict:
             return
-        found = calibrator_of(state_dict[FILE_KEY], "The checkpoint's record")
+        try:
+            found = calibrator_of(state_dict[FILE_KEY], "The checkpoint's record")
+        except ValueError as error:
+            rank_zero_warn(f"PostHocCalibrate goes on without the calibrator of the checkpoint: {error}")
+            return
         if found.spec == self.calibrator.spec:
             self.calibrator = found
         else:
@@ -117,19 +124,12 @@ class PostHocCalibrate(Callback):
 
     def _fitted(self, trainer: Trainer, module: LightningModule) -> Calibrator:
         """A calibrator fitted to the module as it is; the same on all processes."""
-        logits, labels, batches = [], [], self._batches(trainer)
-        with ready(trainer, module):
-            for batch in batches:
-                image, label = image_and_label(trainer.strategy.batch_to_device(batch), type(self).__name__)
-                logits.append(as_logits_of(module(image), type(self).__name__).detach())
-                labels.append(label)
-        if not logits:
-            raise ValueError("the calibration loader gave no batch")
-        rows, own = torch.cat(logits), torch.cat(labels)
+        batches = self._batches(trainer)
+        rows, labels = _on_all(trainer, lambda: _collected(trainer, module, batches))
         # Our loaders give every process its part; of others nothing is known, so each process has read all rows.
         if isinstance(batches, ResumableLoader):
-            rows, own = gather_rows(rows.contiguous()), gather_rows(own.contiguous())
-        return copy.deepcopy(self.calibrator).fit(rows, own)
+            rows, labels = gather_rows(rows.contiguous()), gather_rows(labels.contiguous())
+        return _on_all(trainer, lambda: copy.deepcopy(self.calibrator).fit(rows, labels))
 
     def _add_to_file(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
         """Put the calibrator of a checkpoint's own weights into its file."""
@@ -139,18 +139,19 @@ class PostHocCalibrate(Callback):
             return
         final = {name: value.detach().clone() for name, value in module.state_dict().items()}
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            weights = checkpoint["state_dict"]
-            if _equal(weights, final):
+            checkpoint = _on_all(trainer, lambda: torch.load(path, map_location="cpu", weights_only=True))
+            # The running statistics of another process than that which saved may differ, and all must fit, or none.
+            if trainer.strategy.reduce_boolean_decision(_equal(checkpoint["state_dict"], final), all=True):
                 fitted = self.calibrator
             else:
-                module.load_state_dict(weights)
+                module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
                 fitted = self._fitted(trainer, module)
-        except (RuntimeError, TypeError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-            rank_zero_warn(f"PostHocCalibrate: {path} was left without a calibrator: {str(error).splitlines()[0]}")
+        except Exception as error:  # as above
+            reason = str(error).partition("\n")[0]
+            rank_zero_warn(f"PostHocCalibrate: {path} was left without a calibrator: {reason}")
             return
         finally:
-            module.load_state_dict(final)
+            module.load_state_dict(final, strict=module.strict_loading)
         state = {FILE_KEY: dict(calibrator_record(fitted))}
         checkpoint["callbacks"] = {**checkpoint.get("callbacks", {}), self.state_key: state}
         if trainer.is_global_zero:
@@ -159,6 +160,31 @@ class PostHocCalibrate(Callback):
             except OSError as error:
                 rank_zero_warn(f"PostHocCalibrate: {path} was left without a calibrator: {error}")
         trainer.strategy.barrier()
+
+
+def _on_all(trainer: Trainer, work: Callable[[], T]) -> T:
+    """Do something on all processes, or fail on all: those that went on would wait for the one that did not."""
+    fault: Exception | None = None
+    try:
+        done = work()
+    except Exception as error:
+        fault = error
+    if not trainer.strategy.reduce_boolean_decision(fault is None, all=True):
+        raise RuntimeError("it failed on another process" if fault is None else f"{type(fault).__name__}: {fault}")
+    return done
+
+
+def _collected(trainer: Trainer, module: LightningModule, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Logits and labels of all batches of this process."""
+    logits, labels = [], []
+    with ready(trainer, module):
+        for batch in batches:
+            image, label = image_and_label(trainer.strategy.batch_to_device(batch), PostHocCalibrate.__name__)
+            logits.append(as_logits_of(module(image), PostHocCalibrate.__name__).detach())
+            labels.append(label)
+    if not logits:
+        raise ValueError("the calibration loader gave no batch")
+    return torch.cat(logits), torch.cat(labels)
 
 
 def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -180,7 +180,7 @@ class CalibratedClassifier(nn.Module):
         """Label, confidence and whether to abstain.
 
         Args:
-            image: As in `forward`.
+            image: As in `forward`, on any device and in any floating dtype: it is cast to that of the network.
             threshold: Confidence below which to abstain; that of `operating_point` by default, and without one nothing
                 abstains.
 
@@ -190,7 +190,7 @@ class CalibratedClassifier(nn.Module):
         self.eval()  # the network may have been trained on since
         if threshold is None:
             threshold = 0.0 if self.operating_point is None else self.operating_point.threshold
-        return decide(*self.outputs(image.to(self.device)), threshold)
+        return decide(*self.outputs(self._as_weights(image)), threshold)
 
     # --- fits --------------------------------------------------------------------------------------------------------
 
@@ -225,7 +225,8 @@ class CalibratedClassifier(nn.Module):
         are better. See `calib_lightning.deploy.operating_point`.
 
         Args:
-            rows: Batches ``(image, label, ...)`` of held-out images, or logits ``(N, K)`` of the network on them.
+            rows: Batches ``(image, label, ...)`` of held-out images, or logits ``(N, K)`` of the network on them where
+                there is no perturbation.
             labels: Class labels ``(N,)`` of the logits.
             risk: Wanted error rate of the accepted rows, in ``[0, 1]``.
 
@@ -234,11 +235,17 @@ class CalibratedClassifier(nn.Module):
 
         Raises:
             TypeError: A batch is not of this form, or labels of logits are missing.
-            ValueError: There are no rows, an invalid value, or ``risk`` outside ``[0, 1]``.
+            ValueError: There are no rows, an invalid value, ``risk`` outside ``[0, 1]``, or logits where there is a
+                perturbation.
         """
         features = None
         if not isinstance(rows, Tensor):
             logits, labels, features = self._collected(rows)
+        elif self.clamping is not None:
+            raise ValueError(
+                "set_threshold: logits were given, but the perturbation changes the images before the network sees "
+                "them; give batches (image, label, ...)"
+            )
         elif labels is None:
             raise TypeError("set_threshold: logits were given without labels; give the labels (N,) of the same rows")
         else:
@@ -290,6 +297,10 @@ class CalibratedClassifier(nn.Module):
         known = self.calibrator.num_classes
         if self.classes is not None and known and len(self.classes) != known:
             raise ValueError(f"{len(self.classes)} names of classes were given for {known} classes; give one for each")
+
+    def _as_weights(self, image: Tensor) -> Tensor:
+        dtypes = [parameter.dtype for parameter in self.network.parameters() if parameter.is_floating_point()]
+        return image.to(self.device, dtypes[0] if dtypes and image.is_floating_point() else image.dtype)
 
     def _logits(self, image: Tensor) -> Tensor:
         logits: Any = self.network(image if self.clamping is None else self.clamping.perturb(image))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from calib_lightning.deploy.arguments import Options, make_parser, parse
+from calib_lightning.score.command import check_writable
 
 if TYPE_CHECKING:
     from calib_lightning.deploy.classifier import CalibratedClassifier
@@ -58,8 +60,10 @@ def main(argv: list[str]) -> int:
 def _predict(options: Options) -> int:
     from calib_lightning.deploy.images import find_images, read_batches  # the import takes seconds
 
-    if options.output is not None and options.output.is_dir():
-        raise IsADirectoryError(f"--output {options.output}: is a folder; name a file")
+    if options.output is not None:
+        if options.output.is_dir():
+            raise IsADirectoryError(f"--output {options.output}: is a folder; name a file")
+        check_writable(options.output.parent, "--output")
     found = find_images(options.images)
     model = _model(options)
     if model.preprocessing is None:
@@ -79,6 +83,9 @@ def _predict(options: Options) -> int:
             decision = model.predict(batch.image, options.threshold)
             answers = zip(*(part.tolist() for part in decision), strict=True)
             for path, (label, confidence, abstain) in zip(batch.paths, answers, strict=True):
+                if math.isnan(confidence):
+                    faults[path] = "the network gives no numbers for it; are the weights of the model finite?"
+                    continue
                 name = label if model.classes is None else model.classes[label]
                 rows.append(Row(_within(path, options.images), name, round(confidence, _DIGITS), abstain))
     _write(rows, options.output)

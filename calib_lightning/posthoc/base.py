@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -133,9 +134,32 @@ class Calibrator(FittedState, Described, ABC):
             Log-probabilities ``(N, K)`` in the dtype of the logits.
         """
 
-    def top_confidence(self, logits: Tensor, features: Tensor | None) -> Tensor | None:
-        """Confidence ``(N,)`` in the predicted class where it is not the largest probability of `transform`."""
-        return None
+    def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
+        """What `transform` gives, and the confidence in the predicted class where it is not the largest of it.
+
+        Args:
+            logits: As in `transform`.
+            features: As in `transform`.
+
+        Returns:
+            Both; the confidence ``(N,)`` is ``None`` where it is the largest probability.
+        """
+        return Prediction(self.transform(logits, features))
+
+    def of_fitted_rows(self, logits: Tensor, features: Tensor | None, place: Tensor) -> Prediction:
+        """What `with_confidence` gives for rows of the fit, each of them as if it were a new one.
+
+        Only a calibrator that looks a row up among those of its fit has to write this: there a row would find itself.
+
+        Args:
+            logits: As in `transform`, of some rows of the fit.
+            features: As in `transform`.
+            place: Places ``(N,)`` of these rows in the fit, int64.
+
+        Returns:
+            As `with_confidence`.
+        """
+        return self.with_confidence(logits, features)
 
     def fit(self, logits: Tensor, labels: Tensor, features: Tensor | None = None) -> Self:
         """Fit to the calibration split: held-out rows, neither trained nor tested on.
@@ -168,7 +192,8 @@ class Calibrator(FittedState, Described, ABC):
         self.num_classes, self.report = 0, None  # a fit that fails leaves nothing that could be used
         rows, labels = at_least_float32(logits.detach()), labels.detach().long()
         classes = rows.shape[1]
-        with torch.no_grad():
+        # State made in inference mode could not be used where gradients are asked for.
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast(rows):
             optimum = self.fit_rows(rows, labels, features) if classes > 1 else Optimum()
             self.num_classes = classes
             self.report = self._reported(optimum, rows, labels, features)
@@ -190,10 +215,11 @@ class Calibrator(FittedState, Described, ABC):
             RuntimeError: It was not fitted.
             ValueError: Another K than it was fitted to, or missing features.
         """
-        logits = self._checked_input(logits, features)
+        logits, features = self._checked_input(logits, features)
         if self.num_classes == 1:
             return torch.zeros_like(logits)
-        return self.transform(logits, features)
+        with _no_autocast(logits):
+            return self.transform(logits, features)
 
     def predict(self, logits: Tensor, features: Tensor | None = None) -> Prediction:
         """Calibrated log-probabilities, and the confidence where it is not the largest of them.
@@ -205,22 +231,32 @@ class Calibrator(FittedState, Described, ABC):
         Returns:
             Both, as `calib_lightning.metrics.EvaluationState.update` takes them.
         """
-        logits = self._checked_input(logits, features)
+        logits, features = self._checked_input(logits, features)
         if self.num_classes == 1:
             return Prediction(torch.zeros_like(logits))
-        return Prediction(self.transform(logits, features), self.top_confidence(logits, features))
+        with _no_autocast(logits):
+            return self.with_confidence(logits, features)
 
-    def _checked_input(self, logits: Tensor, features: Tensor | None) -> Tensor:
+    def _checked_input(self, logits: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.fitted:
             raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(logits, labels) or load a fitted one.")
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{type(self).__name__}: logits must be a tensor, got {type(logits).__name__}")
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"{type(self).__name__} was fitted to {self.num_classes} classes, but the logits have shape "
                 f"{tuple(logits.shape)}; give (N, {self.num_classes})."
             )
-        if self.needs_features and features is None:
+        if not self.needs_features:
+            return at_least_float32(logits), None
+        if features is None:
             raise ValueError(f"{type(self).__name__} needs features (N, d) beside the logits.")
-        return at_least_float32(logits)
+        if features.ndim != 2 or features.shape[0] != logits.shape[0] or not features.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__}: features must be floating point of shape ({logits.shape[0]}, d), got "
+                f"{features.dtype} of shape {tuple(features.shape)}"
+            )
+        return at_least_float32(logits), at_least_float32(features)
 
     def _checked_features(self, features: Tensor | None, rows: int, where: str) -> Tensor | None:
         if not self.needs_features:
@@ -243,10 +279,12 @@ class Calibrator(FittedState, Described, ABC):
     def _reported(self, optimum: Optimum, logits: Tensor, labels: Tensor, features: Tensor | None) -> FitReport:
         step = max(1, _BLOCK // logits.shape[1])
         before, after = _Figures(), _Figures()
-        for start in range(0, len(labels), step):
-            rows = slice(start, start + step)
+        for rows in torch.split(torch.arange(len(labels), device=logits.device), step):
             before.add(logits[rows], labels[rows])
-            calibrated = self.predict(logits[rows], None if features is None else features[rows])
+            if logits.shape[1] == 1:
+                calibrated = Prediction(torch.zeros_like(logits[rows]))
+            else:
+                calibrated = self.of_fitted_rows(logits[rows], None if features is None else features[rows], rows)
             after.add(calibrated.logits, labels[rows], calibrated.confidence)
         notes = list(optimum.notes)
         absent = logits.shape[1] - len(torch.unique(labels))
@@ -286,6 +324,14 @@ class Calibrator(FittedState, Described, ABC):
             self.report = None if report is None else FitReport(**{**report, "notes": tuple(report["notes"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The state of {type(self).__name__} is damaged: {error!r}.") from None
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off, which would multiply in half precision what was fitted in float64."""
+    kind = tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()  # an exported graph has no need of it
 
 
 class _Figures:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from calib_lightning.posthoc.base import Calibrator, Optimum
 from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
+from calib_lightning.types import Prediction
 
 FEWEST = 5
 """With fewer right or fewer wrong predictions there is no density to speak of."""
@@ -124,8 +125,8 @@ class DensityRatio(Calibrator):
 
     def __init__(self, neighbours: int = 10, distance_power: float = 2.0) -> None:
         super().__init__()
-        if neighbours < 1:
-            raise ValueError(f"neighbours={neighbours!r}: it must be at least 1; 10 is customary")
+        if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
+            raise ValueError(f"neighbours={neighbours!r}: it must be a whole number from 1 on; 10 is customary")
         if not 0.0 < distance_power < math.inf:
             raise ValueError(f"distance_power={distance_power!r}: it must be above 0, such as 2")
         self.neighbours, self.distance_power = neighbours, distance_power
@@ -156,27 +157,40 @@ class DensityRatio(Calibrator):
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
         """Give the predicted class the ratio; see `Calibrator.transform`."""
-        return with_top_confidence(logits, self._log_odds(logits, features))
+        return self.with_confidence(logits, features).logits
 
-    def top_confidence(self, logits: Tensor, features: Tensor | None) -> Tensor:
-        """The ratio c', ``(N,)`` float64, which may be below ``1 / K``."""
-        return torch.sigmoid(self._log_odds(logits, features))
+    def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
+        """The confidence ``(N,)`` is c' in float64, which may be below ``1 / K``; see `Calibrator.with_confidence`."""
+        return self._predicted(logits, features, None)
 
-    def _log_odds(self, logits: Tensor, features: Tensor | None) -> Tensor:
+    def of_fitted_rows(self, logits: Tensor, features: Tensor | None, place: Tensor) -> Prediction:
+        """No row is a neighbour of itself; see `Calibrator.of_fitted_rows`."""
+        return self._predicted(logits, features, place)
+
+    def _predicted(self, logits: Tensor, features: Tensor | None, own: Tensor | None) -> Prediction:
+        log_odds = self._log_odds(logits, features, own)
+        return Prediction(with_top_confidence(logits, log_odds), torch.sigmoid(log_odds))
+
+    def _log_odds(self, logits: Tensor, features: Tensor | None, own: Tensor | None) -> Tensor:
         assert features is not None
+        if features.shape[1] != self.reference.shape[1]:
+            raise ValueError(
+                f"DensityRatio was fitted to {self.reference.shape[1]} features, got {features.shape[1]}: shape "
+                f"{tuple(features.shape)}"
+            )
         if self.reference.shape[0] == 0:
             return top_log_odds(logits.double())
         if torch.compiler.is_compiling():  # an exported graph takes all its rows at once
-            return self._block_log_odds(logits, features)
-        step = _step(len(self.reference))
-        blocks = zip(torch.split(logits, step), torch.split(features, step), strict=True)
-        return torch.cat([self._block_log_odds(*block) for block in blocks])
+            return self._block_log_odds(logits, features, own)
+        blocks = torch.split(torch.arange(len(logits), device=logits.device), _step(len(self.reference)))
+        parts = [self._block_log_odds(logits[i], features[i], None if own is None else own[i]) for i in blocks]
+        return torch.cat(parts)
 
-    def _block_log_odds(self, logits: Tensor, features: Tensor) -> Tensor:
+    def _block_log_odds(self, logits: Tensor, features: Tensor, own: Tensor | None) -> Tensor:
         odds = top_log_odds(logits.double())
         reference = self.reference.to(features.dtype)
-        neighbours = min(self.neighbours, reference.shape[0])
-        near = proximity(F.normalize(features, dim=1), reference, neighbours, self.distance_power, own=None)
+        neighbours = min(self.neighbours, reference.shape[0] - (own is not None))
+        near = proximity(F.normalize(features, dim=1), reference, neighbours, self.distance_power, own=own)
         points = torch.stack([torch.sigmoid(odds), near.double()], dim=1)
         right = log_density(points, self.right, reference_widths(self.right))
         wrong = log_density(points, self.wrong, reference_widths(self.wrong))

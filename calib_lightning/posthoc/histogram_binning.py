@@ -68,8 +68,11 @@ class Binned(BinaryCalibrator):
     def transform(self, log_odds: Tensor) -> Tensor:
         """Look up the bin's value; see `BinaryCalibrator.transform`."""
         if len(self.values) == 1:  # ONNX cannot look up without edges
-            return self.values.expand_as(log_odds)
-        return self.values[torch.bucketize(log_odds, self.edges)]
+            values = self.values.expand_as(log_odds)
+        else:
+            values = self.values[torch.bucketize(log_odds, self.edges)]
+        # In the order of bins nan comes last: a broken row would be the surest.
+        return torch.where(log_odds.isnan(), log_odds, values)
 
 
 def check_bins(n_bins: int) -> int:

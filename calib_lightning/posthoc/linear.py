@@ -6,6 +6,7 @@ shape ``(2, K)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from calib_lightning.metrics.functional.temperature import fit_inverse_temperature
 from calib_lightning.posthoc.solver import Preconditioner, Solution, Solver
 
-LOG_TINY = -87.33654475055310
+LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 """Logarithm of the smallest normal float32 number; log-probabilities are not taken below it."""
 
 _BLOCK = 2**18

@@ -98,7 +98,7 @@ class NeuralClamping(FittedState, Described):
         batch_size: int = 512,
     ) -> None:
         super().__init__()
-        self.gammas = tuple(gammas)
+        self.gammas = tuple(map(float, gammas))  # numbers of numpy could not be read back from a file
         self.weights = (weights,) if isinstance(weights, PenaltyWeight) else tuple(weights)
         self.start, self.descent, self.penalty, self.batch_size = start, descent, penalty, batch_size
         if not self.gammas or not all(0.0 <= gamma < math.inf for gamma in self.gammas):
@@ -107,8 +107,8 @@ class NeuralClamping(FittedState, Described):
             raise ValueError("weights is empty: give at least one rule, such as RelativeWeight(0.1)")
         if penalty not in ("l2sq", "l2"):
             raise ValueError(f"penalty={penalty!r}: it must be 'l2sq' or 'l2'")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: it must be at least 1")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: it must be a whole number, at least 1")
         self.report: ClampReport | None = None
         self.register_state("delta", "log_temperature")
 
@@ -135,9 +135,14 @@ class NeuralClamping(FittedState, Described):
 
         Raises:
             RuntimeError: It was not fitted.
+            TypeError: Images that are not floating point: delta is one of normalised images.
             ValueError: Another shape than it was fitted to.
         """
         self._check_fitted()
+        if not image.is_floating_point():
+            raise TypeError(
+                f"NeuralClamping: images must be floating point, normalised as in the fit, got {image.dtype}"
+            )
         if image.shape[1:] != self.delta.shape:
             raise ValueError(
                 f"NeuralClamping was fitted to images of shape (N, {', '.join(map(str, self.delta.shape))}), "
@@ -225,7 +230,7 @@ class NeuralClamping(FittedState, Described):
         """
         rows = ClampRows(network, images, labels, self.batch_size)
         self.delta, self.report = self.delta.new_empty(0), None  # a fit that fails leaves nothing that could be used
-        with torch.no_grad(), frozen(network):
+        with torch.inference_mode(False), torch.no_grad(), frozen(network):
             before = measured(rows, None, 0.0, ())
             start = self.start.delta(rows, rows.like())
             losses = measured(rows, start, 0.0, self.gammas).losses
@@ -261,7 +266,7 @@ class NeuralClamping(FittedState, Described):
         """Every objective, with its focal loss at the start."""
         size = penalty_of(start, self.penalty)
         for gamma, loss in zip(self.gammas, losses, strict=True):
-            weights = [0.0] if self.descent is None else [rule.weight(loss, size) for rule in self.weights]
+            weights = [0.0] if self.descent is None else [float(rule.weight(loss, size)) for rule in self.weights]
             for weight in weights:
                 yield Objective(rows, gamma, weight, self.penalty), loss
 

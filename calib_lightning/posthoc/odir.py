@@ -18,7 +18,8 @@ from calib_lightning.seeding import row_uniform
 
 # What a strength is worth is known long before the optimum is.
 _ROUGH = LBFGS(max_passes=40, tolerance=1e-4)
-_EXACT = LBFGS()
+# With some 10,000 parameters and no more rows the last digits of the gradient can take thousands of passes.
+_EXACT = LBFGS(max_passes=500, tolerance=1e-8)
 
 Pair = tuple[float, float]
 
@@ -102,7 +103,8 @@ class RidgedMatrix(Calibrator):
 
     Deviations:
         The authors' code minimises with Adam and stops early; this goes to the optimum. Where a class has no rows its
-        diagonal entry stays at 1/T, and the ridge decides the rest.
+        diagonal entry stays at 1/T and the rest of its column has mean zero, as the likelihood would else rise without
+        end; the ridge decides the rest.
     """
 
     preserves_argmax = False
@@ -122,6 +124,8 @@ class RidgedMatrix(Calibrator):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        lambdas = tuple(float(value) for value in lambdas)
+        mus = None if mus is None else tuple(float(value) for value in mus)
         for name, values in (("lambdas", lambdas), ("mus", (1.0,) if mus is None else mus)):
             if not values or not all(0.0 < value < math.inf for value in values):
                 raise ValueError(f"{name}={values!r}: give one or more numbers above 0, such as (0.1, 1.0, 10.0)")
@@ -129,8 +133,7 @@ class RidgedMatrix(Calibrator):
             raise ValueError(f"folds={folds!r}: give 2 or more, or None to choose on the rows of the fit themselves")
         if folds is None and ensemble:
             raise ValueError("ensemble=True averages the models of folds: give folds=5, or ensemble=False")
-        self.lambdas = tuple(lambdas)
-        self.mus = None if mus is None else tuple(mus)
+        self.lambdas, self.mus = lambdas, mus
         self.folds = folds
         self.ensemble = ensemble
         self.normalize = normalize

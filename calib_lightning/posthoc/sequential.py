@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_lightning.posthoc.base import Calibrator, FitReport, Optimum
+from calib_lightning.types import Prediction
 
 _BLOCK = 2**22
 
@@ -107,18 +108,25 @@ class Sequential(Calibrator):
             logits = member.transform(logits, features)
         return logits
 
-    def top_confidence(self, logits: Tensor, features: Tensor | None) -> Tensor | None:
-        """That of the last member, where it has one."""
+    def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
+        """Apply the members in order; the confidence is that of the last one, where it has one."""
         *before, last = self.members
         for member in before:
             logits = member.transform(logits, features)
-        return last.top_confidence(logits, features)
+        return last.with_confidence(logits, features)
+
+    def of_fitted_rows(self, logits: Tensor, features: Tensor | None, place: Tensor) -> Prediction:
+        """Apply the members in order to rows of the fit; see `Calibrator.of_fitted_rows`."""
+        *before, last = self.members
+        for member in before:
+            logits = member.of_fitted_rows(logits, features, place).logits
+        return last.of_fitted_rows(logits, features, place)
 
     @staticmethod
     def _after(member: Calibrator, logits: Tensor, features: Tensor | None) -> Tensor:
         rows = torch.arange(len(logits), device=logits.device)
         parts = [
-            member.transform(logits[some], None if features is None else features[some])
+            member.of_fitted_rows(logits[some], None if features is None else features[some], some).logits
             for some in torch.split(rows, max(1, _BLOCK // logits.shape[1]))
         ]
         return torch.cat(parts)

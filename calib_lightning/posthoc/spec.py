@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypedDict, TypeVar
 
+import numpy as np
 from torch import nn
 
 from calib_lightning.registry import class_path_of, find_class
@@ -163,7 +164,7 @@ def _plain(value: Any) -> Any:
         return value.spec
     if isinstance(value, list | tuple | nn.ModuleList):
         return [_plain(item) for item in value]
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _written(value: Any) -> str:
@@ -171,4 +172,4 @@ def _written(value: Any) -> str:
         return value.name
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_written, value))}]"
-    return repr(value)
+    return repr(_plain(value))

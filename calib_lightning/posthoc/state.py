@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 
 class FittedState(nn.Module):
-    """A module whose state lies in buffers, so that it moves with the module and travels in checkpoints."""
+    """A module whose state lies in buffers, so that it moves with the module and travels in checkpoints.
+
+    Their dtype stays that of the fit, whatever ``half()``, ``float()`` or ``to(dtype)`` does to the network around it:
+    rounded, the edges of bins would meet, and a temperature would be off by half a percent.
+    """
 
     def register_state(self, *names: str) -> None:
         """Name buffers that a fit assigns; they are empty until then.
@@ -20,6 +24,22 @@ class FittedState(nn.Module):
         """
         for name in names:
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
+
+    def clear_state(self) -> None:
+        """Forget the fit."""
+        for module in self.modules():
+            if isinstance(module, FittedState):
+                module.register_state(*module._buffers)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            exact = before[name]
+            # There are devices that have no float64.
+            if buffer is not None and exact is not None and buffer.dtype != exact.dtype and buffer.device.type != "mps":
+                self._buffers[name] = exact.to(buffer.device)
+        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # The shapes of the state follow from the fit, so the buffers take those of the checkpoint.

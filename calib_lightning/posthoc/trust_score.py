@@ -56,8 +56,8 @@ class TrustScore(FittedState, Described):
 
     def __init__(self, neighbours: int = 10, alpha: float = 0.0) -> None:
         super().__init__()
-        if neighbours < 1:
-            raise ValueError(f"neighbours={neighbours!r}: it must be at least 1; 10 is customary")
+        if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
+            raise ValueError(f"neighbours={neighbours!r}: it must be a whole number from 1 on; 10 is customary")
         if not 0.0 <= alpha < 1.0:
             raise ValueError(f"alpha={alpha!r}: it must be in [0, 1); 0 leaves out nothing")
         self.neighbours, self.alpha = neighbours, alpha

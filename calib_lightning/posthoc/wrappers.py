@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from calib_lightning.posthoc.base import Calibrator, Optimum
 from calib_lightning.posthoc.binary import BinaryCalibrator, log_sigmoid
 from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
+from calib_lightning.types import Prediction
 
 FEWEST_HITS = 5
 """A class with fewer calibration rows keeps its probabilities in `OneVsRest`."""
@@ -109,7 +110,10 @@ class OneVsRest(Calibrator):
         blocks = [row_odds(block) for block in torch.split(logits, step)]
         rows = RowOdds(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
         counts = torch.bincount(labels, minlength=classes).tolist()
-        copies = [copy.deepcopy(self.calibrator) for _ in range(classes)]
+        # It may have been fitted to something else before it was given.
+        fresh = copy.deepcopy(self.calibrator)
+        fresh.clear_state()
+        copies = [copy.deepcopy(fresh) for _ in range(classes)]
         optima = {
             label: copies[label].fit(class_log_odds(logits, label, rows), labels == label)
             for label in range(classes)
@@ -206,8 +210,9 @@ class TopLabel(Calibrator):
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
         """Give the predicted class its confidence; see `Calibrator.transform`."""
-        return with_top_confidence(logits, self.calibrator(top_log_odds(logits.double())))
+        return self.with_confidence(logits, features).logits
 
-    def top_confidence(self, logits: Tensor, features: Tensor | None) -> Tensor:
-        """Calibrated confidence ``(N,)`` float64 in the predicted class, which may be below ``1 / K``."""
-        return torch.sigmoid(self.calibrator(top_log_odds(logits.double())))
+    def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
+        """The confidence ``(N,)`` is c' in float64, which may be below ``1 / K``; see `Calibrator.with_confidence`."""
+        log_odds = self.calibrator(top_log_odds(logits.double()))
+        return Prediction(with_top_confidence(logits, log_odds), torch.sigmoid(log_odds))

@@ -8,7 +8,10 @@ from torch.utils.data import DataLoader, TensorDataset
 class Foreign(LightningModule):
     def __init__(self, calls_itself=True, lr=0.5):
         super().__init__()
-        self.net, self.calls_itself, self.lr, self.calls = torch.nn.Linear(4, 3), calls_itself, lr, 0
+        with torch.random.fork_rng():
+            torch.manual_seed(2)  # weights that rank the classes better than chance: a temperature within its bounds
+            self.net = torch.nn.Linear(4, 3)
+        self.calls_itself, self.lr, self.calls = calls_itself, lr, 0
 
     def forward(self, x):
         self.calls += not self.training

@@ -40,14 +40,14 @@ def test_logs_the_metrics_of_the_whole_set(tmp_path, calls_itself):
     trainer.fit(module, loader(40), loader(37, seed=1))
     found = {key: float(value) for key, value in trainer.callback_metrics.items()}
     for key, value in expected(module).items():
-        assert found[f"val/{key}"] == pytest.approx(value, rel=1e-6, abs=1e-7), key
+        assert found[f"monitor/{key}"] == pytest.approx(value, rel=1e-6, abs=1e-7), key
     # 2 sanity batches, then 5: the network is not called a second time where the step has called it
     assert module.calls == (7 if calls_itself else 5)
     assert not module._forward_hooks
 
 
 def test_a_checkpoint_can_be_chosen_by_what_is_logged(tmp_path):
-    keeper = ModelCheckpoint(tmp_path / "kept", monitor="val/ece", mode="min")
+    keeper = ModelCheckpoint(tmp_path / "kept", monitor="monitor/ece", mode="min")
     trainer = trainer_with(CalibrationMonitor(figures_every=0), tmp_path, epochs=3, callbacks=[keeper])
     trainer.fit(Foreign(), loader(40), loader(37, seed=1))
     assert keeper.best_model_score is not None
@@ -65,8 +65,8 @@ def test_several_loaders_have_keys_of_their_own(tmp_path):
     trainer = trainer_with(CalibrationMonitor(("accuracy",), figures_every=0), tmp_path)
     trainer.fit(module, loader(40), [loader(37, seed=1), loader(20, seed=2)])
     found = trainer.callback_metrics
-    assert float(found["val/0/accuracy"]) == pytest.approx(expected(module)["accuracy"])
-    assert float(found["val/1/accuracy"]) == pytest.approx(expected(module, 20, 2)["accuracy"])
+    assert float(found["monitor/0/accuracy"]) == pytest.approx(expected(module)["accuracy"])
+    assert float(found["monitor/1/accuracy"]) == pytest.approx(expected(module, 20, 2)["accuracy"])
 
 
 def test_output_with_logits(tmp_path):
@@ -81,7 +81,7 @@ def test_output_with_logits(tmp_path):
     module = WithDict()
     trainer = trainer_with(CalibrationMonitor(figures_every=0), tmp_path)
     trainer.fit(module, loader(40), loader(37, seed=1))
-    assert float(trainer.callback_metrics["val/ece"]) == pytest.approx(expected(module)["ece"], abs=1e-7)
+    assert float(trainer.callback_metrics["monitor/ece"]) == pytest.approx(expected(module)["ece"], abs=1e-7)
 
 
 class Broken(Foreign):
@@ -101,7 +101,33 @@ def test_what_is_wrong_with_the_figures_does_not_end_the_training(tmp_path):
     with pytest.warns(UserWarning, match="logs nothing for epoch 0.*invalid logits"):
         trainer.fit(Broken(), loader(40), loader(37, seed=1))
     assert trainer.current_epoch == 2
-    assert not any(key.startswith("val/") for key in trainer.callback_metrics)
+    assert not any(key.startswith("monitor/") for key in trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), KeyError("mask"), NotImplementedError("no forward")])
+def test_a_forward_that_fails_does_not_end_the_training(error, tmp_path):
+    class Failing(Foreign):
+        def forward(self, x):
+            if self.training:
+                return super().forward(x)
+            raise error
+
+        def validation_step(self, batch, batch_idx):
+            self.net(batch[0])
+
+    with pytest.warns(UserWarning, match=f"logs nothing for epoch 0: {type(error).__name__}"):
+        trainer_with(CalibrationMonitor(), tmp_path, epochs=1).fit(Failing(), loader(16), loader(16, seed=1))
+
+
+def test_what_a_step_returns_is_not_taken_for_logits():
+    monitor, module = CalibrationMonitor(), Foreign()
+    batch = rows(8, 0)
+    # as DDP runs a step: as a call of the module with the batch
+    module.forward = lambda batch, batch_idx: module.net(batch[0]).softmax(dim=1)
+    monitor.on_validation_batch_start(None, module, batch, 0)
+    module(batch, 0)
+    assert monitor._outputs == []
+    monitor.on_exception(None, module, RuntimeError())
 
 
 def test_sequences_as_output_are_named(tmp_path):
@@ -114,6 +140,17 @@ def test_sequences_as_output_are_named(tmp_path):
 
     with pytest.warns(UserWarning, match="needs logits.*but got tuple"):
         trainer_with(CalibrationMonitor(), tmp_path).fit(Wrong(), loader(16), loader(16, seed=1))
+
+
+def test_a_module_that_logs_usual_keys_itself_is_left_alone(tmp_path):
+    class Logs(Foreign):
+        def on_validation_epoch_end(self):
+            self.log("val/accuracy", 0.5)
+
+    trainer = trainer_with(CalibrationMonitor(figures_every=0), tmp_path, epochs=2)
+    trainer.fit(Logs(), loader(40), loader(37, seed=1))
+    assert float(trainer.callback_metrics["val/accuracy"]) == 0.5
+    assert "monitor/accuracy" in trainer.callback_metrics
 
 
 def test_options_are_checked_before_the_training():

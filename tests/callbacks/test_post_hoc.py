@@ -10,6 +10,7 @@ from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import CrossEntropy
 from calib_lightning.metrics.functional.temperature import optimal_inverse_temperature
 from calib_lightning.posthoc import FixedTemperature, load_calibrator
+from calib_lightning.posthoc.saving import FILE_KEY
 from calib_lightning.posthoc.temperature import Temperature
 from tests.callbacks.modules import Foreign, loader, rows
 
@@ -103,6 +104,68 @@ def test_a_fit_that_fails_does_not_cost_the_training(tmp_path):
         trainer_with(callback, keeper).fit(module := Foreign(), loader(40))
     assert not callback.calibrator.fitted
     assert torch.equal(Foreign.load_from_checkpoint(keeper.best_model_path).net.weight, module.net.weight)
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyError("id"), IndexError("row"), AssertionError("check")])
+def test_a_loader_that_fails_does_not_cost_the_training(error):
+    class Failing:
+        def __iter__(self):
+            yield rows(4, 0)
+            raise error
+
+    callback = PostHocCalibrate(Temperature(), Failing())
+    with pytest.warns(UserWarning, match=f"was not fitted: {type(error).__name__}"):
+        trainer_with(callback).fit(module := Foreign(), loader(40))
+    assert module.trainer.state.finished
+    assert not callback.calibrator.fitted
+
+
+class PartlySaved(Foreign):
+    """Keeps a frozen part out of its checkpoints, as Lightning's strict_loading allows."""
+
+    def __init__(self):
+        super().__init__(lr=0.1)
+        self.strict_loading = False
+        self.frozen = torch.nn.Linear(4, 4).requires_grad_(False)
+        self.frozen.weight.data *= 0.1
+
+    def forward(self, x):
+        return self.net(x + self.frozen(x))
+
+    def state_dict(self, *args, **kwargs):
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "frozen" not in name}
+
+
+def test_modules_that_save_a_part_of_their_weights(tmp_path):
+    keeper = ModelCheckpoint(tmp_path, filename="first", monitor="foreign_loss", mode="max")
+    callback = PostHocCalibrate(Temperature(), loader(50, seed=7))
+    torch.manual_seed(0)
+    trainer_with(callback, keeper).fit(module := PartlySaved(), loader(40), loader(37, seed=1))
+    final = module.net.weight.detach().clone()
+    saved = torch.load(keeper.best_model_path, weights_only=True)
+    assert not torch.equal(saved["state_dict"]["net.weight"], final)
+    module.load_state_dict(saved["state_dict"], strict=False)
+    module.eval()
+    assert float(load_calibrator(keeper.best_model_path).beta) == pytest.approx(beta_of(module), rel=1e-9)
+
+
+def test_checkpoints_of_a_resumed_training_do_not_hold_the_calibrator_of_earlier_weights(tmp_path):
+    trainer = trainer_with(PostHocCalibrate(Temperature(), loader(50, seed=7)))
+    trainer.fit(Foreign(), loader(40))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    again = trainer_with(callback := PostHocCalibrate(Temperature(), loader(50, seed=7)), every, epochs=5)
+    again.fit(Foreign(), loader(40), ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="holds no calibrator"):
+        load_calibrator(tmp_path / "epoch=3.ckpt")
+    assert torch.equal(load_calibrator(tmp_path / "epoch=4.ckpt").beta, callback.calibrator.beta)
+
+
+def test_a_damaged_calibrator_in_a_checkpoint_does_not_cost_the_training():
+    callback = PostHocCalibrate(Temperature(), loader(50))
+    with pytest.warns(UserWarning, match="goes on without the calibrator.*damaged"):
+        callback.load_state_dict({FILE_KEY: {"spec": {"class_path": "Nothing"}, "state": {}}})
+    assert not callback.calibrator.fitted
 
 
 def test_a_checkpoint_of_another_calibrator_is_left_alone(tmp_path):

@@ -365,6 +365,22 @@ def test_what_a_fit_warns_of_is_in_the_report(calib, calibrated, tmp_path):
     assert f"Note: Temperature: {entry['fit']['notes'][0]}." in done.out
 
 
+def test_help_names_the_commands_beside_the_trainer(calib):
+    text = " ".join(calib("--help").out.split())
+    for command in ("calib score FILE", "calib calibrate RUN", "calib predict --images DIR --model FILE"):
+        assert command in text
+
+
+def test_an_interrupted_command_ends_without_a_traceback(calib, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calib_lightning.calibrate.reading.read_inputs", interrupted)
+    done = calib("calibrate", *FILES, "--output=out")
+    assert done.code == 130
+    assert done.err == "calib: interrupted\n"
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +393,13 @@ def _some_rows_in_another_order(folder):
     rows = torch.arange(200).flip(0)
     save(folder / "part.npz", half("test")[0][rows], half("test")[1][rows])
     return ("--calibration", "part.npz", "--test", "test.npz"), ["same rows", "part.npz"]
+
+
+def _fewer_rows_than_classes_in_another_order(folder):
+    logits, labels = random_set(30, 40)
+    save(folder / "one.npz", logits, labels)
+    save(folder / "two.npz", logits.flip(0), labels.flip(0))
+    return ("--calibration", "one.npz", "--test", "two.npz"), ["same rows"]
 
 
 def _constant(folder):
@@ -460,6 +483,7 @@ def _run_without_test_sets(folder):
 BAD = {
     "same file": lambda folder: (("--calibration", "cal.npz", "--test", "./cal.npz"), ["--calibration and as --test"]),
     "same rows": _same_rows,
+    "few same rows": _fewer_rows_than_classes_in_another_order,
     "some of its rows": _some_rows_in_another_order,
     "constant logits": _constant,
     "test set of a run": _of_a_run("iid"),

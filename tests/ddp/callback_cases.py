@@ -50,5 +50,5 @@ def monitor_and_calibrate(rank: int, world: int, folder: str, broken_rank: int |
     run.fit(module, datamodule=data)
     beta = float(calibrate.calibrator.beta) if broken_rank is None else None
     in_file = float(load_calibrator(keeper.best_model_path).beta) if broken_rank is None else None
-    values = {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("val/")}
+    values = {key: float(value) for key, value in run.callback_metrics.items() if key.startswith("monitor/")}
     return {"values": values, "beta": beta, "in_file": in_file, "epoch": run.current_epoch}

@@ -66,6 +66,14 @@ def test_predict_gives_label_confidence_and_abstention():
     assert not found.confidence.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_predict_casts_images_to_the_dtype_of_the_network(dtype):
+    made = classifier()
+    expected = made.predict(images(9))
+    made.network.to(dtype)
+    torch.testing.assert_close(made.predict(images(9)).confidence.float(), expected.confidence, atol=0.1, rtol=0)
+
+
 def test_the_threshold_from_logits_is_that_from_images():
     image, label = labelled(seed=5)
     first, second = classifier(), classifier()
@@ -108,6 +116,9 @@ def test_clamping_comes_first_with_its_temperature():
     expected = logits_of(image + clamping.delta) / clamping.temperature / 2.0
     torch.testing.assert_close(made(image), expected.log_softmax(dim=1))
     assert made.metadata["temperature"] == pytest.approx(2.0 * clamping.temperature)
+    with pytest.raises(ValueError, match=r"perturbation.*give batches"):  # logits without it are others
+        made.set_threshold(logits_of(image), label)
+    assert made.set_threshold([(image, label)], risk=0.3).rows == len(label)
 
 
 def test_features_are_those_of_the_submodule():

@@ -212,3 +212,22 @@ def test_the_trainer_keeps_its_own_predict():
     assert is_for_images(["predict", "--model=y", "--images=x"])
     assert not is_for_images(["predict", "-c", "runs/x/config.yaml"])
     assert not is_for_images(["score", "--images"])
+
+
+def test_images_without_an_answer_are_named(calib, pictures, tmp_path):
+    network = CrossEntropy(len(CLASSES), encoder="digits_cnn")
+    network.head.linear.weight.data.fill_(torch.nan)
+    calibrator = FixedTemperature(1.5).fit(torch.randn(20, 5), torch.arange(20) % 5)
+    save_classifier(CalibratedClassifier(network, calibrator, preprocessing=PREPROCESSING), tmp_path / "nan.pt")
+    done = calib("predict", "--images", pictures, "--model", tmp_path / "nan.pt", "--output=out.json")
+    assert done.code == 1
+    assert "a.png: the network gives no numbers for it" in done.err
+    assert "NaN" not in (text := (tmp_path / "out.json").read_text())
+    assert json.loads(text) == []
+
+
+def test_where_nothing_can_be_written_nothing_is_predicted(calib, pictures, models, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = calib("predict", "--images", pictures, "--model", tmp_path / "missing.pt", "--output=file/out.csv")
+    assert done.code == 1
+    assert "is not a folder" in done.err

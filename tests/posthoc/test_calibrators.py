@@ -71,6 +71,8 @@ def test_report_says_what_the_rows_say(name):
     logits, labels, features = the_set()
     calibrator = fitted(name)
     report, prediction = calibrator.report, calibrator.predict(logits, features)
+    if name == "DensityRatio":  # there a row must not find itself among the rows of the fit
+        prediction = calibrator.of_fitted_rows(logits, features, torch.arange(500))
     assert report.rows == 500
     assert report.calibrator == calibrator.name
     assert report.converged
@@ -178,6 +180,48 @@ def test_can_be_exported(name):
     for n in (2, 77, 500):
         some = [argument[:n] for argument in arguments]
         torch.testing.assert_close(program.module()(*some), calibrator(*some), atol=1e-6, rtol=1e-6)
+
+
+@ALL
+def test_half_precision_of_the_network_leaves_the_state_alone(name):
+    logits, _, features = the_set(torch.float32)
+    calibrator = fitted(name)
+    wanted = applied(calibrator, logits, features)
+    for narrowed in (copy.deepcopy(calibrator).half(), copy.deepcopy(calibrator).to(torch.bfloat16)):
+        assert torch.equal(applied(narrowed, logits, features), wanted)
+    assert torch.equal(applied(torch.nn.Sequential(copy.deepcopy(calibrator)).float()[0], logits, features), wanted)
+
+
+@ALL
+def test_autocast_changes_nothing(name):
+    logits, labels, features = the_set(torch.float32)
+    wanted = applied(fitted(name, logits, labels, features), logits, features)
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrator = fitted(name, logits, labels, features)
+        assert torch.equal(applied(calibrator, logits, features), wanted)
+        assert torch.equal(calibrator.predict(logits, features).logits, wanted)
+
+
+@ALL
+def test_fitted_in_inference_mode_it_has_gradients_all_the_same(name):
+    logits, labels, features = the_set()
+    with torch.inference_mode():
+        calibrator = fitted(name, logits, labels, features)
+    assert not any(buffer.is_inference() for buffer in calibrator.buffers() if buffer.numel() > 0)
+    point = logits.clone().requires_grad_()
+    log_probs = applied(calibrator, point, features)
+    if log_probs.requires_grad:  # steps have no slope
+        log_probs.sum().backward()
+
+
+@ALL
+def test_a_row_that_is_no_number_has_no_confidence(name):
+    logits, _, features = the_set()
+    broken = logits.index_fill(0, torch.tensor([3]), math.nan)
+    log_probs, confidence = fitted(name).predict(broken, features)
+    confidence = log_probs.exp().amax(1) if confidence is None else confidence
+    assert confidence.isnan().nonzero().flatten().tolist() == [3]
+    assert log_probs.isnan().all(dim=1).nonzero().flatten().tolist() == [3]
 
 
 # --- input that leaves little to fit ---------------------------------------------------------------------------------
@@ -297,10 +341,15 @@ def test_wrong_input_is_named(name):
     if calibrator.needs_features:
         with pytest.raises(ValueError, match="needs features"):
             calibrator(logits)
+        for wrong in (features[:9], features[0], features.long()):
+            with pytest.raises(ValueError, match=r"floating point of shape \(500, d\)"):
+                calibrator(logits, wrong)
         with pytest.raises(ValueError, match="features are missing"):
             calibrator.fit(logits, labels)
         with pytest.raises(ValueError, match="not finite; the first is row 4"):
             fit(features=features.index_fill(0, torch.tensor([4]), math.nan))
+    with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
+        calibrator(logits.numpy(), features)
     with pytest.raises(ValueError, match="row 17"):
         fit(bad)
     assert not calibrator.fitted or torch.equal(applied(calibrator, logits), applied(fitted(name), logits))
@@ -375,12 +424,19 @@ def test_names_are_read_but_not_executed():
             P.parse(text, P.Calibrator)
 
 
+def test_numbers_of_numpy_are_written_as_plain_ones(tmp_path):
+    logits, labels, _ = the_set()
+    calibrator = P.TopLabel(P.Beta(np.str_("am"))).fit(logits, labels)
+    P.save_calibrator(calibrator, tmp_path / "c.pt")
+    assert P.load_calibrator(tmp_path / "c.pt").name == calibrator.name == "TopLabel(Beta(variant='am'))"
+
+
 def test_files_of_neural_clamping_are_read_apart(tmp_path):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     images = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        clamping = P.NeuralClamping(descent=P.ClampDescent(epochs=2)).fit(
+        clamping = P.NeuralClamping(np.array([1.0]), P.FixedWeight(np.float64(0.1)), descent=P.ClampDescent(2)).fit(
             network, images, torch.arange(64) % 3, progress=False
         )
     path = tmp_path / "clamping.pt"

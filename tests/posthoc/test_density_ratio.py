@@ -6,7 +6,11 @@ import torch
 from scipy.spatial import KDTree
 from scipy.stats import norm
 
+from calib_lightning.metrics.functional import ece
 from calib_lightning.posthoc.density_ratio import DensityRatio
+from calib_lightning.posthoc.density_ratio import proximity as real
+from calib_lightning.posthoc.sequential import Sequential
+from calib_lightning.posthoc.temperature import FixedTemperature, Temperature
 from tests.metrics.golden import golden_set
 
 
@@ -125,6 +129,46 @@ def test_blocks_give_what_all_rows_give(monkeypatch):
     torch.testing.assert_close(blocks(logits, features), whole(logits, features), rtol=1e-12, atol=1e-12)
 
 
+def test_half_precision_features_are_widened():
+    logits, labels, features = the_set()
+    calibrator = DensityRatio().fit(logits, labels, features)
+    half = features.bfloat16()
+    found, wide = calibrator.predict(logits, half), calibrator.predict(logits, half.float())
+    assert torch.equal(found.confidence, wide.confidence)
+    assert torch.equal(calibrator(logits, half), calibrator(logits, half.float()))
+
+
+@pytest.mark.parametrize("first", [[], [FixedTemperature(0.5)]])
+def test_in_the_report_no_row_is_a_neighbour_of_itself(first):
+    # In many dimensions a row's distance to itself stands out, so that its proximity would be like that of no other.
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(800, 5, generator=generator, dtype=torch.float64) * 3
+    labels = torch.multinomial((0.4 * logits).softmax(1), 1, generator=generator).squeeze(1)
+    features = torch.randn(800, 64, generator=generator, dtype=torch.float64)
+    report = Sequential(*first, DensityRatio(1)).fit(logits, labels, features).report
+    sharp = logits / (0.5 if first else 1.0)
+    correct = (sharp.argmax(1) == labels).numpy()
+    own = np.stack([confidence_of(sharp.numpy()), near(features.numpy(), features.numpy(), 1, 2.0, True)], 1)
+    f1, f0 = density(own, own[correct]), density(own, own[~correct])
+    confidence = torch.from_numpy(f1 / (f1 + f0 * (~correct).sum() / correct.sum()))
+    assert report.ece_after == pytest.approx(float(ece(logits, labels, confidence=confidence)), abs=1e-6)
+    assert report.ece_after < 0.2 * report.ece_before
+
+
+def test_distances_are_worked_out_once(monkeypatch):
+    from calib_lightning.posthoc import density_ratio
+
+    logits, labels, features = the_set()
+    both = Sequential(Temperature(), DensityRatio()).fit(logits, labels, features)
+    rows = []
+    monkeypatch.setattr(density_ratio, "proximity", lambda x, *args, **kw: rows.append(len(x)) or real(x, *args, **kw))
+    both.predict(logits, features)
+    assert rows == [500]
+    rows.clear()
+    DensityRatio().fit(logits, labels, features)
+    assert sum(rows) == 1000  # the fit, and its report
+
+
 def test_exports_with_any_number_of_rows():
     logits, labels, features = the_set()
     calibrator = DensityRatio().fit(logits, labels, features)
@@ -134,9 +178,12 @@ def test_exports_with_any_number_of_rows():
 
 
 def test_refuses():
-    logits, labels, _ = the_set()
-    with pytest.raises(ValueError, match="at least 1"):
-        DensityRatio(0)
+    logits, labels, features = the_set()
+    for neighbours in (0, 2.5):
+        with pytest.raises(ValueError, match="from 1 on"):
+            DensityRatio(neighbours)
+    with pytest.raises(ValueError, match="fitted to 6 features, got 2"):
+        DensityRatio().fit(logits, labels, features)(logits, features[:, :2])
     with pytest.raises(ValueError, match="above 0"):
         DensityRatio(distance_power=0.0)
     with pytest.raises(ValueError, match="features are missing"):

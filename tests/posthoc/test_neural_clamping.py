@@ -483,6 +483,8 @@ def test_refuses_input():
     fitted = NeuralClamping(descent=FEW).fit(network(), image, label, progress=False)
     with pytest.raises(ValueError, match=r"shape \(N, 2, 3, 3\)"):
         fitted.perturb(image[:, :1])
+    with pytest.raises(TypeError, match=r"floating point, normalised as in the fit, got torch\.uint8"):
+        fitted.perturb(image.to(torch.uint8))
     with pytest.raises(ValueError, match="label 4"):
         fitted.fit(network(), image, label.clone().fill_(4), progress=False)
     assert not fitted.fitted, "a fit that failed must leave nothing to use"

@@ -121,6 +121,18 @@ def test_rare_classes_keep_their_probabilities():
     assert "1 of 5 classes have no calibration rows" in calibrator.report.notes
 
 
+def test_a_calibrator_that_was_fitted_before_starts_anew():
+    logits, labels = golden_set()
+    rare = labels.where(labels != 2, 1).index_fill(0, torch.arange(3), 2)
+    used = Platt()
+    used.fit(logits[:, 0], labels == 0)
+    wanted = quietly(OneVsRest(Platt()), logits, rare)
+    found = quietly(OneVsRest(used), logits, rare)
+    assert not found.copies[2].fitted
+    assert torch.equal(found(logits), wanted(logits))
+    assert used.fitted
+
+
 def test_a_class_of_all_rows_keeps_its_probabilities():
     logits, _ = random_set(20, 2)
     calibrator = quietly(OneVsRest(Platt()), logits, torch.zeros(20, dtype=torch.int64))
