@@ -53,3 +53,22 @@ def numbered_folder(wanted: Path) -> Path:
             number += 1
         else:
             return folder
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse a folder that surely cannot be written; nothing is made yet, so that a fault leaves no trace.
+
+    Args:
+        path: The folder; it need not exist.
+        option: What named it, for the message.
+
+    Raises:
+        OSError: It or the folder above is a file, or may not be written to.
+    """
+    folder = path
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{option} {path}: {folder} is not a folder; name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {path}: the folder {folder} cannot be written; name another")

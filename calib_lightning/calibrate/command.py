@@ -8,7 +8,8 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from calib_lightning.calibrate.arguments import Options, make_parser, parse
-from calib_lightning.score.command import check_writable, one_line
+from calib_lightning.files import check_writable
+from calib_lightning.score.command import one_line
 
 if TYPE_CHECKING:
     from calib_lightning.calibrate.calibrating import AnyCalibrator, Report

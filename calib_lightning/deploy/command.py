@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from calib_lightning.deploy.arguments import Options, make_parser, parse
-from calib_lightning.score.command import check_writable
+from calib_lightning.files import check_writable
 
 if TYPE_CHECKING:
     from calib_lightning.deploy.classifier import CalibratedClassifier

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,29 +45,10 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Refuse a folder that surely cannot be written; nothing is made yet, so that a fault leaves no trace.
-
-    Args:
-        path: The folder; it need not exist.
-        option: What named it, for the message.
-
-    Raises:
-        OSError: It or the folder above is a file, or may not be written to.
-    """
-    folder = path
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{option} {path}: {folder} is not a folder; name another")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{option} {path}: the folder {folder} cannot be written; name another")
-
-
 def _write_report(options: Options) -> Report:
     from rich.console import Console
 
-    from calib_lightning.files import write_whole
+    from calib_lightning.files import check_writable, write_whole
     from calib_lightning.score.scoring import score
     from calib_lightning.score.writing import as_json, as_markdown, as_text
 
