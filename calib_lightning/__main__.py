@@ -51,6 +51,8 @@ def _without_trainer(arguments: list[str]) -> int | None:
             from calib_lightning.deploy.command import main as predict
 
             return predict(arguments[1:])
+        if {"-h", "--help"} & set(arguments):
+            print("For a folder of images and a calibrated classifier: calib predict --images DIR --model FILE.\n")
     return None
 
 

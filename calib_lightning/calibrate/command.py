@@ -83,5 +83,16 @@ def _report(options: Options, calibrators: Sequence[AnyCalibrator]) -> Report:
         print("Nothing was written; --output DIR keeps the fitted calibrators and the report.")
     else:
         folder = write_folder(report, options, output)
-        print(f"The calibrators and the report are in {folder}; `calib score FILE --calibrator CAL.pt` applies one.")
+        print(f"The calibrators and the report are in {folder}; {_use_of(report)}")
     return report
+
+
+def _use_of(report: Report) -> str:
+    """How the fitted calibrators can be applied to other rows."""
+    fitted = [entry.calibrator for entry in report.fitted.values()]
+    use = "`calib score FILE --calibrator CAL.pt` applies one."
+    if any(getattr(calibrator, "needs_features", False) for calibrator in fitted):
+        use += " Those that need features read them from FILE too (--features-key)."
+    if any(not hasattr(calibrator, "needs_features") for calibrator in fitted):
+        use += " Neural Clamping needs images: load_clamping and CalibratedClassifier."
+    return use

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from calib_lightning.calibrate.arguments import Options
+from calib_lightning.metrics.functional.rows import seem_probs
 from calib_lightning.run_folder import run_of
 from calib_lightning.score.reading import Names, Predictions, read_features, read_predictions
 from calib_lightning.score.scoring import REPLACED_CONFIDENCE, input_notes, unique_names, with_logits
+
+_SAMPLED_ROWS, _SAMPLED_CLASSES = 200, 8
 
 
 class Source(NamedTuple):
@@ -140,7 +143,13 @@ def _from_files(options: Options) -> tuple[Source, list[Source]]:
     sources = []
     for name, path, of_labels in zip(["calibration", *unique_names(options.test)], paths, labels, strict=True):
         files = [path] if of_labels is None else [path, of_labels]
-        sources.append(Source(name, files, read_predictions(path, options.input, names, of_labels)))
+        predictions = read_predictions(path, options.input, names, of_labels)
+        if options.input == "logits" and seem_probs(predictions.scores):
+            raise ValueError(
+                f"{path}: all scores lie in [0, 1] and each row sums to 1, but they are taken for logits; if they are "
+                "probabilities, say --input probs"
+            )
+        sources.append(Source(name, files, predictions))
     return sources[0], sources[1:]
 
 
@@ -205,6 +214,12 @@ def _check_apart(calibration: Source, test: Source) -> list[str]:
             "that was fitted to the rows that it is measured on looks better than it is; give held-out rows of their "
             "own"
         )
+    if not repeats and _share_of_twins(mine, others) > 0.5:
+        raise ValueError(
+            f"{calibration.files[0]} and {test.files[0]} hold the same rows but for rounding (scores and labels): a "
+            "calibrator that was fitted to the rows that it is measured on looks better than it is; give held-out rows "
+            "of their own"
+        )
     if by_chance:
         return []
     return [f"{test.name}: {shared} of its rows are also among the rows that the calibrators are fitted to"]
@@ -217,6 +232,20 @@ def _distinct_rows(predictions: Predictions) -> set[bytes]:
         hashlib.blake2b(row.tobytes() + label.tobytes(), digest_size=16).digest()
         for row, label in zip(scores, labels, strict=True)
     }
+
+
+def _share_of_twins(mine: Predictions, others: Predictions) -> float:
+    """Share of test rows with a row of the fit that differs by rounding alone; some rows and classes are looked at."""
+    rows = torch.linspace(0, len(others.labels) - 1, min(len(others.labels), _SAMPLED_ROWS)).long()
+    classes = slice(_SAMPLED_CLASSES)
+    scores, looked_at = mine.scores[:, classes].double(), others.scores[rows, classes].double()
+    # Two classes leave one number, which comes close to that of another row by chance.
+    limit = (1e-4 if scores.shape[1] > 2 else 1e-6) * float(scores.std())
+    twins = 0
+    for row, label in zip(looked_at, others.labels[rows].tolist(), strict=True):
+        gap = (scores[mine.labels == label] - row).abs().amax(dim=1)
+        twins += len(gap) > 0 and float(gap.min()) <= limit
+    return twins / max(1, len(rows))
 
 
 def _check_widths(calibration: Source, tests: list[Source]) -> None:

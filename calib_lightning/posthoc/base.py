@@ -287,9 +287,10 @@ class Calibrator(FittedState, Described, ABC):
                 calibrated = self.of_fitted_rows(logits[rows], None if features is None else features[rows], rows)
             after.add(calibrated.logits, labels[rows], calibrated.confidence)
         notes = list(optimum.notes)
-        absent = logits.shape[1] - len(torch.unique(labels))
+        absent = (torch.bincount(labels, minlength=logits.shape[1]) == 0).nonzero().squeeze(1).tolist()
         if absent and self.per_class:
-            notes.append(f"{absent} of {logits.shape[1]} classes have no calibration rows")
+            which = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
+            notes.append(f"{len(absent)} of {logits.shape[1]} classes have no calibration rows (class {which})")
         return FitReport(
             calibrator=self.name,
             rows=len(labels),

@@ -23,6 +23,8 @@ class BinaryCalibrator(FittedState, Described, ABC):
     and writes `fit_rows` and `transform`. `OneVsRest` and `TopLabel` make a `Calibrator` of it.
     """
 
+    instead = "OneVsRest({0}) or TopLabel({0})"
+
     @property
     def fitted(self) -> bool:
         """Whether it can be used."""

@@ -218,7 +218,7 @@ class NeuralClamping(FittedState, Described):
                 again and again (a ``DataLoader``), whose first two entries are images and labels. Batches are taken as
                 they come, so a loader that shuffles should have a generator of its own.
             labels: ``(N,)`` integer; ``None`` with batches.
-            progress: Whether the first process shows a bar.
+            progress: Whether the first process shows a bar, if its output is a terminal.
 
         Returns:
             Itself; how it went is in ``report``, and a warning tells of what went wrong.
@@ -260,7 +260,9 @@ class NeuralClamping(FittedState, Described):
     def _bar(self, progress: bool) -> Any:
         epochs = 1 if self.descent is None else self.descent.epochs * len(self.weights)
         first = not several_processes() or dist.get_rank() == 0
-        return tqdm(total=epochs * len(self.gammas), desc="Neural Clamping", disable=not (progress and first))
+        return tqdm(
+            total=epochs * len(self.gammas), desc="Neural Clamping", disable=None if progress and first else True
+        )
 
     def _objectives(self, rows: ClampRows, start: Tensor, losses: Sequence[float]) -> Iterator[tuple[Objective, float]]:
         """Every objective, with its focal loss at the start."""

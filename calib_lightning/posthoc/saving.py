@@ -166,8 +166,8 @@ def _read(path: Path) -> Any:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: holds more than tensors and plain data, or is no file of torch.save, and is not read: "
-            f"{str(error).splitlines()[0]}"
+            f"{path}: holds more than tensors and plain data, or is no file of torch.save, and is not read; give a "
+            "file of save_calibrator"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: is damaged or no file of save_calibrator: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypedDict, TypeVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 from torch import nn
@@ -29,7 +29,12 @@ class Described:
     """Knows how it was built: every argument of its constructor is kept as an attribute of the same name.
 
     Arguments are plain data (int, float, str, bool, None, sequences of them) or other `Described` objects.
+
+    Attributes:
+        instead: What to write in place of the name alone where it cannot stand alone, with ``{0}`` for the name.
     """
+
+    instead: ClassVar[str] = ""
 
     @property
     def spec(self) -> Spec:
@@ -105,13 +110,13 @@ def parse(text: str, base: type[T]) -> T:
 
 def _evaluate(node: ast.expr, text: str, base: type[Described]) -> Any:
     if isinstance(node, ast.Name):
-        return _construct(find_class(node.id, base), {})
+        return _construct(_named(node.id, base), {})
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if any(keyword.arg is None for keyword in node.keywords):
             raise ValueError(f"{text!r:.200}: ** is not read; write every argument by its name.")
         positional = [_evaluate(argument, text, Described) for argument in node.args]
         named = {str(keyword.arg): _evaluate(keyword.value, text, Described) for keyword in node.keywords}
-        cls = find_class(node.func.id, base)
+        cls = _named(node.func.id, base)
         try:
             bound = inspect.signature(cls).bind(*positional, **named)
         except TypeError as error:
@@ -123,6 +128,19 @@ def _evaluate(node: ast.expr, text: str, base: type[Described]) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ValueError(f"{text!r:.200}: {ast.unparse(node)!r} is neither a name nor a literal.") from None
+
+
+def _named(name: str, base: type[T]) -> type[T]:
+    try:
+        return find_class(name, base)
+    except ValueError:
+        try:
+            other = find_class(name, Described)
+        except ValueError:
+            other = Described
+        if other.instead:
+            raise ValueError(f"{name} is no {base.__name__} by itself; write {other.instead.format(name)}.") from None
+        raise
 
 
 def _construct(cls: type[T], arguments: Mapping[str, Any]) -> T:

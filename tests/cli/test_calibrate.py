@@ -814,3 +814,36 @@ def test_real_networks(calibrated, real_data, tmp_path):
     assert after["ece"] < before["ece"]
     assert after["nll"] < before["nll"]
     assert after["accuracy"] == before["accuracy"]
+
+
+def _table(n, seed):
+    generator = np.random.default_rng(seed)
+    return generator.normal(size=(n, 4)) * 2, generator.integers(0, 4, n)
+
+
+def test_the_same_rows_with_fewer_digits_are_refused(tmp_path, capsys):
+    logits, labels = _table(300, 5)
+    np.savez(tmp_path / "cal.npz", logits=logits, labels=labels)
+    order = np.random.default_rng(0).permutation(300)
+    table = np.column_stack([np.round(logits[order], 5), labels[order]])
+    np.savetxt(tmp_path / "test.csv", table, delimiter=",", fmt="%.5f")
+    code = main(["calibrate", "--calibration", str(tmp_path / "cal.npz"), "--test", str(tmp_path / "test.csv")])
+    assert code == 1
+    assert "the same rows but for rounding" in capsys.readouterr().err
+
+
+def test_probabilities_taken_for_logits_are_refused(tmp_path, capsys):
+    for name in ("cal", "test"):
+        logits, labels = _table(60, len(name))
+        probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        np.savez(tmp_path / f"{name}.npz", logits=probs, labels=labels)
+    files = ["--calibration", str(tmp_path / "cal.npz"), "--test", str(tmp_path / "test.npz")]
+    assert main(["calibrate", *files]) == 1
+    assert "say --input probs" in capsys.readouterr().err
+
+
+def test_what_cannot_stand_alone_says_how_to_write_it(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["calibrate", "RUN", "--calibrators", "Isotonic"])
+    assert leaving.value.code == 2
+    assert "write OneVsRest(Isotonic) or TopLabel(Isotonic)" in capsys.readouterr().err
