@@ -118,7 +118,7 @@ def test_rare_classes_keep_their_probabilities():
     probs = logits.softmax(dim=1)
     # The quotient of two classes that were both left alone is the old one.
     torch.testing.assert_close((log_probs[:, 3] - log_probs[:, 4]).exp(), probs[:, 3] / probs[:, 4])
-    assert "1 of 5 classes have no calibration rows" in calibrator.report.notes
+    assert "1 of 5 classes have no calibration rows (class 4)" in calibrator.report.notes
 
 
 def test_a_calibrator_that_was_fitted_before_starts_anew():
