@@ -8,7 +8,7 @@ from torch import Tensor
 from calib_lightning.posthoc.base import Calibrator, Optimum
 from calib_lightning.posthoc.linear import FullMap, Ridge, separates
 from calib_lightning.posthoc.odir import RidgedMatrix
-from calib_lightning.posthoc.solver import LBFGS, Solver
+from calib_lightning.posthoc.solver import LBFGS, Solver, checked_solver
 
 
 class MatrixScaling(Calibrator):
@@ -22,6 +22,9 @@ class MatrixScaling(Calibrator):
     Args:
         solver: How papers fitted it, from ``W = I, b = 0``, such as `GradientDescent` or `AdamDescent`; ``None`` fits
             to the optimum.
+
+    Raises:
+        TypeError: ``solver`` is no `Solver`.
 
     Attributes:
         weight: W, ``(K, K)``.
@@ -45,7 +48,7 @@ class MatrixScaling(Calibrator):
 
     def __init__(self, solver: Solver | None = None) -> None:
         super().__init__()
-        self.solver = solver
+        self.solver = checked_solver(solver)
         self.register_state("weight", "bias")
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:

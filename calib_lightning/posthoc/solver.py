@@ -195,6 +195,23 @@ def _between(low: float, low_slope: float, high: float, high_slope: float) -> fl
     return low + min(max(part, 0.1), 0.9) * (high - low)
 
 
+def checked_solver(solver: Solver | None) -> Solver | None:
+    """Refuse what is no solver when it is given, not in the fit.
+
+    Args:
+        solver: A solver, or ``None`` for the optimum.
+
+    Returns:
+        The same.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if not (solver is None or isinstance(solver, Solver)):
+        raise TypeError(f"solver={solver!r}: give a solver such as PlainLBFGS(), or None for the optimum")
+    return solver
+
+
 @dataclass(frozen=True)
 class PlainLBFGS(Solver):
     """L-BFGS with a fixed step and no line search, as in the code of Guo et al. (2017); it stops far from the optimum.

@@ -16,7 +16,7 @@ from calib_lightning.metrics.functional.temperature import (
     tempered_rows,
 )
 from calib_lightning.posthoc.base import Calibrator, Optimum
-from calib_lightning.posthoc.solver import CONVERGED, PlainLBFGS, Solver
+from calib_lightning.posthoc.solver import CONVERGED, PlainLBFGS, Solver, checked_solver
 
 _LEAST_RANGE = 1e-3
 _SCAN_STEP = 0.5
@@ -114,9 +114,7 @@ class Temperature(_Tempered):
 
     def __init__(self, solver: Solver | None = None) -> None:
         super().__init__()
-        if not (solver is None or isinstance(solver, Solver)):
-            raise TypeError(f"solver={solver!r}: give a solver such as PlainLBFGS(), or None for the optimum")
-        self.solver = solver
+        self.solver = checked_solver(solver)
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
         """Find T; see `Calibrator.fit_rows`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from calib_lightning.metrics.functional.temperature import fit_inverse_temperature
 from calib_lightning.posthoc.base import Calibrator, Optimum
 from calib_lightning.posthoc.linear import DiagonalMap, separates
-from calib_lightning.posthoc.solver import LBFGS, Solver
+from calib_lightning.posthoc.solver import LBFGS, Solver, checked_solver
 
 
 class VectorScaling(Calibrator):
@@ -21,6 +21,9 @@ class VectorScaling(Calibrator):
     Args:
         solver: How papers fitted it, from ``w = 1, b = 0``, such as `GradientDescent` or `AdamDescent`; ``None`` fits
             to the optimum.
+
+    Raises:
+        TypeError: ``solver`` is no `Solver`.
 
     Attributes:
         weight: w, ``(K,)``.
@@ -48,7 +51,7 @@ class VectorScaling(Calibrator):
 
     def __init__(self, solver: Solver | None = None) -> None:
         super().__init__()
-        self.solver = solver
+        self.solver = checked_solver(solver)
         self.register_state("weight", "bias")
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:

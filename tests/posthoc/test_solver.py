@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from calib_lightning.posthoc import MatrixScaling, Temperature, VectorScaling
 from calib_lightning.posthoc.solver import LBFGS, AdamDescent, GradientDescent, PlainLBFGS
 
 ALL = (LBFGS(), PlainLBFGS(lr=0.5, steps=200), GradientDescent(lr=0.1), AdamDescent(lr=0.01, epochs=3000))
@@ -155,3 +156,9 @@ def test_a_gradient_that_lies_ends_the_search_at_the_start():
     assert found.value <= 2.0
     assert not found.converged
     assert found.passes < 200
+
+
+@pytest.mark.parametrize("calibrator", [Temperature, VectorScaling, MatrixScaling])
+def test_what_is_no_solver_is_refused_before_the_fit(calibrator):
+    with pytest.raises(TypeError, match=r"solver='gd': give a solver such as PlainLBFGS\(\)"):
+        calibrator("gd")
