@@ -21,7 +21,7 @@ from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preem
 from calib_lightning.core.module import module_record
 from calib_lightning.metrics import CORE, DIRECTION
 from calib_lightning.registry import class_path_of, find_class
-from calib_lightning.report import print_table
+from calib_lightning.report import SHARED, print_table
 from calib_lightning.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
 
 EVALUATION = ("validate", "test", "predict")
@@ -324,6 +324,8 @@ class CalibCLI(LightningCLI):
 
     def _report(self, title: str) -> None:
         if self.trainer.is_global_zero:
+            if getattr(getattr(self.datamodule, "split", None), "share", False):
+                title += f"; {SHARED}"
             print_table({key: float(value) for key, value in self.trainer.callback_metrics.items()}, title)
             for name in uses_calibration(self.trainer):
                 print(f"{name} was trained with the calibration split: figures and fits on it are not independent.")
@@ -340,8 +342,7 @@ def _num_classes(datamodule: LightningDataModule) -> int:
 
 def _has_validation(datamodule: Any) -> bool:
     """Whether a benchmark of ours has a validation split; other data modules are believed."""
-    split = getattr(datamodule, "split", None)
-    return split is None or split.val > 0
+    return bool(getattr(datamodule, "has_validation", True))
 
 
 def _check_select_on(key: str) -> None:

@@ -77,11 +77,14 @@ _ALL = {key: column for section in SECTIONS.values() for key, column in section.
 COLUMNS: dict[str, Column] = {key: _ALL[key] for key in CORE}
 """The columns of a result table, in order; a key is the name of the metric's function."""
 
+SHARED = "validation and calibration are the same images"
+"""What the header of a table says where a split was made with ``share``."""
+
 _ARROWS = {"higher": " ↑", "lower": " ↓", "zero": " →0", "none": ""}
 
 
 def results_by_set(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Sort logged values by the set they belong to: ``test/iid/ece`` is ``ece`` of ``iid``.
+    """Sort logged values by the set they belong to: ``shift/cifar10_1/ece`` is ``ece`` of ``shift/cifar10_1``.
 
     Args:
         metrics: Logged values by key.
@@ -93,7 +96,7 @@ def results_by_set(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     for key, value in metrics.items():
         prefix, _, name = key.rpartition("/")
         if prefix and prefix != "train" and (name in COLUMNS or name == "n"):
-            sets.setdefault(prefix.removeprefix("test/"), {})[name] = float(value)
+            sets.setdefault(prefix, {})[name] = float(value)
     return sets
 
 

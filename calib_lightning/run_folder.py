@@ -81,8 +81,8 @@ def forget_run_folder() -> None:
 
 
 def run_of(path: str | Path) -> Path | None:
-    """Return the run folder that a file belongs to: its folder or the one above, if it has a ``run.json``."""
-    for folder in Path(path).resolve().parents[:2]:
+    """Return the run folder that a file belongs to: one of the three folders above it that has a ``run.json``."""
+    for folder in Path(path).resolve().parents[:3]:
         if (folder / "run.json").is_file():
             return folder
     return None

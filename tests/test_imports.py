@@ -16,10 +16,11 @@ ALLOWED = {
     "metrics": {"types", "functional"},
     "plots": {"metrics", "files"},
     "files": set(),
+    "images": set(),
     "run_folder": {"files"},
     "config_search": set(),
     "report": {"metrics"},
-    "data": {"types", "seeding", "files"},
+    "data": {"types", "seeding", "files", "images"},
     "posthoc": {"types", "functional", "metrics", "seeding", "registry", "files"},
     "core": {"types", "functional", "metrics", "seeding", "registry", "files"},
     "methods": {"types", "functional", "core", "data", "seeding"},
@@ -28,11 +29,11 @@ ALLOWED = {
     "cli": {"data", "methods", "callbacks", "core", "metrics", "registry", "report", "run_folder"},
     "score": {"metrics", "plots", "posthoc", "report", "files"},
     "calibrate": {"types", "metrics", "posthoc", "score", "report", "files", "core", "data", "methods", "run_folder"},
-    "deploy": {"types", "metrics", "posthoc", "core", "methods", "registry", "files"},
+    "deploy": {"types", "metrics", "posthoc", "core", "methods", "registry", "files", "images"},
     "__main__": {"cli", "score", "calibrate", "deploy", "config_search", "run_folder"},
     "__init__": set(),
 }
-WITHOUT_TRAINER = {"plots", "functional", "metrics", "posthoc", "seeding", "report", "score"}
+WITHOUT_TRAINER = {"images", "plots", "functional", "metrics", "posthoc", "seeding", "report", "score"}
 
 
 def _parts():

@@ -143,7 +143,7 @@ def test_score_commands_do_what_they_say(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     labels = (torch.arange(60) % 3).numpy()
-    for name in ("RUN/predictions/iid", "a", "b", "mine", "theirs", "seed0", "seed1"):
+    for name in ("RUN/predictions/test", "a", "b", "mine", "theirs", "seed0", "seed1"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         logits = 2 * torch.randn(60, 3, generator=generator)
         np.savez(f"{name}.npz", logits=logits.numpy(), labels=labels)

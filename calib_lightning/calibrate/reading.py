@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calib_lightning.calibrate.arguments import Options
 from calib_lightning.metrics.functional.rows import seem_probs
+from calib_lightning.report import SHARED
 from calib_lightning.run_folder import run_of
 from calib_lightning.score.reading import Names, Predictions, read_features, read_predictions
 from calib_lightning.score.scoring import REPLACED_CONFIDENCE, input_notes, unique_names, with_logits
@@ -156,7 +157,8 @@ def _from_files(options: Options) -> tuple[Source, list[Source]]:
 def _from_run(run: Path) -> tuple[Source, list[Source]]:
     read_record(run)
     folder = run / "predictions"
-    paths = {path.stem: path for path in sorted(folder.glob("*.npz"))}
+    found = {path: path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.npz"))}
+    paths = {name: path for path, name in found.items() if not name.startswith("ood/")}  # which have no labels
     if not paths:
         raise ValueError(
             f"{run}: has no predictions yet; `calib test -c {run / 'config.yaml'}` saves them in {run / 'test'}, which "
@@ -171,20 +173,23 @@ def _from_run(run: Path) -> tuple[Source, list[Source]]:
     paths.pop("val", None)  # it chose the checkpoint
     if not paths:
         raise ValueError(f"{folder}: has no predictions of a test set")
-    sources = [Source(path.stem, [path], read_predictions(path)) for path in (calibration, *paths.values())]
-    return sources[0], sources[1:]
+    sources = [Source(name, [path], read_predictions(path)) for name, path in paths.items()]
+    return Source("calibration", [calibration], read_predictions(calibration)), sources
 
 
 def _check_held_out(path: Path, run: Path | None) -> None:
-    if run is not None and path.resolve().parent.name == "predictions" and path.stem != "calibration":
+    within = None if run is None else run.resolve() / "predictions"
+    if within is not None and path.resolve().is_relative_to(within) and path.stem != "calibration":
         use = "chose its checkpoint" if path.stem == "val" else "is what it is tested on"
         raise ValueError(
             f"{path}: is the set {path.stem!r} of the run {run}, which {use}; calibrators are fitted to rows of their "
-            f"own: give {path.with_name('calibration.npz')}"
+            f"own: give {within / 'calibration.npz'}"
         )
 
 
 def _run_notes(run: Path) -> Iterator[str]:
+    if read_record(run).get("share"):
+        yield f"{SHARED}: the rows of the fit have also chosen the checkpoint"
     for name in read_record(run).get("calibration_used_by") or []:
         yield (
             f"the calibration split is not independent of the network: {name} was trained with it, so that calibrators "

@@ -25,13 +25,14 @@ class LogFigures(Callback):
         """Draw and log the figures of every set."""
         if not isinstance(pl_module, ClassificationModule):
             return
-        for prefix, state in zip(pl_module.test_prefixes, pl_module.test_states, strict=True):
+        for name, state in zip(pl_module.test_sets, pl_module.test_states, strict=True):
             assert isinstance(state, EvaluationState)
-            name = prefix.removeprefix("test/")
+            if not state.count:
+                continue  # images of other classes, which have no labels
             try:
                 drawn = figures(state, title=name)
             except Exception as error:  # the figures of metrics come after this; a picture must not cost them
                 warnings.warn(f"no figures of {name}: {error}", stacklevel=2)
                 continue
             for kind, figure in drawn.items():
-                log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step)
+                log_figure(trainer.loggers, f"{name}/{kind}", figure, trainer.global_step)

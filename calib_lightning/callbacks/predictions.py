@@ -65,8 +65,8 @@ class SavePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep one batch of ``test`` under the name of its set."""
-        prefix: str = pl_module.test_prefixes[dataloader_idx]  # type: ignore[index, assignment]
-        self._keep(prefix.removeprefix("test/"), outputs, batch)
+        name: str = pl_module.test_sets[dataloader_idx]  # type: ignore[index, assignment]
+        self._keep(name, outputs, batch)
 
     def on_predict_batch_end(
         self,
@@ -78,7 +78,7 @@ class SavePredictions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep one batch of ``predict`` under the name of its set."""
-        names = getattr(datamodule_in_use(trainer), "test_names", None)
+        names = getattr(datamodule_in_use(trainer), "predict_names", None)
         self._keep(names[dataloader_idx] if names else f"predict-{dataloader_idx}", outputs, batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

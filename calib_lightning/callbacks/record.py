@@ -137,7 +137,7 @@ class RunRecord(Callback):
             return
         data, found = type(datamodule).__qualname__, datamodule.splits_hash
         if self._record.get("splits") is None:
-            self._record |= {"data": data, "splits": found}
+            self._record |= {"data": data, "splits": found, "share": datamodule.split.share}
             if trainer.is_global_zero:
                 datamodule.save_splits(self.path.with_name("splits.npz"))
         _check_splits(self._record, data, found, self.path.parent)

@@ -30,6 +30,8 @@ from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
 
 CHECKPOINT_KEY = "calib_lightning"
 PENDING_BATCHES = 50
+UNLABELLED = "ood/"
+"""Sets whose names begin so have images of none of the classes: their predictions are saved, and nothing is scored."""
 OVO_CLASSES = 200
 """Up to so many classes a test reports `ovo_auroc`, which keeps all scores of a set: 80 MB for 50,000 rows."""
 OBJECTS = ("criterion", "optimizer", "scheduler", "batch_transform", "switch", "tuning", "refinement_loss", "views")
@@ -86,8 +88,9 @@ class ClassificationModule(LightningModule):
 
     A method is a subclass that brings its criterion; one that needs more overrides `loss`. Batches are
     `Batch(image, label, index)`, or a plain tuple of these three; training labels may be soft targets ``(N, K)`` if the
-    criterion takes them, and count as their largest entry in the training metrics. Logged keys are ``train/loss``,
-    ``{train,val}/<metric>`` and ``test/<set>/<metric>``, where ``<metric>`` is the name of the function in
+    criterion takes them, and count as their largest entry in the training metrics. Logged keys are ``train/loss`` and
+    ``<set>/<metric>``, where ``<set>`` is train, val, calibration, test or ``shift/<name>`` and ``<metric>`` is the
+    name of the function in
     `calib_lightning.metrics.functional`.
 
     Args:
@@ -152,7 +155,7 @@ class ClassificationModule(LightningModule):
         self._pending: list[tuple[Tensor, Tensor]] = []
         self.val_state = EvaluationState()
         self.test_states = nn.ModuleList()
-        self.test_prefixes: list[str] = []
+        self.test_sets: list[str] = []
 
     # --- the network -------------------------------------------------------------------------------------------------
 
@@ -266,7 +269,7 @@ class ClassificationModule(LightningModule):
         """Make one accumulator for each test set."""
         loaders = self.trainer.test_dataloaders
         count = len(loaders) if isinstance(loaders, list | tuple) else 1
-        self.test_prefixes = _prefixes(getattr(datamodule_in_use(self.trainer), "evaluation_names", None), count)
+        self.test_sets = _set_names(getattr(datamodule_in_use(self.trainer), "evaluation_names", None), count)
         report = (*REPORT, "ovo_auroc") if self.num_classes <= OVO_CLASSES else REPORT
         self.test_states = nn.ModuleList(EvaluationState(report) for _ in range(count)).to(self.device)
 
@@ -276,15 +279,19 @@ class ClassificationModule(LightningModule):
         """Add one batch to the metrics of its set; return its prediction for callbacks."""
         state = self.test_states[dataloader_idx]
         assert isinstance(state, EvaluationState)
+        if self.test_sets[dataloader_idx].startswith(UNLABELLED):
+            return self.outputs(self._checked(batch).image)
         return self._evaluate(self._checked(batch), state)
 
     def on_test_epoch_end(self) -> None:
         """Compute and log the metrics of every test set, once."""
-        for prefix, state in zip(self.test_prefixes, self.test_states, strict=True):
+        for name, state in zip(self.test_sets, self.test_states, strict=True):
             assert isinstance(state, EvaluationState)
-            self._log_state(prefix, state)
+            if name.startswith(UNLABELLED):
+                continue
+            self._log_state(name, state)
             rows: Tensor = self.trainer.strategy.reduce(state.count.clone(), reduce_op="sum")
-            self.log(f"{prefix}/n", rows.float(), add_dataloader_idx=False)
+            self.log(f"{name}/n", rows.float(), add_dataloader_idx=False)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
         """Logits and confidence of one batch; labels are not looked at."""
@@ -534,10 +541,10 @@ def _accepted(cls: type[ClassificationModule], hyper_parameters: dict[str, Any])
     return {key: value for key, value in hyper_parameters.items() if key in names}
 
 
-def _prefixes(names: list[str] | None, count: int) -> list[str]:
-    """Metric prefixes of the evaluated sets: ``test/<name>``, but ``calibration`` for the calibration split."""
+def _set_names(names: list[str] | None, count: int) -> list[str]:
+    """Names of the evaluated sets, which begin the keys of their metrics; loaders alone are numbered."""
     if names is None:
-        names = ["iid"] if count == 1 else [str(i) for i in range(count)]
+        names = ["test"] if count == 1 else [f"test/{i}" for i in range(count)]
     if len(names) != count:
         raise ValueError(f"The data module names {len(names)} sets ({', '.join(names)}) but has {count} test loaders.")
-    return [name if name == "calibration" else f"test/{name}" for name in names]
+    return names

@@ -1,11 +1,13 @@
 """Benchmarks: data modules, splits, long tails and loaders that resume exactly."""
 
 from calib_lightning.data.augmix import AugMixViews
-from calib_lightning.data.base import BenchmarkDataModule, Source
+from calib_lightning.data.base import BenchmarkDataModule
 from calib_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from calib_lightning.data.digits import DigitsDataModule
-from calib_lightning.data.loader import InMemorySet, ResumableLoader
+from calib_lightning.data.loader import ResumableLoader
 from calib_lightning.data.longtail import long_tail_counts, long_tail_rows
+from calib_lightning.data.sets import FileSet, ImageFiles, InMemorySet
+from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
 from calib_lightning.data.toy import ToyDataModule
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize
@@ -21,6 +23,8 @@ __all__ = [
     "ContrastiveViews",
     "CropFlip",
     "DigitsDataModule",
+    "FileSet",
+    "ImageFiles",
     "InMemorySet",
     "Normalize",
     "ResizedCropFlip",

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from calib_lightning.data.base import BenchmarkDataModule, Source
+from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
 
 

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from calib_lightning.data.base import BenchmarkDataModule, Source
+from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec, cut_balanced
 
 _TEST_SIZE, _TEST_SEED = 400, 1797
@@ -31,13 +32,14 @@ class DigitsDataModule(BenchmarkDataModule):
         >>> data = DigitsDataModule()
         >>> data.setup()
         >>> {name: len(data.source_rows(name)) for name in data.set_names}
-        {'train': 1097, 'val': 100, 'calibration': 200, 'iid': 400}
+        {'train': 1097, 'val': 100, 'calibration': 200, 'test': 400}
     """
 
     num_classes = 10
     # of the images that are not in the test set
     mean = (0.3052,)
     std = (0.3760,)
+    class_names = tuple("0123456789")
     default_split: ClassVar[SplitSpec] = SplitSpec(val=100, calibration=200)
 
     def load_train(self) -> Source:

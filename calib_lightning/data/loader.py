@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,87 +12,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from calib_lightning.data.transforms import Transform
-from calib_lightning.seeding import derive_seed, row_uniform
+from calib_lightning.data.sets import BatchSet, FeatureSet
+from calib_lightning.seeding import derive_seed
 from calib_lightning.types import Batch
 
 _Key = tuple[int, NDArray[np.int64]]
 """Epoch and positions of one batch: all a worker needs, so workers keep no state."""
-_VIEW = 5  # purpose that keeps this random stream apart from others
-
-
-@dataclass(frozen=True)
-class InMemorySet:
-    """Images held in memory as bytes, read and transformed a batch at a time.
-
-    Args:
-        image: ``(N, C, H, W)`` uint8.
-        label: ``(N,)`` int64.
-        rows: ``(N,)`` int64, the row of each image in the file that it came from.
-        transform: Applied to each batch; ``None`` returns the bytes.
-    """
-
-    image: Tensor
-    label: Tensor
-    rows: Tensor
-    transform: Transform | None = None
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def fetch(self, index: Tensor, epoch: int) -> Batch:
-        """Read one batch.
-
-        Args:
-            index: Positions ``(B,)`` int64 in ``0..N-1``; they become ``Batch.index``.
-            epoch: Epoch number, for transforms that draw random numbers.
-
-        Returns:
-            The batch, in the order of ``index``.
-        """
-        image = self.image.index_select(0, index)
-        if self.transform is not None:
-            image = self.transform(image, index, epoch)
-        return Batch(image, self.label.index_select(0, index), index)
-
-
-@dataclass(frozen=True)
-class FeatureSet:
-    """Features of the images of a set, in place of the images.
-
-    Args:
-        features: ``(N, V, d)``, V fixed views of each image, of which each epoch draws one a row.
-        label: ``(N,)`` int64.
-        seed: Seed of the draw.
-    """
-
-    features: Tensor
-    label: Tensor
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def fetch(self, index: Tensor, epoch: int) -> Batch:
-        """Read one batch.
-
-        Args:
-            index: Positions ``(B,)`` int64 in ``0..N-1``.
-            epoch: Epoch number; with the position it chooses the view.
-
-        Returns:
-            The batch, with features ``(B, d)`` as its images.
-        """
-        row, views = index.to(self.features.device), self.features.shape[1]
-        if views == 1:
-            features = self.features.select(1, 0).index_select(0, row)
-        else:
-            draw = row_uniform(index, 1, seed=derive_seed(self.seed, epoch, _VIEW))[:, 0]
-            features = self.features[row, (draw * views).long().to(row.device)]
-        return Batch(features, self.label.index_select(0, index), index)
 
 
 class ResumableLoader:
@@ -122,6 +48,7 @@ class ResumableLoader:
         ValueError: If a number is outside its range or the set is empty.
 
     Example:
+        >>> from calib_lightning.data import InMemorySet
         >>> rows = torch.arange(5)
         >>> data = InMemorySet(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64), rows)
         >>> [batch.index.tolist() for batch in ResumableLoader(data, 2, shuffle=False, seed=0)]
@@ -133,7 +60,7 @@ class ResumableLoader:
 
     def __init__(
         self,
-        data: InMemorySet | FeatureSet,
+        data: BatchSet,
         batch_size: int,
         *,
         shuffle: bool,
@@ -265,7 +192,7 @@ class ResumableLoader:
 class _Keyed(Dataset[Batch]):
     """Lets a ``DataLoader`` ask for a whole batch by its key."""
 
-    def __init__(self, data: InMemorySet | FeatureSet) -> None:
+    def __init__(self, data: BatchSet) -> None:
         self.data = data
 
     def __getitem__(self, key: _Key) -> Batch:

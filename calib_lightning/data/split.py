@@ -1,37 +1,58 @@
-"""Which images of a training file are for training, validation and calibration."""
+"""Which images of a benchmark's files are for training, validation, calibration and test."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calib_lightning.data.longtail import Profile, long_tail_counts, long_tail_rows
+from calib_lightning.data.longtail import Thinning, random_state, shares
 from calib_lightning.seeding import derive_seed
 
 Rows = NDArray[np.int64]
 """Row numbers, int64."""
+File = Literal["train", "val", "test"]
+"""One of the files that a benchmark's authors have published."""
+Choice = Literal["balanced", "proportional", "shuffled", "last"]
+"""How the rows of a held-out set are chosen; see `SplitSpec`."""
 
-_HELD_OUT, _SUBSET = 1, 2  # purposes that keep the random streams apart
+_HELD_OUT = 1  # purpose that keeps this random stream apart
 
 
-@dataclass(frozen=True)
-class SplitSpec:
-    """How a training file is divided: held-out sets first, then the long tail, then a smaller share of what is left.
+class Part(NamedTuple):
+    """Rows of one file.
 
-    Validation and calibration sets are class-balanced and do not overlap. The imbalance applies to the training
-    images only, so both held-out sets stay balanced like the test set.
+    Attributes:
+        file: "train", "val" or "test".
+        rows: Positions ``(N,)`` in that file, int64, ascending.
+    """
+
+    file: File
+    rows: Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSpec(Thinning):
+    """How a benchmark's files are divided: held-out sets first, then the long tail, then a smaller share of the rest.
+
+    Sizes are numbers of images, or fractions of the file that they are taken from. A held-out set is chosen
+
+    - "balanced": equally many images of each class;
+    - "proportional": with the class proportions of the file;
+    - "shuffled": the first rows after numpy's ``RandomState(seed)`` has shuffled the file, without a look at the
+      classes, as in the code of Mukhoti et al. (2020), whose seed is 1;
+    - "last": the last rows of the file, as in the code of Neural Clamping.
 
     Args:
-        val: Images held out to choose epochs and settings; 0 for none.
+        val: Images held out to choose epochs and settings; 0 for none, or where the benchmark has a file for them.
         calibration: Images held out to fit post-hoc calibrators; 0 for none.
-        imbalance: Smallest training class over the largest, in ``(0, 1]``; 1 keeps every image.
-        profile: "exponential" (sizes fall geometrically in label order) or "step" (the second half of the classes
-            is small).
-        seed: Seed of every choice here, in ``[0, 2**32)``; it does not depend on the seed of the run.
-        subset: Training images to keep, with class proportions unchanged; ``None`` keeps all.
+        test: Images held out for the test, where the benchmark has no file for them; 1.0 makes all of them test images.
+        share: Whether the calibration images are those of the validation set, as in many papers.
+        calibration_from: The file that calibration images are taken from: "train", "val" or "test".
+        choose: "balanced", "proportional", "shuffled" or "last".
 
     Raises:
         ValueError: If a value is outside its range.
@@ -42,70 +63,132 @@ class SplitSpec:
         [6, 2, 2]
     """
 
-    val: int = 0
-    calibration: int = 0
-    imbalance: float = 1.0
-    profile: Profile = "exponential"
-    seed: int = 0
-    subset: int | None = None
+    val: int | float = 0
+    calibration: int | float = 0
+    test: int | float = 0
+    share: bool = False
+    calibration_from: File = "train"
+    choose: Choice = "balanced"
 
     def __post_init__(self) -> None:
-        for name, size in (("val", self.val), ("calibration", self.calibration)):
+        super().__post_init__()
+        for name in ("val", "calibration", "test"):
+            size = getattr(self, name)
             if size < 0:
                 raise ValueError(f"{name}={size} is negative: give the number of images to hold out, 0 for none.")
-        if not 0 < self.imbalance <= 1:
+            if isinstance(size, float) and size >= 1 and not (name == "test" and size == 1):
+                raise ValueError(f"{name}={size} is no fraction: give a whole number of images, or a fraction below 1.")
+        for name, allowed in (("calibration_from", get_args(File)), ("choose", get_args(Choice))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}.")
+        if self.share and self.calibration not in (0, self.val):
             raise ValueError(
-                f"imbalance={self.imbalance} is outside (0, 1]: it is the smallest class size over the largest;"
-                " use 1 for no imbalance."
+                f"share=True makes the calibration images those of the validation set, but calibration is"
+                f" {self.calibration}: leave it at 0, or set share=False."
             )
-        if self.profile not in get_args(Profile):
-            raise ValueError(f"profile={self.profile!r} is unknown: use one of {', '.join(get_args(Profile))}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} is outside [0, 2**32), what numpy's RandomState takes; choose another.")
-        if self.subset is not None and self.subset < 1:
-            raise ValueError(f"subset={self.subset} keeps no image: give a number of at least 1, or null for all.")
 
-    def draw(self, train_labels: NDArray[np.int64], num_classes: int) -> dict[str, Rows]:
-        """Divide the rows of a training file.
-
-        With nothing held out, the long-tailed rows are those of the official code of Cao et al. (2019) for the seed.
+    def draw(self, train_labels: Rows, num_classes: int) -> dict[str, Rows]:
+        """Divide the rows of a training file alone.
 
         Args:
             train_labels: Labels ``(N,)`` int64 in ``0..K-1``, in file order.
             num_classes: K.
 
         Returns:
-            Rows of "train", "val" and "calibration": positions in ``train_labels``, int64, ascending, disjoint.
+            Rows of "train", "val" and "calibration", and "test" if it is asked for: positions in ``train_labels``,
+            int64, ascending.
 
         Raises:
             ValueError: If the file has too few images for a requested size.
         """
-        labels = np.asarray(train_labels)
-        seed = derive_seed(self.seed, _HELD_OUT)
-        val, calibration = cut_balanced(
-            labels, {"val": self.val, "calibration": self.calibration}, num_classes=num_classes, seed=seed
-        )
-        left = np.setdiff1d(np.arange(len(labels)), np.concatenate([val, calibration]), assume_unique=True)
-        counts = np.bincount(labels[left], minlength=num_classes).tolist()
-        left = left[long_tail_rows(labels[left], long_tail_counts(counts, self.imbalance, self.profile), self.seed)]
-        if self.subset is not None:
-            left = left[self._subset(labels[left], self.subset, num_classes)]
-        return {"train": left, "val": val, "calibration": calibration}
+        none = np.empty(0, dtype=np.int64)
+        parts = self.divide({"train": train_labels}, num_classes)
+        return dict.fromkeys(("train", "val", "calibration"), none) | {k: part.rows for k, part in parts.items()}
 
-    def _subset(self, labels: Rows, size: int, num_classes: int) -> Rows:
-        total = len(labels)
-        if size > total:
+    def divide(self, labels: Mapping[File, Rows], num_classes: int) -> dict[str, Part]:
+        """Divide the rows of a benchmark's files.
+
+        Args:
+            labels: Labels ``(N,)`` int64 in ``0..K-1`` of each file that there is, in file order. Without "train",
+                nothing is asked of that file.
+            num_classes: K.
+
+        Returns:
+            The sets "train", "val", "calibration" and "test" that have images. No row is in two of them, but for
+            ``share``.
+
+        Raises:
+            ValueError: If a file has too few images, or the files and the settings do not fit together.
+        """
+        if "train" in labels and isinstance(self.test, float) and self.test == 1:
+            return {"test": Part("train", np.arange(len(labels["train"])))}
+        self._check_files(labels)
+        cuts = {"val": self.val, "calibration": 0 if self.share else self.calibration, "test": self.test}
+        parts: dict[str, Part] = {}
+        for file, found in labels.items():
+            ours = {name: size for name, size in cuts.items() if size and self._file_of(name) == file}
+            sizes = {name: round(size * len(found)) if isinstance(size, float) else size for name, size in ours.items()}
+            held_out = self._cut(found, sizes, num_classes)
+            left = np.setdiff1d(np.arange(len(found)), np.concatenate([np.empty(0, np.int64), *held_out.values()]))
+            if file == "train":
+                left = left[self.thin(found[left], num_classes)]
+            parts |= {name: Part(file, rows) for name, rows in {file: left, **held_out}.items() if len(rows)}
+        if self.share and "val" in parts:
+            parts["calibration"] = parts["val"]
+        order = ("train", "val", "calibration", "test")
+        return {name: parts[name] for name in order if name in parts}
+
+    def _file_of(self, name: str) -> File:
+        return self.calibration_from if name == "calibration" else "train"
+
+    def _check_files(self, labels: Mapping[File, Rows]) -> None:
+        if "train" not in labels:
+            return
+        for name in ("val", "test"):
+            if name in labels and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}, but there are {name} images already ({len(labels[name])}): leave"
+                    f" split.{name} at 0."
+                )
+        if self.calibration and not self.share and self.calibration_from not in labels:
             raise ValueError(
-                f"subset={size} is more than the {total} training images that are left after the held-out sets and the"
-                f" imbalance: use at most {total}, or null for all."
+                f"calibration_from={self.calibration_from!r}, but the data has no such file: use one of"
+                f" {', '.join(labels)}."
             )
-        # largest remainder, in integers so that equal remainders are exactly equal; ties go to the lower class
-        share = size * np.bincount(labels, minlength=num_classes)
-        counts = share // total
-        counts[np.argsort(-(share % total), kind="stable")[: size - counts.sum()]] += 1
-        random = _random_state(derive_seed(self.seed, _SUBSET))
-        kept = [random.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(counts)]
-        return np.sort(np.concatenate(kept))
+        if self.share and not self.val and "val" not in labels:
+            raise ValueError("share=True, but there are no validation images: set split.val above 0, or share=False.")
+
+    def _cut(self, labels: Rows, sizes: dict[str, int], num_classes: int) -> dict[str, Rows]:
+        if not sizes:
+            return {}
+        if self.choose == "balanced":
+            seed = derive_seed(self.seed, _HELD_OUT)
+            # a fixed place for each name, so that another set does not change the rows of this one
+            sizes = {"val": 0, "calibration": 0} | sizes
+            cuts = cut_balanced(labels, sizes, num_classes=num_classes, seed=seed)
+            return {name: rows for (name, size), rows in zip(sizes.items(), cuts, strict=True) if size}
+        total = sum(sizes.values())
+        if total >= len(labels):
+            asked = " + ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(f"{asked} takes {total} of {len(labels)} images and leaves none: hold out fewer.")
+        if self.choose == "proportional":
+            return self._proportional(labels, sizes, num_classes)
+        order = np.arange(len(labels))[::-1]
+        if self.choose == "shuffled":
+            order = np.arange(len(labels))
+            np.random.RandomState(self.seed).shuffle(order)
+        cuts = np.split(order, np.cumsum(list(sizes.values())))
+        return {name: np.sort(rows) for name, rows in zip(sizes, cuts, strict=False)}
+
+    def _proportional(self, labels: Rows, sizes: dict[str, int], num_classes: int) -> dict[str, Rows]:
+        random = random_state(derive_seed(self.seed, _HELD_OUT))
+        order = [random.permutation(np.flatnonzero(labels == label)) for label in range(num_classes)]
+        cuts = {}
+        for name, size in sizes.items():
+            quota = shares(np.array([len(rows) for rows in order]), size)
+            cuts[name] = np.sort(np.concatenate([rows[:taken] for rows, taken in zip(order, quota, strict=True)]))
+            order = [rows[taken:] for rows, taken in zip(order, quota, strict=True)]
+        return cuts
 
 
 def cut_balanced(labels: Rows, sizes: dict[str, int], *, num_classes: int, seed: int) -> list[Rows]:
@@ -125,7 +208,7 @@ def cut_balanced(labels: Rows, sizes: dict[str, int], *, num_classes: int, seed:
     Raises:
         ValueError: If a class would have no image left after the cuts.
     """
-    random = _random_state(seed)
+    random = random_state(seed)
     order = random.permutation(num_classes)
     quotas, extra = np.zeros((len(sizes), num_classes), dtype=np.int64), 0
     for quota, size in zip(quotas, sizes.values(), strict=True):
@@ -148,8 +231,3 @@ def cut_balanced(labels: Rows, sizes: dict[str, int], *, num_classes: int, seed:
         for cut, part in zip(cuts, np.split(rows, np.cumsum(wanted))[:-1], strict=True):
             cut.append(part)
     return [np.sort(np.concatenate(cut)) for cut in cuts]
-
-
-def _random_state(seed: int) -> np.random.RandomState:
-    """Numpy's legacy generator, whose streams are frozen for good, from a seed of up to 64 bits."""
-    return np.random.RandomState(np.array([seed >> 32, seed & 0xFFFFFFFF], dtype=np.uint32))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from calib_lightning.data.base import BenchmarkDataModule, Source
+from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
 from calib_lightning.seeding import row_uniform
 

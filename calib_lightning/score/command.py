@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
         Exit code: 0, or 1 if a file is at fault or a figure could not be drawn. A wrong command line ends with 2.
 
     Example:
-        ``main(["predictions/iid.npz", "--intervals"])``
+        ``main(["predictions/test.npz", "--intervals"])``
     """
     parser = make_parser()
     options = parse(parser, argv)

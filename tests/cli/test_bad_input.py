@@ -26,7 +26,7 @@ NET = ("--model=CrossEntropy", "--model.encoder=digits_cnn", "--trainer.accelera
         ((*QUICK, "--data.split.val=lots"), ["val", "lots"]),
         ((*QUICK, "--model.encoder=digit_cnn"), ["digit_cnn", "digits_cnn"]),
         ((*QUICK, "--model=focal", "--model.gamma=-1"), ["gamma", "-1", "at least 0"]),
-        ((*QUICK, "--select_on=test/iid/accuracy"), ["test/iid/accuracy", "test set", "val/nll"]),
+        ((*QUICK, "--select_on=test/accuracy"), ["test/accuracy", "test set", "val/nll"]),
         ((*QUICK, "--select_on=val/acc"), ["val/acc", "val/accuracy"]),
         ((*QUICK, "--select_on=val/signed_gap"), ["val/signed_gap"]),
         ((*QUICK, "--data.split.val=0"), ["validation split", "select_on"]),
@@ -158,7 +158,7 @@ def test_a_checkpoint_with_a_foreign_zip_entry_is_no_checkpoint(tmp_path):
 
 def test_wrong_command_line_leaves_no_folder(calib, tmp_path):
     assert calib(*QUICK, "--model=Focl").code == 2
-    assert calib(*QUICK, "--select_on=test/iid/nll").code == 1
+    assert calib(*QUICK, "--select_on=test/nll").code == 1
     assert not (tmp_path / "runs").exists()
 
 

@@ -468,7 +468,7 @@ def _run_without_predictions(folder):
 def _run_without_calibration(folder):
     (folder / "run").mkdir()
     (folder / "run" / "run.json").write_text("{}")
-    save(folder / "run" / "predictions" / "iid.npz", *half("test"))
+    save(folder / "run" / "predictions" / "test.npz", *half("test"))
     return ("run",), ["calibration.npz", "split.calibration"]
 
 
@@ -486,7 +486,7 @@ BAD = {
     "few same rows": _fewer_rows_than_classes_in_another_order,
     "some of its rows": _some_rows_in_another_order,
     "constant logits": _constant,
-    "test set of a run": _of_a_run("iid"),
+    "test set of a run": _of_a_run("test"),
     "validation set of a run": _of_a_run("val"),
     "other classes": _other_classes,
     "no rows": _empty,
@@ -682,15 +682,17 @@ def test_a_run_is_calibrated_from_its_saved_predictions(run, calib, monkeypatch)
     assert sorted(path.name for path in run.glob("calibrate*")) == ["calibrate", "calibrate-2"]
     assert "CALIB_RUN_FOLDER" not in os.environ or "calibrate" not in os.environ["CALIB_RUN_FOLDER"]
     report = json.loads((run / "calibrate" / "report.json").read_text())
-    assert list(report["sets"]) == ["iid"]
+    assert list(report["sets"]) == ["test"]
     assert report["settings"]["run"] == str(run)
-    with np.load(run / "predictions" / "calibration.npz") as cal, np.load(run / "predictions" / "iid.npz") as iid:
+    with np.load(run / "predictions" / "calibration.npz") as cal, np.load(run / "predictions" / "test.npz") as test:
         fitted = Temperature().fit(torch.from_numpy(cal["logits"]), torch.from_numpy(cal["labels"]))
-        logits, labels = torch.from_numpy(iid["logits"]), torch.from_numpy(iid["labels"])
-    assert rows_of(report, "iid")["Temperature"]["values"] == pytest.approx(values_of(fitted(logits), labels), abs=1e-9)
+        logits, labels = torch.from_numpy(test["logits"]), torch.from_numpy(test["labels"])
+    assert rows_of(report, "test")["Temperature"]["values"] == pytest.approx(
+        values_of(fitted(logits), labels), abs=1e-9
+    )
     path = str(run / "predictions" / "calibration.npz")
     assert report["calibration"]["files"][0]["file"] == path
-    files = ("--calibration", path, "--test", run / "predictions" / "iid.npz", "--output", run / "again")
+    files = ("--calibration", path, "--test", run / "predictions" / "test.npz", "--output", run / "again")
     assert calib("calibrate", *files, *FAST).code == 0
     again = json.loads((run / "again" / "report.json").read_text())
     assert again["sets"] == report["sets"]
@@ -713,14 +715,14 @@ def test_features_come_from_one_pass_of_the_network(run, calib, monkeypatch):
     module, data = load_module(run / "checkpoints" / "best.ckpt"), DigitsDataModule()
     data.setup()
     sets = {}
-    for name in ("calibration", "iid"):
+    for name in ("calibration", "test"):
         images = torch.cat([batch.image for batch in data.evaluation_loader(name)])
         with np.load(run / "predictions" / f"{name}.npz") as saved, torch.no_grad():
             sets[name] = [torch.from_numpy(saved[key]) for key in ("logits", "labels")] + [module.features(images)]
-    logits, labels, features = sets["iid"]
+    logits, labels, features = sets["test"]
     for cls in (FeatureScaling, ConstantScaling):
         direct = cls().fit(*sets["calibration"])(logits, features)
-        found = rows_of(report, "iid")[cls.__name__]["values"]
+        found = rows_of(report, "test")[cls.__name__]["values"]
         assert found == pytest.approx(values_of(direct, labels), abs=1e-5)
 
 
@@ -734,7 +736,7 @@ def test_the_folder_of_a_test_has_the_network_of_its_run(run, calib):
 
 
 def test_a_network_that_did_not_make_the_predictions_is_refused(run, calib):
-    path = run / "predictions" / "iid.npz"
+    path = run / "predictions" / "test.npz"
     with np.load(path) as saved:
         columns = dict(saved)
     columns["logits"] = columns["logits"] + np.float32(0.5) * np.sin(np.arange(columns["logits"].size)).reshape(
@@ -743,7 +745,7 @@ def test_a_network_that_did_not_make_the_predictions_is_refused(run, calib):
     np.savez(path, **columns)
     done = calib("calibrate", run, "--calibrators", "FeatureScaling")
     assert (done.code, done.out) == (1, "")
-    assert all(word in done.err for word in ("iid.npz", "best.ckpt", "relative difference"))
+    assert all(word in done.err for word in ("test.npz", "best.ckpt", "relative difference"))
     assert not (run / "calibrate").exists()
 
 
@@ -768,7 +770,7 @@ def test_a_run_whose_network_cannot_be_asked_is_refused(run, calib, fault):
 def test_a_calibration_split_that_was_trained_with_is_said(run, calib):
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"calibration_used_by": ["MACCal"]}))
-    files = ("--calibration", run / "predictions" / "calibration.npz", "--test", run / "predictions" / "iid.npz")
+    files = ("--calibration", run / "predictions" / "calibration.npz", "--test", run / "predictions" / "test.npz")
     for argv in ((run,), files):
         done = calib("calibrate", *argv, *FAST)
         assert "not independent of the network: MACCal was trained with it" in done.out
@@ -789,18 +791,18 @@ def test_neural_clamping_of_a_run(run, calib):
         warnings.simplefilter("ignore")
         images, labels = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:2])
         direct.fit(module, images, labels, progress=False)
-    batches = list(data.evaluation_loader("iid"))
+    batches = list(data.evaluation_loader("test"))
     with torch.no_grad():
         logits = torch.cat([direct.logits(module, batch.image) for batch in batches])
     labels = torch.cat([batch.label for batch in batches])
-    assert rows_of(report, "iid")[name]["values"] == pytest.approx(values_of(logits, labels), abs=1e-6)
+    assert rows_of(report, "test")[name]["values"] == pytest.approx(values_of(logits, labels), abs=1e-6)
     assert entry["fit"]["chosen"]["nll"] == pytest.approx(direct.report.chosen.nll, abs=1e-9)
     content = torch.load(run / "calibrate" / entry["file"], weights_only=True)["calib_lightning.calibrator"]
     again = build(content["spec"], NeuralClamping)
     again.load_state_dict(content["state"])
     assert torch.equal(again.delta, direct.delta)
     assert again.temperature == direct.temperature
-    refused = calib("score", run / "predictions" / "iid.npz", "--calibrator", run / "calibrate" / entry["file"])
+    refused = calib("score", run / "predictions" / "test.npz", "--calibrator", run / "calibrate" / entry["file"])
     assert refused.code == 1
     assert "NeuralClamping" in refused.err
 

@@ -61,7 +61,7 @@ def test_every_method_is_stopped_resumed_and_tested(calib, tmp_path, method):
         assert torch.equal(one[name], two[name]), name
     done = calib("test", "-c", part / "config.yaml")
     assert done.code == 0, done.err
-    assert "iid" in done.out
+    assert "test" in done.out
 
 
 def test_names_are_found_in_working_directory_clone_and_package(tmp_path, monkeypatch):

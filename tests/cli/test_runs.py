@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_and_every_figure_can_be_computed_again(calib, t
     ):
         assert (run / name).is_file(), name
 
-    for word in ("iid", "calibration", "400", "accuracy % ↑", "ECE % ↓", "correctness AUROC % ↑"):
+    for word in ("test", "calibration", "400", "accuracy % ↑", "ECE % ↓", "correctness AUROC % ↑"):
         assert word in done.out, word
 
     record = json.loads((run / "run.json").read_text())
@@ -83,11 +83,11 @@ def test_a_run_leaves_everything_and_every_figure_can_be_computed_again(calib, t
     assert record["checkpoint"]["select_on"] == "val/nll"
 
     with np.load(run / "splits.npz") as splits:
-        sets = {name: splits[name] for name in ("train", "val", "calibration", "test/iid")}
+        sets = {name: splits[name] for name in ("train", "val", "calibration", "test")}
         assert str(splits["hash"]) == record["splits"]
     assert len(np.unique(np.concatenate(list(sets.values())))) == sum(map(len, sets.values()))
 
-    for name, prefix in (("iid", "test/iid"), ("calibration", "calibration")):
+    for name, prefix in (("test", "test"), ("calibration", "calibration")):
         with np.load(run / "predictions" / f"{name}.npz") as saved:
             assert saved["logits"].dtype == np.float32
             np.testing.assert_array_equal(saved["index"], sets.get(prefix, sets.get(name)))
@@ -119,13 +119,16 @@ def test_test_reproduces_the_figures_and_nothing_is_overwritten(calib, tmp_path)
         again = json.loads((run / folder / "run.json").read_text())["results"]
         tested = {key: value for key, value in results.items() if key.startswith(("test/", "calibration/"))}
         assert {key: again[key] for key in tested} == tested
-        with np.load(run / folder / "predictions" / "iid.npz") as new, np.load(run / "predictions" / "iid.npz") as old:
+        with (
+            np.load(run / folder / "predictions" / "test.npz") as new,
+            np.load(run / "predictions" / "test.npz") as old,
+        ):
             np.testing.assert_array_equal(new["logits"], old["logits"])
 
     assert calib("validate", "-c", run / "config.yaml", "--quiet=true").code == 0
     assert (run / "validate" / "predictions" / "val.npz").is_file()
     assert calib("predict", "-c", run / "config.yaml", "--quiet=true").code == 0
-    with np.load(run / "predict" / "predictions" / "iid.npz") as new, np.load(run / "predictions" / "iid.npz") as old:
+    with np.load(run / "predict" / "predictions" / "test.npz") as new, np.load(run / "predictions" / "test.npz") as old:
         np.testing.assert_array_equal(new["logits"], old["logits"])
 
     assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
@@ -293,10 +296,10 @@ def test_quickstart_reaches_93_percent_and_label_smoothing_miscalibrates(calib, 
             assert done.code == 0, done.err
             rows.append(json.loads((tmp_path / folder / "run.json").read_text())["results"])
     for row in results["cross_entropy"]:
-        assert row["test/iid/accuracy"] >= 0.93
-    ece = {method: np.mean([row["test/iid/ece"] for row in rows]) for method, rows in results.items()}
+        assert row["test/accuracy"] >= 0.93
+    ece = {method: np.mean([row["test/ece"] for row in rows]) for method, rows in results.items()}
     assert ece["label_smoothing"] >= ece["cross_entropy"] + 0.03
     for method, rows in results.items():
         for name in ("accuracy", "ece", "nll", "brier", "correctness_auroc"):
-            values = [row[f"test/iid/{name}"] for row in rows]
+            values = [row[f"test/{name}"] for row in rows]
             print(f"{method} {name}: {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}")

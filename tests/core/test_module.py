@@ -69,7 +69,7 @@ def test_plain_tuples_are_batches(tmp_path):
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module, train_dataloaders=_tuples(), val_dataloaders=_tuples())
     run.test(module, dataloaders=_tuples(), verbose=False)
-    assert int(run.callback_metrics["test/iid/n"]) == 8
+    assert int(run.callback_metrics["test/n"]) == 8
 
 
 def test_a_batch_without_index_is_explained(tmp_path):
@@ -102,8 +102,8 @@ def test_confidence_of_a_method_replaces_the_largest_probability(tmp_path):
     run = trainer(tmp_path)
     run.test(module, datamodule=data, verbose=False)
     values = {key: float(value) for key, value in run.callback_metrics.items()}
-    assert values["test/iid/signed_gap"] == pytest.approx(0.75 - values["test/iid/accuracy"], abs=1e-6)
-    assert values["test/iid/correctness_auroc"] == 0.5  # all tied
+    assert values["test/signed_gap"] == pytest.approx(0.75 - values["test/accuracy"], abs=1e-6)
+    assert values["test/correctness_auroc"] == 0.5  # all tied
     assert torch.equal(module.confidence(torch.zeros(2, 1, 8, 8)), torch.tensor([0.75, 0.75]))
 
 
@@ -223,7 +223,7 @@ def test_other_loaders_after_a_fit_are_not_named_after_its_data(tmp_path):
     run.fit(module, datamodule=data)
     run.test(module, dataloaders=[_tuples(images=8), _tuples(images=12)], verbose=False)
     assert [int(run.callback_metrics[f"test/{name}/n"]) for name in ("0", "1")] == [8, 12]
-    assert {path.name for path in tmp_path.glob("*.npz")} == {"0.npz", "1.npz"}
+    assert {path.name for path in (tmp_path / "test").glob("*.npz")} == {"0.npz", "1.npz"}
     run.test(module, datamodule=data, verbose=False)
     assert (tmp_path / "calibration.npz").is_file()
 

@@ -44,7 +44,7 @@ def test_cifar100_reads_images_and_fine_labels(small_cifar100):
     assert data.class_counts.tolist() == [1] * 100
     mean = torch.tensor([0.5071, 0.4867, 0.4408]).view(3, 1, 1)
     std = torch.tensor([0.2675, 0.2565, 0.2761]).view(3, 1, 1)
-    for name, part in (("iid", "test"), ("calibration", "train")):
+    for name, part in (("test", "test"), ("calibration", "train")):
         image, label, _ = next(iter(data.evaluation_loaders()[name]))
         rows = data.source_rows(name)[:64]
         pixel = torch.from_numpy(content[part]["data"][rows].reshape(-1, 3, 32, 32))

@@ -40,7 +40,8 @@ def ready(data):
 def test_number_of_classes_is_known_before_setup():
     assert Toy(num_classes=5).num_classes == 5
     assert DigitsDataModule().num_classes == 10
-    assert Toy().test_names == ["iid"]
+    assert not Toy().has_validation
+    assert Toy(SPLIT).has_validation
 
 
 def test_sizes_need_setup():
@@ -51,12 +52,12 @@ def test_sizes_need_setup():
 
 def test_sets_and_their_sizes():
     data = ready(Toy(SPLIT))
-    assert data.set_names == ["train", "val", "calibration", "iid"]
+    assert data.set_names == ["train", "val", "calibration", "test"]
     assert {name: len(rows) for name, rows in data.splits.items()} == {
         "train": 210,
         "val": 30,
         "calibration": 60,
-        "iid": 150,
+        "test": 150,
     }
     assert data.train_size == 210
     assert data.class_counts.tolist() == [70, 70, 70]
@@ -74,12 +75,12 @@ def test_setup_twice_reads_once(monkeypatch):
 
 def test_sets_without_images():
     data = ready(Toy())
-    assert data.set_names == ["train", "iid"]
+    assert data.set_names == ["train", "test"]
     assert data.val_dataloader() == []
     assert data.calibration_dataloader() is None
-    assert list(data.evaluation_loaders()) == ["iid"]
+    assert list(data.evaluation_loaders()) == ["test"]
     assert data.source_rows("val").tolist() == []
-    with pytest.raises(ValueError, match="no set called 'val' has images: use one of train, iid"):
+    with pytest.raises(ValueError, match="no set called 'val' has images: use one of train, test"):
         data.evaluation_loader("val")
 
 
@@ -89,10 +90,10 @@ def test_evaluation_loaders_give_every_row_in_order_unaugmented():
     train, test = data.load_train(), data.load_test()
     normalize = Normalize(data.mean, data.std)
     loaders = data.evaluation_loaders() | {"val": data.val_dataloader(), "train": data.evaluation_loader("train")}
-    assert list(loaders) == ["iid", "calibration", "val", "train"]
+    assert list(loaders) == ["test", "calibration", "val", "train"]
     for name, found in loaders.items():
         batches = list(found)
-        source, rows = test if name == "iid" else train, torch.from_numpy(data.source_rows(name))
+        source, rows = test if name == "test" else train, torch.from_numpy(data.source_rows(name))
         assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(len(rows)))
         assert torch.equal(torch.cat([batch.label for batch in batches]), source.label[rows])
         assert torch.equal(torch.cat([batch.image for batch in batches]), normalize(source.image[rows], rows, 0))
@@ -121,11 +122,11 @@ def test_rows_of_the_source_file_are_kept():
     data = ready(Made(SplitSpec(val=2, calibration=2)))
     rows = np.concatenate([data.source_rows(name) for name in ("train", "val", "calibration")])
     assert sorted(rows) == list(range(100, 110))
-    assert data.source_rows("iid").tolist() == [0, 1, 2]
+    assert data.source_rows("test").tolist() == [0, 1, 2]
     (batch,) = data.val_dataloader()
     image = data.image[data.source_rows("val") - 100]
     assert torch.equal(batch.image, Normalize((0.5,), (0.5,))(image, batch.index, 0))
-    with pytest.raises(ValueError, match="no set is called 'shift': use one of train, val, calibration, iid"):
+    with pytest.raises(ValueError, match="no set is called 'shift': use one of train, val, calibration, test"):
         data.source_rows("shift")
 
 
@@ -158,10 +159,10 @@ def test_saved_splits(tmp_path):
     data.save_splits(path)
     assert [file.name for file in path.parent.iterdir()] == ["splits.npz"]
     with np.load(path, allow_pickle=False) as saved:
-        assert set(saved) == {"train", "val", "calibration", "test/iid", "spec", "hash"}
+        assert set(saved) == {"train", "val", "calibration", "test", "files", "spec", "hash"}
         for name in ("train", "val", "calibration"):
             np.testing.assert_array_equal(saved[name], data.source_rows(name))
-        np.testing.assert_array_equal(saved["test/iid"], np.arange(150))
+        np.testing.assert_array_equal(saved["test"], np.arange(150))
         assert SplitSpec(**json.loads(str(saved["spec"]))) == SPLIT
         assert str(saved["hash"]) == data.splits_hash
     assert len(data.splits_hash) == 64
@@ -215,10 +216,10 @@ def test_digits():
         "train": 1097,
         "val": 100,
         "calibration": 200,
-        "iid": 400,
+        "test": 400,
     }
     assert sorted(np.concatenate(list(data.splits.values()))) == list(range(1797))
-    assert np.bincount(file.target[data.source_rows("iid")]).tolist() == [40] * 10
+    assert np.bincount(file.target[data.source_rows("test")]).tolist() == [40] * 10
     for name in data.set_names:
         image, label, _ = next(iter(data.evaluation_loader(name)))
         rows = data.source_rows(name)[: len(label)]
@@ -228,9 +229,9 @@ def test_digits():
 
 
 def test_digits_test_set_does_not_depend_on_the_split():
-    rows = [ready(DigitsDataModule(split)).source_rows("iid") for split in (None, SplitSpec(seed=5, val=50))]
+    rows = [ready(DigitsDataModule(split)).source_rows("test") for split in (None, SplitSpec(seed=5, val=50))]
     np.testing.assert_array_equal(*rows)
-    assert ready(DigitsDataModule(SplitSpec(val=50))).set_names == ["train", "val", "iid"]
+    assert ready(DigitsDataModule(SplitSpec(val=50))).set_names == ["train", "val", "test"]
 
 
 def test_digits_bytes_and_statistics():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -149,19 +151,19 @@ def test_subset_keeps_proportions_by_largest_remainder():
     calibration=st.integers(0, 20),
     imbalance=st.floats(0.3, 1.0),
     profile=st.sampled_from(["exponential", "step"]),
-    share=st.none() | st.floats(0.0, 1.0),
+    part=st.none() | st.floats(0.0, 1.0),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_possible_request(sizes, val, calibration, imbalance, profile, share, seed):
+def test_any_possible_request(sizes, val, calibration, imbalance, profile, part, seed):
     classes = len(sizes)
     labels = np.random.RandomState(1).permutation(np.repeat(np.arange(classes), sizes))
     spec = SplitSpec(val=val, calibration=calibration, imbalance=imbalance, profile=profile, seed=seed)
     # enough is left of every class for the long tail to keep some
     assume(-(-(val + calibration) // classes) + 4 <= min(sizes))
     splits = spec.draw(labels, classes)
-    if share is not None:
-        subset = max(1, int(share * len(splits["train"])))
-        before, splits = splits, SplitSpec(val, calibration, imbalance, profile, seed, subset).draw(labels, classes)
+    if part is not None:
+        subset = max(1, int(part * len(splits["train"])))
+        before, splits = splits, replace(spec, subset=subset).draw(labels, classes)
         assert len(splits["train"]) == subset
         assert set(splits["train"]) <= set(before["train"])
         exact = subset * np.bincount(labels[before["train"]], minlength=classes) / len(before["train"])

@@ -19,7 +19,7 @@ from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Corre
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
-from calib_lightning.data.loader import InMemorySet, ResumableLoader
+from calib_lightning.data import InMemorySet, ResumableLoader
 from tests.methods.table import ROWS
 
 
@@ -194,7 +194,7 @@ def test_table(rank: int, world: int, size: int, batch_size: int) -> dict[str, f
     run.test(Table(5, encoder="digits_cnn"), dataloaders=[loader], verbose=False)
     # Lightning keeps what is logged in float32; the state itself says it exactly.
     values = run.lightning_module.test_states[0].compute()
-    return {key: float(value) for key, value in values.items()} | {"n": int(run.callback_metrics["test/iid/n"])}
+    return {key: float(value) for key, value in values.items()} | {"n": int(run.callback_metrics["test/n"])}
 
 
 def test_network(rank: int, world: int, folder: str) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def test_network(rank: int, world: int, folder: str) -> dict[str, Any]:
     os.environ.pop("PL_GLOBAL_SEED", None)
     files = {}
     if rank == 0:
-        for name in ("iid", "calibration"):
+        for name in ("test", "calibration"):
             with np.load(Path(folder) / f"{name}.npz") as saved:
                 files[name] = {key: saved[key] for key in saved.files}
     return {"metrics": {key: float(value) for key, value in run.callback_metrics.items()}, "files": files}

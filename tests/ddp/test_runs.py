@@ -34,9 +34,9 @@ def test_evaluation_is_exact_on_a_fixed_table(pool2, size, batch_size):
 def test_evaluation_of_a_network_and_its_predictions(pool2, tmp_path):
     alone = cases.test_network(0, 1, str(tmp_path / "one"))
     together, _ = pool2.run(cases.test_network, str(tmp_path / "two"))
-    assert together["metrics"]["test/iid/n"] == alone["metrics"]["test/iid/n"] == 151
+    assert together["metrics"]["test/n"] == alone["metrics"]["test/n"] == 151
     assert together["metrics"]["calibration/n"] == 33
-    assert together["metrics"]["test/iid/accuracy"] == alone["metrics"]["test/iid/accuracy"]
+    assert together["metrics"]["test/accuracy"] == alone["metrics"]["test/accuracy"]
     assert together["metrics"] == pytest.approx(alone["metrics"], abs=1e-5, nan_ok=True)
     for name, columns in alone["files"].items():
         np.testing.assert_array_equal(together["files"][name]["index"], columns["index"])

@@ -31,7 +31,7 @@ def test_from_a_training_to_a_file(tmp_path):
     save_classifier(classifier, tmp_path / "digits.pt")
     export_onnx(classifier, tmp_path / "digits.onnx")
 
-    batches = list(data.evaluation_loader("iid"))
+    batches = list(data.evaluation_loader("test"))
     image, label = torch.cat([batch.image for batch in batches]), torch.cat([batch.label for batch in batches])
     with torch.no_grad():
         before, after = nll(network(image), label), nll(classifier(image), label)

@@ -46,7 +46,7 @@ def test_data_modules_say_it():
     data.setup()
     prepare = Preprocessing.from_data(data)
     assert prepare.shape == (1, 8, 8)
-    batch = next(iter(data.evaluation_loader("iid")))
+    batch = next(iter(data.evaluation_loader("test")))
     pixels = (batch.image[0, 0] * prepare.std[0] + prepare.mean[0]).mul(255).round().to(torch.uint8)
     torch.testing.assert_close(prepare(Image.fromarray(pixels.numpy())), batch.image[0], rtol=0, atol=1e-5)
 

@@ -197,7 +197,7 @@ def test_learns_digits_on_views_of_the_data_module_and_comes_back(tmp_path):
     loaded = load_module(tmp_path / "model.ckpt")
     assert type(loaded) is AugMix
     assert (loaded.batch_transform.strength, loaded.batch_transform.severity) == (6.0, 2.0)
-    image = next(iter(data.evaluation_loader("iid"))).image
+    image = next(iter(data.evaluation_loader("test"))).image
     with torch.no_grad():
         assert torch.equal(loaded(image), module.eval()(image))
 

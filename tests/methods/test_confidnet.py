@@ -239,7 +239,7 @@ def test_every_metric_uses_the_confidence_of_the_branch(fit, tuning):
     assert (found["val/ece"], found["val/correctness_auroc"]) == pytest.approx((ece, auroc), abs=1e-5)
     assert abs(_figures(largest, labels)[0] - ece) > 0.01
     found = {key: float(value) for key, value in trainer.test(module, datamodule=_toys(), verbose=False)[0].items()}
-    for prefix, loader in zip(("test/iid", "calibration"), trainer.datamodule.test_dataloader(), strict=True):
+    for prefix, loader in zip(("test", "calibration"), trainer.datamodule.test_dataloader(), strict=True):
         prediction, labels = _outputs(module, loader)
         ece, auroc = _figures(prediction, labels)
         assert found[f"{prefix}/ece"] == pytest.approx(ece, abs=1e-5)

@@ -41,7 +41,7 @@ def test_every_set_gets_its_three_figures(run, tmp_path):
     trainer.test(module, datamodule=data, verbose=False)
     files = sorted(path.name for path in (tmp_path / "figures").iterdir())
     kinds = {"reliability", "confidence", "risk_coverage"}
-    names = {prefix.replace("/", "_") for prefix in module.test_prefixes}
+    names = {prefix.replace("/", "_") for prefix in module.test_sets}
     assert len(names) == 2
     assert {re.sub(r"_step\d+\.png$", "", name) for name in files} == {f"{n}_{k}" for n in names for k in kinds}
     for path in (tmp_path / "figures").iterdir():
@@ -53,7 +53,7 @@ def test_the_figures_show_the_rows_of_the_set(run, monkeypatch):
     taken = {}
     monkeypatch.setattr(callback_module, "log_figure", lambda loggers, name, figure, step: taken.update({name: figure}))
     trainer.test(module, datamodule=data, verbose=False)
-    for prefix, state in zip(module.test_prefixes, module.test_states, strict=True):
+    for prefix, state in zip(module.test_sets, module.test_states, strict=True):
         ece = state.compute()["ece"].item()
         shown = texts(taken[f"{prefix}/reliability"])
         assert f"{100 * ece:.2f}" in shown, shown

@@ -1,0 +1,237 @@
+"""What a loader reads batches from: images in memory, image files, or features in the place of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib_lightning.data.transforms import Transform
+from calib_lightning.data.views import crop_boxes
+from calib_lightning.images import FILTERS, Frame, in_colours, pixels_of, read_image
+from calib_lightning.seeding import derive_seed, row_uniform
+from calib_lightning.types import Batch
+
+_VIEW, _FILE_CROP = 5, 6  # purposes that keep these random streams apart
+_CROP_DRAWS = 23  # what `crop_boxes` needs, and the mirror
+
+
+class BatchSet(Protocol):
+    """A labelled set that gives a batch for any positions in it."""
+
+    @property
+    def label(self) -> Tensor:
+        """Labels ``(N,)`` int64."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, index: Tensor, epoch: int) -> Batch:
+        """Read one batch: positions ``(B,)`` int64 in ``0..N-1``, and the epoch's number for random transforms."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemorySet:
+    """Images held in memory as bytes, read and transformed a batch at a time.
+
+    Args:
+        image: ``(N, C, H, W)`` uint8.
+        label: ``(N,)`` int64.
+        rows: ``(N,)`` int64, the row of each image in the file that it came from.
+        transform: Applied to each batch; ``None`` returns the bytes.
+    """
+
+    image: Tensor
+    label: Tensor
+    rows: Tensor
+    transform: Transform | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def fetch(self, index: Tensor, epoch: int) -> Batch:
+        """Read one batch.
+
+        Args:
+            index: Positions ``(B,)`` int64 in ``0..N-1``; they become ``Batch.index``.
+            epoch: Epoch number, for transforms that draw random numbers.
+
+        Returns:
+            The batch, in the order of ``index``.
+        """
+        image = self.image.index_select(0, index)
+        if self.transform is not None:
+            image = self.transform(image, index, epoch)
+        return Batch(image, self.label.index_select(0, index), index)
+
+    def fingerprint(self, digest: Any) -> None:
+        """Add to a hash what the images are."""
+        digest.update(self.image.contiguous().numpy().tobytes())
+
+
+class ImageFiles:
+    """Image files that are decoded when they are asked for; what is kept in memory are their names.
+
+    Args:
+        root: Folder of the files.
+        names: Their paths within it, with slashes.
+        frame: The size and the colours that they are brought to.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str] | np.ndarray[Any, np.dtype[np.bytes_]], frame: Frame) -> None:
+        # one block of bytes: a list of strings would be copied into each worker as its counters change
+        self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names])
+        self.root, self.frame = root, frame
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Tensor) -> ImageFiles:
+        return ImageFiles(self.root, self.names[index.numpy()], self.frame)
+
+    def path(self, position: int) -> Path:
+        """The file at a position."""
+        return self.root / os.fsdecode(self.names[position])
+
+    def read(self, position: int) -> Tensor:
+        """Decode one file.
+
+        Args:
+            position: Its place.
+
+        Returns:
+            ``(C, H, W)`` uint8.
+
+        Raises:
+            ValueError: The file cannot be read; the message names it.
+        """
+        path = self.path(position)
+        image = read_image(path)
+        try:
+            return self.frame(image)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class FileCrop:
+    """A random part of each image file, resized to the frame's size and mirrored half of the time.
+
+    Area, shape and place are drawn as in torchvision's ``RandomResizedCrop``, from the file's own pixels.
+
+    Args:
+        scale: Smallest and largest area of the part, as a fraction of the image's.
+        seed: Seed of the run; with the epoch and the row it determines every draw.
+    """
+
+    scale: tuple[float, float]
+    seed: int
+
+    def read(self, files: ImageFiles, index: Tensor, epoch: int) -> list[Tensor]:
+        """Decode files, each with a part of its own."""
+        draw = row_uniform(index, _CROP_DRAWS, seed=derive_seed(self.seed, epoch, _FILE_CROP))
+        height, width = files.frame.size
+        images = []
+        for position, mine in zip(index.tolist(), draw, strict=True):
+            image = read_image(files.path(position))
+            top, left, tall, wide = crop_boxes(mine[None], image.height, image.width, self.scale)[0].tolist()
+            part = in_colours(image, files.frame.channels).crop((left, top, left + wide, top + tall))
+            pixels = pixels_of(part.resize((width, height), FILTERS[files.frame.interpolation]))
+            images.append(pixels.flip(-1) if mine[-1] < 0.5 else pixels)
+        return images
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Image files, decoded and transformed a batch at a time.
+
+    Args:
+        image: The files.
+        label: ``(N,)`` int64.
+        rows: ``(N,)`` int64, the row of each file in the list of the files that it came from.
+        transform: Applied to each batch of bytes ``(B, C, H, W)``; ``None`` returns the bytes.
+        crop: A random part of each file in place of the frame's central crop; ``None`` for evaluation.
+    """
+
+    image: ImageFiles
+    label: Tensor
+    rows: Tensor
+    transform: Transform | None = None
+    crop: FileCrop | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def fetch(self, index: Tensor, epoch: int) -> Batch:
+        """Decode one batch.
+
+        Args:
+            index: Positions ``(B,)`` int64 in ``0..N-1``; they become ``Batch.index``.
+            epoch: Epoch number, for transforms that draw random numbers.
+
+        Returns:
+            The batch, in the order of ``index``.
+
+        Raises:
+            ValueError: A file cannot be read; the message names it.
+        """
+        if self.crop is not None:
+            images = self.crop.read(self.image, index, epoch)
+        else:
+            images = [self.image.read(position) for position in index.tolist()]
+        frame = self.image.frame
+        image = torch.stack(images) if images else torch.empty(0, frame.channels, *frame.size, dtype=torch.uint8)
+        if self.transform is not None:
+            image = self.transform(image, index, epoch)
+        return Batch(image, self.label.index_select(0, index), index)
+
+    def fingerprint(self, digest: Any) -> None:
+        """Add to a hash what the images are: names, sizes and times of the files, which are not read for it."""
+        digest.update(repr(self.image.frame).encode())
+        for position in range(len(self)):
+            path = self.image.path(position)
+            state = path.stat()
+            digest.update(f"{path} {state.st_size} {state.st_mtime_ns}".encode())
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of the images of a set, in place of the images.
+
+    Args:
+        features: ``(N, V, d)``, V fixed views of each image, of which each epoch draws one a row.
+        label: ``(N,)`` int64.
+        seed: Seed of the draw.
+    """
+
+    features: Tensor
+    label: Tensor
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def fetch(self, index: Tensor, epoch: int) -> Batch:
+        """Read one batch.
+
+        Args:
+            index: Positions ``(B,)`` int64 in ``0..N-1``.
+            epoch: Epoch number; with the position it chooses the view.
+
+        Returns:
+            The batch, with features ``(B, d)`` as its images.
+        """
+        row, views = index.to(self.features.device), self.features.shape[1]
+        if views == 1:
+            features = self.features.select(1, 0).index_select(0, row)
+        else:
+            draw = row_uniform(index, 1, seed=derive_seed(self.seed, epoch, _VIEW))[:, 0]
+            features = self.features[row, (draw * views).long().to(row.device)]
+        return Batch(features, self.label.index_select(0, index), index)
