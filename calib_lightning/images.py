@@ -25,6 +25,7 @@ MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for a number of channels."""
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")
 _GREY = ("1", "L", "LA", "La")
+_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,34 @@ def pixels_of(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous()
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image upright, as the camera has noted.
+
+    Args:
+        image: Any image.
+
+    Returns:
+        The turned image; the same object where it is upright, as most are.
+    """
+    # `exif_transpose` would copy an upright image
+    return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+
+
+def load_upright(path: Path, formats: tuple[str, ...] = OWN_FORMATS) -> Image.Image:
+    """Read an image file whole and turn it upright; what the decoder raises is left as it is.
+
+    Args:
+        path: The file.
+        formats: Formats that are decoded.
+
+    Returns:
+        The image.
+    """
+    with Image.open(path, formats=formats) as image:
+        image.load()
+        return upright(image)
+
+
 def read_image(path: Path, formats: tuple[str, ...] = OWN_FORMATS) -> Image.Image:
     """Read an image file whole and turn it upright, as the camera has noted.
 
@@ -119,9 +148,7 @@ def read_image(path: Path, formats: tuple[str, ...] = OWN_FORMATS) -> Image.Imag
         ValueError: It cannot be read; the message names the file and the reason.
     """
     try:
-        with Image.open(path, formats=formats) as image:
-            # most images are upright, and `exif_transpose` would copy them
-            return ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else _loaded(image)
+        return load_upright(path, formats)
     except Exception as error:  # what a decoder raises depends on where the file is damaged
         raise ValueError(f"{path} cannot be read: {why_unreadable(error, formats)}") from error
 
@@ -168,7 +195,7 @@ def read_header(path: Path, formats: tuple[str, ...] = OWN_FORMATS) -> Header:
         with Image.open(path, formats=formats) as image:
             if image.mode not in _EIGHT_BITS:
                 raise ValueError(f"it is of mode {image.mode}, allowed: 8 bits a channel; convert it to RGB or grey")
-            turned = image.getexif().get(0x0112, 1) >= 5  # a quarter turn, with or without a mirror
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5  # a quarter turn, with or without a mirror
             height, width = (image.width, image.height) if turned else (image.height, image.width)
             grey = image.mode in _GREY or (image.mode == "P" and _has_grey_palette(image))
             return Header(height, width, 1 if grey else 3)
@@ -179,8 +206,3 @@ def read_header(path: Path, formats: tuple[str, ...] = OWN_FORMATS) -> Header:
 def _has_grey_palette(image: Image.Image) -> bool:
     colours = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
     return bool((colours == colours[:, :1]).all())
-
-
-def _loaded(image: Image.Image) -> Image.Image:
-    image.load()
-    return image

@@ -11,9 +11,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from calib_lightning.deploy.preprocessing import Preprocessing
+from calib_lightning.images import SAFE_FORMATS, load_upright, why_unreadable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
 
 class Found(NamedTuple):
@@ -86,12 +86,11 @@ def read_batches(paths: Sequence[Path], prepare: Preprocessing, batch_size: int)
         faults: dict[Path, str] = {}
         for path in paths[start : start + batch_size]:
             try:
-                # Named formats only: the decoders of rare ones are not for files of anybody.
-                with Image.open(path, formats=_FORMATS) as image:
-                    images.append(prepare(image))
+                # safe formats only: the decoders of rare ones are not for files of anybody
+                images.append(prepare(load_upright(path, SAFE_FORMATS)))
                 read.append(path)
             except UnidentifiedImageError:
-                faults[path] = f"is no image of the formats {', '.join(_FORMATS)}"
-            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-                faults[path] = " ".join(str(error).split()) or type(error).__name__
+                faults[path] = f"is no image of the formats {', '.join(SAFE_FORMATS)}"
+            except Exception as error:  # what a decoder raises depends on where the file is damaged
+                faults[path] = why_unreadable(error, SAFE_FORMATS)
         yield ImageBatch(read, torch.stack(images) if images else torch.empty(0, *prepare.shape), faults)

@@ -7,15 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-_FILTERS = {filter_.name.lower(): filter_ for filter_ in Image.Resampling}
-_MODES = {1: "L", 3: "RGB"}
-_CROPS = ("center", "squash")
-_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa")
+from calib_lightning.images import CROP_MODES, FILTERS, MODES, CropMode, Frame, upright
 
 
 class ImageData(Protocol):
@@ -33,8 +29,7 @@ class ImageData(Protocol):
 class Preprocessing:
     """Resize, crop and standardise an image: ``(x / 255 - mean) / std``, one mean a channel.
 
-    Images become grey or RGB as by torchvision's and timm's loaders: transparency is dropped, and the orientation that
-    a camera has noted is not looked at.
+    An image is turned upright, as the camera has noted, and becomes grey or RGB; transparency is dropped.
 
     Args:
         size: Height and width in pixels of what the network gets.
@@ -58,7 +53,7 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float = 1.0
-    crop_mode: str = "center"
+    crop_mode: CropMode = "center"
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
@@ -66,7 +61,7 @@ class Preprocessing:
             object.__setattr__(self, name, _numbers(name, getattr(self, name), kind))
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size={self.size!r}: give height and width in pixels, such as (224, 224)")
-        if len(self.mean) not in _MODES or len(self.std) != len(self.mean):
+        if len(self.mean) not in MODES or len(self.std) != len(self.mean):
             raise ValueError(
                 f"mean={self.mean!r}, std={self.std!r}: give one number each for grey images, three each for RGB"
             )
@@ -74,7 +69,7 @@ class Preprocessing:
             raise ValueError(f"mean={self.mean!r}, std={self.std!r}: they must be finite, and std above 0")
         if not isinstance(self.crop_pct, int | float) or not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"crop_pct={self.crop_pct!r}: it must be in (0, 1]; 1 crops nothing but the longer side")
-        for name, allowed in (("crop_mode", _CROPS), ("interpolation", tuple(_FILTERS))):
+        for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", tuple(FILTERS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
 
@@ -111,19 +106,24 @@ class Preprocessing:
 
     @classmethod
     def from_data(cls, data: ImageData) -> Preprocessing:
-        """Read the preparation from a data module of this package, whose images are of one size.
+        """Read the preparation from a data module of this package.
 
         Args:
-            data: A data module, after ``setup()``.
+            data: A data module, after ``setup()``. Its ``frame``, where it has one, says how its files are resized and
+                cropped.
 
         Returns:
-            Resizing to the size of its images, and its standardisation.
+            Its frame, or resizing to the size of its images, and its standardisation.
 
         Example:
             ``Preprocessing.from_data(DigitsDataModule())``
         """
-        image = next(iter(next(iter(data.evaluation_loaders().values()))))[0]
-        return cls(size=tuple(image.shape[-2:]), mean=tuple(data.mean), std=tuple(data.std))
+        mean, std = tuple(data.mean), tuple(data.std)
+        frame: Frame | None = getattr(data, "frame", None)
+        if frame is None:
+            image = next(iter(next(iter(data.evaluation_loaders().values()))))[0]
+            return cls(tuple(image.shape[-2:]), mean, std)
+        return cls(frame.size, mean, std, frame.crop_pct, frame.crop_mode, frame.interpolation)
 
     @classmethod
     def from_record(cls, record: Any) -> Preprocessing:
@@ -165,29 +165,9 @@ class Preprocessing:
         Raises:
             ValueError: The image has more than 8 bits a channel, which would be cut off, or is too long and narrow.
         """
-        if image.mode not in _EIGHT_BITS:
-            raise ValueError(f"the image is of mode {image.mode}, allowed: 8 bits a channel; convert it to RGB or grey")
-        image = self._resized(image.convert(_MODES[len(self.mean)]))
-        height, width = self.size
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        image = image.crop((left, top, left + width, top + height))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(height, width, -1).permute(2, 0, 1)
+        frame = Frame(self.size, len(self.mean), self.crop_pct, self.crop_mode, self.interpolation)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return ((pixels / 255 - mean) / std).contiguous()
-
-    def _resized(self, image: Image.Image) -> Image.Image:
-        height, width = (math.floor(side / self.crop_pct) for side in self.size)
-        if self.crop_mode == "center":
-            if height == width:  # the two cases round as torchvision and timm do
-                short, long = sorted(image.size)
-                long = int(height * long / short)
-                width, height = (height, long) if image.width <= image.height else (long, height)
-            else:
-                ratio = min(image.height / height, image.width / width)
-                height, width = round(image.height / ratio), round(image.width / ratio)
-        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"the image is {image.width} x {image.height}, too long and narrow to be resized; crop it")
-        return image.resize((width, height), _FILTERS[self.interpolation])
+        return ((frame(upright(image)).float() / 255 - mean) / std).contiguous()
 
 
 def _numbers(name: str, values: Any, kind: type) -> tuple[Any, ...]:

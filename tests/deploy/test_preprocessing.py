@@ -9,6 +9,19 @@ from timm.data import create_transform, resolve_data_config
 
 from calib_lightning.data import DigitsDataModule
 from calib_lightning.deploy import Preprocessing
+from calib_lightning.deploy.images import read_batches
+from calib_lightning.images import Frame
+
+# what undoes each orientation of the EXIF standard
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def picture(width, height, mode="RGB", seed=0):
@@ -100,3 +113,32 @@ def test_records_come_back():
         Preprocessing.from_record({**prepare.record, "more": 1})
     with pytest.raises(ValueError, match="does not describe how images are prepared"):
         Preprocessing.from_record("squash")
+
+
+def test_a_frame_of_a_data_module_says_how_its_files_are_cut():
+    class Files:
+        mean, std = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)
+        frame = Frame((24, 32), crop_pct=0.9, crop_mode="squash", interpolation="lanczos")
+
+    prepare = Preprocessing.from_data(Files())
+    assert prepare == Preprocessing((24, 32), Files.mean, Files.std, 0.9, "squash", "lanczos")
+    expected = (Files.frame(picture(50, 37)) / 255 - torch.tensor(Files.mean).view(3, 1, 1)) / torch.tensor(
+        Files.std
+    ).view(3, 1, 1)
+    torch.testing.assert_close(prepare(picture(50, 37)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_as_the_camera_has_noted(orientation, tmp_path):
+    image = picture(20, 12)
+    notes = Image.Exif()
+    notes[0x0112] = orientation
+    image.save(tmp_path / "turned.png", exif=notes)
+    expected = np.array(image.transpose(TURNS[orientation]) if orientation in TURNS else image)
+    height, width = expected.shape[:2]
+    prepare = Preprocessing((height, width), (0.0,) * 3, (1.0,) * 3)
+    with Image.open(tmp_path / "turned.png") as lazy:
+        from_memory = prepare(lazy)
+    (batch,) = read_batches([tmp_path / "turned.png"], prepare, 1)
+    for found in (from_memory, batch.image[0]):  # never turned twice
+        np.testing.assert_array_equal(found.mul(255).round().permute(1, 2, 0).numpy(), expected)
