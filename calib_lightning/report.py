@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from calib_lightning.metrics import CORE, DIRECTION
+from calib_lightning.metrics import CORE, DIRECTION, SOFT
 
 
 class Column(NamedTuple):
@@ -69,13 +69,21 @@ SECTIONS: dict[str, dict[str, Column]] = {
         "dark_side_gamma": Column("dark side gamma", False),
         "dark_side_residual": Column("dark side residual", False),
     },
+    "distributions of labels": {
+        "soft_nll": Column("soft NLL", False),
+        "soft_brier": Column("soft Brier", False),
+        "label_entropy": Column("label entropy", False),
+    },
 }
 """How every metric is shown, in the order and under the headings of a full report."""
 
 _ALL = {key: column for section in SECTIONS.values() for key, column in section.items()}
 
 COLUMNS: dict[str, Column] = {key: _ALL[key] for key in CORE}
-"""The columns of a result table, in order; a key is the name of the metric's function."""
+"""The columns of a result table, in order; a key is the name of the metric's function.
+
+Those of `SOFT` stand behind them where a set has distributions of labels.
+"""
 
 SHARED = "validation and calibration are the same images"
 """What the header of a table says where a split was made with ``share``."""
@@ -95,7 +103,7 @@ def results_by_set(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     sets: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
         prefix, _, name = key.rpartition("/")
-        if prefix and prefix != "train" and (name in COLUMNS or name == "n"):
+        if prefix and prefix != "train" and (name in COLUMNS or name in SOFT or name == "n"):
             sets.setdefault(prefix, {})[name] = float(value)
     return sets
 
@@ -113,10 +121,12 @@ def result_table(metrics: Mapping[str, float], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("set")
     table.add_column("N", justify="right")
-    for name in COLUMNS:
-        table.add_column(heading(name), justify="right")
-    for set_name, values in results_by_set(metrics).items():
-        cells = [show(values.get(name, math.nan), column.percent) for name, column in COLUMNS.items()]
+    sets = results_by_set(metrics)
+    keys = [*COLUMNS, *(key for key in SOFT if any(key in values for values in sets.values()))]
+    for key in keys:
+        table.add_column(heading(key), justify="right")
+    for set_name, values in sets.items():
+        cells = [show(values.get(key, math.nan), column_of(key).percent) for key in keys]
         table.add_row(set_name, f"{values.get('n', math.nan):,.0f}", *cells)
     return table
 

@@ -44,10 +44,11 @@ from calib_lightning.metrics.resampling import (
     by_frequency,
     permutation_test,
 )
+from calib_lightning.metrics.soft import SOFT, SoftLabelScores
 from calib_lightning.metrics.spread import Spread, over_seeds
 from calib_lightning.metrics.state import EvaluationState
 
-DIRECTION: dict[str, Direction] = {key: read_out.better for key, read_out in READ_OUTS.items()}
+DIRECTION: dict[str, Direction] = {key: read_out.better for key, read_out in READ_OUTS.items()} | SOFT
 """For every metric key whether ``"higher"`` or ``"lower"`` is better, what is nearest to ``"zero"``, or ``"none"``."""
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "OODAUROC",
     "OODFPR95",
     "REPORT",
+    "SOFT",
     "AUPRError",
     "AUPRSuccess",
     "Accuracy",
@@ -90,6 +92,7 @@ __all__ = [
     "RootMeanSquaredCalibrationError",
     "SignedGap",
     "SmoothCalibrationError",
+    "SoftLabelScores",
     "Spread",
     "TopKAccuracy",
     "UnderCalibrationError",

@@ -28,6 +28,7 @@ from calib_lightning.metrics.functional.proper import (
     check_soft_labels,
     check_soft_values,
     is_soft,
+    label_entropy_rows,
     soft_brier_rows,
     soft_label_faults,
     soft_nll_rows,
@@ -729,6 +730,11 @@ PARTS: dict[str, Part] = {
     "nll": _mean_part("nll", lambda rows: rows.nll, soft=soft_nll_rows),
     "brier": _mean_part("brier", lambda rows: rows.brier, soft=soft_brier_rows),
     "entropy": _mean_part("entropy", lambda rows: rows.entropy, soft=_entropy_rows),
+    "label_entropy": _mean_part(
+        "label_entropy",
+        lambda rows: torch.zeros_like(rows.nll),  # a class number leaves no doubt
+        soft=lambda logits, labels, input: label_entropy_rows(labels),
+    ),
     "confidence": Part(_declare_confidence, _add_confidence, _refuse_soft),
     "bins": Part(_declare_bins, _add_bins, _refuse_soft),
     "moments": Part(_declare_moments, _add_moments, _refuse_soft),

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from calib_lightning.metrics import FULL, REPORT, CorrectnessAUROC, EvaluationState, ExpectedCalibrationError
+from calib_lightning.metrics import (
+    FULL,
+    REPORT,
+    CorrectnessAUROC,
+    EvaluationState,
+    ExpectedCalibrationError,
+    SoftLabelScores,
+)
 from tests.metrics.table import METRICS, OOD, TERMS, name_of
 
 
@@ -91,6 +98,20 @@ def case_single_metrics(rank: int, world: int) -> dict[str, float]:
         whole.update(*_rows(20 + 3 * other, torch.float32, seed=10 + other))
     alone = _numbers(whole)
     return values | {f"alone_{key}": alone[key] for key in values}
+
+
+def case_soft_labels(rank: int, world: int) -> dict[str, dict[str, float]]:
+    """Distributions as labels; the last rank has fewer rows."""
+
+    def rows(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, labels = _rows(31 - 12 * (rank == world - 1), torch.float32, seed=rank)
+        return logits, 0.75 * torch.nn.functional.one_hot(labels, 7) + 0.25 / 7
+
+    ours, alone = SoftLabelScores(), SoftLabelScores(sync_on_compute=False)
+    ours.update(*rows(rank))
+    for other in range(world):
+        alone.update(*rows(other))
+    return {name: {k: v.item() for k, v in m.compute().items()} for name, m in (("ours", ours), ("alone", alone))}
 
 
 def case_deferred_fault(rank: int, world: int) -> dict[str, object]:

@@ -10,7 +10,7 @@ from lightning import LightningModule
 from torchmetrics import Metric, MetricCollection
 
 from calib_lightning import metrics
-from calib_lightning.metrics import CORE, DIRECTION, FULL, REPORT, EvaluationState
+from calib_lightning.metrics import CORE, DIRECTION, FULL, REPORT, SOFT, EvaluationState, SoftLabelScores
 from calib_lightning.metrics import read_outs as read_outs_module
 from calib_lightning.metrics import state as state_module
 from tests.metrics.golden import GOLDEN, GOLDEN_COUNTS, KEYS, golden_set, random_set, reference
@@ -59,11 +59,11 @@ def test_golden_values_in_batches():
 
 
 def test_the_table_has_every_metric():
-    assert tuple(sorted(ALL)) == tuple(sorted(FULL)) == tuple(sorted(DIRECTION))
+    assert sorted(ALL) == sorted(FULL) == sorted(DIRECTION.keys() - SOFT.keys())
     assert set(FULL) - set(REPORT) == {"ovo_auroc", "calibration_nll", "refinement_nll"}
     exported = [getattr(metrics, name) for name in metrics.__all__]
     classes = {each for each in exported if isinstance(each, type) and issubclass(each, Metric)}
-    assert {type(maker()) for maker in [*SINGLE, *OOD.values()]} == classes - {EvaluationState}
+    assert {type(maker()) for maker in [*SINGLE, *OOD.values()]} == classes - {EvaluationState, SoftLabelScores}
 
 
 @pytest.mark.parametrize("key", ALL)

@@ -22,6 +22,7 @@ from calib_lightning.metrics.functional.proper import accuracy, brier, entropy, 
 from calib_lightning.metrics.functional.refinement import aupr_error, aupr_success, auroc, correctness_auroc, fpr95
 from calib_lightning.metrics.functional.selective import augrc, aurc, coverage_at_risk, e_aurc, risk_at_coverage
 from calib_lightning.metrics.functional.smooth import smece
+from calib_lightning.metrics.functional.soft import label_entropy, soft_brier, soft_nll
 from calib_lightning.metrics.functional.temperature import optimal_inverse_temperature
 from calib_lightning.metrics.functional.variational import variational_split
 
@@ -49,6 +50,7 @@ __all__ = [
     "entropy",
     "fpr95",
     "ks",
+    "label_entropy",
     "mce",
     "murphy_decomposition",
     "nll",
@@ -64,6 +66,8 @@ __all__ = [
     "rmsce",
     "signed_gap",
     "smece",
+    "soft_brier",
+    "soft_nll",
     "top_k_accuracy",
     "under_ece",
     "variational_split",

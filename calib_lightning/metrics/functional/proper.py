@@ -64,6 +64,11 @@ def check_soft_labels(logits: Tensor, labels: Tensor, where: str) -> None:
         ValueError: A wrong shape.
     """
     check_shapes(logits, _any_labels(logits), None, where)
+    if not isinstance(labels, Tensor) or not labels.is_floating_point():
+        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"{where}: soft labels must be floating point, got {found}; divide counts of votes by their sum"
+        )
     if labels.shape != logits.shape:
         raise ValueError(
             f"{where}: soft labels must have the shape {tuple(logits.shape)} of the logits, got {tuple(labels.shape)}"
@@ -138,7 +143,32 @@ def soft_brier_rows(logits: Tensor, labels: Tensor, input: InputKind = "logits")
     return (probs - labels.detach().double()).square_().sum(dim=-1)
 
 
-def _check_soft(name: str, logits: Tensor, labels: Tensor, input: InputKind) -> None:
+def label_entropy_rows(labels: Tensor) -> Tensor:
+    """Entropy ``-sum_k y_k log y_k`` of each row of soft labels in nats, with ``0 log 0 = 0``.
+
+    Args:
+        labels: Soft labels ``(N, K)``.
+
+    Returns:
+        ``(N,)`` float64.
+    """
+    entropy: Tensor = torch.special.entr(labels.detach().double()).sum(dim=-1)
+    return entropy
+
+
+def check_soft(name: str, logits: Tensor, labels: Tensor, input: InputKind) -> None:
+    """Check everything about scores and soft labels; it reads them, so it is for tensors on the CPU.
+
+    Args:
+        name: Name of the function, for messages.
+        logits: Scores ``(N, K)``.
+        labels: Soft labels ``(N, K)``.
+        input: ``"logits"`` or ``"probs"``.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value.
+    """
     check_kind(input)
     check_soft_labels(logits, labels, name)
     check_values(logits, _any_labels(logits), None, input, name)
@@ -218,7 +248,7 @@ def nll(logits: Tensor, labels: Tensor, *, input: InputKind = "logits") -> Tenso
         tensor(1.3863, dtype=torch.float64)
     """
     if is_soft(labels):
-        _check_soft("nll", logits, labels, input)
+        check_soft("nll", logits, labels, input)
         return mean_of_rows("nll", soft_nll_rows(logits, labels, input))
     return mean_of_rows("nll", checked_rows("nll", logits, labels, input=input).nll)
 
@@ -246,7 +276,7 @@ def brier(logits: Tensor, labels: Tensor, *, input: InputKind = "logits") -> Ten
         tensor(0.7500, dtype=torch.float64)
     """
     if is_soft(labels):
-        _check_soft("brier", logits, labels, input)
+        check_soft("brier", logits, labels, input)
         return mean_of_rows("brier", soft_brier_rows(logits, labels, input))
     return mean_of_rows("brier", checked_rows("brier", logits, labels, input=input).brier)
 

@@ -1,0 +1,54 @@
+"""Scores against distributions over the classes, such as the votes of several people on an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from calib_lightning.metrics.functional.rows import InputKind
+from calib_lightning.metrics.read_outs import Direction
+from calib_lightning.metrics.state import RowMetric, StateView
+
+SOFT: dict[str, Direction] = {"soft_nll": "lower", "soft_brier": "lower", "label_entropy": "none"}
+"""What `SoftLabelScores` gives, and which values are better."""
+
+_PARTS = {"soft_nll": "nll", "soft_brier": "brier", "label_entropy": "label_entropy"}
+
+
+class SoftLabelScores(RowMetric):
+    """`functional.soft_nll`, `functional.soft_brier` and `functional.label_entropy` of an evaluated set in one pass.
+
+    Labels are distributions ``(N, K)``, floating-point rows >= 0 that sum to 1 +- 1e-3; class numbers ``(N,)`` count as
+    certain.
+
+    Args:
+        input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
+        **kwargs: Arguments of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = SoftLabelScores()
+        >>> metric.update(torch.zeros(1, 4), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+        >>> {name: round(float(value), 4) for name, value in metric.compute().items()}
+        {'soft_nll': 1.3863, 'soft_brier': 0.25, 'label_entropy': 0.6931}
+    """
+
+    takes_soft_labels = True
+
+    def __init__(self, input: InputKind = "logits", **kwargs: Any) -> None:
+        super().__init__(_PARTS.values(), input=input, **kwargs)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Read the three.
+
+        Returns:
+            Each a 0-d float64 tensor; nan, with one warning, without rows.
+
+        Raises:
+            ValueError: Batches on a device held invalid values; how many, of which kind and where first.
+        """
+        self.check_faults()
+        view = StateView(self)
+        values = {key: view.mean(part) for key, part in _PARTS.items()}
+        self._warn_about(values)
+        return values
