@@ -20,6 +20,7 @@ from calib_lightning.data.source import Source, check_source, take
 from calib_lightning.data.split import File, Rows, SplitSpec
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize
 from calib_lightning.files import write_whole
+from calib_lightning.images import Frame
 from calib_lightning.seeding import run_seed
 from calib_lightning.types import Views
 
@@ -43,6 +44,7 @@ class BenchmarkDataModule(LightningDataModule):
         std: Standard deviation of each channel, in the same unit.
         class_names: Names of the classes in the order of the labels; ``None`` where they are not known.
         augment: Whether training images are cropped and mirrored at random.
+        frame: How image files are brought to one size, where images are files; known after `setup`.
         crop_scale: Smallest and largest area of a random crop of an image file, as a fraction; ``None`` shifts the
             framed image instead, as that of other sets.
         official_val: Whether there is a file of validation images.
@@ -57,6 +59,7 @@ class BenchmarkDataModule(LightningDataModule):
     std: Sequence[float]
     class_names: Sequence[str] | None = None
     augment: bool = False
+    frame: Frame | None = None
     crop_scale: tuple[float, float] | None = None
     official_val: bool = False
     default_split: ClassVar[SplitSpec] = SplitSpec()

@@ -1,22 +1,22 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009)."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), and CIFAR-10 with the votes of people (Peterson et al., ICCV 2019)."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.archives import Archive, fetch, load_npy
+from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
 
 
-class CIFAR10DataModule(BenchmarkDataModule):
+class CIFAR10DataModule(DownloadedDataModule):
     """CIFAR-10: 50,000 training and 10,000 test images (3, 32, 32) in 10 classes.
 
     Args:
@@ -26,6 +26,8 @@ class CIFAR10DataModule(BenchmarkDataModule):
         root: Folder that holds, or will hold, the folder of the unpacked archive.
         download: Whether to download what is missing.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
+        mean: Mean of each channel, as a fraction; ``None`` takes that of most code. Other code has other constants.
+        std: Standard deviation of each channel, as a fraction; ``None`` takes that of most code.
 
     Example:
         >>> CIFAR10DataModule(SplitSpec(val=5000, imbalance=0.1), root="data").num_classes
@@ -33,9 +35,22 @@ class CIFAR10DataModule(BenchmarkDataModule):
     """
 
     num_classes = 10
-    mean = (0.4914, 0.4822, 0.4465)
-    std = (0.2023, 0.1994, 0.2010)
+    mean: Sequence[float] = (0.4914, 0.4822, 0.4465)
+    std: Sequence[float] = (0.2023, 0.1994, 0.2010)
+    class_names: Sequence[str] | None = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
     source: ClassVar[type[CIFAR10]] = CIFAR10
+    unpacks = True
 
     def __init__(
         self,
@@ -45,27 +60,15 @@ class CIFAR10DataModule(BenchmarkDataModule):
         root: str | Path = "data",
         download: bool = True,
         augment: bool = True,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ) -> None:
-        super().__init__(split, batch_size, num_workers)
-        self.root = Path(root).expanduser().resolve()
-        self.download, self.augment = download, augment
-
-    def prepare_data(self) -> None:
-        """Check the files and download the archive where they are not whole; processes take turns.
-
-        Raises:
-            FileNotFoundError: If files are missing or damaged and were not or could not be downloaded.
-        """
-        if not self._faults():
-            return
-        if not self.download:
-            raise self._not_found("download=False")
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with _locked(self.root / f".{self.source.filename}.lock"):
-                self.source(self.root, download=True)
-        except (OSError, RuntimeError) as error:
-            raise self._not_found(f"the download failed: {error}") from error
+        super().__init__(split, batch_size, num_workers, root, download, augment)
+        self.mean, self.std = mean or self.mean, std or self.std
+        source = self.source  # torchvision knows the files and their checksums
+        files = (*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"]))
+        self.needed = {f"{source.base_folder}/{name}": md5 for name, md5 in files}
+        self.archives = (Archive(source.url, source.filename, source.tgz_md5),)
 
     def load_train(self) -> Source:
         """Read the training images."""
@@ -79,28 +82,9 @@ class CIFAR10DataModule(BenchmarkDataModule):
         try:
             file: Any = self.source(self.root, train=train, download=False)
         except RuntimeError as error:
-            raise self._not_found("prepare_data() has not run on this machine") from error
+            raise self.not_found("prepare_data() has not run on this machine") from error
+        self.class_names = tuple(file.classes)
         return Source(torch.from_numpy(file.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(file.targets))
-
-    def _faults(self) -> list[str]:
-        """What is wrong with each expected file; nothing if all are whole."""
-        faults = []
-        meta = (self.source.meta["filename"], self.source.meta["md5"])
-        for name, expected in (*self.source.train_list, *self.source.test_list, meta):
-            path = self.root / self.source.base_folder / name
-            found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
-            if found != expected:
-                state = "missing" if found is None else f"damaged, its md5 is {found}"
-                faults.append(f"  {self.source.base_folder}/{name}: {state}, expected md5 {expected}")
-        return faults
-
-    def _not_found(self, reason: str) -> FileNotFoundError:
-        lines = "\n".join(self._faults())
-        return FileNotFoundError(
-            f"{type(self).__name__} cannot use the files under root={str(self.root)!r} ({reason}):\n{lines}\n"
-            f"Set download=True, or unpack {self.source.filename} (md5 {self.source.tgz_md5}, from {self.source.url})"
-            f" in that folder, or set root to the folder that holds {self.source.base_folder}."
-        )
 
 
 class CIFAR100DataModule(CIFAR10DataModule):
@@ -113,6 +97,8 @@ class CIFAR100DataModule(CIFAR10DataModule):
         root: Folder that holds, or will hold, the folder of the unpacked archive.
         download: Whether to download what is missing.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
+        mean: Mean of each channel, as a fraction; ``None`` takes that of the set. Other code has other constants.
+        std: Standard deviation of each channel, as a fraction; ``None`` takes that of the set.
 
     Example:
         >>> CIFAR100DataModule(SplitSpec(imbalance=0.1), root="data").num_classes
@@ -122,14 +108,89 @@ class CIFAR100DataModule(CIFAR10DataModule):
     num_classes = 100
     mean = (0.5071, 0.4867, 0.4408)
     std = (0.2675, 0.2565, 0.2761)
+    class_names = None
     source: ClassVar[type[CIFAR10]] = CIFAR100
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock; the system frees it when its holder dies."""
-    import fcntl  # exists on POSIX systems only, and only a download needs it
+class CIFAR10HDataModule(CIFAR10DataModule):
+    """CIFAR-10 with about 51 people's answers to each of the 10,000 test images (Peterson et al., ICCV 2019).
 
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    Training, splits and test labels are those of CIFAR-10. A test also reports ``test/soft_nll``, ``test/soft_brier``
+    and ``test/label_entropy``: scores against the distribution of the answers in place of one label.
+
+    Args:
+        split: How the 50,000 training images are divided; by default all are for training.
+        batch_size: Rows of one batch of one process.
+        num_workers: Processes that prepare batches.
+        root: Folder that holds, or will hold, the folders ``cifar-10-batches-py`` and ``cifar-10h``.
+        download: Whether to download what is missing.
+        augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
+        mean: As in `CIFAR10DataModule`.
+        std: As in `CIFAR10DataModule`.
+
+    Example:
+        >>> CIFAR10HDataModule(root="data").num_classes
+        10
+    """
+
+    votes: ClassVar[Archive] = Archive(
+        "https://raw.githubusercontent.com/jcpeterson/cifar-10h/master/data/cifar10h-counts.npy", "cifar10h-counts.npy"
+    )
+
+    def prepare_data(self) -> None:
+        """Check the files of CIFAR-10 and of the votes, and download what is missing.
+
+        Raises:
+            FileNotFoundError: If files are missing or damaged and were not or could not be downloaded.
+        """
+        super().prepare_data()
+        path = self._path
+        if path.is_file():
+            return
+        advice = f"Set download=True, or put the file from {self.votes.url} there."
+        if not self.download:
+            raise FileNotFoundError(f"{path} is missing (download=False). {advice}")
+        try:
+            fetch(self.votes, path.parent)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"{path} is missing (the download failed: {error}). {advice}") from error
+
+    def load_test(self) -> Source:
+        """Read the test images and the votes.
+
+        Raises:
+            ValueError: If the votes are not those of the test images in their order.
+        """
+        source, counts = super().load_test(), load_npy(self._path)
+        shape = (len(source.label), self.num_classes)
+        if counts.shape != shape or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.sum(1).min() == 0:
+            raise ValueError(
+                f"{self._path} holds {counts.dtype} of shape {counts.shape}; it must be whole numbers {shape}, the"
+                " votes for each class. Delete it to download it again."
+            )
+        votes = torch.from_numpy(counts).double()
+        agree = float((votes.argmax(dim=1) == source.label).double().mean())
+        if agree < 0.9:  # 0.9921 in the official order
+            raise ValueError(
+                f"the commonest vote in {self._path} is the label of {agree:.1%} of the test images, expected 99 %: the"
+                " rows are in another order. Delete it to download it again."
+            )
+        self._distributions = votes / votes.sum(dim=1, keepdim=True)
+        return source
+
+    def label_distributions(self, name: str) -> Tensor | None:
+        """Share of people who have named each class.
+
+        Args:
+            name: Name of a set.
+
+        Returns:
+            ``(N, K)`` float64 in the order of ``Batch.index``; ``None`` for sets that nobody has voted on.
+        """
+        if name not in self.splits or self.source_files.get(name) != "test":
+            return None
+        return self._distributions[torch.from_numpy(self.source_rows(name))]
+
+    @property
+    def _path(self) -> Path:
+        return self.root / "cifar-10h" / self.votes.name

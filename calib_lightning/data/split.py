@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -104,6 +104,17 @@ class SplitSpec(Thinning):
         none = np.empty(0, dtype=np.int64)
         parts = self.divide({"train": train_labels}, num_classes)
         return dict.fromkeys(("train", "val", "calibration"), none) | {k: part.rows for k, part in parts.items()}
+
+    def for_files(self, files: Collection[File]) -> SplitSpec:
+        """The same, without sizes of validation and test sets that have a file of their own.
+
+        Args:
+            files: The files that there are.
+
+        Returns:
+            The settings.
+        """
+        return replace(self, val=0 if "val" in files else self.val, test=0 if "test" in files else self.test)
 
     def divide(self, labels: Mapping[File, Rows], num_classes: int) -> dict[str, Part]:
         """Divide the rows of a benchmark's files.

@@ -1,16 +1,13 @@
 import hashlib
-import multiprocessing
 import pickle
-import time
-from urllib.error import URLError
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from calib_lightning.data import CIFAR10DataModule, CIFAR100DataModule, SplitSpec
-from calib_lightning.data.cifar import _locked
+from calib_lightning.data import CIFAR10DataModule, CIFAR100DataModule, SplitSpec, archives
 
 
 @pytest.fixture
@@ -91,52 +88,40 @@ def test_damaged_file(small_cifar100, damaged):
         assert str(error.value).count("expected md5") == 1
 
 
-@pytest.mark.parametrize("cause", [URLError("no route to host"), RuntimeError("File not found or corrupted.")])
-def test_failed_download(tmp_path, monkeypatch, cause):
-    def fail(self):
-        raise cause
-
-    monkeypatch.setattr(CIFAR10, "download", fail)
-    with pytest.raises(FileNotFoundError, match=r"the download failed: .*(no route to host|not found or corrupted)"):
+def test_failed_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", (tmp_path / "nothing.tar.gz").as_uri())
+    monkeypatch.setattr(archives, "_PAUSES", ())
+    with pytest.raises(FileNotFoundError, match=r"the download failed: .*nothing.tar.gz could not be downloaded"):
         CIFAR10DataModule(root=tmp_path / "new").prepare_data()
 
 
-def test_download_only_where_files_are_not_whole(small_cifar100, monkeypatch):
-    root, _ = small_cifar100
-    path = root / CIFAR100.base_folder / "train"
-    whole, calls = path.read_bytes(), []
-
-    def download(self):
-        calls.append(self.root)
-        path.write_bytes(whole)
-
-    monkeypatch.setattr(CIFAR100, "download", download)
-    data = CIFAR100DataModule(root=root)
+def test_download_and_unpack(small_cifar100, tmp_path, monkeypatch):
+    root, content = small_cifar100
+    site = tmp_path / "site" / CIFAR100.filename
+    site.parent.mkdir()
+    with tarfile.open(site, "w:gz") as archive:
+        archive.add(root / CIFAR100.base_folder, CIFAR100.base_folder)
+    monkeypatch.setattr(CIFAR100, "url", site.as_uri())
+    monkeypatch.setattr(CIFAR100, "tgz_md5", archives.md5_of(site))
+    data = CIFAR100DataModule(root=tmp_path / "new")
     data.prepare_data()
-    assert not calls
-    path.write_bytes(whole[:100])
-    data.prepare_data()
-    assert len(calls) == 1
+    site.unlink()
+    data.prepare_data()  # whole files are not asked for again
     data.setup()
     assert data.train_size == 200
+    assert data.class_names[3] == "class 3"
+    assert data.splits["train"].tolist() == list(range(200))
+    assert data._sets["test"].label.tolist() == content["test"]["fine_labels"]
 
 
-def _hold(path, log):
-    with _locked(path):
-        for step in ("in", "out"):
-            with log.open("a") as file:
-                file.write(f"{step} ")
-            time.sleep(0.05)
-
-
-def test_lock_lets_one_process_in_at_a_time(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_hold, args=(tmp_path / "lock", tmp_path / "log")) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert (tmp_path / "log").read_text().split() == ["in", "out"] * 3
+def test_damaged_files_are_left_alone_and_nothing_is_downloaded(small_cifar100, monkeypatch):
+    root, _ = small_cifar100
+    path = root / CIFAR100.base_folder / "train"
+    path.write_bytes(path.read_bytes()[:100])
+    monkeypatch.setattr("calib_lightning.data.downloads.fetch", None)
+    with pytest.raises(FileNotFoundError, match="cifar-100-python is not whole: remove it, and it is downloaded again"):
+        CIFAR100DataModule(root=root).prepare_data()
+    assert path.stat().st_size == 100
 
 
 def test_real_cifar10(cifar10_root):

@@ -1,0 +1,109 @@
+"""Benchmarks whose files are downloaded, or found where somebody has put them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from calib_lightning.data.archives import Archive, extract, fetch, locked, md5_of
+from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.split import SplitSpec
+
+
+class DownloadedDataModule(BenchmarkDataModule):
+    """A benchmark with files of its own under a root folder; a subclass says which, and where they come from.
+
+    Args:
+        split: How the files are divided; ``None`` means the benchmark's `default_split`.
+        batch_size: Rows of one batch of one process.
+        num_workers: Processes that prepare batches.
+        root: Folder that holds, or will hold, the files.
+        download: Whether to download what is missing.
+        augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
+
+    Attributes:
+        needed: Files under the root, each with its md5, or ``None`` where none is known or looked at.
+        archives: What is downloaded where a file is missing; packed ones are unpacked into `folder`.
+        folder: Folder under the root for what is downloaded.
+    """
+
+    needed: Mapping[str, str | None]
+    archives: tuple[Archive, ...]
+    folder: str = ""
+    unpacks: bool = False
+
+    def __init__(
+        self,
+        split: SplitSpec | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        root: str | Path = "data",
+        download: bool = True,
+        augment: bool = False,
+    ) -> None:
+        super().__init__(split, batch_size, num_workers)
+        self.root = Path(root).expanduser().resolve()
+        self.download, self.augment = download, augment
+
+    def prepare_data(self) -> None:
+        """Check the files and download what is not there; processes take turns.
+
+        Raises:
+            FileNotFoundError: If files are missing or damaged and were not or could not be downloaded.
+        """
+        if not self.faults():
+            return
+        if not self.download:
+            raise self.not_found("download=False")
+        folder = self.root / self.folder
+        # what is there and not whole is somebody's: it is neither replaced nor added to
+        begun = {name.partition("/")[0] if self.unpacks else name for name in self._bad()}
+        if left := sorted(name for name in begun if (self.root / name).exists()):
+            raise self.not_found(f"{', '.join(left)} is not whole: remove it, and it is downloaded again")
+        try:
+            with locked(self.root / f"{type(self).__name__}"):
+                if self.faults():
+                    for archive in self.archives:
+                        path = fetch(archive, folder)
+                        if self.unpacks:
+                            extract(path, folder)
+        except (OSError, ValueError) as error:
+            raise self.not_found(f"the download failed: {error}") from error
+        if self.faults():
+            raise self.not_found("what was downloaded is not what is needed")
+
+    def faults(self) -> list[str]:
+        """What is wrong with each needed file, a line each; nothing if all are whole."""
+        return [f"  {name}: {fault}" for name, fault in self._bad().items()]
+
+    def _bad(self) -> dict[str, str]:
+        """Needed files that are not there or not whole, and why."""
+        bad = {}
+        for name, expected in self.needed.items():
+            path = self.root / name
+            if not path.is_file():
+                bad[name] = "missing" + (f", expected md5 {expected}" if expected else "")
+            elif expected is not None and (found := md5_of(path)) != expected:
+                bad[name] = f"damaged, its md5 is {found}, expected md5 {expected}"
+        return bad
+
+    def not_found(self, reason: str) -> FileNotFoundError:
+        """The error that says which files are missing and what to do.
+
+        Args:
+            reason: Why they were not made good.
+
+        Returns:
+            The error, to be raised.
+        """
+        lines = "\n".join(self.faults())
+        verb = "unpack" if self.unpacks else "put"
+        what = ", ".join(
+            f"{archive.name} ({f'md5 {archive.md5}, ' if archive.md5 else ''}from {archive.url})"
+            for archive in self.archives
+        )
+        return FileNotFoundError(
+            f"{type(self).__name__} cannot use the files under root={str(self.root)!r} ({reason}):\n{lines}\n"
+            f"Set download=True, or {verb} {what} in {str(self.root / self.folder)!r}, or set root to the folder that"
+            " holds these files."
+        )

@@ -1,0 +1,130 @@
+"""MNIST (LeCun et al., 1998) and Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017)."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import MNIST, FashionMNIST
+
+from calib_lightning.data.archives import Archive
+from calib_lightning.data.downloads import DownloadedDataModule
+from calib_lightning.data.source import Source
+
+_UNSIGNED_BYTES = 8
+
+
+class MNISTDataModule(DownloadedDataModule):
+    """MNIST: 60,000 training and 10,000 test images (1, 28, 28) of handwritten digits (LeCun et al., 1998).
+
+    Files may be packed (``.gz``) or not; where other hands have packed them again their images are checked, not their
+    bytes.
+
+    Args:
+        split: How the 60,000 training images are divided; by default all are for training.
+        batch_size: Rows of one batch of one process.
+        num_workers: Processes that prepare batches.
+        root: Folder that holds, or will hold, ``MNIST/raw`` with the four files.
+        download: Whether to download what is missing.
+        augment: Whether training images are shifted and mirrored at random; mirrored digits are no digits.
+
+    Example:
+        >>> MNISTDataModule(root="data").class_names[3]
+        '3'
+    """
+
+    num_classes = 10
+    mean = (0.1307,)
+    std = (0.3081,)
+    class_names = tuple("0123456789")
+    source: ClassVar[type[MNIST]] = MNIST
+    sizes: ClassVar[dict[str, int]] = {"train": 60_000, "t10k": 10_000}
+
+    @property
+    def folder(self) -> str:  # type: ignore[override]
+        """Where torchvision keeps the files."""
+        return f"{self.source.__name__}/raw"
+
+    @property
+    def archives(self) -> tuple[Archive, ...]:  # type: ignore[override]
+        """The files that are not there yet, packed or not."""
+        resources = ((Path(name).name, md5) for name, md5 in self.source.resources)
+        return tuple(
+            Archive(self.source.mirrors[0] + name, name, md5) for name, md5 in resources if self._found(name) is None
+        )
+
+    def _bad(self) -> dict[str, str]:
+        return {f"{self.folder}/{file.name}": f"missing, expected md5 {file.md5}" for file in self.archives}
+
+    def load_train(self) -> Source:
+        """Read the training images."""
+        return self._load("train")
+
+    def load_test(self) -> Source:
+        """Read the test images."""
+        return self._load("t10k")
+
+    def _found(self, name: str) -> Path | None:
+        path = self.root / self.folder / name
+        return next((file for file in (path, path.with_suffix("")) if file.is_file()), None)
+
+    def _load(self, part: str) -> Source:
+        files = [self._found(f"{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")]
+        if files[0] is None or files[1] is None:
+            raise self.not_found("prepare_data() has not run on this machine")
+        rows = self.sizes[part]
+        return Source(read_idx(files[0], (rows, 28, 28)).unsqueeze(1), read_idx(files[1], (rows,)).long())
+
+
+class FashionMNISTDataModule(MNISTDataModule):
+    """Fashion-MNIST: 60,000 training and 10,000 test images (1, 28, 28) of clothes (Xiao, Rasul and Vollgraf, 2017).
+
+    Args:
+        split: How the 60,000 training images are divided; by default all are for training.
+        batch_size: Rows of one batch of one process.
+        num_workers: Processes that prepare batches.
+        root: Folder that holds, or will hold, ``FashionMNIST/raw`` with the four files.
+        download: Whether to download what is missing.
+        augment: Whether training images are shifted by up to 4 pixels and mirrored at random.
+
+    Example:
+        >>> FashionMNISTDataModule(root="data").class_names[9]
+        'Ankle boot'
+    """
+
+    mean = (0.2860,)
+    std = (0.3530,)
+    class_names = tuple(FashionMNIST.classes)
+    source: ClassVar[type[MNIST]] = FashionMNIST
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Read a file of unsigned bytes in the IDX format.
+
+    Args:
+        path: The file; packed if its name ends with ``.gz``.
+        shape: What it must hold.
+
+    Returns:
+        Tensor of that shape, uint8.
+
+    Raises:
+        ValueError: If it is damaged, truncated, or of another type or shape.
+    """
+    remedy = "Delete it to download it again."
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}). {remedy}") from error
+    start = 4 + 4 * len(shape)
+    sizes = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist()) if len(content) >= start else ()
+    if content[:4] != bytes((0, 0, _UNSIGNED_BYTES, len(shape))) or sizes != shape:
+        raise ValueError(f"{path} holds no unsigned bytes of shape {shape} (found {sizes or 'no IDX file'}). {remedy}")
+    if len(content) != start + int(np.prod(shape)):
+        raise ValueError(f"{path} has {len(content)} bytes; it must have {start + int(np.prod(shape))}. {remedy}")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())

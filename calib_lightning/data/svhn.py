@@ -1,0 +1,57 @@
+"""SVHN, street view house numbers (Netzer et al., 2011)."""
+
+from __future__ import annotations
+
+import torch
+from torchvision.datasets import SVHN
+
+from calib_lightning.data.archives import Archive
+from calib_lightning.data.downloads import DownloadedDataModule
+from calib_lightning.data.source import Source
+
+
+class SVHNDataModule(DownloadedDataModule):
+    """SVHN: 73,257 training and 26,032 test images (3, 32, 32) of digits (Netzer et al., 2011).
+
+    The files call the digit 0 label 10; here it is 0. The 531,131 extra images are not used.
+
+    Args:
+        split: How the training images are divided; by default all are for training.
+        batch_size: Rows of one batch of one process.
+        num_workers: Processes that prepare batches.
+        root: Folder that holds, or will hold, ``train_32x32.mat`` and ``test_32x32.mat``.
+        download: Whether to download what is missing.
+        augment: Whether training images are shifted and mirrored at random; mirrored digits are no digits.
+
+    Deviations:
+        The papers use the set as out-of-distribution images. Mean and standard deviation of each channel are those of
+        the training images, rounded; out of distribution the constants of the training data belong to a network.
+
+    Example:
+        >>> SVHNDataModule(root="data").num_classes
+        10
+    """
+
+    num_classes = 10
+    mean = (0.4377, 0.4438, 0.4728)
+    std = (0.1980, 0.2010, 0.1970)
+    class_names = tuple("0123456789")
+    archives = tuple(
+        Archive(url, name, md5) for url, name, md5 in (SVHN.split_list[part] for part in ("train", "test"))
+    )
+    needed = {archive.name: archive.md5 for archive in archives}  # noqa: RUF012
+
+    def load_train(self) -> Source:
+        """Read the training images."""
+        return self._load("train")
+
+    def load_test(self) -> Source:
+        """Read the test images."""
+        return self._load("test")
+
+    def _load(self, part: str) -> Source:
+        try:
+            file = SVHN(self.root, split=part)
+        except RuntimeError as error:
+            raise self.not_found("prepare_data() has not run on this machine") from error
+        return Source(torch.from_numpy(file.data).contiguous(), torch.from_numpy(file.labels).long())
