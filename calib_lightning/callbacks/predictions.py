@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from calib_lightning.core.module import datamodule_in_use
+from calib_lightning.core.module import class_names_of, datamodule_in_use, label_distributions_of
 from calib_lightning.files import write_whole
 from calib_lightning.types import Batch, Prediction
 
@@ -22,8 +22,9 @@ class SavePredictions(Callback):
     """Writes ``<folder>/<set>.npz`` after ``validate``, ``test`` and ``predict``, in the order of the source file.
 
     Arrays: ``logits`` (N, K) float32, ``labels`` (N,) int64 (-1 where a set has none), ``index`` (N,) int64 (the row
-    in the source file) and, where the method brings its own confidence, ``confidence`` (N,) float32. Every rank's rows
-    are gathered; rank zero writes under a temporary name and renames.
+    in the source file) and, where there are any, ``confidence`` (N,) float32 (that of a method with its own),
+    ``label_distribution`` (N, K) float32 and ``class_names`` (K,). Every rank's rows are gathered; rank zero writes
+    under a temporary name and renames.
 
     Args:
         folder: Where the files go; made when the first one is written.
@@ -115,7 +116,15 @@ class SavePredictions(Callback):
     def _save(self, trainer: Trainer, name: str, columns: Columns) -> None:
         order = np.argsort(columns["index"], kind="stable")
         columns = {key: value[order] for key, value in columns.items()}
-        source_rows = getattr(datamodule_in_use(trainer), "source_rows", None)
+        data = datamodule_in_use(trainer)
+        distributions = label_distributions_of(data, name)
+        if distributions is not None:
+            columns["label_distribution"] = distributions[torch.from_numpy(columns["index"])].cpu().numpy()
+        # of the data, because they name its labels
+        names = class_names_of(data) or getattr(trainer.lightning_module, "class_names", None)
+        if names is not None:
+            columns["class_names"] = np.array(names, dtype=np.str_)
+        source_rows = getattr(data, "source_rows", None)
         if source_rows is not None:
             columns["index"] = source_rows(name)[columns["index"]]
         # the stub takes any name for allow_pickle

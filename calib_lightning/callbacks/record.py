@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from calib_lightning.core.module import class_names_of
 from calib_lightning.run_folder import job_id, write_json
 from calib_lightning.seeding import run_seed
 
@@ -65,6 +66,9 @@ class RunRecord(Callback):
             older = json.loads(self.path.read_text()) if trainer.is_global_zero and self.path.is_file() else None
             self._record = trainer.strategy.broadcast(older or {}) or {"job": job_id(), "stages": []}
         self._record_splits(trainer)
+        names = class_names_of(getattr(trainer, "datamodule", None))
+        if names is not None:
+            self._record["class_names"] = list(names)
         begun = {"stage": str(getattr(stage, "value", stage)), "status": "started"}
         self._record["stages"].append(begun | _environment(trainer))
         self._started = time.perf_counter()

@@ -24,7 +24,7 @@ from calib_lightning.core.encoders import build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.schedules import with_schedule
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics import CORE, REPORT, EvaluationState
+from calib_lightning.metrics import CORE, REPORT, EvaluationState, SoftLabelScores
 from calib_lightning.registry import class_path_of, find_class
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
 
@@ -81,6 +81,7 @@ class ModuleRecord(_ModuleRecord, total=False):
 
     epoch_rows: dict[str, list[Tensor]]
     plain_loss: bool
+    class_names: list[str] | None
 
 
 class ClassificationModule(LightningModule):
@@ -120,6 +121,8 @@ class ClassificationModule(LightningModule):
     """Names of arguments that are not saved as hyper-parameters."""
     first_stage_epochs: int | None = None
     """Epochs before the first stage switch of the present fit; ``None`` without one."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes that it was trained on, in the order of the logits; ``None`` where they are not known."""
 
     def __init__(
         self,
@@ -156,6 +159,7 @@ class ClassificationModule(LightningModule):
         self.val_state = EvaluationState()
         self.test_states = nn.ModuleList()
         self.test_sets: list[str] = []
+        self._soft: dict[str, tuple[Tensor, SoftLabelScores]] = {}
 
     # --- the network -------------------------------------------------------------------------------------------------
 
@@ -222,6 +226,10 @@ class ClassificationModule(LightningModule):
             self._settle_training()
         return loss
 
+    def on_fit_start(self) -> None:
+        """Take the names of the classes from the data; after a checkpoint has brought its own."""
+        self._take_class_names()
+
     def on_train_epoch_start(self) -> None:
         """Start the epoch's training metrics from nothing."""
         self._pending.clear()
@@ -254,6 +262,8 @@ class ClassificationModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the validation metrics from nothing; the sanity check leaves no trace."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._take_class_names()
         self.val_state.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> Prediction:  # type: ignore[override]
@@ -266,10 +276,18 @@ class ClassificationModule(LightningModule):
             self._log_state("val", self.val_state)
 
     def on_test_start(self) -> None:
-        """Make one accumulator for each test set."""
+        """Make one accumulator for each test set, and one more where it has distributions of labels."""
+        self._take_class_names()
+        data = datamodule_in_use(self.trainer)
         loaders = self.trainer.test_dataloaders
         count = len(loaders) if isinstance(loaders, list | tuple) else 1
-        self.test_sets = _set_names(getattr(datamodule_in_use(self.trainer), "evaluation_names", None), count)
+        self.test_sets = _set_names(getattr(data, "evaluation_names", None), count)
+        found = {name: label_distributions_of(data, name) for name in self.test_sets if not _is_unlabelled(name)}
+        self._soft = {
+            name: (labels.to(self.device), SoftLabelScores().to(self.device))
+            for name, labels in found.items()
+            if labels is not None
+        }
         report = (*REPORT, "ovo_auroc") if self.num_classes <= OVO_CLASSES else REPORT
         self.test_states = nn.ModuleList(EvaluationState(report) for _ in range(count)).to(self.device)
 
@@ -277,21 +295,33 @@ class ClassificationModule(LightningModule):
         self, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> Prediction:
         """Add one batch to the metrics of its set; return its prediction for callbacks."""
-        state = self.test_states[dataloader_idx]
+        state, name, batch = self.test_states[dataloader_idx], self.test_sets[dataloader_idx], self._checked(batch)
         assert isinstance(state, EvaluationState)
-        if self.test_sets[dataloader_idx].startswith(UNLABELLED):
-            return self.outputs(self._checked(batch).image)
-        return self._evaluate(self._checked(batch), state)
+        if _is_unlabelled(name):
+            return self.outputs(batch.image)
+        prediction = self._evaluate(batch, state)
+        if name in self._soft:
+            labels, scores = self._soft[name]
+            if bool((batch.index < 0).any()):
+                raise ValueError(f"label_distributions({name!r}) needs batches that say which row of the set each is.")
+            scores.update(prediction.logits, labels[batch.index])
+        return prediction
 
     def on_test_epoch_end(self) -> None:
         """Compute and log the metrics of every test set, once."""
         for name, state in zip(self.test_sets, self.test_states, strict=True):
             assert isinstance(state, EvaluationState)
-            if name.startswith(UNLABELLED):
+            if _is_unlabelled(name):
                 continue
             self._log_state(name, state)
+            if name in self._soft:
+                self._log_state(name, self._soft[name][1])
             rows: Tensor = self.trainer.strategy.reduce(state.count.clone(), reduce_op="sum")
             self.log(f"{name}/n", rows.float(), add_dataloader_idx=False)
+
+    def on_predict_start(self) -> None:
+        """Compare the names of the classes with those of the data."""
+        self._take_class_names()
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
         """Logits and confidence of one batch; labels are not looked at."""
@@ -302,10 +332,30 @@ class ClassificationModule(LightningModule):
         state.update(prediction.logits, batch.label, prediction.confidence)
         return prediction
 
-    def _log_state(self, prefix: str, state: EvaluationState) -> None:
+    def _log_state(self, prefix: str, state: EvaluationState | SoftLabelScores) -> None:
         # compute() has summed over the ranks already
         values = {f"{prefix}/{name}": value.float() for name, value in state.compute().items()}
         self.log_dict(values, add_dataloader_idx=False)
+
+    def _take_class_names(self) -> None:
+        names, known = class_names_of(datamodule_in_use(self.trainer)), self.class_names
+        if names is None or names == known:
+            return
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"class_names of the data has {len(names)} names; it must have one for each of the {self.num_classes} "
+                "classes. Give the names in the order of the labels."
+            )
+        if known is not None and self.global_rank == 0:
+            first = next(k for k in range(len(names)) if names[k] != known[k])
+            warnings.warn(
+                f"Class {first} of the data is {names[first]!r}, but the network has learnt it as {known[first]!r}. "
+                "If the order of the classes differs, every prediction is wrong: use data with the classes of the "
+                "training.",
+                stacklevel=2,
+            )
+        if known is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self.class_names = names
 
     def _checked(self, batch: Any) -> Batch:
         if isinstance(batch, list | tuple) and len(batch) == 3:
@@ -347,6 +397,7 @@ class ClassificationModule(LightningModule):
             head=self.head.spec,
             train_state=train_state,
             plain_loss=self.plain_loss,
+            class_names=None if self.class_names is None else list(self.class_names),
             epoch_rows={name: [part.cpu() for part in rows_by_rank(rows)] for name, rows in self.epoch_rows().items()},
         )
 
@@ -358,6 +409,8 @@ class ClassificationModule(LightningModule):
                 f"The checkpoint was trained on {record['num_classes']} classes, this module has {self.num_classes}. "
                 "Use the data that the checkpoint was trained on, or a module with as many classes."
             )
+        names = record.get("class_names")
+        self.class_names = self.class_names if names is None else tuple(names)
         self.stage = record["stage"]
         if record["head"] != self.head.spec:
             self.head = build_head(record["head"]).to(self.device)
@@ -430,6 +483,46 @@ def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
     loop = None if trainer.state.fn is None else loops.get(trainer.state.fn)
     source = None if loop is None else loop._data_source.instance
     return source if isinstance(source, LightningDataModule) else None
+
+
+def class_names_of(data: LightningDataModule | None) -> tuple[str, ...] | None:
+    """Return the names of the classes of a data module.
+
+    Args:
+        data: A data module, or ``None``.
+
+    Returns:
+        Its ``class_names``, in the order of the labels; ``None`` where it has none.
+    """
+    names = getattr(data, "class_names", None)
+    return None if names is None else tuple(map(str, names))
+
+
+def label_distributions_of(data: LightningDataModule | None, name: str) -> Tensor | None:
+    """Return the distributions over the classes, such as people's votes, that a data module has for the rows of a set.
+
+    Args:
+        data: A data module, or ``None``; it may have a method ``label_distributions(name)``.
+        name: Name of the set.
+
+    Returns:
+        ``(N, K)`` float32, row i for ``Batch.index`` i; ``None`` where there are none.
+
+    Raises:
+        ValueError: It is no matrix, or has not one row for each row of the set.
+    """
+    find: Any = getattr(data, "label_distributions", None)
+    found: Tensor | None = None if find is None else find(name)
+    if found is None:
+        return None
+    source_rows: Any = getattr(data, "source_rows", None)
+    rows = len(found) if source_rows is None else len(source_rows(name))
+    if found.ndim != 2 or len(found) != rows:
+        raise ValueError(
+            f"label_distributions({name!r}) has shape {tuple(found.shape)}; it must be ({rows}, K). Give one row for "
+            "each image of the set, in the order of its index."
+        )
+    return found.float()
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -539,6 +632,10 @@ def _accepted(cls: type[ClassificationModule], hyper_parameters: dict[str, Any])
         return hyper_parameters
     names = {p.name for p in parameters}
     return {key: value for key, value in hyper_parameters.items() if key in names}
+
+
+def _is_unlabelled(name: str) -> bool:
+    return name.startswith(UNLABELLED)
 
 
 def _set_names(names: list[str] | None, count: int) -> list[str]:
