@@ -51,6 +51,31 @@ def class_files(root: Path, classes: Sequence[str], suffixes: Sequence[str]) -> 
     return [name for files in found for name in files], torch.from_numpy(label)
 
 
+def check_counts(where: Path, classes: Sequence[str], label: Tensor, expected: int) -> None:
+    """Refuse a set that has not the same known number of images of each class.
+
+    Args:
+        where: The folder or list that the images come from, for the message.
+        classes: Names of the classes in the order of the labels.
+        label: ``(N,)`` int64.
+        expected: Images of each class.
+
+    Raises:
+        ValueError: The first class with another number, and how many there are.
+
+    Example:
+        >>> check_counts(Path("train"), ["cat", "dog"], torch.tensor([0, 0, 1, 1]), 2)
+    """
+    counts = torch.bincount(label, minlength=len(classes))
+    wrong = (counts != expected).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"{where} has {counts[wrong[0]]} images of the class {classes[wrong[0]]}; each class must have {expected}"
+            f" ({len(wrong)} of {len(classes)} classes have another number). Remove the"
+            " unpacked folder and unpack the archive again."
+        )
+
+
 def _files(root: Path, folder: str, endings: tuple[str, ...]) -> Iterator[str]:
     """Paths within ``root`` of the image files of one folder."""
     with os.scandir(root / folder) as entries:

@@ -2,8 +2,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from calib_lightning.data.folders import class_files
+from calib_lightning.data.folders import check_counts, class_files
 
 
 def _touch(root, *names):
@@ -45,3 +46,12 @@ def test_every_folder_is_read_once_and_no_file_is_touched(tmp_path, monkeypatch)
     assert read == ["a", "b", "c"]
     assert not [name for name in stats if name.endswith(".jpg")]
     assert len(names) == len(label) == 60
+
+
+def test_counts_that_do_not_match(tmp_path):
+    check_counts(tmp_path, ["a", "b"], torch.tensor([1, 0, 0, 1]), 2)
+    with pytest.raises(
+        ValueError, match=r"has 1 images of the class b; each class must have 2 \(2 of 3 classes"
+    ) as error:
+        check_counts(tmp_path, ["a", "b", "c"], torch.tensor([1, 0, 0]), 2)
+    assert str(tmp_path) in str(error.value)

@@ -1,0 +1,114 @@
+"""MedMNIST v2 (Yang et al., 2023): medical images in the format of MNIST."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from calib_lightning.data.archives import Archive, load_npz
+from calib_lightning.data.downloads import DownloadedDataModule
+from calib_lightning.data.source import Source
+from calib_lightning.data.split import SplitSpec
+
+
+class MedMNISTDataModule(DownloadedDataModule):
+    """A 2-D set of MedMNIST v2 whose images have one label each (Yang et al., Scientific Data 2023).
+
+    The authors divide every set into training, validation and test images. What the set is made of is read from the
+    package ``medmnist``. All images are held in memory.
+
+    Args:
+        split: How the files are divided; by default the calibration images are the official validation images, as
+            in the papers.
+        batch_size: Rows of one batch of one process.
+        num_workers: Not used: the images lie in memory.
+        name: "bloodmnist", "pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist",
+            "tissuemnist", "organamnist", "organcmnist" or "organsmnist".
+        size: Height and width in pixels: 28, 64, 128 or 224.
+        root: Folder that holds, or will hold, ``<name>.npz`` (28 pixels) or ``<name>_<size>.npz``.
+        download: Whether to download the file if it is missing.
+        augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
+
+    Raises:
+        ValueError: If there is no such set, or it has several labels an image or a third dimension.
+
+    Example:
+        >>> data = MedMNISTDataModule(name="breastmnist")
+        >>> data.num_classes, data.class_names
+        (2, ('malignant', 'normal, benign'))
+
+    Deviations:
+        The checksum is compared after a download only. Another file with the right counts is taken, as by the
+        loaders of ``medmnist``. The grades of RetinaMNIST are taken for classes without an order.
+    """
+
+    official_val = True
+    default_split: ClassVar[SplitSpec] = SplitSpec(share=True)
+
+    def __init__(
+        self,
+        split: SplitSpec | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        name: str = "bloodmnist",
+        size: int = 28,
+        root: str | Path = "data",
+        download: bool = True,
+        augment: bool = False,
+    ) -> None:
+        super().__init__(split, batch_size, num_workers, root, download, augment)
+        self.name, self.size, self._info = name, size, _info(name)
+        suffix = "" if size == 28 else f"_{size}"
+        if f"MD5{suffix}" not in self._info:
+            raise ValueError(f"size is {size}; it must be one of 28, 64, 128, 224. Choose one of these.")
+        self.archives = (Archive(self._info[f"url{suffix}"], f"{name}{suffix}.npz", self._info[f"MD5{suffix}"]),)
+        self.needed = {self.archives[0].name: None}
+        self.class_names = tuple(self._info["label"][label] for label in sorted(self._info["label"], key=int))
+        self.num_classes = len(self.class_names)
+        self.mean = self.std = (0.5,) * self._info["n_channels"]
+
+    def load_train(self) -> Source:
+        """Read the training images."""
+        return self._load("train")
+
+    def load_val(self) -> Source:
+        """Read the validation images."""
+        return self._load("val")
+
+    def load_test(self) -> Source:
+        """Read the test images."""
+        return self._load("test")
+
+    def _load(self, part: str) -> Source:
+        if self.faults():
+            raise self.not_found("prepare_data() has not run on this machine")
+        path = self.root / self.archives[0].name
+        arrays = load_npz(path, [f"{part}_images", f"{part}_labels"])
+        count, colours = self._info["n_samples"][part], (3,) if self._info["n_channels"] == 3 else ()
+        shapes = ((count, self.size, self.size, *colours), (count, 1))
+        for (name, array), shape in zip(arrays.items(), shapes, strict=True):
+            if array.shape != shape or array.dtype.kind not in "iu":
+                raise ValueError(
+                    f"{path}: {name} is {array.dtype} of shape {array.shape}; it must be whole numbers of shape"
+                    f" {shape}. Delete the file to download it again."
+                )
+        pixels, labels = arrays.values()
+        image = torch.from_numpy(pixels.reshape(count, self.size, self.size, -1)).permute(0, 3, 1, 2).contiguous()
+        return Source(image, torch.from_numpy(labels[:, 0].astype(np.int64)))
+
+
+def _info(name: str) -> dict[str, Any]:
+    """What ``medmnist`` knows of a set; a set that is none of ours is refused."""
+    from medmnist.info import INFO  # takes seconds
+
+    known: dict[str, Any] = INFO
+    ours = {key: info for key, info in known.items() if not key.endswith("3d") and "multi-label" not in info["task"]}
+    if name in ours:
+        return dict(ours[name])
+    reason = ""
+    if name in known:
+        reason = " That set is 3-D." if name.endswith("3d") else " An image of that set has several labels."
+    raise ValueError(f"name is {name!r}; it must be one of {', '.join(ours)}.{reason} Choose one of these.")

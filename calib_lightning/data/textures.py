@@ -1,0 +1,102 @@
+"""Describable textures (Cimpoi et al., CVPR 2014)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torchvision.datasets import DTD
+
+from calib_lightning.data.archives import Archive
+from calib_lightning.data.downloads import DownloadedDataModule
+from calib_lightning.data.folders import check_counts
+from calib_lightning.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, imagenet_frame
+from calib_lightning.data.sets import ImageFiles
+from calib_lightning.data.source import Source
+from calib_lightning.data.split import SplitSpec
+
+
+class TexturesDataModule(DownloadedDataModule):
+    """Describable Textures Dataset: 47 classes, 1,880 images each for training, validation and test (Cimpoi, 2014).
+
+    Images have any size; they are prepared as those of ImageNet. Labels are the ranks of the names of the classes.
+
+    Args:
+        split: How the files are divided; by default half of the official validation images, 20 of each class, are for
+            calibration.
+        batch_size: Rows of one batch of one process.
+        num_workers: Processes that decode images.
+        root: Folder that holds, or will hold, the folder ``dtd``.
+        download: Whether to download what is missing.
+        augment: Whether training images are cropped (8 % to all of the area) and mirrored at random.
+        size: Height and width in pixels of what the network gets.
+        partition: Which of the ten official divisions, 1 to 10.
+
+    Raises:
+        ValueError: If a value is not allowed.
+
+    Example:
+        >>> TexturesDataModule(root="data", partition=1).num_classes
+        47
+
+    Deviations:
+        The authors report the mean over the ten partitions; a run here has one of them.
+    """
+
+    num_classes = 47
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+    crop_scale = (0.08, 1.0)
+    official_val = True
+    default_split: ClassVar[SplitSpec] = SplitSpec(calibration=0.5, calibration_from="val", choose="proportional")
+    archives = (Archive(DTD._URL, "dtd-r1.0.1.tar.gz", DTD._MD5),)
+    unpacks = True
+    class_count: ClassVar[int] = 40  # images of each class in each file
+
+    def __init__(
+        self,
+        split: SplitSpec | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        root: str | Path = "data",
+        download: bool = True,
+        augment: bool = True,
+        size: int = 224,
+        partition: int = 1,
+    ) -> None:
+        super().__init__(split, batch_size, num_workers, root, download, augment)
+        if partition not in range(1, 11):
+            raise ValueError(f"partition is {partition}; it must be in 1..10. Use 1, as most do.")
+        self.partition, self._frame = partition, imagenet_frame(size, "center")
+        self.needed = {f"dtd/labels/{part}{partition}.txt": None for part in ("train", "val", "test")}
+
+    def load_train(self) -> Source:
+        """List the training images."""
+        return self._load("train")
+
+    def load_val(self) -> Source:
+        """List the validation images."""
+        return self._load("val")
+
+    def load_test(self) -> Source:
+        """List the test images."""
+        return self._load("test")
+
+    def _load(self, part: str) -> Source:
+        if self.faults():
+            raise self.not_found("prepare_data() has not run on this machine")
+        path, images = self.root / f"dtd/labels/{part}{self.partition}.txt", self.root / "dtd/images"
+        names = path.read_text("utf-8").split()
+        classes = sorted({name.split("/")[0] for name in names})
+        if len(classes) != self.num_classes:
+            raise ValueError(f"{path} has {len(classes)} classes; it must have {self.num_classes}. Unpack it again.")
+        label = torch.tensor([classes.index(name.split("/")[0]) for name in names])
+        check_counts(path, classes, label, self.class_count)
+        if missing := [name for name in names if not (images / name).is_file()]:
+            raise FileNotFoundError(
+                f"{images} lacks {len(missing)} of {len(names)} {part} images, {missing[0]} among them. Remove"
+                f" {self.root / 'dtd'} to unpack it again."
+            )
+        self.class_names = tuple(classes)
+        return Source(ImageFiles(images, names, self._frame), label)
