@@ -11,25 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from calib_lightning.core.feature_cache import evaluating
-
-
-def image_and_label(batch: Any, who: str) -> tuple[Any, Tensor]:
-    """Take a batch apart.
-
-    Args:
-        batch: A tuple or list whose first two parts are the input and the class labels ``(N,)``.
-        who: Who asks, for the message.
-
-    Returns:
-        Both.
-
-    Raises:
-        TypeError: If it is anything else.
-    """
-    if isinstance(batch, list | tuple) and len(batch) >= 2 and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
-    got = f"{len(batch)} parts" if isinstance(batch, list | tuple) else type(batch).__name__
-    raise TypeError(f"{who} needs batches (image, label, ...), but this one is {got}; let the data set return a tuple.")
+from calib_lightning.core.own_data import image_and_label as image_and_label
 
 
 def as_logits_of(output: Any, who: str) -> Tensor:

@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from calib_lightning.core.module import class_names_of, datamodule_in_use, label_distributions_of
+from calib_lightning.core.own_data import as_batch, has_index
 from calib_lightning.files import write_whole
-from calib_lightning.types import Batch, Prediction
+from calib_lightning.types import Prediction
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -22,7 +23,8 @@ class SavePredictions(Callback):
     """Writes ``<folder>/<set>.npz`` after ``validate``, ``test`` and ``predict``, in the order of the source file.
 
     Arrays: ``logits`` (N, K) float32, ``labels`` (N,) int64 (-1 where a set has none), ``index`` (N,) int64 (the row
-    in the source file) and, where there are any, ``confidence`` (N,) float32 (that of a method with its own),
+    in the source file; of data that is not of this package the position in its set, or a running number where that is
+    not known) and, where there are any, ``confidence`` (N,) float32 (that of a method with its own),
     ``label_distribution`` (N, K) float32 and ``class_names`` (K,). Every rank's rows are gathered; rank zero writes
     under a temporary name and renames.
 
@@ -54,7 +56,7 @@ class SavePredictions(Callback):
     ) -> None:
         """Keep one batch of ``validate``; validation during a fit is not kept."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._keep("val", outputs, batch)
+            self._keep(trainer, "val", outputs, batch)
 
     def on_test_batch_end(
         self,
@@ -67,7 +69,7 @@ class SavePredictions(Callback):
     ) -> None:
         """Keep one batch of ``test`` under the name of its set."""
         name: str = pl_module.test_sets[dataloader_idx]  # type: ignore[index, assignment]
-        self._keep(name, outputs, batch)
+        self._keep(trainer, name, outputs, batch)
 
     def on_predict_batch_end(
         self,
@@ -80,7 +82,8 @@ class SavePredictions(Callback):
     ) -> None:
         """Keep one batch of ``predict`` under the name of its set."""
         names = getattr(datamodule_in_use(trainer), "predict_names", None)
-        self._keep(names[dataloader_idx] if names else f"predict-{dataloader_idx}", outputs, batch)
+        name = names[dataloader_idx] if names else f"predict-{dataloader_idx}"
+        self._keep(trainer, name, outputs, batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the validation set."""
@@ -94,16 +97,20 @@ class SavePredictions(Callback):
         """Write the predicted set."""
         self._write(trainer)
 
-    def _keep(self, name: str, outputs: Prediction, batch: Any) -> None:
-        batch = Batch(*batch)
+    def _keep(self, trainer: Trainer, name: str, outputs: Prediction, batch: Any) -> None:
+        image, label, index = as_batch(batch, type(self).__name__, labelled=False)
+        rows = self._rows.setdefault(name, [])
+        if not has_index(batch):  # numbered as they come, and apart from those of other processes
+            begun = sum(len(columns["index"]) for columns in rows)
+            index = (begun + torch.arange(len(image))) * trainer.world_size + trainer.global_rank
         columns: Columns = {
             "logits": outputs.logits.detach().float().cpu().numpy(),
-            "labels": batch.label.detach().cpu().numpy(),
-            "index": batch.index.detach().cpu().numpy(),
+            "labels": label.detach().cpu().numpy(),
+            "index": index.detach().cpu().numpy(),
         }
         if outputs.confidence is not None:
             columns["confidence"] = outputs.confidence.detach().float().cpu().numpy()
-        self._rows.setdefault(name, []).append(columns)
+        rows.append(columns)
 
     def _write(self, trainer: Trainer) -> None:
         rows, self._rows = self._rows, {}
@@ -116,6 +123,9 @@ class SavePredictions(Callback):
     def _save(self, trainer: Trainer, name: str, columns: Columns) -> None:
         order = np.argsort(columns["index"], kind="stable")
         columns = {key: value[order] for key, value in columns.items()}
+        if trainer.world_size > 1:
+            kept = ~_repeated(columns)
+            columns = {key: value[kept] for key, value in columns.items()}
         data = datamodule_in_use(trainer)
         distributions = label_distributions_of(data, name)
         if distributions is not None:
@@ -133,6 +143,13 @@ class SavePredictions(Callback):
 
 def _concatenate(batches: list[Columns]) -> Columns:
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def _repeated(columns: Columns) -> npt.NDArray[np.bool_]:
+    """Rows that are the row before once more: Lightning's sampler repeats some, so that all processes have as many."""
+    same = [columns[key][1:] == columns[key][:-1] for key in ("index", "labels")]
+    close = np.isclose(columns["logits"][1:], columns["logits"][:-1], rtol=1e-3, atol=1e-3).all(axis=1)
+    return np.concatenate([np.zeros(min(1, len(columns["index"])), dtype=bool), same[0] & same[1] & close])
 
 
 def _gather(trainer: Trainer, columns: Columns) -> list[Columns] | None:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from calib_lightning.core.module import class_names_of
+from calib_lightning.core.own_data import rows_in
 from calib_lightning.run_folder import job_id, write_json
 from calib_lightning.seeding import run_seed
 
@@ -84,7 +85,7 @@ class RunRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count images."""
-        self._images += len(batch[0])
+        self._images += rows_in(batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the training clock: validation is not training."""

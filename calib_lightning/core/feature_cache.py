@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use
+from calib_lightning.core.own_data import as_batch, has_index, without_positions
 from calib_lightning.files import write_whole
 from calib_lightning.registry import class_path_of
 from calib_lightning.types import Views
@@ -358,20 +359,20 @@ def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, gra
     Args:
         module: The module, with its trainer.
         head: Its head.
-        batch: A tuple or list whose first part are the images, on any device.
+        batch: A tuple or list whose first part are the images, or a dict with ``image``; on any device.
         grad: Whether gradients can flow from them.
 
     Returns:
         ``(N, d)``.
 
     Raises:
-        TypeError: If the batch is no tuple or list.
+        TypeError: If the batch is neither.
         ValueError: If the module does not call its head once.
     """
-    if not isinstance(batch, list | tuple):
+    if not isinstance(batch, list | tuple) and not (isinstance(batch, Mapping) and "image" in batch):
         raise TypeError(
             f"The features of a batch are computed from its first part, but this batch is a {type(batch).__name__}: "
-            "let the loader give tuples with the images first, or override StageSwitch.features."
+            "let the loader give tuples with the images first or dicts with 'image', or override StageSwitch.features."
         )
     caught: list[Tensor] = []
     trainer = module.trainer
@@ -379,7 +380,7 @@ def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, gra
     handle = head.register_forward_pre_hook(lambda _, inputs: caught.extend(inputs[:1]))
     try:
         with torch.set_grad_enabled(grad), trainer.precision_plugin.forward_context():
-            module.forward(batch[0])
+            module.forward(batch["image"] if isinstance(batch, Mapping) else batch[0])
     finally:
         handle.remove()
     if len(caught) != 1:
@@ -443,7 +444,7 @@ def _over_features(
     trainer: Trainer, module: LightningModule, stored: StoredFeatures, head: nn.Module, loaders: list[Any]
 ) -> DataLoader[Any]:
     """Make a loader like the trainer's own, over features."""
-    loader = loaders[0]
+    loader = without_positions(loaders[0])
     if len(loaders) != 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"CachedFeatures cannot read {type(loader).__name__} in order: it needs one DataLoader of a map-style data "
@@ -453,7 +454,8 @@ def _over_features(
         raise ValueError("CachedFeatures needs a DataLoader with a batch size of its own (no batch_sampler).")
     options: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
     ordered: DataLoader[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, **options)
-    for batch, again in islice(zip(ordered, ordered, strict=True), -(-_LOOKED_AT // loader.batch_size)):
+    for first, second in islice(zip(ordered, ordered, strict=True), -(-_LOOKED_AT // loader.batch_size)):
+        batch, again = _columns(module, first), _columns(module, second)
         if not isinstance(batch, list | tuple) or not all(
             isinstance(part, Tensor) and part.shape[:1] == batch[0].shape[:1] for part in batch
         ):
@@ -468,7 +470,8 @@ def _over_features(
             )
     columns: list[list[Tensor]] = []
     for batch in _progress(trainer, ordered, "Features"):
-        columns.append([stored.learn(module, head, batch).cpu(), *batch[1:]])
+        features, batch = stored.learn(module, head, batch).cpu(), _columns(module, batch)
+        columns.append([features, *batch[1:]])
     rows = _Rows(type(batch), [torch.cat(parts) for parts in zip(*columns, strict=True)])
     stored.expect(rows.columns[0])
     return DataLoader(
@@ -478,6 +481,14 @@ def _over_features(
         drop_last=loader.drop_last,
         generator=loader.generator,
     )
+
+
+def _columns(module: LightningModule, batch: Any) -> Any:
+    """The parts of a batch; a module of ours also takes a dict, whose images and labels they are."""
+    if not isinstance(module, ClassificationModule) or not isinstance(batch, Mapping):
+        return batch
+    found = as_batch(batch, "CachedFeatures")
+    return found if has_index(batch) else list(found[:2])
 
 
 def _alike(values: Tensor, others: Tensor) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict, cast
 
@@ -22,6 +23,7 @@ from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
+from calib_lightning.core.own_data import Positioned, as_batch, with_positions
 from calib_lightning.core.schedules import with_schedule
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics import CORE, REPORT, EvaluationState, SoftLabelScores
@@ -87,12 +89,12 @@ class ModuleRecord(_ModuleRecord, total=False):
 class ClassificationModule(LightningModule):
     """Encoder, head, criterion and metrics with one optimiser: the base of every training-time method.
 
-    A method is a subclass that brings its criterion; one that needs more overrides `loss`. Batches are
-    `Batch(image, label, index)`, or a plain tuple of these three; training labels may be soft targets ``(N, K)`` if the
-    criterion takes them, and count as their largest entry in the training metrics. Logged keys are ``train/loss`` and
-    ``<set>/<metric>``, where ``<set>`` is train, val, calibration, test or ``shift/<name>`` and ``<metric>`` is the
-    name of the function in
-    `calib_lightning.metrics.functional`.
+    A method is a subclass that brings its criterion; one that needs more overrides `loss`. It is fitted on any data
+    module or loader whose batches are ``(image, label)``, ``(image, label, index)`` or dicts with these keys; where a
+    ``DataLoader`` gives no index, every sample gets its position in the data set. Training labels may be soft targets
+    ``(N, K)`` if the criterion takes them, and count as their largest entry in the training metrics. Logged keys are
+    ``train/loss`` and ``<set>/<metric>``, where ``<set>`` is train, val, calibration, test or ``shift/<name>`` and
+    ``<metric>`` is the name of the function in `calib_lightning.metrics.functional`.
 
     Args:
         num_classes: K; the command line takes it from the data.
@@ -181,6 +183,22 @@ class ClassificationModule(LightningModule):
         """Confidence ``(N,)`` in the predicted class: the largest softmax probability unless the method has its own."""
         logits, confidence = self.outputs(image)
         return at_least_float32(logits).softmax(dim=-1).amax(dim=-1) if confidence is None else confidence
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Let loaders of other packages tell the position of each sample; a subclass calls this one, too."""
+        # called with every loader of every stage, once Lightning has given it the sampler of this process
+        strategy = self.trainer.strategy
+        vars(strategy)["process_dataloader"] = partial(_process_dataloader, self.trainer)
+
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        """Show batches to hooks as their loader made them; the position of each sample is added after the last one."""
+        batch, *rest = args
+        if not isinstance(batch, Positioned):
+            return super()._call_batch_hook(hook_name, *args)
+        batch = Positioned(super()._call_batch_hook(hook_name, batch.batch, *rest), batch.index)
+        return batch.attached() if hook_name == "on_after_batch_transfer" else batch
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -325,7 +343,7 @@ class ClassificationModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
         """Logits and confidence of one batch; labels are not looked at."""
-        return self.outputs(self._checked(batch).image)
+        return self.outputs(as_batch(batch, type(self).__name__, labelled=False).image)
 
     def _evaluate(self, batch: Batch, state: EvaluationState) -> Prediction:
         prediction = self.outputs(batch.image)
@@ -358,13 +376,7 @@ class ClassificationModule(LightningModule):
             self.class_names = names
 
     def _checked(self, batch: Any) -> Batch:
-        if isinstance(batch, list | tuple) and len(batch) == 3:
-            return batch if isinstance(batch, Batch) else Batch(*batch)
-        got = f"{len(batch)} parts" if isinstance(batch, list | tuple) else type(batch).__name__
-        raise TypeError(
-            f"{type(self).__name__} needs batches Batch(image, label, index), but this one is {got}. Let the data set "
-            "return (image, label, index), where index is the sample's position in its set."
-        )
+        return as_batch(batch, type(self).__name__)
 
     def _check_labels(self, labels: Tensor) -> None:
         # On a GPU a look would wait for the device in every step; data modules check their labels when they load them.
@@ -461,6 +473,13 @@ class ClassificationModule(LightningModule):
 
     def restore_epoch_rows(self, rows: dict[str, Tensor]) -> None:
         """Take back this process's rows of the begun epoch, as `epoch_rows` gave them; on the CPU."""
+
+
+def _process_dataloader(trainer: Trainer, loader: object) -> object:
+    """What the strategy makes of a loader; for a module of ours, of one that tells positions."""
+    ours = isinstance(trainer.lightning_module, ClassificationModule)
+    strategy = trainer.strategy
+    return type(strategy).process_dataloader(strategy, with_positions(loader) if ours else loader)
 
 
 def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:

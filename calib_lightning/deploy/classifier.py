@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypedDict
 
 import torch
@@ -198,7 +198,8 @@ class CalibratedClassifier(nn.Module):
         """Fit the calibrator to held-out images, in one pass through the network; an older threshold is dropped.
 
         Args:
-            loader: Batches ``(image, label, ...)`` of images that the network was not trained on.
+            loader: Batches ``(image, label, ...)``, or dicts with ``image`` and ``label``, of images that the network
+                was not trained on.
 
         Returns:
             Itself; how it went is in ``calibrator.report``.
@@ -261,12 +262,16 @@ class CalibratedClassifier(nn.Module):
         parts: list[tuple[Tensor, Tensor | None]] = []
         labels: list[Tensor] = []
         for batch in loader:
-            if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[0], Tensor):
+            found = [batch.get("image"), batch.get("label")] if isinstance(batch, Mapping) else batch
+            if not isinstance(found, list | tuple) or len(found) < 2 or not isinstance(found[0], Tensor):
                 raise TypeError(
-                    f"the loader gives {type(batch).__name__}; batches must be tuples (image, label, ...) of tensors"
+                    f"the loader gives {type(batch).__name__}; batches must be tuples (image, label, ...) of tensors, "
+                    "or dicts with 'image' and 'label'"
                 )
-            parts.append(self.rows(batch[0].to(self.device)))
-            labels.append(torch.as_tensor(batch[1]).to(self.device))
+            if found[1] is None:
+                raise TypeError(f"the loader gives a dict without 'label', with the keys {', '.join(map(repr, batch))}")
+            parts.append(self.rows(found[0].to(self.device)))
+            labels.append(torch.as_tensor(found[1]).to(self.device))
         if not parts:
             raise ValueError("the loader gives no batches; give one of held-out images with labels")
         logits = torch.cat([part[0] for part in parts])

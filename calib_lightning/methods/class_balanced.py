@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.core.data_facts import training_labels
 from calib_lightning.core.module import datamodule_in_use
 from calib_lightning.functional import checked_batch
 
@@ -66,7 +67,7 @@ def checked_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
 
 
 def counts_for(module: ClassificationModule, class_counts: Sequence[int] | None) -> Tensor:
-    """Class counts of a method that needs them: those given to it, else those of the data module it is fitted on.
+    """Class counts of a method that needs them: those given to it, else those of the data that it is fitted on.
 
     Args:
         module: The method, attached to a trainer.
@@ -78,14 +79,20 @@ def counts_for(module: ClassificationModule, class_counts: Sequence[int] | None)
     Raises:
         ValueError: If there are none, not K of them, or a class has no sample.
     """
-    if class_counts is None:
-        class_counts = getattr(datamodule_in_use(module.trainer), "class_counts", None)
-    if class_counts is None:
+    data = datamodule_in_use(module.trainer)
+    given: Sequence[int] | Tensor | None = class_counts
+    if given is None:
+        given = getattr(data, "class_counts", None)
+    if given is None:
+        labels = training_labels(data or module.trainer.fit_loop._data_source.instance)
+        if labels is not None and (labels >= 0).all():
+            given = torch.bincount(labels, minlength=module.num_classes)
+    if given is None:
         raise ValueError(
             f"{type(module).__name__} needs the number of training samples of each class: give class_counts=[...], or "
-            "train with a data module that has class_counts, as those of this package do."
+            "train with a data module that has class_counts, or a data set that has its labels as targets or labels."
         )
-    counts = checked_counts(class_counts)
+    counts = checked_counts(given)
     if len(counts) != module.num_classes:
         raise ValueError(f"There are {len(counts)} class_counts for {module.num_classes} classes; give one for each.")
     return counts
@@ -146,7 +153,7 @@ class ClassBalanced(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        class_counts: Training samples of each class; ``None`` takes those of the data module.
+        class_counts: Training samples of each class; ``None`` takes those of the data.
         beta: In ``[0, 1)``; 0 is cross-entropy, towards 1 the weights become ``1 / n_k``.
         **options: See `ClassificationModule`.
 
@@ -173,5 +180,6 @@ class ClassBalanced(ClassificationModule):
 
     def setup(self, stage: str) -> None:
         """Build the criterion once the data is known."""
+        super().setup(stage)
         if stage == "fit":
             self.criterion = ClassBalancedLoss(counts_for(self, self.class_counts).long().tolist(), self.beta)

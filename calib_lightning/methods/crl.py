@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from calib_lightning.core import ClassificationModule, CorrectnessHistory, ModuleOptions
+from calib_lightning.core.own_data import has_index
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 from calib_lightning.types import Batch
@@ -151,6 +152,12 @@ class CRL(ClassificationModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step; its answers count from the next one on."""
+        if not self.plain_loss and not has_index(batch):
+            raise ValueError(
+                "CRL keeps a history of every training sample, but the training loader does not say which sample a row "
+                "is. Use a DataLoader with a batch size over a data set that can be indexed, or batches "
+                "(image, label, index) where index is the sample's position in its set."
+            )
         loss = super().training_step(batch, batch_idx)
         if self._seen is not None and len(self.history.count) and not self.plain_loss:
             self.history.update(*self._seen)
@@ -221,14 +228,16 @@ class CRL(ClassificationModule):
 
 
 def _check_positions(data: Any, size: int) -> None:
-    """Look at the first and the last sample of somebody's data set, before a step on a device is made with them."""
+    """Compare what the first and the last sample of somebody's data set say of their position with where they are."""
     for position in {0, size - 1}:
         sample = data[position]
-        said = sample[2] if isinstance(sample, list | tuple) and len(sample) == 3 else position  # explained elsewhere
-        if not isinstance(said, Tensor | np.generic | float | int) or said != position:
+        said = sample[2] if isinstance(sample, list | tuple) and len(sample) == 3 else None
+        said = sample.get("index") if isinstance(sample, Mapping) else said
+        said = said.item() if isinstance(said, Tensor) and said.ndim == 0 else said
+        if isinstance(said, int | np.integer) and said != position:
             raise ValueError(
                 f"Sample {position} of the training set says that its position is {said!r}. CRL keeps a history of "
-                "each sample: let the data set return each sample's own position in it, (image, label, index)."
+                "each sample: let the data set return each sample's own position in it, or no index at all."
             )
 
 

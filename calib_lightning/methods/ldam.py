@@ -136,7 +136,7 @@ class LDAM(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        class_counts: Training samples of each class; ``None`` takes those of the data module.
+        class_counts: Training samples of each class; ``None`` takes those of the data.
         max_margin: Margin of the rarest class.
         scale: ``s``, of cosines and margins.
         beta: Of the class weights of the re-weighting.
@@ -180,6 +180,7 @@ class LDAM(ClassificationModule):
 
     def setup(self, stage: str) -> None:
         """Build the criterion once the data is known."""
+        super().setup(stage)
         if stage != "fit" or self.plain_loss:
             return
         if self.reweight_from < 1 and (self.trainer.max_epochs is None or self.trainer.max_epochs < 1):

@@ -19,6 +19,7 @@ from calib_lightning.core import ClassificationModule, CosineToEnd, Head, Linear
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.feature_cache import evaluating
 from calib_lightning.core.module import datamodule_in_use
+from calib_lightning.core.own_data import image_and_label
 from calib_lightning.core.stages import (
     HeadFactory,
     StageSwitch,
@@ -505,7 +506,8 @@ class MaskedClassifier(StageSwitch):
         """Labels ``(N,)`` or soft targets ``(N, K)`` of a batch; override it for batches of another form.
 
         Args:
-            batch: As the loader gives it: here a tuple or list whose second part is the labels.
+            batch: As the loader gives it: here a tuple or list whose second part is the labels, or a dict with
+                ``image`` and ``label``.
 
         Returns:
             The labels.
@@ -513,12 +515,10 @@ class MaskedClassifier(StageSwitch):
         Raises:
             TypeError: If the batch is something else.
         """
-        if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[1], Tensor):
-            raise TypeError(
-                f"{type(self).__name__} needs batches (image, label, ...), but got {type(batch).__name__}: override "
-                "labels(batch) to say where the labels are."
-            )
-        return batch[1]
+        try:
+            return image_and_label(batch, type(self).__name__)[1]
+        except TypeError as error:
+            raise TypeError(f"{error} Or override labels(batch) to say where the labels are.") from error
 
     # --- the classifier ----------------------------------------------------------------------------------------------
 

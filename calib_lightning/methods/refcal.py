@@ -332,6 +332,7 @@ class RefCal(ClassificationModule):
 
     def setup(self, stage: str) -> None:
         """Ask a data module of this package for the views of the first stage."""
+        super().setup(stage)
         if stage == "fit":
             self._ask_for_views()
 

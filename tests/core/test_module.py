@@ -72,10 +72,10 @@ def test_plain_tuples_are_batches(tmp_path):
     assert int(run.callback_metrics["test/n"]) == 8
 
 
-def test_a_batch_without_index_is_explained(tmp_path):
+def test_a_batch_without_labels_is_explained(tmp_path):
     module = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
-    with pytest.raises(TypeError, match=r"image, label, index.*2 parts"):
-        trainer(tmp_path, max_epochs=1).fit(module, train_dataloaders=_tuples(parts=2))
+    with pytest.raises(TypeError, match=r"image, label, index.*list of 1 parts \(Tensor\): label is missing"):
+        trainer(tmp_path, max_epochs=1).fit(module, train_dataloaders=_tuples(parts=1))
 
 
 @pytest.mark.parametrize("label", [3, -1])

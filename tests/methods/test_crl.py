@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from calib_lightning import methods
@@ -183,24 +183,35 @@ class Indexed(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(
-    ("index", "error", "named"),
+    ("index", "named"),
     [
-        (lambda i: 0, ValueError, "Sample 11 of the training set says that its position is 0"),
-        (lambda i: i + 1, ValueError, "Sample 0 .* position is 1"),
-        (lambda i: i if i in (0, 11) else i + 7, ValueError, "17, but the training set has the positions 0..11"),
-        (lambda i: i if i in (0, 11) else -1, ValueError, "-1, but"),
-        (lambda i: float(i), TypeError, "float64"),
-        (lambda i: f"{i}.png", ValueError, "'0.png'"),
+        (lambda i: 0, "Sample 11 of the training set says that its position is 0"),
+        (lambda i: i + 1, "Sample 0 .* position is 1"),
+        (lambda i: i if i in (0, 11) else i + 7, "17, but the training set has the positions 0..11"),
+        (lambda i: i if i in (0, 11) else -1, "-1, but"),
     ],
 )
-def test_data_without_positions_is_refused(tmp_path, index, error, named):
+def test_data_that_says_other_positions_is_refused(tmp_path, index, named):
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     module = CRL(3, encoder="digits_cnn", optimizer=_sgd)
-    with pytest.raises(error, match=named):
+    with pytest.raises(ValueError, match=named):
         trainer.fit(module, DataLoader(Indexed(index), batch_size=12))
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("index", [float, "{}.png".format])
+def test_a_third_part_that_is_no_position_is_not_taken_for_one(fit, index):
+    class Loaders(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(Indexed(index), batch_size=4, shuffle=True)
+
+    record = Record()
+    module = CRL(3, encoder="digits_cnn", optimizer=_sgd)
+    fit(module, Loaders(), epochs=2, callbacks=[record])
+    seen = [sorted(i for e, step, *_ in record.steps if e == epoch for i in step) for epoch in (0, 1)]
+    assert seen == [[*range(12)]] * 2
 
 
 def test_data_in_order_is_warned_of(fit):
