@@ -21,7 +21,7 @@ from calib_lightning.images import Frame, Header, read_header
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 """Endings of files that are read."""
-OWN_SPLIT = SplitSpec(val=0.1, calibration=0.1, test=0.2, choose="proportional")
+OWN_SPLIT = SplitSpec(val=0.1, calibration=0.1, test=0.2)
 """How one's own data are divided where nothing else is said."""
 _PARTS: dict[str, File] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _PARTS |= {"val": "val", "valid": "val", "validation": "val"}

@@ -52,7 +52,7 @@ class SplitSpec(Thinning):
         test: Images held out for the test, where the benchmark has no file for them; 1.0 makes all of them test images.
         share: Whether the calibration images are those of the validation set, as in many papers.
         calibration_from: The file that calibration images are taken from: "train", "val" or "test".
-        choose: "balanced", "proportional", "shuffled" or "last".
+        choose: "balanced", "proportional", "shuffled" or "last"; ``None`` is "balanced", for one's own data "proportional".
 
     Raises:
         ValueError: If a value is outside its range.
@@ -68,7 +68,7 @@ class SplitSpec(Thinning):
     test: int | float = 0
     share: bool = False
     calibration_from: File = "train"
-    choose: Choice = "balanced"
+    choose: Choice | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,9 +78,9 @@ class SplitSpec(Thinning):
                 raise ValueError(f"{name}={size} is negative: give the number of images to hold out, 0 for none.")
             if isinstance(size, float) and size >= 1 and not (name == "test" and size == 1):
                 raise ValueError(f"{name}={size} is no fraction: give a whole number of images, or a fraction below 1.")
-        for name, allowed in (("calibration_from", get_args(File)), ("choose", get_args(Choice))):
+        for name, allowed in (("calibration_from", get_args(File)), ("choose", (*get_args(Choice), None))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(allowed)}.")
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(filter(None, allowed))}.")
         if self.share and self.calibration not in (0, self.val):
             raise ValueError(
                 f"share=True makes the calibration images those of the validation set, but calibration is"
@@ -106,15 +106,16 @@ class SplitSpec(Thinning):
         return dict.fromkeys(("train", "val", "calibration"), none) | {k: part.rows for k, part in parts.items()}
 
     def for_files(self, files: Collection[File]) -> SplitSpec:
-        """The same, without sizes of validation and test sets that have a file of their own.
+        """The settings for somebody's own files, whose classes are seldom of one size.
 
         Args:
             files: The files that there are.
 
         Returns:
-            The settings.
+            The same without sizes of sets that have a file, and "proportional" where nothing else was chosen.
         """
-        return replace(self, val=0 if "val" in files else self.val, test=0 if "test" in files else self.test)
+        sizes = {name: 0 if name in files else size for name, size in (("val", self.val), ("test", self.test))}
+        return replace(self, val=sizes["val"], test=sizes["test"], choose=self.choose or "proportional")
 
     def divide(self, labels: Mapping[File, Rows], num_classes: int) -> dict[str, Part]:
         """Divide the rows of a benchmark's files.
@@ -172,7 +173,7 @@ class SplitSpec(Thinning):
     def _cut(self, labels: Rows, sizes: dict[str, int], num_classes: int) -> dict[str, Rows]:
         if not sizes:
             return {}
-        if self.choose == "balanced":
+        if self.choose in (None, "balanced"):
             seed = derive_seed(self.seed, _HELD_OUT)
             # a fixed place for each name, so that another set does not change the rows of this one
             sizes = {"val": 0, "calibration": 0} | sizes

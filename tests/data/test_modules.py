@@ -6,7 +6,15 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from calib_lightning.data import BenchmarkDataModule, CropFlip, DigitsDataModule, Normalize, Source, SplitSpec
+from calib_lightning.data import (
+    BenchmarkDataModule,
+    ContrastiveViews,
+    CropFlip,
+    DigitsDataModule,
+    Normalize,
+    Source,
+    SplitSpec,
+)
 from calib_lightning.data import ToyDataModule as Toy
 
 SPLIT = SplitSpec(val=30, calibration=60)
@@ -240,3 +248,83 @@ def test_digits_bytes_and_statistics():
     fraction = train.image.double() / 255
     assert float(fraction.mean()) == pytest.approx(DigitsDataModule.mean[0], abs=5e-5)
     assert float(fraction.std(unbiased=False)) == pytest.approx(DigitsDataModule.std[0], abs=5e-5)
+
+
+# --- several files and further sets ----------------------------------------------------------------------------------
+
+
+class Whole(Made):
+    """A benchmark with all files and two further sets; the first pixel tells file and row."""
+
+    def load_train(self):
+        return self.file(0, 20)
+
+    def load_val(self):
+        return self.file(50, 8)
+
+    def load_test(self):
+        return self.file(100, 12)
+
+    def load_more(self):
+        return {"shift/fog": self.file(150, 6), "ood/noise": self.file(200, 4)._replace(label=torch.full((4,), -1))}
+
+    def file(self, first, size):
+        image = torch.zeros(size, 1, 4, 4, dtype=torch.uint8)
+        image[:, 0, 0, 0] = first + torch.arange(size)
+        return Source(image, torch.arange(size) % 2)
+
+
+FIRST = {"train": 0, "val": 50, "test": 100, "shift/fog": 150, "ood/noise": 200}
+
+
+@pytest.mark.parametrize("file", ["train", "val", "test"])
+def test_every_set_holds_the_images_of_its_file_and_rows(file):
+    data = ready(Whole(SplitSpec(calibration=4, calibration_from=file)))
+    assert data.set_names == ["train", "val", "calibration", "test", "shift/fog", "ood/noise"]
+    assert data.evaluation_names == ["test", "shift/fog", "ood/noise", "calibration"]
+    assert data.predict_names == ["test", "shift/fog", "ood/noise"]
+    assert data.source_files == {name: name for name in FIRST} | {"calibration": file}
+    for name in data.set_names:
+        images = data._sets[name].image[:, 0, 0, 0]
+        assert images.tolist() == (FIRST[data.source_files[name]] + data.source_rows(name)).tolist()
+    seen = [(data.source_files[name], row) for name in data.set_names for row in data.source_rows(name)]
+    assert len(seen) == len(set(seen)) == 50
+
+
+def test_labels_of_an_out_of_distribution_set_are_not_classes():
+    data = Whole()
+    data.load_more = lambda: {"ood/noise": data.file(0, 4)}
+    with pytest.raises(ValueError, match=r"label 0 in row 0 of the ood/noise file is outside -1..-1"):
+        data.setup()
+
+
+def test_shared_split_changes_nothing_but_the_calibration_set():
+    data = ready(Whole(SplitSpec(share=True)))
+    np.testing.assert_array_equal(data.source_rows("val"), data.source_rows("calibration"))
+    assert data.source_files["calibration"] == "val"
+    assert data.splits_hash != ready(Whole()).splits_hash
+
+
+def test_saved_splits_name_the_files(tmp_path):
+    data = ready(Whole(SplitSpec(calibration=4, calibration_from="test")))
+    data.save_splits(tmp_path / "splits.npz")
+    with np.load(tmp_path / "splits.npz", allow_pickle=False) as saved:
+        assert json.loads(str(saved["files"])) == data.source_files
+        np.testing.assert_array_equal(saved["shift/fog"], np.arange(6))
+
+
+def test_bytes_in_memory_use_no_workers_unless_their_images_cost_much(monkeypatch):
+    data = ready(Toy(SPLIT))
+    data.num_workers, data.augment = 2, True
+    assert data.train_dataloader().num_workers == 0
+    assert data.val_dataloader().num_workers == 0
+    data.stage_views = ContrastiveViews()
+    assert data.train_dataloader().num_workers == 2
+
+
+def test_a_module_without_any_images_is_refused():
+    class Nothing(BenchmarkDataModule):
+        num_classes, mean, std = 2, (0.5,), (0.5,)
+
+    with pytest.raises(ValueError, match="Nothing has no images at all"):
+        Nothing().setup()

@@ -220,3 +220,134 @@ def test_impossible_settings(settings, message):
 def test_requests_too_large_for_the_file(settings, message):
     with pytest.raises(ValueError, match=message):
         SplitSpec(**settings).draw(np.repeat([0, 1, 2], 5), 3)
+
+
+# --- files, shares and other ways to choose --------------------------------------------------------------------------
+
+UNEVEN = np.random.RandomState(5).permutation(np.repeat(np.arange(3), (700, 200, 100)))
+
+
+def divide(spec, **labels):
+    return spec.divide({name: np.asarray(label) for name, label in labels.items()}, 3)
+
+
+def sizes(parts):
+    return {name: (part.file, len(part.rows)) for name, part in parts.items()}
+
+
+def test_official_validation_file_and_calibration_from_each_file():
+    files = {"train": UNEVEN, "val": UNEVEN[:300], "test": UNEVEN[300:700]}
+    whole = {"train": ("train", 1000), "val": ("val", 300), "test": ("test", 400)}
+    assert sizes(divide(SplitSpec(), **files)) == whole
+    for file, left in (("train", 940), ("val", 240), ("test", 340)):
+        spec = SplitSpec(calibration=60, calibration_from=file, choose="proportional")
+        parts = divide(spec, **files)
+        assert sizes(parts) == whole | {file: (file, left), "calibration": (file, 60)}
+        assert not set(parts[file].rows) & set(parts["calibration"].rows)
+        assert sorted([*parts[file].rows, *parts["calibration"].rows]) == list(range(len(files[file])))
+    assert list(parts) == ["train", "val", "calibration", "test"]
+
+
+def test_a_test_file_cut_in_halves_is_balanced_in_both():
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(3), 50))
+    spec = SplitSpec(calibration=75, calibration_from="test")
+    parts = divide(spec, test=labels)  # no training file: evaluation only
+    assert sizes(parts) == {"calibration": ("test", 75), "test": ("test", 75)}
+    for part in parts.values():
+        assert np.bincount(labels[part.rows]).tolist() == [25, 25, 25]
+    again = divide(SplitSpec(calibration=75, calibration_from="test"), test=labels)
+    np.testing.assert_array_equal(parts["calibration"].rows, again["calibration"].rows)
+    other = divide(SplitSpec(calibration=75, calibration_from="test", seed=1), test=labels)
+    assert set(parts["calibration"].rows) != set(other["calibration"].rows)
+
+
+def test_shared_sets_are_the_same_rows():
+    parts = divide(SplitSpec(val=30, share=True), train=UNEVEN)
+    np.testing.assert_array_equal(parts["val"].rows, parts["calibration"].rows)
+    assert len(parts["train"].rows) == 970
+    parts = divide(SplitSpec(share=True), train=UNEVEN, val=UNEVEN[:50])
+    assert parts["val"] is parts["calibration"]
+
+
+def test_proportional_sets_keep_the_proportions():
+    parts = divide(SplitSpec(val=0.1, calibration=0.1, test=0.2, choose="proportional"), train=UNEVEN)
+    counts = {name: np.bincount(UNEVEN[part.rows]).tolist() for name, part in parts.items()}
+    assert counts == {
+        "train": [420, 120, 60],
+        "val": [70, 20, 10],
+        "calibration": [70, 20, 10],
+        "test": [140, 40, 20],
+    }
+    rows = np.concatenate([part.rows for part in parts.values()])
+    assert sorted(rows) == list(range(1000))
+
+
+def test_shuffled_is_the_official_code_of_the_focal_losses():
+    indices = list(range(1000))
+    np.random.seed(1)
+    np.random.shuffle(indices)
+    parts = divide(SplitSpec(val=100, seed=1, choose="shuffled"), train=UNEVEN)
+    np.testing.assert_array_equal(parts["val"].rows, np.sort(indices[:100]))
+    np.testing.assert_array_equal(parts["train"].rows, np.sort(indices[100:]))
+
+
+def test_last_is_the_end_of_the_file():
+    parts = divide(SplitSpec(val=50, calibration=20, choose="last"), train=UNEVEN)
+    assert parts["val"].rows.tolist() == list(range(950, 1000))
+    assert parts["calibration"].rows.tolist() == list(range(930, 950))
+    assert parts["train"].rows.tolist() == list(range(930))
+
+
+def test_another_set_does_not_change_the_rows_of_the_balanced_ones():
+    one = divide(SplitSpec(val=30, calibration=30), train=UNEVEN)
+    two = divide(SplitSpec(val=30, calibration=30, test=60), train=UNEVEN)
+    np.testing.assert_array_equal(one["val"].rows, two["val"].rows)
+    np.testing.assert_array_equal(one["calibration"].rows, two["calibration"].rows)
+
+
+def test_everything_is_test():
+    assert sizes(divide(SplitSpec(test=1.0), train=UNEVEN)) == {"test": ("train", 1000)}
+
+
+def test_what_is_asked_of_a_missing_training_file_is_left_out():
+    assert sizes(divide(SplitSpec(val=30, calibration=30, imbalance=0.1), test=UNEVEN)) == {"test": ("test", 1000)}
+
+
+def test_sizes_of_sets_with_a_file_are_dropped():
+    spec = SplitSpec(val=0.1, calibration=0.1, test=0.2)
+    own = replace(spec, choose="proportional")
+    assert spec.for_files({"train"}) == own
+    assert spec.for_files({"train", "test"}) == replace(own, test=0)
+    assert spec.for_files({"train", "val", "test"}) == replace(own, val=0, test=0)
+    assert replace(spec, choose="last").for_files({"train"}).choose == "last"
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "message"),
+    [
+        ({"val": 10}, "train val", r"val=10, but there are val images already \(1000\): leave split.val at 0"),
+        ({"test": 0.5}, "train test", "test=0.5, but there are test images already"),
+        ({"calibration": 5, "calibration_from": "val"}, "train", "'val', but the data has no such file"),
+        ({"share": True}, "train", "no validation images: set split.val above 0"),
+        ({"val": 600, "calibration": 400, "choose": "last"}, "train", "takes 1000 of 1000 images and leaves none"),
+        ({"val": 0.6, "test": 0.4, "choose": "proportional"}, "train", "takes 1000 of 1000 images"),
+    ],
+)
+def test_files_and_settings_that_do_not_fit_together(settings, files, message):
+    with pytest.raises(ValueError, match=message):
+        divide(SplitSpec(**settings), **dict.fromkeys(files.split(), UNEVEN))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val": 1.0}, "val=1.0 is no fraction"),
+        ({"test": 5000.0}, "test=5000.0 is no fraction"),
+        ({"val": 10, "calibration": 20, "share": True}, "share=True makes the calibration images those of"),
+        ({"choose": "first"}, "choose='first' is unknown: use one of balanced, proportional, shuffled, last"),
+        ({"calibration_from": "extra"}, "calibration_from='extra' is unknown: use one of train, val, test"),
+    ],
+)
+def test_values_outside_their_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SplitSpec(**settings)

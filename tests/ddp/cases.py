@@ -18,8 +18,14 @@ from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, CorrectnessHistory, Preemption, StepSeed
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.preemption import Preempted
-from calib_lightning.data import SplitSpec, ToyDataModule
-from calib_lightning.data import InMemorySet, ResumableLoader
+from calib_lightning.data import (
+    BenchmarkDataModule,
+    FolderDataModule,
+    InMemorySet,
+    ResumableLoader,
+    SplitSpec,
+    ToyDataModule,
+)
 from tests.methods.table import ROWS
 
 
@@ -86,13 +92,18 @@ def fit(
     resume: bool = False,
     workers: int = 0,
     number: int | None = None,
+    images: str | None = None,
 ) -> dict[str, Any]:
     """Three epochs of augmented toy images; stopped after a step, resumed from ``last.ckpt``, or neither.
 
-    The module is that of a row of the table of methods, or one with dropout.
+    The module is that of a row of the table of methods, or one with dropout; the images may be files of a folder.
     """
     seed_everything(11, workers=True)
-    data = ToyDataModule(SplitSpec(val=31, calibration=30), batch_size=16, num_workers=workers, train_size=160)
+    data: BenchmarkDataModule
+    if images is None:
+        data = ToyDataModule(SplitSpec(val=31, calibration=30), batch_size=16, num_workers=workers, train_size=160)
+    else:
+        data = FolderDataModule(images, SplitSpec(val=31, calibration=30), batch_size=16, num_workers=workers)
     data.augment = True
     build = Dropped if number is None else ROWS[number].new
     module = build(3, encoder="digits_cnn", optimizer=sgd, scheduler=cosine)
@@ -197,10 +208,12 @@ def test_table(rank: int, world: int, size: int, batch_size: int) -> dict[str, f
     return {key: float(value) for key, value in values.items()} | {"n": int(run.callback_metrics["test/n"])}
 
 
-def test_network(rank: int, world: int, folder: str) -> dict[str, Any]:
-    """Figures and saved predictions of a small network over 151 test images."""
+def test_network(rank: int, world: int, folder: str, images: str | None) -> dict[str, Any]:
+    """Figures and saved predictions of a small network over 151 test images, made or in the files of a folder."""
     seed_everything(3)
-    data = ToyDataModule(SplitSpec(calibration=33), batch_size=16, test_size=151)
+    data: BenchmarkDataModule = ToyDataModule(SplitSpec(calibration=33), batch_size=16, test_size=151)
+    if images is not None:
+        data = FolderDataModule(images, SplitSpec(calibration=33, test=151), batch_size=16, num_workers=0)
     module = ClassificationModule(3, encoder="digits_cnn")
     run = trainer(folder, world, [SavePredictions(folder)])
     run.test(module, datamodule=data, verbose=False)

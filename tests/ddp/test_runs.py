@@ -32,8 +32,8 @@ def test_evaluation_is_exact_on_a_fixed_table(pool2, size, batch_size):
 
 
 def test_evaluation_of_a_network_and_its_predictions(pool2, tmp_path):
-    alone = cases.test_network(0, 1, str(tmp_path / "one"))
-    together, _ = pool2.run(cases.test_network, str(tmp_path / "two"))
+    alone = cases.test_network(0, 1, str(tmp_path / "one"), None)
+    together, _ = pool2.run(cases.test_network, str(tmp_path / "two"), None)
     assert together["metrics"]["test/n"] == alone["metrics"]["test/n"] == 151
     assert together["metrics"]["calibration/n"] == 33
     assert together["metrics"]["test/accuracy"] == alone["metrics"]["test/accuracy"]
