@@ -199,7 +199,8 @@ def _applied(calibrator: AnyCalibrator, test: Source, network: RunNetwork | None
 
 
 def _row(options: Options, predictions: Predictions) -> tuple[Row, list[str]]:
-    figures, warned = figures_of(options, states_of(options, predictions, details=options.intervals is not None))
+    states = states_of(options, predictions, details=options.intervals is not None)
+    figures, warned = figures_of(options, states, predictions)
     row = Row(figures, predictions.confidence is not None)
     return row, list(dict.fromkeys([*value_notes(predictions, figures.values), *warned]))
 

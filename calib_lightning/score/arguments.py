@@ -12,10 +12,11 @@ _FORMATS: dict[str, Literal["text", "json", "markdown"]] = {".txt": "text", ".js
 
 _EPILOG = """\
 files:
-  .npz         arrays `logits` (with --input probs: `probs`) of shape (N, K), `labels` (N,) and, where a method brings
-               its own, `confidence` (N,); --scores-key and --labels-key name others. Files of `calib test` are of
-               this kind.
-  .pt, .pth    a dict of tensors with these names, or one tensor (N, K) with --labels
+  .npz         arrays `logits` (with --input probs: `probs`) of shape (N, K), `labels` (N,) and, where there are any,
+               `confidence` (N,) of a method that brings its own, `class_names` (K,) and `label_distribution` (N, K),
+               shares of the classes such as people's votes; --scores-key and --labels-key name others. Files of
+               `calib test` are of this kind.
+  .pt, .pth    a dict of tensors with these names (class_names: a list), or one tensor (N, K) with --labels
   .npy         scores (N, K), with --labels
   .csv         one row a sample, comma between cells: K columns of scores and one of labels, the last one or, with a
                header, that named `label` (--labels-key). A header names the scores 0, 1, 2, ... or with one prefix,

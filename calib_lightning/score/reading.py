@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics.functional.proper import check_soft_labels, check_soft_values
 from calib_lightning.metrics.functional.rows import InputKind, check_shapes, check_values
 
 SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".csv")
@@ -35,6 +36,8 @@ class Predictions(NamedTuple):
         confidence: ``(N,)`` in ``[0, 1]``, or ``None``.
         columns: Which columns of a CSV file were read as what; empty for other files.
         input: What the scores are.
+        class_names: K names in the order of the scores, or ``None``.
+        label_distribution: Shares of the classes ``(N, K)``, such as people's votes, or ``None``.
     """
 
     scores: Tensor
@@ -42,6 +45,8 @@ class Predictions(NamedTuple):
     confidence: Tensor | None
     columns: str = ""
     input: InputKind = "logits"
+    class_names: tuple[str, ...] | None = None
+    label_distribution: Tensor | None = None
 
 
 class Names(NamedTuple):
@@ -102,7 +107,29 @@ def read_predictions(
         )
     check_shapes(scores, labels, confidence, where)
     check_values(scores, labels, confidence, input, where)
-    return Predictions(scores, labels, confidence, found.columns, input)
+    class_names = _checked_names(found.class_names, scores.shape[1], where)
+    return Predictions(scores, labels, confidence, found.columns, input, class_names, _distribution(found, scores))
+
+
+def _checked_names(names: Any, classes: int, where: str) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple) or len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{where}: class_names are {names!r:.100}, allowed: {classes} strings, one for each class in the order of "
+            "the scores"
+        )
+    return tuple(names)
+
+
+def _distribution(found: _Found, scores: Tensor) -> Tensor | None:
+    distribution = found.label_distribution
+    if distribution is not None:
+        what = f"{found.path}: label_distribution"
+        _check_dense(distribution, what)
+        check_soft_labels(scores, distribution, what)
+        check_soft_values(distribution, what)
+    return distribution
 
 
 def read_features(path: Path, name: str, rows: int) -> Tensor:
@@ -175,14 +202,16 @@ class _Found:
         suffix = _suffix(path, SUFFIXES)
         self.is_csv = suffix == ".csv"
         self.content: Mapping[str, Tensor] | Tensor
+        self.class_names: Any = None
         if suffix == ".npz":
-            self.content = _load_arrays(path)
+            self.content = arrays = _load_arrays(path)
+            self.class_names = arrays.strings("class_names")
         elif suffix == ".npy":
             self.content = _tensor(_load_array(path))
         elif self.is_csv:
             self.content, self.columns = _load_csv(path, names.labels, holds)
         else:
-            self.content = _load_torch(path)
+            self.content, self.class_names = _load_torch(path)
 
     def _named(self, name: str, option: str, hint: str = "") -> Tensor:
         assert not isinstance(self.content, Tensor)
@@ -213,6 +242,11 @@ class _Found:
     def confidence(self) -> Tensor | None:
         """The method's own confidence, where there is one."""
         return None if isinstance(self.content, Tensor) else self.content.get("confidence")
+
+    @property
+    def label_distribution(self) -> Tensor | None:
+        """Shares of the classes, where there are any."""
+        return None if isinstance(self.content, Tensor) else self.content.get("label_distribution")
 
     @property
     def labels(self) -> Tensor:
@@ -287,6 +321,18 @@ class _Arrays(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return _readable(self._path, f"{name!r} ", lambda: self._stored[name])
 
+    def strings(self, name: str) -> Any:
+        """An array of text as a list, ``None`` where there is none."""
+        if name not in self:
+            return None
+        try:
+            return self._stored[name].tolist()
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(
+                f"{self._path}: {name!r} cannot be read ({_first_line(error)}); save it as numpy.array(names), text of "
+                "a fixed width, not as Python objects"
+            ) from error
+
     def __contains__(self, name: object) -> bool:
         return name in self._stored.files
 
@@ -297,7 +343,7 @@ class _Arrays(Mapping[str, Tensor]):
         return len(self._stored.files)
 
 
-def _load_arrays(path: Path) -> Mapping[str, Tensor]:
+def _load_arrays(path: Path) -> _Arrays:
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path}: is no .npz archive, or a damaged one; save it with numpy.savez (a single array is a .npy file)"
@@ -305,7 +351,8 @@ def _load_arrays(path: Path) -> Mapping[str, Tensor]:
     return _Arrays(path, np.load(path, allow_pickle=False))
 
 
-def _load_torch(path: Path) -> Mapping[str, Tensor] | Tensor:
+def _load_torch(path: Path) -> tuple[Mapping[str, Tensor] | Tensor, Any]:
+    """The tensors, and the names of the classes where there are any."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of tensors that are refused below
@@ -315,12 +362,13 @@ def _load_torch(path: Path) -> Mapping[str, Tensor] | Tensor:
             f"{path}: cannot be read as tensors ({_why_refused(error)}); save a dict of tensors with torch.save"
         ) from error
     if isinstance(content, Tensor):
-        return content.detach()
+        return content.detach(), None
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: holds a {type(content).__name__}, allowed: a dict of tensors, or one tensor with --labels FILE"
         )
-    return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+    return tensors, content.get("class_names")
 
 
 def _why_refused(error: Exception) -> str:

@@ -14,10 +14,12 @@ import torch
 from calib_lightning.metrics import (
     CORE,
     FULL,
+    SOFT,
     Difference,
     EvaluationState,
     GroupTable,
     Interval,
+    SoftLabelScores,
     Spread,
     bootstrap_intervals,
     by_class,
@@ -116,7 +118,7 @@ class Report(NamedTuple):
 
 
 def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
-    """Turn ``--metrics`` into keys, in the order of a report.
+    """Turn ``--metrics`` into keys, in the order of a report; those of `SOFT` are allowed, but left out.
 
     Args:
         which: ``core``, ``all``, keys with commas between them, or ``None`` for all that are cheap.
@@ -130,15 +132,15 @@ def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
     """
     which_or_all = "all" if which is None else which
     wanted = {"core": CORE, "all": FULL}.get(which_or_all) or tuple(filter(None, which_or_all.split(",")))
-    unknown = [key for key in wanted if key not in READ_OUTS]
+    unknown = [key for key in wanted if key not in READ_OUTS and key not in SOFT]
     if unknown or not wanted:
         raise ValueError(
             f"--metrics: unknown {', '.join(map(repr, unknown)) or repr(which)}; allowed: core, all, or some of "
-            f"{', '.join(FULL)}"
+            f"{', '.join([*FULL, *SOFT])}"
         )
     if which is None and classes > _MOST_CLASSES_OF_OVO:
         wanted = tuple(key for key in wanted if key != "ovo_auroc")
-    return tuple(sorted(set(wanted), key=_ORDER.__getitem__))
+    return tuple(sorted(set(wanted) - SOFT.keys(), key=_ORDER.__getitem__))
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -291,7 +293,7 @@ def _score_file(options: Options, name: str, path: Path, inputs: _Inputs) -> Set
     predictions, other, counts, notes = inputs
     details = options.intervals is not None or options.compare is not None or options.groups is not None
     states = states_of(options, predictions, details)
-    figures, warned = figures_of(options, states)
+    figures, warned = figures_of(options, states, predictions)
     with warnings_as_notes(warned):
         groups = _groups(options, predictions, counts)
     if other is not None:
@@ -325,24 +327,46 @@ def states_of(options: FigureOptions, predictions: Predictions, details: bool) -
     return states | ({"": _filled(predictions, plain, options.bins[0], details)} if plain else {})
 
 
-def figures_of(options: FigureOptions, states: Mapping[str, EvaluationState]) -> tuple[Figures, list[str]]:
-    """Compute the figures of a set and, if they are asked for, their intervals.
+def figures_of(
+    options: FigureOptions, states: Mapping[str, EvaluationState], predictions: Predictions
+) -> tuple[Figures, list[str]]:
+    """Compute the figures of a set and, if they are asked for, their intervals; those of `SOFT` have none.
 
     Args:
-        options: Number of resamples, level and seed.
+        options: Metrics, number of resamples, level and seed.
         states: Of `states_of`.
+        predictions: The set.
 
     Returns:
         The figures, without differences, and what metrics warned of.
+
+    Raises:
+        ValueError: A metric needs the distributions of labels, and there are none.
     """
     warned: list[str] = []
     intervals: dict[str, Interval] = {}
     with warnings_as_notes(warned):
         values = _merged({behind: state.compute() for behind, state in states.items()})
+        values |= _soft_values(options, predictions)
         if options.intervals is not None:
             draw = (options.intervals, options.level, options.seed)
             intervals = _merged({behind: bootstrap_intervals(state, *draw) for behind, state in states.items()})
     return Figures({key: float(value) for key, value in values.items()}, intervals, {}), warned
+
+
+def _soft_values(options: FigureOptions, predictions: Predictions) -> dict[str, torch.Tensor]:
+    asked = (options.metrics or "all").split(",")
+    named = [key for key in SOFT if key in asked]
+    if predictions.label_distribution is None:
+        if named:
+            raise ValueError(
+                f"--metrics: {', '.join(named)} needs an array 'label_distribution' (N, K) in each file: shares of the "
+                "classes, such as people's votes"
+            )
+        return {}
+    scores = SoftLabelScores(input=predictions.input)
+    scores.update(predictions.scores, predictions.label_distribution)
+    return {key: value for key, value in scores.compute().items() if key in named or asked[0] in ("all", "core")}
 
 
 def _filled(predictions: Predictions, metrics: Sequence[str], n_bins: int, details: bool) -> EvaluationState:

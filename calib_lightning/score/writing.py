@@ -16,6 +16,7 @@ import calib_lightning
 from calib_lightning.metrics import CORE, Difference, Spread
 from calib_lightning.report import SECTIONS, column_of, heading, show
 from calib_lightning.score.arguments import FigureOptions, Options
+from calib_lightning.score.reading import Predictions
 from calib_lightning.score.scoring import Figures, Report, SetReport
 
 _MOST_COLUMNS = 8
@@ -233,17 +234,23 @@ def _set_content(report: Report, entry: SetReport) -> dict[str, Any]:
             key: {"difference": difference.value, "p_value": difference.p_value}
             for key, difference in entry.figures.differences.items()
         }
+    if entry.predictions.class_names is not None:
+        content["class_names"] = list(entry.predictions.class_names)
     if entry.groups:
-        table = entry.groups.table
+        table, titles = entry.groups.table, class_titles(entry.predictions)
         content["groups"] = {
-            name: {
+            titles.get(name, name): {
                 "n": int(table.rows[place]),
                 "values": {key: float(values[place]) for key, values in table.values.items()},
             }
             for place, name in enumerate(table.names)
         }
         content["worst_class"] = {
-            key: {"class": int(name) if name else None, "value": value}
+            key: {
+                "class": int(name) if name else None,
+                **({"name": titles[name]} if name in titles else {}),
+                "value": value,
+            }
             for key, (name, value) in entry.groups.worst.items()
         }
     return content
@@ -307,21 +314,27 @@ def figure_grids(title: str, header: Sequence[str], entries: Sequence[Entry]) ->
 
 def _group_grid(entry: SetReport, options: Options) -> Grid:
     assert entry.groups is not None
-    table, worst = entry.groups
+    (table, worst), titles = entry.groups, class_titles(entry.predictions)
     keys = list(table.values)
     if len(keys) > _MOST_COLUMNS:
         keys = [key for key in CORE if key in table.values]
     rows = [
-        [name, f"{int(count):,}", *(_cell(key, float(table.values[key][place])) for key in keys)]
+        [titles.get(name, name), f"{int(count):,}", *(_cell(key, float(table.values[key][place])) for key in keys)]
         for place, (name, count) in enumerate(zip(table.names, table.rows, strict=True))
     ]
     worst_cells = []
     for key in keys:
         name, value = worst.get(key, ("", math.nan))
-        worst_cells.append(f"{_cell(key, value)} ({name})" if name else "-")
+        worst_cells.append(f"{_cell(key, value)} ({titles.get(name, name)})" if name else "-")
     rows.append(["worst class", "", *worst_cells])
     title = f"{entry.name} by {options.groups}, {options.bins[0]} bins (lo, hi]"
     return Grid(title, [options.groups or "", "N", *map(_heading, keys)], rows)
+
+
+def class_titles(predictions: Predictions) -> dict[str, str]:
+    """Names of the classes by their numbers, empty where they are not known; one that two classes share is numbered."""
+    names = predictions.class_names or ()
+    return {str(k): name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names)}
 
 
 def _sectioned(cells: Mapping[str, list[str]]) -> list[list[str]]:
