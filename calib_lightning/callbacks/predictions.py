@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from calib_lightning.core.module import class_names_of, datamodule_in_use, label_distributions_of
+from calib_lightning.core.data_facts import class_names_of
+from calib_lightning.core.module import datamodule_in_use, label_distributions_of
 from calib_lightning.core.own_data import as_batch, has_index
 from calib_lightning.files import write_whole
 from calib_lightning.types import Prediction

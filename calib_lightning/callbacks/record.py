@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from calib_lightning.core.module import class_names_of
+from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.own_data import rows_in
 from calib_lightning.run_folder import job_id, write_json
 from calib_lightning.seeding import run_seed

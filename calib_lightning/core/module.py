@@ -20,6 +20,7 @@ from torch.optim import SGD
 
 from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
+from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
@@ -361,8 +362,8 @@ class ClassificationModule(LightningModule):
             return
         if len(names) != self.num_classes:
             raise ValueError(
-                f"class_names of the data has {len(names)} names; it must have one for each of the {self.num_classes} "
-                "classes. Give the names in the order of the labels."
+                f"The data names {len(names)} classes; it must name the {self.num_classes} of this module. Give the "
+                "names in the order of the labels, or a module with as many classes."
             )
         if known is not None and self.global_rank == 0:
             first = next(k for k in range(len(names)) if names[k] != known[k])
@@ -502,19 +503,6 @@ def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
     loop = None if trainer.state.fn is None else loops.get(trainer.state.fn)
     source = None if loop is None else loop._data_source.instance
     return source if isinstance(source, LightningDataModule) else None
-
-
-def class_names_of(data: LightningDataModule | None) -> tuple[str, ...] | None:
-    """Return the names of the classes of a data module.
-
-    Args:
-        data: A data module, or ``None``.
-
-    Returns:
-        Its ``class_names``, in the order of the labels; ``None`` where it has none.
-    """
-    names = getattr(data, "class_names", None)
-    return None if names is None else tuple(map(str, names))
 
 
 def label_distributions_of(data: LightningDataModule | None, name: str) -> Tensor | None:

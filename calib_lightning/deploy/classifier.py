@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import calib_lightning
+from calib_lightning.core.module import ClassificationModule
 from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
 from calib_lightning.deploy.preprocessing import Preprocessing
 from calib_lightning.posthoc.base import Calibrator
@@ -53,7 +54,7 @@ class CalibratedClassifier(nn.Module):
         calibrator: Fitted, or to be fitted with `fit`.
         clamping: Fitted on this network; its perturbation and its temperature are applied before the calibrator.
         preprocessing: How an image file becomes an image, for ``calib predict``.
-        classes: K names.
+        classes: K names; those of a `ClassificationModule` that knows them by default.
         features: Name of the network's submodule whose output is the features ``(N, d)``, for calibrators that need
             them.
 
@@ -96,6 +97,8 @@ class CalibratedClassifier(nn.Module):
             raise ValueError(f"features={features!r} is no submodule of {type(network).__name__}; it has {names}")
         self.network, self.calibrator, self.clamping = network, calibrator, clamping
         self.preprocessing, self.features = preprocessing, features
+        if classes is None and isinstance(network, ClassificationModule):
+            classes = network.class_names
         self.classes = None if classes is None else tuple(classes)
         self.operating_point: OperatingPoint | None = None
         self._check_classes()
