@@ -138,14 +138,15 @@ class FileCrop:
         """Decode files, each with a part of its own."""
         draw = row_uniform(index, _CROP_DRAWS, seed=derive_seed(self.seed, epoch, _FILE_CROP))
         height, width = files.frame.size
-        images = []
-        for position, mine in zip(index.tolist(), draw, strict=True):
-            image = read_image(files.path(position))
-            top, left, tall, wide = crop_boxes(mine[None], image.height, image.width, self.scale)[0].tolist()
+        images = [read_image(files.path(position)) for position in index.tolist()]
+        sizes = torch.tensor([(image.height, image.width) for image in images]).view(-1, 2)
+        boxes = crop_boxes(draw, sizes[:, 0], sizes[:, 1], self.scale).tolist()
+        parts = []
+        for image, (top, left, tall, wide), mirror in zip(images, boxes, (draw[:, -1] < 0.5).tolist(), strict=True):
             part = in_colours(image, files.frame.channels).crop((left, top, left + wide, top + tall))
             pixels = pixels_of(part.resize((width, height), FILTERS[files.frame.interpolation]))
-            images.append(pixels.flip(-1) if mine[-1] < 0.5 else pixels)
-        return images
+            parts.append(pixels.flip(-1) if mirror else pixels)
+        return parts
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class SplitSpec(Thinning):
         test: Images held out for the test, where the benchmark has no file for them; 1.0 makes all of them test images.
         share: Whether the calibration images are those of the validation set, as in many papers.
         calibration_from: The file that calibration images are taken from: "train", "val" or "test".
-        choose: "balanced", "proportional", "shuffled" or "last"; ``None`` is "balanced", for one's own data "proportional".
+        choose: One of the four; ``None`` is "balanced", for one's own data "proportional".
 
     Raises:
         ValueError: If a value is outside its range.
@@ -80,7 +80,9 @@ class SplitSpec(Thinning):
                 raise ValueError(f"{name}={size} is no fraction: give a whole number of images, or a fraction below 1.")
         for name, allowed in (("calibration_from", get_args(File)), ("choose", (*get_args(Choice), None))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(filter(None, allowed))}.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(filter(None, allowed))}."
+                )
         if self.share and self.calibration not in (0, self.val):
             raise ValueError(
                 f"share=True makes the calibration images those of the validation set, but calibration is"

@@ -119,7 +119,7 @@ class ContrastiveViews(Views):
 # --- crops -----------------------------------------------------------------------------------------------------------
 
 
-def crop_boxes(draw: Tensor, height: int, width: int, scale: tuple[float, float]) -> Tensor:
+def crop_boxes(draw: Tensor, height: int | Tensor, width: int | Tensor, scale: tuple[float, float]) -> Tensor:
     """Draw the boxes of torchvision's ``RandomResizedCrop``, ratio 3/4 to 4/3, for many images at once.
 
     The first of ten tries that fits into the image is taken: area ``U(scale) H W``, logarithm of the ratio uniform,
@@ -127,28 +127,29 @@ def crop_boxes(draw: Tensor, height: int, width: int, scale: tuple[float, float]
 
     Args:
         draw: ``(N, 22)`` float64 in ``[0, 1)``: areas and ratios of the ten tries, then the place.
-        height: H, pixels.
-        width: W, pixels.
+        height: H, pixels; one for all images, or ``(N,)``.
+        width: W, pixels; one for all images, or ``(N,)``.
         scale: Smallest and largest area as a fraction of the image's.
 
     Returns:
         ``(N, 4)`` int64: top, left, height and width of each box.
     """
-    area = (scale[0] + draw[:, :_TRIES] * (scale[1] - scale[0])) * (height * width)
+    tall_side, wide_side = (torch.as_tensor(side, device=draw.device).view(-1, 1) for side in (height, width))
+    area = (scale[0] + draw[:, :_TRIES] * (scale[1] - scale[0])) * (tall_side * wide_side)
     low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
     ratio = (low + draw[:, _TRIES : 2 * _TRIES] * (high - low)).exp()
     wide, tall = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    fits = (wide > 0) & (wide <= wide_side) & (tall > 0) & (tall <= tall_side)
     # argmax of a boolean is not defined for ties; of numbers that fall from left to right it is
     first = (fits * torch.arange(_TRIES, 0, -1, device=draw.device)).argmax(dim=1, keepdim=True)
     any_fits = fits.any(dim=1)
-    middle_wide = min(width, round(height * _RATIO[1]))
-    middle_tall = min(height, round(width / _RATIO[0]))
-    wide = wide.gather(1, first).squeeze(1).where(any_fits, wide.new_tensor(middle_wide))
-    tall = tall.gather(1, first).squeeze(1).where(any_fits, tall.new_tensor(middle_tall))
+    middle_wide = wide_side.minimum((tall_side.double() * _RATIO[1]).round().long())
+    middle_tall = tall_side.minimum((wide_side.double() / _RATIO[0]).round().long())
+    wide = wide.gather(1, first).squeeze(1).where(any_fits, middle_wide.squeeze(1))
+    tall = tall.gather(1, first).squeeze(1).where(any_fits, middle_tall.squeeze(1))
     place = draw[:, 2 * _TRIES : 2 * _TRIES + 2]
-    top = (place[:, 0] * (height - tall + 1)).long().where(any_fits, (height - tall) // 2)
-    left = (place[:, 1] * (width - wide + 1)).long().where(any_fits, (width - wide) // 2)
+    top = (place[:, 0] * (tall_side.squeeze(1) - tall + 1)).long().where(any_fits, (tall_side.squeeze(1) - tall) // 2)
+    left = (place[:, 1] * (wide_side.squeeze(1) - wide + 1)).long().where(any_fits, (wide_side.squeeze(1) - wide) // 2)
     return torch.stack((top, left, tall, wide), dim=1)
 
 

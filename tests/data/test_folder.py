@@ -1,7 +1,10 @@
 """One's own images: folders and arrays."""
 
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,6 +324,37 @@ def test_large_folders_are_sampled(tmp_path, monkeypatch):
     (tmp_path / "bee" / "09.png").write_bytes(b"")  # the last one is always looked at
     with pytest.raises(ValueError, match="1 of 5 image files"):
         FolderDataModule(tmp_path).prepare_data()
+
+
+READ_TWICE = """
+import pathlib, sys
+from calib_lightning.data import FolderDataModule, SplitSpec
+
+def peak():
+    # not getrusage, whose peak is that of the process which started this one
+    return next(line.split()[1] for line in pathlib.Path("/proc/self/status").open() if line.startswith("VmHWM"))
+
+data = FolderDataModule(sys.argv[1], SplitSpec(), batch_size=4, num_workers=0)
+data.setup()
+peaks = []
+for _ in range(2):
+    for number, batch in enumerate(data.train_dataloader()):
+        if number in (5, 49):
+            peaks.append(peak())
+print(*peaks)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc to read the memory of a process from")
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    # 200 images of 512 x 512 are 150 MiB of pixels; a batch of 4 is 3 MiB, 12 once it is floating point
+    for label in ("ant", "bee"):
+        (tmp_path / label).mkdir()
+        for number in range(100):
+            Image.new("RGB", (512, 512), (number, 0, 0)).save(tmp_path / label / f"{number}.png", compress_level=1)
+    done = subprocess.run([sys.executable, "-c", READ_TWICE, tmp_path], capture_output=True, text=True, check=True)
+    first, *_, last = (int(peak) / 1024 for peak in done.stdout.split())
+    assert last - first < 50
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------

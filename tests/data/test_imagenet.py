@@ -160,6 +160,7 @@ def test_official_archives_are_unpacked(tmp_path, monkeypatch):
         numbers = [number for number, row in enumerate(ROWS, start=1) if row == label]
         names = [f"ILSVRC2012_val_{number:08}.JPEG" for number in numbers]
         assert sorted(path.name for path in (tmp_path / "val" / wnid).iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == WNIDS
     archives = [name for name, _ in ARCHIVE_META.values()]
     visible = sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock"))
     assert visible == sorted([*archives, "train", "val"])
@@ -240,17 +241,14 @@ def test_frames_are_those_of_torchvision(crop_mode):
 def test_training_crops_are_random_parts(tmp_path):
     _write_val(tmp_path)
     _write_train(tmp_path)
-    gradient = np.tile(np.arange(80, dtype=np.uint8)[:, None] * 3, (60, 1, 3)).reshape(60, 80, 3)
-    Image.fromarray(gradient).save(tmp_path / "train" / "n01" / "n01_0.JPEG")
-    means = {True: [], False: []}
-    for augment in means:
-        data = _module(tmp_path, augment=augment)
-        for epoch in range(4):
-            means[augment].append(
-                data._with_views(data._ready()["train"], 0)[0].fetch(torch.tensor([0]), epoch).image.mean()
-            )
-    assert len(set(map(float, means[False]))) == 1
-    assert len(set(map(float, means[True]))) == 4
+    gradient = np.broadcast_to(np.linspace(80, 250, 80).astype(np.uint8)[None, :, None], (60, 80, 3))
+    Image.fromarray(gradient.copy()).save(tmp_path / "train" / "n01" / "n01_0.JPEG")
+    for augment, different in ((True, 4), (False, 1)):
+        loader = _module(tmp_path, augment=augment).train_dataloader()
+        images = [loader.data.fetch(torch.tensor([0]), epoch).image for epoch in range(4)]
+        assert len({float(image.mean()) for image in images}) == different
+        # no black border: the image was not shifted, as smaller ones are
+        assert min(float((image * STD + MEAN).min()) for image in images) > 70 / 255
 
 
 @pytest.mark.parametrize(
