@@ -83,8 +83,10 @@ def test_no_image_is_in_two_sets(tmp_path):
 
 
 def test_the_default_keeps_a_tenth_for_calibration(tmp_path):
-    split = TinyImageNetDataModule(root=tmp_path).split
-    assert (split.val, split.calibration, split.choose) == (5_000, 10_000, "balanced")
+    labels = np.repeat(np.arange(200), 500)
+    parts = TinyImageNetDataModule(root=tmp_path).split.divide({"train": labels}, 200)
+    counts = {name: set(np.bincount(labels[part.rows]).tolist()) for name, part in parts.items()}
+    assert counts == {"train": {425}, "val": {25}, "calibration": {50}}
 
 
 @pytest.mark.parametrize("augment", [True, False])
