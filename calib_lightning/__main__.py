@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, pickle.UnpicklingError)
 
@@ -62,6 +63,9 @@ def _with_trainer(arguments: list[str]) -> int:
     from calib_lightning.run_folder import forget_run_folder
 
     forget_run_folder()
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # a script has its folder there: data modules of one's own are found by name
     try:
         CalibCLI(resolve_configs(arguments))
     except USER_ERRORS as error:

@@ -13,11 +13,19 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from calib_lightning import data, methods
 from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunRecord, SavePredictions
 from calib_lightning.callbacks.record import uses_calibration
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
+from calib_lightning.core.data_facts import (
+    declared_classes,
+    has_test,
+    has_validation,
+    lacks_class_counts,
+    num_classes_of,
+)
 from calib_lightning.core.module import module_record
 from calib_lightning.metrics import CORE, DIRECTION
 from calib_lightning.registry import class_path_of, find_class
@@ -25,6 +33,7 @@ from calib_lightning.report import SHARED, print_table
 from calib_lightning.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
 
 EVALUATION = ("validate", "test", "predict")
+_LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
 # What the parser says about its own types, around the sentence that says what is wrong.
@@ -49,6 +58,14 @@ def plain_message(message: str) -> str:
     """
     lines = [line for line in message.splitlines() if not _PARSER_TALK.fullmatch(line)]
     return "\n".join(re.sub(r"^\s+- ", "", line) for line in lines) if lines else message
+
+
+class _FromLink(BaseException):
+    """Carries an error past the parser, which would print the data module, and that asks the data for its loaders."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class CalibParser(LightningArgumentParser):
@@ -137,7 +154,14 @@ class CalibCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Validation metric that chooses the checkpoint (val/nll, val/accuracy, val/ece, ...), or 'last'. "
-            "Default: the method's own, which is val/nll for most.",
+            "Default: the method's own, which is val/nll for most; 'last' where the data has no validation set.",
+        )
+        parser.add_argument(
+            "--num_classes",
+            type=int | None,
+            default=None,
+            help="Number of classes K, for data that does not say it. Data of your own is named by its path, "
+            "--data=my_module.MyDataModule; modules are also looked for in the working directory.",
         )
         parser.add_argument(
             "--test_after_fit",
@@ -146,7 +170,9 @@ class CalibCLI(LightningCLI):
             help="After fit, test the chosen checkpoint, save all predictions and print the table.",
         )
         parser.add_argument("--quiet", type=bool, default=False, help="No progress bar and no model summary.")
-        parser.link_arguments("data", "model.init_args.num_classes", compute_fn=_num_classes, apply_on="instantiate")
+        parser.link_arguments(
+            "data", "model.init_args.num_classes", compute_fn=self._num_classes, apply_on="instantiate"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; arguments given from Python do not clash with those of the process."""
@@ -177,6 +203,41 @@ class CalibCLI(LightningCLI):
                     f"The checkpoint {config.ckpt_path} was trained with {name}={saved[name]!r}; the configuration "
                     f"says {name}={asked[name]!r}, which is used.",
                 )
+
+    def _num_classes(self, datamodule: LightningDataModule) -> int:
+        """K of the data or of the option."""
+        try:
+            return self._checked_num_classes(datamodule)
+        except Exception as error:
+            raise _FromLink(error) from error
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what is wrong with the data is said as it is."""
+        try:
+            super().instantiate_classes()
+        except _FromLink as carrier:
+            raise carrier.error from None
+
+    def _checked_num_classes(self, datamodule: LightningDataModule) -> int:
+        """Refuse at once all that the data lacks for the command."""
+        command, name = self._command_config(), type(datamodule).__name__
+        asked = command.num_classes
+        found = num_classes_of(datamodule) if asked is None else declared_classes(datamodule)
+        if asked is not None and found is not None and asked != found:
+            raise ValueError(
+                f"num_classes is {asked}, but {name} says that it has {found} classes; both must be the same. Leave "
+                "num_classes out, or set it to the number of the data."
+            )
+        missing = [] if asked or found else ["the number of classes (--num_classes=K, or an attribute num_classes)"]
+        wanted = f"{_LOADERS[self.config.subcommand]}_dataloader"
+        if not is_overridden(wanted, datamodule):
+            missing.append(f"a method {wanted}()")
+        counts = command.model.get("init_args.class_counts", "not asked for")
+        if counts is None and self.config.subcommand == "fit" and lacks_class_counts(datamodule):
+            missing.append("class counts (--model.class_counts=[...], or a data set that has its labels as targets)")
+        if missing:
+            raise ValueError(f"{name} lacks what calib {self.config.subcommand} needs: {'; '.join(missing)}.")
+        return int(asked or found or 0)
 
     def _command_config(self) -> Namespace:
         return self.config[self.config.subcommand]  # type: ignore[no-any-return]
@@ -240,6 +301,9 @@ class CalibCLI(LightningCLI):
             loggers.extend(config.logger)
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
         callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        self.validates = self.config.subcommand != "fit" or has_validation(self.datamodule)
+        if not self.validates:
+            kwargs["limit_val_batches"] = 0  # Lightning takes no loader that is None
         if command.quiet:
             kwargs |= {"enable_progress_bar": False, "enable_model_summary": False}
         return super().instantiate_trainer(
@@ -257,6 +321,9 @@ class CalibCLI(LightningCLI):
         folder = self.run_folder / "checkpoints"
         self.keeper = last = RunCheckpoint(folder, "last")
         keepers = [last]
+        if command.select_on is None and self.model.select_on != "last" and not self.validates:
+            command.select_on = "last"
+            rank_zero_warn("The data has no validation set: the last checkpoint is kept.")
         command.select_on = command.select_on or self.model.select_on
         if command.select_on != "last":
             mode = "max" if DIRECTION[command.select_on.rpartition("/")[2]] == "higher" else "min"
@@ -276,10 +343,11 @@ class CalibCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check that the checkpoint can be chosen as asked; write down the configuration."""
         command = self._command_config()
-        if command.select_on != "last" and not _has_validation(self.datamodule):
+        if command.select_on != "last" and not self.validates:
             raise ValueError(
                 f"select_on is {command.select_on!r}, but the data has no validation split. Set "
-                "data.init_args.split.val to a size above 0, or select_on: last."
+                "data.init_args.split.val to a size above 0 (or give your data module a val_dataloader), or select_on: "
+                "last."
             )
         if self.trainer.is_global_zero:
             path, number = self.run_folder / "config.yaml", 2
@@ -291,6 +359,10 @@ class CalibCLI(LightningCLI):
         """Test the chosen checkpoint, once."""
         command = self._command_config()
         if command.trainer.fast_dev_run or not command.test_after_fit:
+            return
+        if not has_test(self.datamodule):
+            if self.trainer.is_global_zero:
+                print(f"{type(self.datamodule).__name__} has no test set: nothing was tested. {self.run_folder}")
             return
         chosen = self.keeper.best_model_path
         if not chosen:
@@ -329,20 +401,6 @@ class CalibCLI(LightningCLI):
             print_table({key: float(value) for key, value in self.trainer.callback_metrics.items()}, title)
             for name in uses_calibration(self.trainer):
                 print(f"{name} was trained with the calibration split: figures and fits on it are not independent.")
-
-
-def _num_classes(datamodule: LightningDataModule) -> int:
-    number = getattr(datamodule, "num_classes", None)
-    if not isinstance(number, int):
-        raise ValueError(
-            f"{type(datamodule).__name__} does not say how many classes it has: give it an int attribute num_classes."
-        )
-    return number
-
-
-def _has_validation(datamodule: Any) -> bool:
-    """Whether a benchmark of ours has a validation split; other data modules are believed."""
-    return bool(getattr(datamodule, "has_validation", True))
 
 
 def _check_select_on(key: str) -> None:

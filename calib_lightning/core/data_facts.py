@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 _prepared: WeakSet[LightningDataModule] = WeakSet()
+_UNKNOWN = object()
 
 
 def labels_of(dataset: Any) -> Tensor | None:
@@ -68,9 +69,9 @@ def num_classes_of(datamodule: LightningDataModule) -> int | None:
     if number is None and prepare(datamodule):
         number = declared_classes(datamodule)
         if number is None:
-            dataset = _dataset_of(loader_of(datamodule, "train_dataloader"))
-            number = _declared_by_set(dataset)
-            labels = labels_of(dataset) if number is None else None
+            loader = _loader_so_far(datamodule, "train_dataloader")
+            number = _declared_by_set(_dataset_of(loader))
+            labels = labels_of(_dataset_of(loader)) if number is None else None
             number = int(labels.max()) + 1 if labels is not None and len(labels) else number
     return number
 
@@ -149,6 +150,54 @@ def loader_of(datamodule: LightningDataModule, method: str) -> Any:
     return None if loader is None or sized_len(loader) == 0 else loader
 
 
+def lacks_class_counts(datamodule: LightningDataModule) -> bool:
+    """Tell whether it is known before a fit that the samples of each class cannot be counted.
+
+    Args:
+        datamodule: Any data module.
+
+    Returns:
+        Whether it has neither ``class_counts`` nor a training set whose labels are found.
+    """
+    # a property of data of ours reads all of it; that it is there is enough
+    if hasattr(type(datamodule), "class_counts") or not prepare(datamodule):
+        return False
+    if _asked(datamodule, "class_counts") is not None:
+        return False
+    loader = _loader_so_far(datamodule, "train_dataloader")
+    return loader is not _UNKNOWN and training_labels(loader) is None
+
+
+def has_validation(datamodule: LightningDataModule) -> bool:
+    """Tell whether a data module has a validation set; where that cannot be known without a trainer, it is believed.
+
+    Args:
+        datamodule: Any data module.
+
+    Returns:
+        Its ``has_validation``, or whether ``val_dataloader`` gives anything.
+    """
+    known = _asked(datamodule, "has_validation")
+    if isinstance(known, bool) or not is_overridden("val_dataloader", datamodule):
+        return known is True
+    return not prepare(datamodule) or _loader_so_far(datamodule, "val_dataloader") is not None
+
+
+def has_test(datamodule: LightningDataModule) -> bool:
+    """Tell whether a data module that has a trainer has a test set.
+
+    Args:
+        datamodule: Any data module.
+
+    Returns:
+        Whether ``test_dataloader`` gives anything.
+    """
+    if not is_overridden("test_dataloader", datamodule):
+        return False
+    datamodule.setup("test")
+    return loader_of(datamodule, "test_dataloader") is not None
+
+
 def prepare(datamodule: LightningDataModule) -> bool:
     """Prepare a data module for a fit before it has a trainer, once; random numbers go on as if it had not been.
 
@@ -169,6 +218,16 @@ def prepare(datamodule: LightningDataModule) -> bool:
             return False  # it asks its trainer
         _prepared.add(datamodule)
     return True
+
+
+def _loader_so_far(datamodule: LightningDataModule, method: str) -> Any:
+    """Loaders of a data module that may ask for a trainer which it does not have yet: then they are not known."""
+    try:
+        return loader_of(datamodule, method)
+    except AttributeError:
+        if datamodule.trainer is not None:
+            raise
+        return _UNKNOWN
 
 
 def _dataset_of(loader: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from calib_lightning.core import ClassificationModule, CorrectnessHistory, ModuleOptions
 from calib_lightning.core.own_data import has_index
@@ -172,7 +172,7 @@ class CRL(ClassificationModule):
                 "in every epoch. Use shuffle=True."
             )
         size = _train_size(loader)
-        if isinstance(loader, DataLoader):
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             _check_positions(loader.dataset, size)
         known = len(self.history.count)
         fresh = self.trainer.global_step == 0 and self.trainer.ckpt_path is None

@@ -29,7 +29,7 @@ NET = ("--model=CrossEntropy", "--model.encoder=digits_cnn", "--trainer.accelera
         ((*QUICK, "--select_on=test/accuracy"), ["test/accuracy", "test set", "val/nll"]),
         ((*QUICK, "--select_on=val/acc"), ["val/acc", "val/accuracy"]),
         ((*QUICK, "--select_on=val/signed_gap"), ["val/signed_gap"]),
-        ((*QUICK, "--data.split.val=0"), ["validation split", "select_on"]),
+        ((*QUICK, "--data.split.val=0", "--select_on=val/nll"), ["validation split", "select_on"]),
         ((*QUICK, "--data.split.val=5000"), ["val=5000", "images"]),
         ((*QUICK, "--data.split.imbalance=2"), ["imbalance=2", "(0, 1]"]),
         (
