@@ -131,6 +131,7 @@ LOADERS = {
 def test_positions_are_those_of_the_data_set(tmp_path, name):
     loader, watch = LOADERS[name](), Watch()
     data, collate = loader.dataset, loader.collate_fn
+    assert len([*loader]) == 6  # workers that persist have begun
     trainer(tmp_path, callbacks=[watch], max_epochs=2).fit(_module(), loader)
     assert watch.index == watch.pixel
     assert sorted(watch.of(0)) == sorted(watch.of(1)) == [*range(40)]
