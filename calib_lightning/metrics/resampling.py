@@ -604,8 +604,10 @@ def permutation_test(
         of_first, of_second = values.view(-1, 2).unbind(dim=1)
         drawn = of_first - of_second
         value = float(drawn[0])
+        # A rounding error must make neither equal runs nor equal differences unequal.
+        if abs(value) <= 1e-15 * max(1.0, abs(float(of_first[0]))):
+            value = 0.0
         defined = drawn[1:][~drawn[1:].isnan()]
-        # A rounding error must not make equal differences unequal.
         at_least = (defined.abs() >= abs(value) * (1 - 1e-12) - 1e-15).sum()
         p_value = float(1 + at_least) / (1 + len(defined)) if value == value else torch.nan
         found[key] = Difference(value, p_value)
