@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -58,6 +59,15 @@ def plain_message(message: str) -> str:
     """
     lines = [line for line in message.splitlines() if not _PARSER_TALK.fullmatch(line)]
     return "\n".join(re.sub(r"^\s+- ", "", line) for line in lines) if lines else message
+
+
+class _NamedData(ActionTypeHint):
+    """Takes ``--data NAME`` for all that is said of the data: what an earlier configuration says is of other data."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 4 and args[3] == "--data":
+            args[1].pop(self.dest, None)
+        return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class _FromLink(BaseException):
@@ -169,6 +179,9 @@ class CalibCLI(LightningCLI):
             default=True,
             help="After fit, test the chosen checkpoint, save all predictions and print the table.",
         )
+        for action in parser._actions:
+            if action.dest == "data":
+                action.__class__ = _NamedData
         parser.add_argument("--quiet", type=bool, default=False, help="No progress bar and no model summary.")
         parser.link_arguments(
             "data", "model.init_args.num_classes", compute_fn=self._num_classes, apply_on="instantiate"

@@ -53,6 +53,7 @@ def resolve_configs(argv: list[str]) -> list[str]:
         FileNotFoundError: If ``-c`` names no file, or ``--data`` or ``--model`` neither a file nor what may be a class;
             the nearest names are in the message.
     """
+    argv = _data_before_its_settings(argv)
     resolved = list(argv)
     for i, argument in enumerate(argv):
         option, equals, value = argument.partition("=")
@@ -69,6 +70,16 @@ def resolve_configs(argv: list[str]) -> list[str]:
         elif re.fullmatch(r"[a-z0-9_]+", value):  # a name of a file; classes begin with a capital letter
             raise FileNotFoundError(_not_among(value, option))
     return resolved
+
+
+def _data_before_its_settings(argv: list[str]) -> list[str]:
+    """Move ``--data NAME``, which begins the data anew, before the first ``--data.<setting>``."""
+    settings = [i for i, argument in enumerate(argv) if argument.startswith("--data.")]
+    names = [i for i, argument in enumerate(argv) if argument == "--data" or argument.startswith("--data=")]
+    if not settings or not names or names[-1] < settings[0]:
+        return argv
+    stop = names[-1] + (2 if argv[names[-1]] == "--data" else 1)
+    return argv[: settings[0]] + argv[names[-1] : stop] + argv[settings[0] : names[-1]] + argv[stop:]
 
 
 def _not_among(name: str, option: str) -> str:

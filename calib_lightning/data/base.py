@@ -113,6 +113,8 @@ class BenchmarkDataModule(LightningDataModule):
         sets |= {name: take(source, None, normalize) for name, source in more.items()}
         if not sets:
             raise ValueError(f"{type(self).__name__} has no images at all: check its files.")
+        frames = (data.image.frame for data in sets.values() if isinstance(data, FileSet))
+        self.frame = next(frames, None)
         self._files = {name: part.file for name, part in parts.items()} | {name: name for name in more}
         self._sets = sets
 

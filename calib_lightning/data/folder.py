@@ -127,10 +127,10 @@ class FolderDataModule(BenchmarkDataModule):
         super().setup(stage)
 
     def _load(self, part: File) -> Source | None:
-        if part not in self.parts or self.frame is None:
+        if part not in self.parts:
             return None
         folder, names, label = self._list(part)
-        return Source(ImageFiles(folder, names, self.frame), label)
+        return Source(ImageFiles(folder, names, self._frame), label)
 
     def _list(self, part: File) -> tuple[Path, list[str], Tensor]:
         """Folder, names and labels of a part, whose classes are among those of the first one."""
@@ -169,7 +169,7 @@ class FolderDataModule(BenchmarkDataModule):
         sizes = {(header.height, header.width) for header in headers}
         size = self.size or (sizes.pop() if len(sizes) == 1 else (_SIDE, _SIDE))
         channels = self.channels or max(header.channels for header in headers)
-        self.frame = Frame(size, channels)
+        self._frame = Frame(size, channels)
         mean, std = self._given
         self.mean, self.std = mean or _STATISTICS[channels][0], std or _STATISTICS[channels][1]
         for name, values in (("mean", self.mean), ("std", self.std)):

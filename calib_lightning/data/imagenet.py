@@ -73,6 +73,8 @@ class ImageNetDataModule(BenchmarkDataModule):
         augment: Whether training images are cropped (8 % to all of the area) and mirrored at random.
         size: Height and width in pixels of what the network gets.
         crop_mode: "center" (resize to 8/7 of the size, then crop) or "squash" (resize both sides, as NCToolkit does).
+        mean: Mean of each channel, as a fraction; 0.5 for timm's ViT and Mixer.
+        std: Standard deviation of each channel, as a fraction; 0.5 for timm's ViT and Mixer.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -86,8 +88,6 @@ class ImageNetDataModule(BenchmarkDataModule):
     """
 
     num_classes = 1000
-    mean = IMAGENET_MEAN
-    std = IMAGENET_STD
     crop_scale = (0.08, 1.0)
     default_split: ClassVar[SplitSpec] = SplitSpec(calibration=25_000, calibration_from="test")
     test_size: ClassVar[int] = 50_000
@@ -101,9 +101,11 @@ class ImageNetDataModule(BenchmarkDataModule):
         augment: bool = True,
         size: int = 224,
         crop_mode: CropMode = "center",
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         super().__init__(split, batch_size, num_workers)
-        self.root = Path(root).expanduser().resolve()
+        self.root, self.mean, self.std = Path(root).expanduser().resolve(), mean, std
         self.augment, self._frame = augment, imagenet_frame(size, crop_mode)
 
     def prepare_data(self) -> None:

@@ -94,3 +94,27 @@ def test_criteria_and_batch_transforms_compose(calib, tmp_path):
     done = calib("fit", "--model", "mixup", "--model.batch_transform=MITLTransform", *quick)
     assert done.code == 1
     assert "batch transform of its own, MixupTransform" in done.err
+
+
+def _data(calib, *options):
+    done = calib("fit", "-c", "quickstart", *options, "--print_config")
+    assert done.code == 0, done.err
+    return yaml.safe_load(done.out)["data"]["init_args"]
+
+
+def test_naming_the_data_begins_it_anew(calib):
+    # the quickstart has a long tail and batches of 32
+    inherited = _data(calib)
+    assert (inherited["split"]["imbalance"], inherited["batch_size"]) == (0.1, 32)
+    for name in ("fashion_mnist", "digits", "FashionMNISTDataModule"):
+        data = _data(calib, "--data", name)
+        assert data["batch_size"] == 128
+        assert data["split"] is None or data["split"]["imbalance"] == 1.0
+    assert _data(calib, "--data=digits")["split"]["val"] == 100
+
+
+def test_settings_of_the_data_count_before_and_after_its_name(calib):
+    for options in (("--data.split.val=7", "--data", "digits"), ("--data=digits", "--data.split.val=7")):
+        split = _data(calib, *options)["split"]
+        assert (split["val"], split["calibration"], split["imbalance"]) == (7, 200, 1.0)
+    assert _data(calib, "--data.split.val=7")["split"]["imbalance"] == 0.1

@@ -28,8 +28,7 @@ from calib_lightning.core import (
     StepSeed,
 )
 from calib_lightning.core.preemption import Preempted
-from calib_lightning.data import CleanViews, CropFlip, SplitSpec, ToyDataModule
-from calib_lightning.data import InMemorySet, ResumableLoader
+from calib_lightning.data import CleanViews, CropFlip, InMemorySet, ResumableLoader, SplitSpec, ToyDataModule
 from calib_lightning.methods import CrossEntropyLoss, Mixup, MixupTransform
 from tests.ddp.cases import Dropped, Watch, cosine, digest, sgd, trainer
 from tests.ddp.pool import PROCESSES
