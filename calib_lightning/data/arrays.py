@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib_lightning.data.archives import load_npz
+from calib_lightning.data.array_files import load_npz
 from calib_lightning.data.base import BenchmarkDataModule
 from calib_lightning.data.folder import OWN_SPLIT
 from calib_lightning.data.source import Source

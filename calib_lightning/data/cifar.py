@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from calib_lightning.data.archives import Archive, fetch, load_npy
+from calib_lightning.data.array_files import load_npy
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.web_files import Archive, fetch
 
 
 class CIFAR10DataModule(DownloadedDataModule):

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib_lightning.data.archives import Archive, load_npy, load_npz
+from calib_lightning.data.array_files import load_npy, load_npz
 from calib_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.web_files import Archive
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),

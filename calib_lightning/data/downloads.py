@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from calib_lightning.data.archives import Archive, extract, fetch, locked, md5_of
+from calib_lightning.data.archives import extract
 from calib_lightning.data.base import BenchmarkDataModule
 from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.web_files import Archive, fetch, locked, md5_of
 
 
 class DownloadedDataModule(BenchmarkDataModule):

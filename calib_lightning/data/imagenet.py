@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Literal, get_args
 from lightning.pytorch.utilities import rank_zero_warn
 from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
 
-from calib_lightning.data.archives import Archive, extract, fetch, locked
+from calib_lightning.data.archives import extract
 from calib_lightning.data.base import BenchmarkDataModule
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.folders import check_counts, class_files
 from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.web_files import Archive, fetch, locked
 from calib_lightning.images import CROP_MODES, CropMode, Frame
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from calib_lightning.data.archives import Archive, load_npz
+from calib_lightning.data.array_files import load_npz
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.web_files import Archive
 
 
 class MedMNISTDataModule(DownloadedDataModule):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
 
-from calib_lightning.data.archives import Archive
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
+from calib_lightning.data.web_files import Archive
 
 _UNSIGNED_BYTES = 8
 

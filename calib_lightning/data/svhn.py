@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torchvision.datasets import SVHN
 
-from calib_lightning.data.archives import Archive
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
+from calib_lightning.data.web_files import Archive
 
 
 class SVHNDataModule(DownloadedDataModule):

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torchvision.datasets import DTD
 
-from calib_lightning.data.archives import Archive
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.folders import check_counts
 from calib_lightning.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, imagenet_frame
 from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.web_files import Archive
 
 
 class TexturesDataModule(DownloadedDataModule):

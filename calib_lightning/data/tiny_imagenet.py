@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from calib_lightning.data.archives import Archive
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.folders import check_counts, class_files
 from calib_lightning.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.web_files import Archive
 from calib_lightning.images import Frame
 
 _FOLDER, _SUFFIXES = "tiny-imagenet-200", (".jpeg",)

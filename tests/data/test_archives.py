@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from calib_lightning.data import archives
-from calib_lightning.data.archives import Archive, extract, fetch, load_npy, load_npz, locked, md5_of
+from calib_lightning.data import web_files
+from calib_lightning.data.archives import extract
+from calib_lightning.data.array_files import load_npy, load_npz
+from calib_lightning.data.web_files import Archive, fetch, locked, md5_of
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -53,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """A server on this machine; the attributes say what it answers and what it was asked."""
-    monkeypatch.setattr(archives, "_PAUSES", (0, 0, 0))
+    monkeypatch.setattr(web_files, "_PAUSES", (0, 0, 0))
     plan = SimpleNamespace(body=CONTENT, type="application/gzip", status=200, resumes=True, shift=0, delay=0)
     plan.cuts, plan.statuses, plan.ranges, plan.agents = [], [], [], []
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as http:
@@ -103,7 +105,7 @@ def test_a_broken_connection_is_continued_in_the_same_call(server, tmp_path):
 
 
 def test_the_next_call_continues_where_the_last_one_was_interrupted(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "_PAUSES", ())
+    monkeypatch.setattr(web_files, "_PAUSES", ())
     server.cuts = [HALF]
     archive = Archive(server.url, "a.bin", MD5)
     with pytest.raises(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from calib_lightning.data import CIFAR10DataModule, CIFAR100DataModule, SplitSpec, archives
+from calib_lightning.data import CIFAR10DataModule, CIFAR100DataModule, SplitSpec, web_files
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_damaged_file(small_cifar100, damaged):
 
 def test_failed_download(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "url", (tmp_path / "nothing.tar.gz").as_uri())
-    monkeypatch.setattr(archives, "_PAUSES", ())
+    monkeypatch.setattr(web_files, "_PAUSES", ())
     with pytest.raises(FileNotFoundError, match=r"the download failed: .*nothing.tar.gz could not be downloaded"):
         CIFAR10DataModule(root=tmp_path / "new").prepare_data()
 
@@ -102,7 +102,7 @@ def test_download_and_unpack(small_cifar100, tmp_path, monkeypatch):
     with tarfile.open(site, "w:gz") as archive:
         archive.add(root / CIFAR100.base_folder, CIFAR100.base_folder)
     monkeypatch.setattr(CIFAR100, "url", site.as_uri())
-    monkeypatch.setattr(CIFAR100, "tgz_md5", archives.md5_of(site))
+    monkeypatch.setattr(CIFAR100, "tgz_md5", web_files.md5_of(site))
     data = CIFAR100DataModule(root=tmp_path / "new")
     data.prepare_data()
     site.unlink()

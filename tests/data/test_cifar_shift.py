@@ -15,8 +15,8 @@ from calib_lightning.data import (
     CIFAR101DataModule,
     CIFAR102DataModule,
     SplitSpec,
-    archives,
     cifar_shift,
+    web_files,
 )
 
 
@@ -42,7 +42,7 @@ def cifar101(tmp_path, monkeypatch):
         names = [f"cifar10.1_{version}_{kind}.npy" for kind in ("data", "labels")]
         np.save(folder / names[0], images(size))
         np.save(folder / names[1], (np.arange(size) % 10).astype(np.int32))
-        versions[version] = (size, *(archives.md5_of(folder / name) for name in names))
+        versions[version] = (size, *(web_files.md5_of(folder / name) for name in names))
     monkeypatch.setattr(CIFAR101DataModule, "versions", versions)
     return folder
 
@@ -133,11 +133,11 @@ def cifar10c(tmp_path, monkeypatch):
         rows = (start + np.arange(20, dtype=np.uint8))[:, None, None, None]
         np.save(folder / f"{name}.npy", np.broadcast_to(rows, (20, 32, 32, 3)).copy())
     np.save(folder / "labels.npy", np.tile(np.arange(4, dtype=np.uint8), 5))
-    monkeypatch.setattr(CIFAR10CDataModule, "labels_md5", archives.md5_of(folder / "labels.npy"))
+    monkeypatch.setattr(CIFAR10CDataModule, "labels_md5", web_files.md5_of(folder / "labels.npy"))
     packed = tmp_path / "site" / "CIFAR-10-C.tar"
     with tarfile.open(packed, "w") as archive:
         archive.add(folder, folder.name)
-    found = archives.Archive(packed.as_uri(), packed.name, archives.md5_of(packed))
+    found = web_files.Archive(packed.as_uri(), packed.name, web_files.md5_of(packed))
     monkeypatch.setattr(CIFAR10CDataModule, "packed", found)
     return tmp_path / "data"
 
