@@ -57,6 +57,9 @@ def test_the_two_setup_commands_are_those_that_are_checked():
 )
 def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(REPOSITORY)
+    own = "from lightning.pytorch import LightningDataModule\n\n\nclass MyDataModule(LightningDataModule):\n    pass\n"
+    (tmp_path / "my_module.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as leaving:
         main(command if "--help" in command else [*command, "--print_config"])
     assert leaving.value.code == 0, capsys.readouterr().err
@@ -124,7 +127,9 @@ def test_every_method_and_data_set_named_is_there_and_every_method_is_named():
     table = re.findall(r"^\| `(\w+)` \| .*\|$", README.partition("| `--model` |")[2].partition("\n\n")[0], re.MULTILINE)
     assert sorted(table) == sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
     sentence = re.search(r"`--data` takes (.*?);", README, re.DOTALL).group(1)
-    for name in re.findall(r"`(\w+)`", sentence):
+    named = re.findall(r"`(\w+)`", sentence)
+    assert sorted(named) == sorted(path.stem for path in (REPOSITORY / "configs" / "data").glob("*.yaml"))
+    for name in named:
         assert find_config(name, "data") is not None, name
 
 
