@@ -65,7 +65,7 @@ def _with_trainer(arguments: list[str]) -> int:
     forget_run_folder()
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # a script has its folder there: data modules of one's own are found by name
+        sys.path.append(here)  # data modules of one's own are found by name, and hide no package
     try:
         CalibCLI(resolve_configs(arguments))
     except USER_ERRORS as error:

@@ -73,13 +73,17 @@ def resolve_configs(argv: list[str]) -> list[str]:
 
 
 def _data_before_its_settings(argv: list[str]) -> list[str]:
-    """Move ``--data NAME``, which begins the data anew, before the first ``--data.<setting>``."""
-    settings = [i for i, argument in enumerate(argv) if argument.startswith("--data.")]
+    """Move every ``--data.<setting>`` behind the last ``--data NAME``, which begins the data anew."""
     names = [i for i, argument in enumerate(argv) if argument == "--data" or argument.startswith("--data=")]
-    if not settings or not names or names[-1] < settings[0]:
+    if not names:
         return argv
     stop = names[-1] + (2 if argv[names[-1]] == "--data" else 1)
-    return argv[: settings[0]] + argv[names[-1] : stop] + argv[settings[0] : names[-1]] + argv[stop:]
+    kept: list[str] = []
+    moved: list[str] = []
+    for i, argument in enumerate(argv[:stop]):
+        value = i > 0 and argv[i - 1].startswith("--data.") and "=" not in argv[i - 1] and not argument.startswith("--")
+        (moved if argument.startswith("--data.") or value else kept).append(argument)
+    return kept + moved + argv[stop:]
 
 
 def _not_among(name: str, option: str) -> str:

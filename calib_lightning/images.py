@@ -178,12 +178,14 @@ class Header(NamedTuple):
     channels: int
 
 
-def read_header(path: Path, formats: tuple[str, ...] = OWN_FORMATS) -> Header:
+def read_header(path: Path, formats: tuple[str, ...] = OWN_FORMATS, *, upright: bool = True) -> Header:
     """Read what an image file says about itself, without its pixels.
 
     Args:
         path: The file.
         formats: Formats that are decoded.
+        upright: Whether height and width are those after the turn that the camera has noted. In a PNG file the note may
+            stand at the end, so that the whole file is read for it.
 
     Returns:
         Height, width and channels.
@@ -195,7 +197,7 @@ def read_header(path: Path, formats: tuple[str, ...] = OWN_FORMATS) -> Header:
         with Image.open(path, formats=formats) as image:
             if image.mode not in _EIGHT_BITS:
                 raise ValueError(f"it is of mode {image.mode}, allowed: 8 bits a channel; convert it to RGB or grey")
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5  # a quarter turn, with or without a mirror
+            turned = upright and image.getexif().get(_ORIENTATION, 1) >= 5  # a quarter turn, with or without a mirror
             height, width = (image.width, image.height) if turned else (image.height, image.width)
             grey = image.mode in _GREY or (image.mode == "P" and _has_grey_palette(image))
             return Header(height, width, 1 if grey else 3)

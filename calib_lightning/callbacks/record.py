@@ -140,7 +140,7 @@ class RunRecord(Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "save_splits"):
             return
-        data, found = type(datamodule).__qualname__, datamodule.splits_hash
+        data, found = datamodule.identity, datamodule.splits_hash
         if self._record.get("splits") is None:
             self._record |= {"data": data, "splits": found, "share": datamodule.split.share}
             if trainer.is_global_zero:

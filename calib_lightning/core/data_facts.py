@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import os
+import tempfile
 from collections.abc import Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 import torch
+from filelock import FileLock
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -210,12 +214,13 @@ def prepare(datamodule: LightningDataModule) -> bool:
     if datamodule not in _prepared:
         try:
             with isolate_rng(include_cuda=False):
-                rank_zero_only(datamodule.prepare_data)()
+                with FileLock(_lock_of_job()):  # processes have no group yet: each of them looks, one after the other
+                    datamodule.prepare_data()
                 datamodule.setup("fit")
-        except AttributeError:
-            if datamodule.trainer is not None:
+        except AttributeError as error:
+            if not _asks_trainer(error, datamodule):
                 raise
-            return False  # it asks its trainer
+            return False
         _prepared.add(datamodule)
     return True
 
@@ -224,10 +229,21 @@ def _loader_so_far(datamodule: LightningDataModule, method: str) -> Any:
     """Loaders of a data module that may ask for a trainer which it does not have yet: then they are not known."""
     try:
         return loader_of(datamodule, method)
-    except AttributeError:
-        if datamodule.trainer is not None:
+    except AttributeError as error:
+        if not _asks_trainer(error, datamodule):
             raise
         return _UNKNOWN
+
+
+def _asks_trainer(error: AttributeError, datamodule: LightningDataModule) -> bool:
+    """Whether a data module has asked something of the trainer that it does not have yet, which is ``None``."""
+    return error.obj is None and datamodule.trainer is None
+
+
+def _lock_of_job() -> Path:
+    """A file that the processes of one job on one machine share."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or os.environ.get("MASTER_PORT", "")
+    return Path(tempfile.gettempdir()) / f"calib-data-{getpass.getuser()}-{job or os.getpid()}.lock"
 
 
 def _dataset_of(loader: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from calib_lightning.data.web_files import CHUNK, WEB_PAGE, is_web_page
 
-REMEDY = "Delete it and download it again."
+REMEDY = "Get it again: download it, or save it once more."
 """What to do with a damaged file."""
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -149,7 +149,7 @@ def _member_fault(member: _Member) -> str | None:
 def naming_damage(path: Path) -> Iterator[None]:
     """Say which file is damaged, or that it is a web page or missing, and what to do."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Download it.")
+        raise FileNotFoundError(f"{path} is missing. Download it, or name another file.")
     if is_web_page(path):
         raise ValueError(f"{path} is {WEB_PAGE}. {REMEDY}")
     try:

@@ -16,6 +16,23 @@ from calib_lightning.data.archives import REMEDY, naming_damage
 from calib_lightning.data.web_files import CHUNK
 
 
+def npz_names(path: Path) -> list[str]:
+    """List the arrays of a ``.npz`` file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Their names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or of another format.
+    """
+    with naming_damage(path), zipfile.ZipFile(path) as pack:
+        return [name.removesuffix(".npy") for name in pack.namelist() if name.endswith(".npy")]
+
+
 def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
     """Read arrays of a ``.npz`` file; Python objects are never loaded.
 
@@ -36,8 +53,8 @@ def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDAr
         >>> load_npz(path, ["label"])
         {'label': array([0, 1, 2])}
     """
+    found = npz_names(path)
     with naming_damage(path), zipfile.ZipFile(path) as pack:
-        found = [name.removesuffix(".npy") for name in pack.namelist() if name.endswith(".npy")]
         if missing := sorted(set(names or ()) - set(found)):
             raise ValueError(f"{path} has no array {missing[0]!r}, only {', '.join(found)}. Name one of these.")
         arrays = {}
@@ -79,7 +96,7 @@ def _array(name: str, read: Callable[[], NDArray[Any]]) -> NDArray[Any]:
     """Read one array and say which it is if that fails."""
     try:
         return read()
-    except (ValueError, SyntaxError, TypeError, TokenError) as error:
+    except (ValueError, SyntaxError, TypeError, TokenError, MemoryError, OverflowError) as error:
         if "objects in dtype" in str(error) or "Object arrays" in str(error):
             raise ValueError(f"{name} holds Python objects, which are never loaded. Save numbers or text.") from error
         raise ValueError(f"{name} is damaged, truncated or of another format ({error}). {REMEDY}") from error

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib_lightning.data.array_files import load_npz
+from calib_lightning.data.array_files import load_npz, npz_names
 from calib_lightning.data.base import BenchmarkDataModule
 from calib_lightning.data.folder import OWN_SPLIT
 from calib_lightning.data.source import Source
@@ -35,10 +35,11 @@ class ArraysDataModule(BenchmarkDataModule):
         augment: Whether training images are shifted by up to 4 pixels and mirrored at random.
         mean: Mean of each channel, as a fraction; ``None`` takes 0.5.
         std: Standard deviation of each channel, as a fraction; ``None`` takes 0.5.
+        num_classes: K, where the file has not images of every class; ``None`` takes the largest label plus 1.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or its arrays are not as said above.
+        ValueError: If it is damaged or its labels are not as said above; ``setup`` says so of images.
 
     Example:
         ``ArraysDataModule("digits.npz")``
@@ -55,27 +56,37 @@ class ArraysDataModule(BenchmarkDataModule):
         augment: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__(split, batch_size, num_workers)
-        self.file = Path(file).expanduser().resolve()
-        self.augment = augment
-        held = load_npz(self.file)
-        self._labels = self._find_labels(held)
-        names = held.get("class_names")
+        self.file, self.augment = Path(file).expanduser().resolve(), augment
+        if not self.file.is_file():
+            raise FileNotFoundError(f"file is {str(self.file)!r}; there is none. Set it to your .npz file.")
+        self._keys = npz_names(self.file)
+        self._labels = self._find_labels()
         every = np.concatenate(list(self._labels.values()))
         if every.dtype.kind == "U":
             self.class_names = tuple(str(name) for name in np.unique(every))
             self._labels = {part: np.searchsorted(np.unique(every), label) for part, label in self._labels.items()}
-        elif names is not None:
+        elif "class_names" in self._keys:
+            names = load_npz(self.file, ["class_names"])["class_names"]
             self.class_names = tuple(str(name) for name in names.tolist())
-        self.num_classes = len(self.class_names) if self.class_names else int(every.max()) + 1
+        self.num_classes = num_classes or (len(self.class_names) if self.class_names else int(every.max()) + 1)
         if self.num_classes < 2:
             raise ValueError(f"{self.file} has {self.num_classes} class; it needs two at least. Look at its labels.")
+        if self.class_names is None and num_classes is None and int(every.min()) > 0:
+            raise ValueError(
+                f"labels of {self.file} are {every.min()}..{every.max()}; they must begin with 0. Save labels -"
+                f" {every.min()}, or say num_classes={every.max() + 1} if no image of class 0 is in the file."
+            )
         self.official_val = "val" in self._labels
         self.split = self.split.for_files(self._labels)
-        self._images = {part: self._read_images(held[_key(held, part, "images")], part) for part in self._labels}
-        channels = next(iter(self._images.values())).shape[1]
-        self.mean, self.std = mean or (0.5,) * channels, std or (0.5,) * channels
+        self._given = mean, std
+
+    @property
+    def identity(self) -> str:
+        """Another file is other data."""
+        return f"{super().identity} {self.file}"
 
     def load_train(self) -> Source | None:
         """The training images, and what is cut from them."""
@@ -92,47 +103,73 @@ class ArraysDataModule(BenchmarkDataModule):
     def _load(self, part: File) -> Source | None:
         if part not in self._labels:
             return None
-        return Source(self._images[part], torch.from_numpy(self._labels[part].astype(np.int64)))
+        image = self._read_images(part)
+        if part == next(iter(self._labels)):
+            mean, std = self._given
+            self.mean, self.std = mean or (0.5,) * image.shape[1], std or (0.5,) * image.shape[1]
+        if len(self.mean) != image.shape[1] or len(self.std) != image.shape[1]:
+            raise ValueError(
+                f"the {part} images of {self.file} have {image.shape[1]} channels, but there are {len(self.mean)} means"
+                f" and {len(self.std)} standard deviations. Save all images with the same channels, and give as many."
+            )
+        return Source(image, torch.from_numpy(self._labels[part].astype(np.int64)))
 
-    def _find_labels(self, held: dict[str, NDArray[Any]]) -> dict[File, NDArray[Any]]:
+    def _key(self, part: File, what: str) -> str:
+        """Name of an array; a file without parts holds training images."""
+        return what if part == "train" and "images" in self._keys else f"{part}_{what}"
+
+    def _find_labels(self) -> dict[File, NDArray[Any]]:
         """Labels (N,) of each part that the file has."""
-        parts = [part for part in _PARTS if _key(held, part, "images") in held]
+        parts = [part for part in _PARTS if self._key(part, "images") in self._keys]
         if not parts:
             raise ValueError(
-                f"{self.file} holds {', '.join(held) or 'nothing'}; it must hold images and labels, or train_images and"
-                " train_labels (and val_, test_). Save it with numpy.savez(file, images=..., labels=...)."
+                f"{self.file} holds {', '.join(self._keys) or 'nothing'}; it must hold images and labels, or"
+                " train_images and train_labels (and val_, test_). Save it with numpy.savez(file, images=...,"
+                " labels=...)."
             )
-        found: dict[File, NDArray[Any]] = {}
         for part in parts:
-            key = _key(held, part, "labels")
-            if key not in held:
-                raise ValueError(f"{self.file} holds {_key(held, part, 'images')} but no {key}. Save both.")
-            label = held[key]
-            label = label[:, 0] if label.ndim == 2 and label.shape[1] == 1 else label
-            rows = len(held[_key(held, part, "images")])
-            if label.shape != (rows,) or label.dtype.kind not in "iuU":
+            if self._key(part, "labels") not in self._keys:
                 raise ValueError(
-                    f"{key} of {self.file} are {label.dtype} of shape {held[key].shape}; they must be whole numbers or"
-                    f" names, one for each of {rows} images. Save labels.astype(int), one-hot ones as argmax(1)."
+                    f"{self.file} holds {self._key(part, 'images')} but no {self._key(part, 'labels')}. Save both."
                 )
-            found[part] = label
-        return found
+        held = load_npz(self.file, [self._key(part, "labels") for part in parts])
+        return {part: self._checked_labels(key, label) for part, (key, label) in zip(parts, held.items(), strict=True)}
 
-    def _read_images(self, image: NDArray[Any], part: File) -> Tensor:
-        shape = image.shape
+    def _checked_labels(self, key: str, label: NDArray[Any]) -> NDArray[Any]:
+        shape = label.shape
+        label = label[:, 0] if label.ndim == 2 and shape[1] == 1 else label
+        remedy = "Save one for each image"
+        if label.ndim == 2 and len(label) and label.dtype.kind in "iufb" and bool((label.sum(1) == 1).all()):
+            remedy = "Save labels.argmax(1) of one-hot labels"
+        elif label.dtype.kind == "f" and np.isfinite(label).all() and (label == np.floor(label)).all():
+            remedy = "Save labels.astype(int)"
+        if label.ndim != 1 or not len(label) or label.dtype.kind not in "iuU":
+            raise ValueError(
+                f"{key} of {self.file} are {label.dtype} of shape {shape}; they must be whole numbers or names, (N,)."
+                f" {remedy}."
+            )
+        if label.dtype.kind in "iu" and label.min() < 0:
+            raise ValueError(f"{key} of {self.file} hold {label.min()}; they must be numbers from 0 on. Map them.")
+        return label
+
+    def _read_images(self, part: File) -> Tensor:
+        key = self._key(part, "images")
+        image = load_npz(self.file, [key])[key]
+        shape, rows = image.shape, len(self._labels[part])
         if image.ndim == 3:
             image = image[:, None]
         elif image.ndim == 4 and shape[3] in (1, 3):
             image = image.transpose(0, 3, 1, 2)
-        if image.dtype != np.uint8 or image.ndim != 4 or image.shape[1] not in (1, 3):
+        if image.ndim != 4 or image.shape[1] not in (1, 3):
             raise ValueError(
-                f"the {part} images of {self.file} are {image.dtype} of shape {shape}; they must be uint8 of shape"
-                " (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3. Save fractions as"
+                f"{key} of {self.file} are of shape {shape}; they must be (N, H, W), (N, H, W, C) or (N, C, H, W) with"
+                " C = 1 or 3. Reshape them."
+            )
+        if image.dtype != np.uint8:
+            raise ValueError(
+                f"{key} of {self.file} are {image.dtype}; they must be uint8, 0 to 255. Save fractions as"
                 " (images * 255).round().astype('uint8')."
             )
+        if len(image) != rows:
+            raise ValueError(f"{self.file} has {rows} labels for {len(image)} {part} images. Save one for each.")
         return torch.from_numpy(np.ascontiguousarray(image))
-
-
-def _key(held: dict[str, NDArray[Any]], part: File, what: str) -> str:
-    """Name of an array; a file without parts holds training images."""
-    return what if part == "train" and "images" in held else f"{part}_{what}"

@@ -144,12 +144,21 @@ class BenchmarkDataModule(LightningDataModule):
         return dict(self._files)
 
     @property
+    def identity(self) -> str:
+        """Names the data: a run that goes on with data of the same name must have the same splits."""
+        return type(self).__qualname__
+
+    @property
     def splits_hash(self) -> str:
-        """SHA-256 over the names, files and rows of all sets, in hexadecimal: equal hashes mean equal splits."""
+        """SHA-256 over the names, rows, labels and image files of all sets: equal hashes mean equal splits."""
         digest = hashlib.sha256()
         for name, rows in self.splits.items():
             digest.update(f"{name}:{self._files.get(name)}:{len(rows)}:".encode())
             digest.update(rows.astype("<i8").tobytes())
+        for data in self._ready().values():
+            digest.update(data.label.numpy().astype("<i8").tobytes())
+            if isinstance(data, FileSet):
+                digest.update(b"\n".join(data.image.names.tolist()))
         return digest.hexdigest()
 
     @property

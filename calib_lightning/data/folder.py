@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -28,6 +28,7 @@ _PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 _STATISTICS = {1: ((0.5,), (0.5,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 _SIDE = 224  # of images of different sizes
 _LOOKED_AT, _CHECKED, _NAMED = 200, 100_000, 10
+_NARROW = 100  # longer side over the shorter one
 
 
 class FolderDataModule(BenchmarkDataModule):
@@ -43,7 +44,7 @@ class FolderDataModule(BenchmarkDataModule):
         batch_size: Rows of one batch of one process.
         num_workers: Processes that decode images.
         size: Side, or height and width, in pixels; ``None`` takes that of the images, or 224 if they differ.
-        channels: 1 (grey) or 3 (RGB); ``None`` takes 1 if all images are grey.
+        channels: 1 (grey) or 3 (RGB); ``None`` takes 1 if the images are grey.
         augment: Whether a random part (35 to 100 %) of each training image is taken and mirrored half of the time.
         mean: Mean of each channel, as a fraction; ``None`` takes ImageNet's for RGB and 0.5 for grey images.
         std: Standard deviation of each channel, likewise (0.5 for grey images).
@@ -99,7 +100,8 @@ class FolderDataModule(BenchmarkDataModule):
         paths = [folder / name for folder, names, _ in map(self._list, self.parts) for name in names]
         chosen = [paths[row] for row in _spread(len(paths), _CHECKED)]
         with ThreadPoolExecutor(8) as pool:
-            faults = [fault for fault in pool.map(_fault, chosen) if fault is not None]
+            found = list(pool.map(_look, chosen))
+        faults = [fault for fault in found if isinstance(fault, str)]
         if faults:
             more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
             lines = "\n".join(f"  {fault}" for fault in faults[:_NAMED])
@@ -107,6 +109,14 @@ class FolderDataModule(BenchmarkDataModule):
                 f"{len(faults)} of {len(chosen)} image files under {self.root} cannot be used:\n{lines}{more}\nRepair"
                 " them, or take them out of the folder."
             )
+        coloured = [path for path, header in zip(chosen, found, strict=True) if header == 3]
+        if self.channels is None and coloured and self._channels(paths) == 1:
+            raise ValueError(f"{coloured[0]} has colours, most images are grey; set channels to 1 or 3.")
+
+    @property
+    def identity(self) -> str:
+        """Another folder is other data."""
+        return f"{super().identity} {self.root}"
 
     def load_train(self) -> Source | None:
         """List the images that are trained on, and what is cut from them."""
@@ -154,6 +164,8 @@ class FolderDataModule(BenchmarkDataModule):
                 if part in parts:
                     raise ValueError(f"{self.root} has two folders of {part} images, {parts[part].name} and {name}.")
                 parts[part] = self.root / name
+        if not all(_folders(folder) for folder in parts.values()):
+            return {"train": self.root}  # folders of images: a class of vehicles, say, may be called train
         if "train" not in parts and "test" not in parts:
             if parts:
                 raise FileNotFoundError(f"{self.root} has a folder {', '.join(found)} but none called train.")
@@ -162,13 +174,15 @@ class FolderDataModule(BenchmarkDataModule):
             warnings.warn(f"folders of {self.root} beside train, val and test are not read: {unread}", stacklevel=4)
         return parts
 
+    def _channels(self, paths: Sequence[Path]) -> int:
+        return max(header.channels for header in _headers(paths))
+
     def _choose_frame(self) -> None:
         """Look at some images; all processes look at the same ones."""
         paths = [folder / name for folder, names, _ in map(self._list, self.parts) for name in names]
-        headers = _headers(paths[row] for row in _spread(len(paths), _LOOKED_AT))
-        sizes = {(header.height, header.width) for header in headers}
+        sizes = {(header.height, header.width) for header in _headers(paths)}
         size = self.size or (sizes.pop() if len(sizes) == 1 else (_SIDE, _SIDE))
-        channels = self.channels or max(header.channels for header in headers)
+        channels = self.channels or self._channels(paths)
         self._frame = Frame(size, channels)
         mean, std = self._given
         self.mean, self.std = mean or _STATISTICS[channels][0], std or _STATISTICS[channels][1]
@@ -186,17 +200,24 @@ def _spread(size: int, most: int) -> Sequence[int]:
     return range(size) if size <= most else [int(row) for row in np.linspace(0, size - 1, most)]
 
 
-def _fault(path: Path) -> str | None:
+def _look(path: Path) -> str | int:
+    """Number of channels of a file, or what is wrong with it."""
     try:
-        read_header(path)
+        header = read_header(path, upright=False)
     except ValueError as error:
         return f"{path}: {error}"
-    return None
+    longer, shorter = max(header.height, header.width), min(header.height, header.width)
+    return (
+        f"{path}: it is {header.width} x {header.height}, too long and narrow; crop it"
+        if longer > _NARROW * shorter
+        else header.channels
+    )
 
 
-def _headers(paths: Iterable[Path]) -> list[Header]:
+def _headers(paths: Sequence[Path]) -> list[Header]:
+    """Headers of some of the files."""
     headers = []
-    for path in paths:
+    for path in (paths[row] for row in _spread(len(paths), _LOOKED_AT)):
         try:
             headers.append(read_header(path))
         except ValueError as error:

@@ -45,7 +45,7 @@ def class_files(root: Path, classes: Sequence[str], suffixes: Sequence[str]) -> 
         more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
         raise FileNotFoundError(
             f"{root} has no images ({', '.join(endings)}) of {len(empty)} of {len(classes)} classes:"
-            f" {', '.join(empty[:_NAMED])}{more}. Give every class a folder of its name with its images."
+            f" {', '.join(empty[:_NAMED])}{more}. Give each a folder of its name with images, or take it out."
         )
     label = np.repeat(np.arange(len(classes)), [len(files) for files in found])
     return [name for files in found for name in files], torch.from_numpy(label)
@@ -85,5 +85,5 @@ def _files(root: Path, folder: str, endings: tuple[str, ...]) -> Iterator[str]:
                 continue
             if name.lower().endswith(endings) and entry.is_file():
                 yield name
-            elif entry.is_dir():
+            elif entry.is_dir(follow_symlinks=False):  # a link may lead to another class, or to itself
                 yield from _files(root, name, endings)

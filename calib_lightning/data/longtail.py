@@ -143,13 +143,14 @@ def long_tail_rows(labels: NDArray[np.int64], counts: Sequence[int], seed: int) 
     return np.sort(np.concatenate(kept))
 
 
-def shares(counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+def shares(counts: NDArray[np.int64], size: int, order: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """Divide a size among classes in proportion to their counts; none gets more than it has."""
-    # largest remainder, in integers so that equal remainders are exactly equal; ties go to the lower class
+    # largest remainder, in integers so that equal remainders are exactly equal; ties go to the first in the order
+    order = np.arange(len(counts)) if order is None else order
     total = int(counts.sum())
     share = size * counts
     quota = share // total
-    quota[np.argsort(-(share % total), kind="stable")[: size - quota.sum()]] += 1
+    quota[order[np.argsort(-(share % total)[order], kind="stable")][: size - quota.sum()]] += 1
     return quota
 
 

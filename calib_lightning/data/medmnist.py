@@ -71,6 +71,11 @@ class MedMNISTDataModule(DownloadedDataModule):
         self.num_classes = len(self.class_names)
         self.mean = self.std = (0.5,) * self._info["n_channels"]
 
+    @property
+    def identity(self) -> str:
+        """Another set or size is other data."""
+        return f"{super().identity} {self.name} {self.size}"
+
     def load_train(self) -> Source:
         """Read the training images."""
         return self._load("train")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from calib_lightning.data.transforms import Transform
@@ -20,6 +21,7 @@ from calib_lightning.types import Batch
 
 _VIEW, _FILE_CROP = 5, 6  # purposes that keep these random streams apart
 _CROP_DRAWS = 23  # what `crop_boxes` needs, and the mirror
+_AT_ONCE = 8  # files
 
 
 class BatchSet(Protocol):
@@ -112,10 +114,28 @@ class ImageFiles:
         Raises:
             ValueError: The file cannot be read; the message names it.
         """
+        image = self.open(position)
+        try:
+            return self.frame(image)
+        except ValueError as error:
+            raise ValueError(f"{self.path(position)}: {error}") from error
+
+    def open(self, position: int) -> Image.Image:
+        """Read one file in the frame's colours, at its full size.
+
+        Args:
+            position: Its place.
+
+        Returns:
+            The image.
+
+        Raises:
+            ValueError: The file cannot be read; the message names it.
+        """
         path = self.path(position)
         image = read_image(path)
         try:
-            return self.frame(image)
+            return in_colours(image, self.frame.channels)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -138,14 +158,17 @@ class FileCrop:
         """Decode files, each with a part of its own."""
         draw = row_uniform(index, _CROP_DRAWS, seed=derive_seed(self.seed, epoch, _FILE_CROP))
         height, width = files.frame.size
-        images = [read_image(files.path(position)) for position in index.tolist()]
-        sizes = torch.tensor([(image.height, image.width) for image in images]).view(-1, 2)
-        boxes = crop_boxes(draw, sizes[:, 0], sizes[:, 1], self.scale).tolist()
         parts = []
-        for image, (top, left, tall, wide), mirror in zip(images, boxes, (draw[:, -1] < 0.5).tolist(), strict=True):
-            part = in_colours(image, files.frame.channels).crop((left, top, left + wide, top + tall))
-            pixels = pixels_of(part.resize((width, height), FILTERS[files.frame.interpolation]))
-            parts.append(pixels.flip(-1) if mirror else pixels)
+        # some at a time: few calls to draw the boxes, and few photographs of full size in memory
+        for start in range(0, len(index), _AT_ONCE):
+            mine = draw[start : start + _AT_ONCE]
+            images = [files.open(position) for position in index[start : start + _AT_ONCE].tolist()]
+            sizes = torch.tensor([(image.height, image.width) for image in images]).view(-1, 2)
+            boxes = crop_boxes(mine, sizes[:, 0], sizes[:, 1], self.scale).tolist()
+            for image, (top, left, tall, wide), mirror in zip(images, boxes, (mine[:, -1] < 0.5).tolist(), strict=True):
+                part = image.crop((left, top, left + wide, top + tall))
+                pixels = pixels_of(part.resize((width, height), FILTERS[files.frame.interpolation]))
+                parts.append(pixels.flip(-1) if mirror else pixels)
         return parts
 
 

@@ -86,7 +86,7 @@ class SplitSpec(Thinning):
         if self.share and self.calibration not in (0, self.val):
             raise ValueError(
                 f"share=True makes the calibration images those of the validation set, but calibration is"
-                f" {self.calibration}: leave it at 0, or set share=False."
+                f" {self.calibration} and val is {self.val}: set calibration=0, and val above 0, or share=False."
             )
 
     def draw(self, train_labels: Rows, num_classes: int) -> dict[str, Rows]:
@@ -116,8 +116,9 @@ class SplitSpec(Thinning):
         Returns:
             The same without sizes of sets that have a file, and "proportional" where nothing else was chosen.
         """
-        sizes = {name: 0 if name in files else size for name, size in (("val", self.val), ("test", self.test))}
-        return replace(self, val=sizes["val"], test=sizes["test"], choose=self.choose or "proportional")
+        val = self.val if "train" in files and "val" not in files else 0
+        test = 0 if "test" in files else self.test
+        return replace(self, val=val, test=test, choose=self.choose or "proportional")
 
     def divide(self, labels: Mapping[File, Rows], num_classes: int) -> dict[str, Part]:
         """Divide the rows of a benchmark's files.
@@ -134,15 +135,18 @@ class SplitSpec(Thinning):
         Raises:
             ValueError: If a file has too few images, or the files and the settings do not fit together.
         """
-        if "train" in labels and isinstance(self.test, float) and self.test == 1:
+        if list(labels) == ["train"] and isinstance(self.test, float) and self.test == 1:
             return {"test": Part("train", np.arange(len(labels["train"])))}
         self._check_files(labels)
         cuts = {"val": self.val, "calibration": 0 if self.share else self.calibration, "test": self.test}
         parts: dict[str, Part] = {}
         for file, found in labels.items():
             ours = {name: size for name, size in cuts.items() if size and self._file_of(name) == file}
-            sizes = {name: round(size * len(found)) if isinstance(size, float) else size for name, size in ours.items()}
-            held_out = self._cut(found, sizes, num_classes)
+            sizes = {
+                name: max(1, round(size * len(found))) if isinstance(size, float) else size
+                for name, size in ours.items()
+            }
+            held_out = self._cut(found, sizes, num_classes, file)
             left = np.setdiff1d(np.arange(len(found)), np.concatenate([np.empty(0, np.int64), *held_out.values()]))
             if file == "train":
                 left = left[self.thin(found[left], num_classes)]
@@ -172,7 +176,7 @@ class SplitSpec(Thinning):
         if self.share and not self.val and "val" not in labels:
             raise ValueError("share=True, but there are no validation images: set split.val above 0, or share=False.")
 
-    def _cut(self, labels: Rows, sizes: dict[str, int], num_classes: int) -> dict[str, Rows]:
+    def _cut(self, labels: Rows, sizes: dict[str, int], num_classes: int, file: File) -> dict[str, Rows]:
         if not sizes:
             return {}
         if self.choose in (None, "balanced"):
@@ -186,7 +190,7 @@ class SplitSpec(Thinning):
             asked = " + ".join(f"{name}={size}" for name, size in sizes.items())
             raise ValueError(f"{asked} takes {total} of {len(labels)} images and leaves none: hold out fewer.")
         if self.choose == "proportional":
-            return self._proportional(labels, sizes, num_classes)
+            return self._proportional(labels, sizes, num_classes, kept=1 if file == "train" else 0)
         order = np.arange(len(labels))[::-1]
         if self.choose == "shuffled":
             order = np.arange(len(labels))
@@ -194,12 +198,16 @@ class SplitSpec(Thinning):
         cuts = np.split(order, np.cumsum(list(sizes.values())))
         return {name: np.sort(rows) for name, rows in zip(sizes, cuts, strict=False)}
 
-    def _proportional(self, labels: Rows, sizes: dict[str, int], num_classes: int) -> dict[str, Rows]:
+    def _proportional(self, labels: Rows, sizes: dict[str, int], num_classes: int, kept: int) -> dict[str, Rows]:
         random = random_state(derive_seed(self.seed, _HELD_OUT))
-        order = [random.permutation(np.flatnonzero(labels == label)) for label in range(num_classes)]
-        cuts = {}
+        # the last training image of a class stays where it is: a class that is not trained on is lost
+        order = [random.permutation(np.flatnonzero(labels == label))[kept:] for label in range(num_classes)]
+        ties, cuts = random.permutation(num_classes), {}
+        if sum(sizes.values()) > (free := sum(map(len, order))):
+            asked = " + ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(f"{asked} leaves some class without an image: hold out at most {free} in all.")
         for name, size in sizes.items():
-            quota = shares(np.array([len(rows) for rows in order]), size)
+            quota = shares(np.array([len(rows) for rows in order]), size, ties)
             cuts[name] = np.sort(np.concatenate([rows[:taken] for rows, taken in zip(order, quota, strict=True)]))
             order = [rows[taken:] for rows, taken in zip(order, quota, strict=True)]
         return cuts
@@ -239,8 +247,8 @@ def cut_balanced(labels: Rows, sizes: dict[str, int], *, num_classes: int, seed:
             asked = " + ".join(f"{name}={size}" for name, size in sizes.items() if size)
             fewest = int(np.bincount(labels, minlength=num_classes).min())
             raise ValueError(
-                f"{asked} takes {wanted.sum()} images of class {label}, which has {len(rows)}, and leaves none to train"
-                f" on: hold out fewer than {fewest * num_classes} images in all (fewer than {fewest} a class)."
+                f"{asked} takes {wanted.sum()} images of class {label}, which has {len(rows)}, and leaves none:"
+                f" hold out fewer than {fewest * num_classes} images in all (fewer than {fewest} a class)."
             )
         for cut, part in zip(cuts, np.split(rows, np.cumsum(wanted))[:-1], strict=True):
             cut.append(part)

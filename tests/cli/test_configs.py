@@ -118,3 +118,7 @@ def test_settings_of_the_data_count_before_and_after_its_name(calib):
         split = _data(calib, *options)["split"]
         assert (split["val"], split["calibration"], split["imbalance"]) == (7, 200, 1.0)
     assert _data(calib, "--data.split.val=7")["split"]["imbalance"] == 0.1
+    # a configuration between them says nothing of what comes after it
+    done = calib("fit", "--data.split.val", "7", "-c", "quickstart", "--data", "digits", "--print_config")
+    data = yaml.safe_load(done.out)["data"]["init_args"]
+    assert (data["split"]["val"], data["split"]["imbalance"], data["batch_size"]) == (7, 1.0, 128)

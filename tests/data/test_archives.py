@@ -382,7 +382,7 @@ def test_what_is_no_archive_is_refused(tmp_path, goal, name):
     (tmp_path / name).write_bytes(CONTENT)
     _refused(tmp_path / name, goal, ValueError, "damaged, truncated or of another format")
     (tmp_path / name).write_bytes(PAGE)
-    _refused(tmp_path / name, goal, ValueError, r"is a web page, not the file\. Delete it and download it again")
+    _refused(tmp_path / name, goal, ValueError, r"is a web page, not the file\. Get it again: download it")
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
         extract(tmp_path / name, goal)
@@ -447,10 +447,10 @@ def test_what_holds_no_arrays_is_named(tmp_path, name):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:20], b"", CONTENT):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} is damaged, truncated .*Delete it and download it again"):
+        with pytest.raises(ValueError, match=rf"{name} is damaged, truncated .*Get it again: download it"):
             LOADERS[name](path)
     path.write_bytes(PAGE)
-    with pytest.raises(ValueError, match=rf"{name} is a web page, not the file\. Delete it"):
+    with pytest.raises(ValueError, match=rf"{name} is a web page, not the file\. Get it again"):
         LOADERS[name](path)
 
 

@@ -1,8 +1,10 @@
 """One's own images: folders and arrays."""
 
+import io
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -412,15 +414,33 @@ IMAGES, LABELS = arrays()
     [
         ({"x": IMAGES, "y": LABELS}, "holds x, y; it must hold images and labels"),
         ({"images": IMAGES}, "holds images but no labels. Save both"),
-        ({"images": IMAGES, "labels": LABELS[:-1]}, r"labels of .* are int64 of shape \(39,\); .* each of 40 images"),
+        ({"images": IMAGES, "labels": LABELS[:-1]}, "has 39 labels for 40 train images. Save one for each"),
         ({"images": IMAGES, "labels": LABELS * 1.0}, r"labels.astype\(int\)"),
-        ({"images": IMAGES, "labels": np.eye(4, dtype=int)[LABELS]}, r"one-hot ones as argmax\(1\)"),
-        ({"images": IMAGES / 255, "labels": LABELS}, r"images .* are float64 .* Save fractions as"),
-        ({"images": IMAGES[:, 0], "labels": LABELS}, r"of shape \(40, 6\); they must be uint8"),
-        ({"images": IMAGES, "labels": LABELS - 1}, "label -1 in row 0 of the train file is outside 0..2"),
+        ({"images": IMAGES, "labels": np.eye(4, dtype=int)[LABELS]}, r"Save labels.argmax\(1\) of one-hot labels"),
+        (
+            {"images": IMAGES / 255, "labels": LABELS},
+            r"images of .* are float64; they must be uint8.* Save fractions as",
+        ),
+        ({"images": IMAGES[:, 0], "labels": LABELS}, r"images of .* are of shape \(40, 6\); .* Reshape them"),
+        ({"images": IMAGES, "labels": LABELS - 1}, "labels of .* hold -1; they must be numbers from 0 on. Map them"),
         ({"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b"])}, "label 2 in row 2 .* outside 0..1"),
         ({"images": IMAGES, "labels": LABELS.astype(object)}, "Python objects"),
         ({"images": IMAGES, "labels": LABELS * 0}, "has 1 class; it needs two at least"),
+        (
+            {"images": IMAGES, "labels": LABELS + 1},
+            r"are 1..4; they must begin with 0. Save labels - 1, or say num_classes=5",
+        ),
+        ({"images": IMAGES, "labels": LABELS * np.nan}, r"are float64 of shape \(40,\); .* Save one for each image"),
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, r"of shape \(0,\)"),
+        (
+            {
+                "train_images": IMAGES,
+                "train_labels": LABELS,
+                "test_images": IMAGES[:, None].repeat(3, 1),
+                "test_labels": LABELS,
+            },
+            "the test images of .* have 3 channels, but there are 1 means",
+        ),
     ],
 )
 def test_arrays_that_are_refused(tmp_path, content, message):
@@ -436,3 +456,89 @@ def test_a_file_of_arrays_that_is_damaged_or_missing(tmp_path):
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"a.npz"):
         ArraysDataModule(tmp_path / "a.npz")
+
+
+def test_number_of_classes_of_a_file_without_images_of_each(tmp_path):
+    np.savez(tmp_path / "a.npz", test_images=IMAGES, test_labels=LABELS + 1)
+    data = ready(ArraysDataModule(tmp_path / "a.npz", num_classes=10))
+    assert data.num_classes == 10
+    assert data.set_names == ["test"]
+    assert not data.has_validation
+
+
+def test_a_header_that_promises_too_much_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as pack:
+        for name in ("images", "labels"):
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**15,)})
+            pack.writestr(f"{name}.npy", header.getvalue())
+    with pytest.raises(ValueError, match=r"a.npz is damaged, truncated"):
+        ArraysDataModule(tmp_path / "a.npz")
+
+
+# --- what is one set today is not another one tomorrow ----------------------------------------------------------------
+
+
+def test_hash_follows_the_files_and_identity_the_folder(tmp_path):
+    one = ready(FolderDataModule(fill(tmp_path / "a"), num_workers=0))
+    other = ready(FolderDataModule(fill(tmp_path / "b"), num_workers=0))
+    assert one.splits_hash == other.splits_hash
+    assert one.identity != other.identity
+    (tmp_path / "a" / "ant" / "03.png").rename(tmp_path / "a" / "ant" / "zz.png")
+    renamed = ready(FolderDataModule(tmp_path / "a", num_workers=0))
+    assert renamed.identity == one.identity
+    assert renamed.splits_hash != one.splits_hash
+
+
+def test_hash_follows_the_labels(tmp_path):
+    hashes = set()
+    for label in (LABELS, LABELS[::-1]):
+        np.savez(tmp_path / "a.npz", images=IMAGES, labels=label)
+        hashes.add(ready(ArraysDataModule(tmp_path / "a.npz", SplitSpec(test=1.0))).splits_hash)
+    assert len(hashes) == 2
+
+
+def test_a_link_to_another_class_is_not_followed(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "ant" / "more").symlink_to(tmp_path / "bee")
+    (tmp_path / "ant" / "self").symlink_to(tmp_path / "ant")
+    data = ready(FolderDataModule(tmp_path, SplitSpec(test=1.0), num_workers=0))
+    assert len(data.source_rows("test")) == 20
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    fill(tmp_path, ("bus", "train"))
+    data = ready(FolderDataModule(tmp_path, num_workers=0))
+    assert data.class_names == ("bus", "train")
+
+
+def test_a_coloured_image_among_grey_ones_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "_LOOKED_AT", 2)
+    fill(tmp_path)
+    Image.new("RGB", (6, 6)).save(tmp_path / "ant" / "05.png")
+    with pytest.raises(ValueError, match=r"ant/05.png has colours, most images are grey; set channels to 1 or 3"):
+        FolderDataModule(tmp_path).prepare_data()
+    FolderDataModule(tmp_path, channels=1).prepare_data()
+
+
+def test_an_image_that_is_a_line_is_named(tmp_path):
+    fill(tmp_path)
+    Image.new("L", (1, 2000)).save(tmp_path / "bee" / "line.png")
+    with pytest.raises(ValueError, match=r"line.png: it is 1 x 2000, too long and narrow; crop it"):
+        FolderDataModule(tmp_path).prepare_data()
+
+
+def test_every_class_keeps_a_training_image(tmp_path):
+    fill(tmp_path, ("ant", "bee"), each=20)
+    fill(tmp_path / "more", ("wasp", "fly"), each=1)
+    for name in ("wasp", "fly"):
+        (tmp_path / "more" / name).rename(tmp_path / name)
+    (tmp_path / "more").rmdir()
+    for seed in range(5):
+        data = ready(FolderDataModule(tmp_path, SplitSpec(val=0.1, test=0.2, seed=seed), num_workers=0))
+        assert data.class_counts.min() == 1
+
+
+def test_a_small_fraction_is_one_image_at_least(tmp_path):
+    data = ready(FolderDataModule(fill(tmp_path, each=3), num_workers=0))
+    assert [len(data.source_rows(name)) for name in ("val", "calibration", "test")] == [1, 1, 1]

@@ -307,6 +307,8 @@ def test_another_set_does_not_change_the_rows_of_the_balanced_ones():
 
 def test_everything_is_test():
     assert sizes(divide(SplitSpec(test=1.0), train=UNEVEN)) == {"test": ("train", 1000)}
+    with pytest.raises(ValueError, match=r"test=1.0, but there are test images already"):
+        divide(SplitSpec(test=1.0), train=UNEVEN, test=UNEVEN)
 
 
 def test_what_is_asked_of_a_missing_training_file_is_left_out():
@@ -320,6 +322,7 @@ def test_sizes_of_sets_with_a_file_are_dropped():
     assert spec.for_files({"train", "test"}) == replace(own, test=0)
     assert spec.for_files({"train", "val", "test"}) == replace(own, val=0, test=0)
     assert replace(spec, choose="last").for_files({"train"}).choose == "last"
+    assert spec.for_files({"test"}) == replace(own, val=0, test=0)
 
 
 @pytest.mark.parametrize(
