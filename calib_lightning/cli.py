@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from calib_lightning import data, methods
 from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunRecord, SavePredictions
-from calib_lightning.callbacks.record import uses_calibration
+from calib_lightning.callbacks.record import check_data_of_run, uses_calibration
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.data_facts import (
     declared_classes,
@@ -121,6 +121,7 @@ class CalibCLI(LightningCLI):
         self.trained_in: Path | None = None
         self.resumed_step = 0
         self.same_class = True
+        self.checkpoint_classes: int | None = None
         super().__init__(
             model_class=ClassificationModule,
             datamodule_class=LightningDataModule,
@@ -200,6 +201,7 @@ class CalibCLI(LightningCLI):
             return
         checkpoint = load_checkpoint(config.ckpt_path)
         record = module_record(checkpoint)
+        self.checkpoint_classes = record["num_classes"]
         self.resumed_step = int(checkpoint.get("global_step", 0))
         model = config.model
         self.same_class = class_path_of(find_class(model.class_path, ClassificationModule)) == record["class_path"]
@@ -353,9 +355,32 @@ class CalibCLI(LightningCLI):
 
     # --- the commands ------------------------------------------------------------------------------------------------
 
+    def _ready_data(self) -> None:
+        """Find out what is wrong with the data before anything is written."""
+        if self.checkpoint_classes not in (None, self.model.num_classes):
+            raise ValueError(
+                f"The checkpoint was trained on {self.checkpoint_classes} classes, the data has"
+                f" {self.model.num_classes}. Use data with the classes that the checkpoint was trained on."
+            )
+        if not isinstance(self.datamodule, data.BenchmarkDataModule):
+            return
+        if self.trainer.local_rank == 0:
+            self.datamodule.prepare_data()
+        if self.trainer.is_global_zero:
+            self.datamodule.setup()
+            if self.trained_in is not None and (self.trained_in / "run.json").is_file():
+                check_data_of_run(self.trained_in, self.datamodule)
+
+    def before_validate(self) -> None:
+        """Look at the data."""
+        self._ready_data()
+
+    before_test = before_predict = before_validate
+
     def before_fit(self) -> None:
-        """Check that the checkpoint can be chosen as asked; write down the configuration."""
+        """Look at the data; check that the checkpoint can be chosen as asked; write down the configuration."""
         command = self._command_config()
+        self._ready_data()
         if command.select_on != "last" and not self.validates:
             raise ValueError(
                 f"select_on is {command.select_on!r}, but the data has no validation split. Set "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -43,7 +43,13 @@ class Prediction(NamedTuple):
 
 
 class Views(ABC):
-    """What a stage of training does with its images, in place of the data module's augmentation."""
+    """What a stage of training does with its images, in place of the data module's augmentation.
+
+    Attributes:
+        optional: Whether a stage can do without, where the data cannot change its images.
+    """
+
+    optional: ClassVar[bool] = False
 
     @abstractmethod
     def transform(self, normalize: nn.Module, augment: nn.Module | None, seed: int) -> nn.Module:

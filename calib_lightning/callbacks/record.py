@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.own_data import rows_in
@@ -141,14 +142,14 @@ class RunRecord(Callback):
         if not hasattr(datamodule, "save_splits"):
             return
         data, found = datamodule.identity, datamodule.splits_hash
+        if self.trained_in is not None:
+            check_data_of_run(self.trained_in, datamodule)
         if self._record.get("splits") is None:
             self._record |= {"data": data, "splits": found, "share": datamodule.split.share}
+            self._record["images"] = datamodule.image_facts
             if trainer.is_global_zero:
                 datamodule.save_splits(self.path.with_name("splits.npz"))
         _check_splits(self._record, data, found, self.path.parent)
-        if self.trained_in is not None:
-            trained = json.loads((self.trained_in / "run.json").read_text())
-            _check_splits(trained, data, found, self.trained_in)
 
     def _finish_evaluation(self, trainer: Trainer) -> None:
         self._record["results"] = {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
@@ -174,6 +175,25 @@ class RunRecord(Callback):
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             write_json(self.path, self._record)
+
+
+def check_data_of_run(run: Path, datamodule: Any) -> None:
+    """Refuse data whose held-out images a network may have been trained on, and warn of images that it does not know.
+
+    Args:
+        run: The folder of the run that has trained the network.
+        datamodule: A data module of this package that is set up.
+
+    Raises:
+        ValueError: It is the same data with other splits.
+    """
+    record = json.loads((run / "run.json").read_text())
+    _check_splits(record, datamodule.identity, datamodule.splits_hash, run)
+    known, found = record.get("images"), datamodule.image_facts
+    other = [name for name in ("shape", "mean", "std") if known and known[name] != found[name]]
+    if other:
+        said = ", ".join(f"{name} {found[name]} where it was {known[name]}" for name in other)
+        rank_zero_warn(f"The images of the data are not prepared as those that the network was trained on: {said}.")
 
 
 def _check_splits(record: dict[str, Any], data: str, found: str, folder: Path) -> None:

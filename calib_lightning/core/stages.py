@@ -535,13 +535,15 @@ class StageSwitch(Callback):
         if isinstance(self.training.views, CachedFeatures):
             self.training.views.check(trainer, module, encoder, self.module_head(module), self.training)
         elif (self.training.views or self.training.batch_size) and not can_change_loading(trainer):
-            wanted = "views" if self.training.views else "batch_size"
             data = datamodule_in_use(trainer)
-            raise ValueError(
-                f"{wanted} of {name}'s training cannot be had with {type(data).__name__ if data else 'plain loaders'}: "
-                "only data modules of this package change their images and batch size at a switch. Leave it out, or "
-                "use a BenchmarkDataModule."
+            said = (
+                f"{'views' if self.training.views else 'batch_size'} of {name}'s training cannot be had with "
+                f"{type(data).__name__ if data else 'plain loaders'}: only data modules of this package change their "
+                "images and batch size at a switch."
             )
+            if self.training.views is None or not self.training.views.optional:
+                raise ValueError(f"{said} Leave it out, or use a BenchmarkDataModule.")
+            rank_zero_warn(f"{said} The stage is trained on the batches that the loader gives.")
         elif self.training.views is not None:
             self._check_views(module, self.training.views)
         foreign = not isinstance(module, ClassificationModule)

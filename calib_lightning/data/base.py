@@ -162,6 +162,19 @@ class BenchmarkDataModule(LightningDataModule):
         return digest.hexdigest()
 
     @property
+    def image_facts(self) -> dict[str, Any]:
+        """What a network is given: ``shape`` (C, H, W), ``mean``, ``std``, and how files are framed; plain data."""
+        data = next(iter(self._ready().values()))
+        shape = (self.frame.channels, *self.frame.size) if self.frame else data.image.shape[1:]  # type: ignore[union-attr]
+        framed = {} if self.frame is None else asdict(self.frame)
+        return {
+            "shape": list(shape),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            **{name: framed[name] for name in ("crop_pct", "crop_mode", "interpolation") if name in framed},
+        }
+
+    @property
     def train_size(self) -> int:
         """Images in the training split."""
         return len(self._training())

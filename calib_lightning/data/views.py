@@ -25,7 +25,7 @@ _COLOUR = ("brightness", "contrast", "saturation", "hue")
 
 
 class CleanViews(Views):
-    """The training images as they are: normalised, never augmented.
+    """The training images as they are: normalised, never augmented; of data of others, as they come.
 
     Example:
         >>> from calib_lightning.data import Normalize
@@ -33,6 +33,8 @@ class CleanViews(Views):
         >>> transform(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8), torch.tensor([0]), 0).unique()
         tensor([1.])
     """
+
+    optional = True
 
     def transform(self, normalize: nn.Module, augment: nn.Module | None, seed: int) -> nn.Module:
         """The normalisation alone."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -124,6 +126,31 @@ class Preprocessing:
             image = next(iter(next(iter(data.evaluation_loaders().values()))))[0]
             return cls(tuple(image.shape[-2:]), mean, std)
         return cls(frame.size, mean, std, frame.crop_pct, frame.crop_mode, frame.interpolation)
+
+    @classmethod
+    def from_run(cls, run: str | Path) -> Preprocessing:
+        """Read the preparation from a run of `calib fit` on data of this package.
+
+        Args:
+            run: Its folder.
+
+        Returns:
+            The preparation of its evaluation images.
+
+        Raises:
+            ValueError: It is no run folder, or does not say how its images were prepared.
+
+        Example:
+            ``CalibratedClassifier(load_module(checkpoint), preprocessing=Preprocessing.from_run("RUN"))``
+        """
+        path = Path(run) / "run.json"
+        facts = json.loads(path.read_text(encoding="utf-8")).get("images") if path.is_file() else None
+        if not facts:
+            raise ValueError(
+                f"{path} does not say how images are prepared; give Preprocessing(size=..., mean=..., std=...)"
+            )
+        options = {name: facts[name] for name in ("crop_pct", "crop_mode", "interpolation") if name in facts}
+        return cls(size=tuple(facts["shape"][1:]), mean=tuple(facts["mean"]), std=tuple(facts["std"]), **options)
 
     @classmethod
     def from_record(cls, record: Any) -> Preprocessing:

@@ -64,6 +64,16 @@ class Tuples(LightningDataModule):
         return DataLoader(Blobs(30, 1).data, batch_size=self.batch_size)
 
 
+class Calibrated(Tuples):
+    def calibration_dataloader(self):
+        return DataLoader(Blobs(20, 2), 16)
+
+
+class Mistaken(Tuples):
+    def setup(self, stage=None):
+        self.rooot.read()
+
+
 class Dicts(LightningDataModule):
     num_classes = 3
 
@@ -206,3 +216,17 @@ def test_help_says_how_data_of_ones_own_is_named(calib):
     text = calib("fit", "--help").out
     assert "--num_classes" in text
     assert "my_module.MyDataModule" in " ".join(text.split())
+
+
+def test_mac_cal_on_data_of_its_own(own, only_run):
+    done = own("fit", "Calibrated", "mac_cal", "--model.switch.at_epoch=-1")
+    assert done.code == 0, done.err
+    assert "The stage is trained on the batches that the loader gives" in done.err
+    record = json.loads((only_run() / "run.json").read_text())
+    assert record["results"]["test/n"] == 30
+    assert record["calibration_used_by"] == ["MaskedClassifier"]
+
+
+def test_a_mistake_in_somebodys_setup_is_told_as_it_is(own):
+    with pytest.raises(AttributeError, match="no attribute 'rooot'"):  # with the line of their file
+        own("fit", "Mistaken", "cross_entropy")
