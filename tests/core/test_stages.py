@@ -28,7 +28,7 @@ from calib_lightning.core import (
 )
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.core.stages import head_size
-from calib_lightning.data import CleanViews, ContrastiveViews, SplitSpec, ToyDataModule
+from calib_lightning.data import CleanViews, ContrastiveViews, ResizedCropFlip, SplitSpec, ToyDataModule
 from calib_lightning.methods import (
     AdaptiveSparsity,
     AugMixTransform,
@@ -446,12 +446,18 @@ def test_what_a_loader_of_somebody_elses_cannot_do_is_refused(tmp_path):
     train, _, _ = loaders()
     for training, message in (
         (StageTraining(batch_size=8), "batch_size of StageSwitch's training cannot be had with plain loaders"),
-        (StageTraining(views=CleanViews()), "views of StageSwitch's training"),
+        (StageTraining(views=ResizedCropFlip()), "views of StageSwitch's training"),
         (StageTraining(criterion=nn.CrossEntropyLoss()), "no attribute 'criterion'"),
     ):
         run = trainer(tmp_path, 1, [StageSwitch(1, encoder="net", head="net.fc", training=training)], max_epochs=2)
         with pytest.raises(ValueError, match=message):
             run.fit(Foreign(), train)
+    # clean images are asked for by the configurations of methods: other loaders give what they have
+    run = trainer(
+        tmp_path, 1, [StageSwitch(1, encoder="net", head="net.fc", training=StageTraining(views=CleanViews()))]
+    )
+    with pytest.warns(UserWarning, match="The stage is trained on the batches that the loader gives"):
+        run.fit(Foreign(), train)
 
 
 def test_other_strategies_are_refused(tmp_path, monkeypatch):
