@@ -453,9 +453,8 @@ def test_what_a_loader_of_somebody_elses_cannot_do_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             run.fit(Foreign(), train)
     # clean images are asked for by the configurations of methods: other loaders give what they have
-    run = trainer(
-        tmp_path, 1, [StageSwitch(1, encoder="net", head="net.fc", training=StageTraining(views=CleanViews()))]
-    )
+    switch = StageSwitch(1, encoder="net", head="net.fc", training=StageTraining(views=CleanViews()))
+    run = trainer(tmp_path, 1, [switch], max_epochs=2)
     with pytest.warns(UserWarning, match="The stage is trained on the batches that the loader gives"):
         run.fit(Foreign(), train)
 
