@@ -24,8 +24,9 @@ class DownloadedDataModule(BenchmarkDataModule):
 
     Attributes:
         needed: Files under the root, each with its md5, or ``None`` where none is known or looked at.
-        archives: What is downloaded where a file is missing; packed ones are unpacked into `folder`.
+        archives: What is downloaded where a file is missing.
         folder: Folder under the root for what is downloaded.
+        unpacks: Whether the archives are unpacked into it.
     """
 
     needed: Mapping[str, str | None]
@@ -58,7 +59,7 @@ class DownloadedDataModule(BenchmarkDataModule):
             raise self.not_found("download=False")
         folder = self.root / self.folder
         # what is there and not whole is somebody's: it is neither replaced nor added to
-        begun = {name.partition("/")[0] if self.unpacks else name for name in self._bad()}
+        begun = {name.partition("/")[0] if self.unpacks else name for name in self.bad_files()}
         if left := sorted(name for name in begun if (self.root / name).exists()):
             raise self.not_found(f"{', '.join(left)} is not whole: remove it, and it is downloaded again")
         try:
@@ -75,9 +76,9 @@ class DownloadedDataModule(BenchmarkDataModule):
 
     def faults(self) -> list[str]:
         """What is wrong with each needed file, a line each; nothing if all are whole."""
-        return [f"  {name}: {fault}" for name, fault in self._bad().items()]
+        return [f"  {name}: {fault}" for name, fault in self.bad_files().items()]
 
-    def _bad(self) -> dict[str, str]:
+    def bad_files(self) -> dict[str, str]:
         """Needed files that are not there or not whole, and why."""
         bad = {}
         for name, expected in self.needed.items():

@@ -269,5 +269,6 @@ class ImageNetV2DataModule(DownloadedDataModule):
         name = self.variant.replace("-", "_").replace(".", "_")
         return {f"shift/imagenet_v2_{name}": Source(ImageFiles(self._images, names, self._frame), label)}
 
-    def _bad(self) -> dict[str, str]:
+    def bad_files(self) -> dict[str, str]:
+        """The folder of the images, if it is not there."""
         return {} if self._images.is_dir() else {f"{self._images.name}/": "missing"}

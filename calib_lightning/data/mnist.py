@@ -58,7 +58,8 @@ class MNISTDataModule(DownloadedDataModule):
             Archive(self.source.mirrors[0] + name, name, md5) for name, md5 in resources if self._found(name) is None
         )
 
-    def _bad(self) -> dict[str, str]:
+    def bad_files(self) -> dict[str, str]:
+        """Files that are there neither packed nor unpacked."""
         return {f"{self.folder}/{file.name}": f"missing, expected md5 {file.md5}" for file in self.archives}
 
     def load_train(self) -> Source:
