@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from calib_lightning.data import Compose, CropFlip, FolderDataModule, InMemorySet, Normalize, ResumableLoader, SplitSpec
 
-ROUNDS, BATCH = 3, 128
+ROUNDS, BATCH = 2, 128
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
