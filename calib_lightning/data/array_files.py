@@ -48,6 +48,7 @@ def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDAr
         ValueError: If it is damaged or of another format, has not all names, or an array holds Python objects.
 
     Example:
+        >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "a.npz"
         >>> np.savez(path, label=np.arange(3))
         >>> load_npz(path, ["label"])
@@ -81,6 +82,7 @@ def load_npy(path: Path, *, mmap: bool = False) -> NDArray[Any]:
         ValueError: If it is damaged or of another format, or holds Python objects.
 
     Example:
+        >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "a.npy"
         >>> np.save(path, np.arange(3))
         >>> load_npy(path)

@@ -76,6 +76,7 @@ def locked(path: Path) -> Iterator[None]:
         OSError: If the folder cannot be made or written.
 
     Example:
+        >>> import tempfile
         >>> with locked(Path(tempfile.mkdtemp()) / "images"):
         ...     pass
     """
@@ -102,6 +103,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
         ValueError: If the file that is there or came is not the expected one. What was there is left as it is.
 
     Example:
+        >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = (folder / "a.txt").write_text("a")
         >>> fetch(Archive((folder / "a.txt").as_uri(), "b.txt", size=1), folder).read_text()
