@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from calib_lightning.core.feature_cache import evaluating
-from calib_lightning.core.own_data import image_and_label as image_and_label
 
 
 def as_logits_of(output: Any, who: str) -> Tensor:

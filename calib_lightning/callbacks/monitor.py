@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from calib_lightning.callbacks.foreign import as_logits_of, image_and_label
+from calib_lightning.callbacks.foreign import as_logits_of
+from calib_lightning.core.own_data import image_and_label
 from calib_lightning.metrics import REPORT, EvaluationState
 from calib_lightning.plots import figures, log_figure
 

@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from calib_lightning.callbacks.foreign import as_logits_of, image_and_label, ready
+from calib_lightning.callbacks.foreign import as_logits_of, ready
 from calib_lightning.core import AtomicCheckpointIO
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module import datamodule_in_use
+from calib_lightning.core.own_data import image_and_label
 from calib_lightning.data.loader import ResumableLoader
 from calib_lightning.posthoc import Calibrator, build, calibrator_of, calibrator_record
 from calib_lightning.posthoc.saving import FILE_KEY

@@ -179,6 +179,11 @@ class CIFAR10HDataModule(CIFAR10DataModule):
         self._distributions = votes / votes.sum(dim=1, keepdim=True)
         return source
 
+    @property
+    def identity(self) -> str:
+        """The images of CIFAR-10: a network trained on them must not be calibrated on its training images here."""
+        return CIFAR10DataModule.__qualname__
+
     def label_distributions(self, name: str) -> Tensor | None:
         """Share of people who have named each class.
 

@@ -219,6 +219,7 @@ def test_real_votes(with_votes):
         "calibration": 50,
         "test": 9_950,
     }
+    assert data.identity == CIFAR10DataModule(root=root).identity  # other splits than those of a run are refused
     assert data.label_distributions("val") is None
     assert data.label_distributions("train") is None
     for name in ("test", "calibration"):
