@@ -1,5 +1,6 @@
 """Callbacks: what is written down about a run, and calibration of any LightningModule."""
 
+from calib_lightning.callbacks.accelerate import Accelerate
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.callbacks.figures import LogFigures
 from calib_lightning.callbacks.monitor import CalibrationMonitor
@@ -9,6 +10,7 @@ from calib_lightning.callbacks.record import RunRecord
 from calib_lightning.callbacks.run_logger import RunLogger
 
 __all__ = [
+    "Accelerate",
     "CalibrationMonitor",
     "LogFigures",
     "PostHocCalibrate",

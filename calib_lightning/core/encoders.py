@@ -1,16 +1,27 @@
-"""Encoders: the part of a classifier that maps images to features; three of our own, and every timm model."""
+"""Encoders: the part of a classifier that maps images to features; our own for small images, and every timm model."""
 
 from __future__ import annotations
 
 import difflib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from ..types import EncoderSpec
+from calib_lightning.types import EncoderSpec
+from calib_lightning.core.networks import NETWORKS
+
+OURS_OF_TIMM = {
+    "densenet121": "densenet121_cifar",
+    "resnet18": "resnet18_cifar",
+    "resnet34": "resnet34_cifar",
+    "resnet50": "resnet50_cifar",
+    "resnet101": "resnet101_cifar",
+    "vgg16_bn": "vgg16_bn_cifar",
+}
+"""Networks that have a variant for small images here."""
 
 
 class NoBlocksError(RuntimeError):
@@ -72,6 +83,34 @@ class Encoder(nn.Module):
             )
         features: Tensor = self.network(image).flatten(1)
         return features
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Find out whether the encoder takes images of a shape; nothing is computed and nothing changes.
+
+        Args:
+            shape: ``(C, H, W)``.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        channels, *size = shape
+        if channels != self.in_channels:
+            self.forward(torch.empty(1, *shape, device="meta"))  # says what is wrong
+        modes = {module: module.training for module in self.network.modules()}
+        self.network.eval()
+        tensors = (*self.network.named_parameters(), *self.network.named_buffers())
+        shadow = {name: value.detach().to("meta") for name, value in tensors}
+        try:
+            with torch.no_grad():
+                torch.func.functional_call(self.network, shadow, torch.empty(2, *shape, device="meta"))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"The encoder {self.name!r} cannot take images of {' x '.join(map(str, size))} pixels ({error}). "
+                "Choose another encoder, or other images: many data modules have a size."
+            ) from error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 class TimmEncoder(Encoder):
@@ -143,6 +182,26 @@ class TimmEncoder(Encoder):
             )
         return features
 
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Find out whether the encoder takes images of a shape, and warn of a network for much larger ones.
+
+        Args:
+            shape: ``(C, H, W)``.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        super().check_images(shape)
+        config: Any = getattr(self.network, "pretrained_cfg", None) or {}
+        made_for = config.get("input_size", (3, 224, 224))[-1]
+        if 2 * shape[-1] < made_for:
+            ours = OURS_OF_TIMM.get(self.name.partition(".")[0])
+            rank_zero_warn(
+                f"timm's {self.name} is made for images of {made_for} pixels and gets {shape[-1]}: its stem shrinks them "
+                f"until little is left. The network of the papers on small images is {ours or 'another'}. "
+                f"{'Use --model.encoder=' + ours if ours else 'Ours are ' + ', '.join(encoder_names())}."
+            )
+
     def _cut(self) -> Iterator[list[nn.Module]]:
         try:
             stages = [stage["module"] for stage in getattr(self.network, "feature_info", ())]
@@ -195,15 +254,14 @@ class TimmEncoder(Encoder):
 
 def encoder_names() -> list[str]:
     """Return the names of our own encoders; every name in ``timm.list_models()`` works as well."""
-    return sorted(_OWN)
+    return sorted(NETWORKS)
 
 
 def build_encoder(spec: EncoderSpec, *, pretrained: bool | None = None) -> Encoder:
     """Build an encoder from its name, or from its name and options.
 
-    Our own: ``digits_cnn`` (53 k parameters, for 8x8 digits, one channel), and ``resnet18_cifar`` and
-    ``resnet50_cifar`` (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, with a 3x3 stem of
-    stride 1 and no max-pooling, for 32x32 images). Any other name is a timm model.
+    Our own networks, which are for small images, are the names of `encoder_names`; any other name is a timm model.
+    Parameters, papers and differences of each: ``docs/networks.md``.
 
     Args:
         spec: A name, or ``{"name": ..., "in_channels": C, "pretrained": bool}``; the last for timm models only.
@@ -224,7 +282,7 @@ def build_encoder(spec: EncoderSpec, *, pretrained: bool | None = None) -> Encod
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else spec
     if not isinstance(options, dict) or not isinstance(options.get("name"), str):
         raise TypeError(f"An encoder is a name or {{'name': ..., 'in_channels': ...}}, not {spec!r}.")
-    name, own = options["name"], _OWN.get(options["name"])
+    name, own = options["name"], NETWORKS.get(options["name"])
     unknown = sorted(map(str, set(options) - {"name", "in_channels", "pretrained"}))
     if unknown:
         raise TypeError(f"The encoder {name!r} has no option {unknown[0]!r}; allowed: name, in_channels, pretrained.")
@@ -262,59 +320,3 @@ def _parts(module: nn.Module, stages: list[str], prefix: str = "") -> Iterator[t
             yield from _parts(child, stages, f"{path}.")
         else:
             yield path, child
-
-
-def _digits_cnn(in_channels: int) -> nn.Sequential:
-    def convolution(inputs: int, outputs: int, *more: nn.Module) -> nn.Sequential:
-        layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU(), *more)
-
-    return nn.Sequential(
-        OrderedDict(
-            stem=convolution(in_channels, 24),
-            stage1=convolution(24, 48, nn.MaxPool2d(2)),
-            stage2=convolution(48, 96, nn.MaxPool2d(2)),
-            pool=nn.AdaptiveAvgPool2d(1),
-        )
-    )
-
-
-def _resnet18_cifar(in_channels: int) -> nn.Sequential:
-    from torchvision.models import resnet18
-
-    return _cifar_resnet(resnet18(), in_channels)
-
-
-def _resnet50_cifar(in_channels: int) -> nn.Sequential:
-    from torchvision.models import resnet50
-
-    return _cifar_resnet(resnet50(), in_channels)
-
-
-def _cifar_resnet(model: Any, in_channels: int) -> nn.Sequential:
-    """Torchvision's stages behind a stem for small images."""
-    stem = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-    return nn.Sequential(
-        OrderedDict(
-            stem=nn.Sequential(stem, model.bn1, model.relu),
-            stage1=model.layer1,
-            stage2=model.layer2,
-            stage3=model.layer3,
-            stage4=model.layer4,
-            pool=model.avgpool,
-        )
-    )
-
-
-class _Own(NamedTuple):
-    build: Callable[[int], nn.Sequential]
-    num_features: int
-    in_channels: int
-
-
-_OWN = {
-    "digits_cnn": _Own(_digits_cnn, num_features=96, in_channels=1),
-    "resnet18_cifar": _Own(_resnet18_cifar, num_features=512, in_channels=3),
-    "resnet50_cifar": _Own(_resnet50_cifar, num_features=2048, in_channels=3),
-}

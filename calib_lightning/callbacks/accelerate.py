@@ -1,0 +1,50 @@
+"""Train the same network faster: memory format and compilation of the encoder."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+
+class Accelerate(Callback):
+    """Changes how an encoder is computed, not what: channels last in memory, compiled.
+
+    Convolutions in half precision are faster where the channels of a pixel lie side by side, on GPUs and on CPUs with
+    matrix units. Parameters keep their names and shapes, so checkpoints are those of a run without this callback;
+    results differ by rounding.
+
+    Args:
+        channels_last: Whether weights and activations of convolutions are laid out by pixel.
+        compile: Whether the encoder is compiled with ``torch.compile``; the first steps then take minutes.
+        encoder: Name of the submodule; ``""`` for the whole module.
+
+    Raises:
+        ValueError: When a fit or an evaluation begins, if the module has no such submodule.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(precision="bf16-mixed", callbacks=[Accelerate()], logger=False)
+    """
+
+    def __init__(self, channels_last: bool = True, compile: bool = False, encoder: str = "encoder") -> None:
+        self.channels_last, self.compile, self.encoder = channels_last, compile, encoder
+        self._done: nn.Module | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Convert the encoder, once."""
+        try:
+            encoder = pl_module.get_submodule(self.encoder)
+        except AttributeError:
+            names = ", ".join(repr(name) for name, _ in pl_module.named_children())
+            raise ValueError(
+                f"encoder is {self.encoder!r}; it must be a submodule of {type(pl_module).__name__}. At the top it has "
+                f"{names or 'none'}."
+            ) from None
+        if encoder is self._done:
+            return
+        if self.channels_last:
+            encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare it
+        if self.compile:
+            encoder.compile()
+        self._done = encoder
