@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
-from jsonargparse._typehints import ActionTypeHint
+from jsonargparse import _typehints
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -61,7 +61,23 @@ def plain_message(message: str) -> str:
     return "\n".join(re.sub(r"^\s+- ", "", line) for line in lines) if lines else message
 
 
-class _NamedData(ActionTypeHint):
+_resolve = _typehints.resolve_class_path_by_name
+
+
+def _ours_first(cls: type | tuple[type], name: str) -> str:
+    """The class of this package where others have the same short name, as torch's ``CrossEntropyLoss``."""
+    if "." not in name and not isinstance(cls, tuple):
+        paths = _typehints.get_all_subclass_paths(cls)
+        ours = [path for path in paths if path.startswith("calib_lightning.") and path.endswith(f".{name}")]
+        if len(ours) == 1:
+            return ours[0]
+    return str(_resolve(cls, name))
+
+
+_typehints.resolve_class_path_by_name = _ours_first  # the parser offers no hook: it would refuse the name
+
+
+class _NamedData(_typehints.ActionTypeHint):
     """Takes ``--data NAME`` for all that is said of the data: what an earlier configuration says is of other data."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,6 +199,12 @@ class CalibCLI(LightningCLI):
         for action in parser._actions:
             if action.dest == "data":
                 action.__class__ = _NamedData
+        parser.add_argument(
+            "--batch_size",
+            type=int | None,
+            default=None,
+            help="Rows of one batch of one process, as a recipe asks for; --data.batch_size on the command line wins.",
+        )
         parser.add_argument("--quiet", type=bool, default=False, help="No progress bar and no model summary.")
         parser.link_arguments(
             "data", "model.init_args.num_classes", compute_fn=self._num_classes, apply_on="instantiate"
@@ -190,6 +212,8 @@ class CalibCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; arguments given from Python do not clash with those of the process."""
+        words = args if isinstance(args, list) else []
+        self.own_batch_size = any(re.match(r"--data\.(init_args\.)?batch_size\b", word) for word in words)
         self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -275,6 +299,8 @@ class CalibCLI(LightningCLI):
         config = self._command_config()
         if config.select_on is not None:
             _check_select_on(config.select_on)
+        if config.batch_size is not None and not self.own_batch_size:
+            self._set_batch_size(config)
         # What is saved is what was asked for: not where this run's files went, nor where it was resumed.
         self.asked = config.clone()
         self.asked.ckpt_path = None
@@ -286,6 +312,18 @@ class CalibCLI(LightningCLI):
         encoder = config.model.get("init_args.encoder")
         if config.ckpt_path and isinstance(encoder, dict) and encoder.get("pretrained"):
             encoder["pretrained"] = False  # the weights come from the checkpoint: nothing is downloaded
+
+    def _set_batch_size(self, config: Namespace) -> None:
+        """Give the data the batches that a recipe asks for."""
+        if config.batch_size < 1:
+            raise ValueError(f"batch_size is {config.batch_size}; it must be at least 1.")
+        if "batch_size" not in config.data.get("init_args", {}):
+            name = config.data.class_path.rpartition(".")[2]
+            rank_zero_warn(
+                f"The recipe asks for batches of {config.batch_size}, but {name} has no batch_size: its batches are used."
+            )
+            return
+        config.data.init_args.batch_size = config.batch_size
 
     def _make_folder(self, config: Namespace) -> Path:
         default = Path("runs") / f"{_slug(config.data.class_path, 'DataModule')}-{_slug(config.model.class_path)}"
@@ -319,6 +357,8 @@ class CalibCLI(LightningCLI):
         self.validates = self.config.subcommand != "fit" or has_validation(self.datamodule)
         if not self.validates:
             kwargs["limit_val_batches"] = 0  # Lightning takes no loader that is None
+        if self._command_config().trainer.max_epochs == 0:  # Lightning would ask for the images all the same
+            kwargs |= {"limit_train_batches": 0, "limit_val_batches": 0}
         if command.quiet:
             kwargs |= {"enable_progress_bar": False, "enable_model_summary": False}
         return super().instantiate_trainer(
@@ -339,6 +379,8 @@ class CalibCLI(LightningCLI):
         if command.select_on is None and self.model.select_on != "last" and not self.validates:
             command.select_on = "last"
             rank_zero_warn("The data has no validation set: the last checkpoint is kept.")
+        if command.trainer.max_epochs == 0:
+            command.select_on = "last"  # nothing is trained: the network as it is
         command.select_on = command.select_on or self.model.select_on
         if command.select_on != "last":
             mode = "max" if DIRECTION[command.select_on.rpartition("/")[2]] == "higher" else "min"
@@ -368,6 +410,7 @@ class CalibCLI(LightningCLI):
             self.datamodule.prepare_data()
         if self.trainer.is_global_zero:
             self.datamodule.setup()
+            self.model.encoder.check_images(self.datamodule.image_facts["shape"])
             if self.trained_in is not None and (self.trained_in / "run.json").is_file():
                 check_data_of_run(self.trained_in, self.datamodule)
 

@@ -49,7 +49,7 @@ def find_class(class_path: str, base: type[T]) -> type[T]:
     Raises:
         TypeError: If ``class_path`` is not a string.
         ValueError: If no loaded module and no module of this package has such a class, if what is there is not a
-            subclass of ``base``, or if a name alone fits several classes.
+            subclass of ``base``, or if a name alone fits several classes, none or more than one of which are of this package.
 
     Example:
         >>> find_class("calib_lightning.core.heads.LinearHead", torch.nn.Module)
@@ -80,6 +80,9 @@ def _find_by_name(name: str, base: type[T]) -> type[T]:
             f"No {base.__name__} called {name!r} is known: give its whole path, or import the module that defines it "
             f"first.{_suggestion(name, base)}"
         )
+    ours = {path for path in paths if path.startswith(f"{_PACKAGE}.")}
+    if len(ours) == 1:  # torch has classes of the same names
+        paths = ours
     if len(paths) > 1:
         raise ValueError(f"{name!r} may be any of {', '.join(sorted(paths))}: give the whole path.")
     # by its path: a class that a notebook has defined twice is still in memory in its first version

@@ -2,6 +2,7 @@
 
 from calib_lightning.callbacks.accelerate import Accelerate
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
+from calib_lightning.callbacks.clip_gradients import ClipGradients
 from calib_lightning.callbacks.figures import LogFigures
 from calib_lightning.callbacks.monitor import CalibrationMonitor
 from calib_lightning.callbacks.post_hoc import PostHocCalibrate
@@ -12,6 +13,7 @@ from calib_lightning.callbacks.run_logger import RunLogger
 __all__ = [
     "Accelerate",
     "CalibrationMonitor",
+    "ClipGradients",
     "LogFigures",
     "PostHocCalibrate",
     "RunCheckpoint",

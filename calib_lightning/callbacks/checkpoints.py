@@ -39,6 +39,12 @@ class RunCheckpoint(ModelCheckpoint):
         self.stage = 0
         self._validated = True
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep a network that is not to be trained, such as a pretrained one, as it is."""
+        if trainer.max_epochs == 0 and self.monitor is None:
+            self.best_model_path = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
+            trainer.save_checkpoint(self.best_model_path)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew in a new stage; checkpoint callbacks come after the switch that makes it."""
         stage = int(getattr(pl_module, "stage", 0))

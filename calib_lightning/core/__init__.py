@@ -9,7 +9,7 @@ from calib_lightning.core.history import CorrectnessHistory
 from calib_lightning.core.module import ClassificationModule, ModuleOptions, load_checkpoint, load_module
 from calib_lightning.core.preemption import Preemption
 from calib_lightning.core.randomness import StepSeed
-from calib_lightning.core.schedules import CosineToEnd, WarmupCosine
+from calib_lightning.core.schedules import CosineToEnd, WarmupCosine, WarmupMultiStep
 from calib_lightning.core.stages import StageSwitch, StageTraining, SwitchOptions, load_stages
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "StepSeed",
     "SwitchOptions",
     "WarmupCosine",
+    "WarmupMultiStep",
     "build_encoder",
     "build_head",
     "encoder_names",

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from calib_lightning.types import EncoderSpec
 from calib_lightning.core.networks import NETWORKS
+from calib_lightning.types import EncoderSpec
 
 OURS_OF_TIMM = {
     "densenet121": "densenet121_cifar",
@@ -105,7 +105,8 @@ class Encoder(nn.Module):
                 torch.func.functional_call(self.network, shadow, torch.empty(2, *shape, device="meta"))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"The encoder {self.name!r} cannot take images of {' x '.join(map(str, size))} pixels ({error}). "
+                f"The encoder {self.name!r} cannot take images of {' x '.join(map(str, size))} pixels "
+                f"({str(error) or type(error).__name__}). "
                 "Choose another encoder, or other images: many data modules have a size."
             ) from error
         finally:
@@ -194,11 +195,12 @@ class TimmEncoder(Encoder):
         super().check_images(shape)
         config: Any = getattr(self.network, "pretrained_cfg", None) or {}
         made_for = config.get("input_size", (3, 224, 224))[-1]
-        if 2 * shape[-1] < made_for:
+        given = min(shape[1:])
+        if 2 * given < made_for:
             ours = OURS_OF_TIMM.get(self.name.partition(".")[0])
             rank_zero_warn(
-                f"timm's {self.name} is made for images of {made_for} pixels and gets {shape[-1]}: its stem shrinks them "
-                f"until little is left. The network of the papers on small images is {ours or 'another'}. "
+                f"timm's {self.name} is made for images of {made_for} pixels and gets {given}: its stem shrinks "
+                f"them until little is left. The network of the papers on small images is {ours or 'another'}. "
                 f"{'Use --model.encoder=' + ours if ours else 'Ours are ' + ', '.join(encoder_names())}."
             )
 
@@ -304,7 +306,9 @@ def build_encoder(spec: EncoderSpec, *, pretrained: bool | None = None) -> Encod
 
 
 def _unknown(name: str, names: list[str]) -> ValueError:
-    near = difflib.get_close_matches(name, [*encoder_names(), *names], n=3)
+    # those with more to their name first: "resnet110" is two networks of ours, but closer to resnet101 of timm
+    longer = [own for own in encoder_names() if own.startswith(f"{name}_")]
+    near = longer or difflib.get_close_matches(name, [*encoder_names(), *names], n=3)
     suggestion = f" Did you mean {' or '.join(near)}?" if near else ""
     return ValueError(
         f"There is no encoder called {name!r}.{suggestion} Ours are {', '.join(encoder_names())}; the others are the "

@@ -188,7 +188,13 @@ class ClassificationModule(LightningModule):
     # --- data --------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Let loaders of other packages tell the position of each sample; a subclass calls this one, too."""
+        """Look at the size of the images, and let loaders of other packages tell the position of each sample.
+
+        A subclass calls this one, too.
+        """
+        facts = getattr(datamodule_in_use(self.trainer), "image_facts", None)
+        if isinstance(facts, dict):
+            self.encoder.check_images(facts["shape"])
         # called with every loader of every stage, once Lightning has given it the sampler of this process
         strategy = self.trainer.strategy
         vars(strategy)["process_dataloader"] = partial(_process_dataloader, self.trainer)

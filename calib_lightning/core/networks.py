@@ -48,7 +48,7 @@ def _digits_cnn(in_channels: int) -> nn.Sequential:
     )
 
 
-# --- residual networks (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016) --------------------------
+# --- residual networks (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016) -------------------------
 
 
 class PadShortcut(nn.Module):
@@ -150,7 +150,7 @@ def _preact(
     return _he(nn.Sequential(blocks))
 
 
-# --- densely connected networks (Huang et al., CVPR 2017) --------------------------------------------------------------
+# --- densely connected networks (Huang et al., CVPR 2017) -------------------------------------------------------------
 
 
 def _densenet(in_channels: int, *, growth: int, depths: Sequence[int]) -> nn.Sequential:
@@ -166,7 +166,7 @@ def _densenet(in_channels: int, *, growth: int, depths: Sequence[int]) -> nn.Seq
     return _he(nn.Sequential(blocks))
 
 
-# --- VGG (Simonyan and Zisserman, ICLR 2015), with batch norm ----------------------------------------------------------
+# --- VGG (Simonyan and Zisserman, ICLR 2015), with batch norm ---------------------------------------------------------
 
 
 def _vgg16_bn(in_channels: int) -> nn.Sequential:
@@ -182,7 +182,7 @@ def _vgg16_bn(in_channels: int) -> nn.Sequential:
     return _he(nn.Sequential(blocks))
 
 
-# --- the names ---------------------------------------------------------------------------------------------------------
+# --- the names --------------------------------------------------------------------------------------------------------
 
 
 def _wide(depth: int, width: int, **variant: Any) -> Network:

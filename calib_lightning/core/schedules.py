@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable
@@ -164,3 +165,49 @@ class WarmupCosine(LRScheduler):
     def _cosine(self, base: float, epoch: int) -> float:
         least = base * self.decay**3
         return least + (base - least) * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+
+
+class WarmupMultiStep(LRScheduler):
+    """Steps down behind a linear warm-up, the schedule of LDAM-DRW (Cao et al., NeurIPS 2019).
+
+    In epoch ``e = 1, 2, ...`` the rate is ``lr e / W`` up to epoch W, and ``lr gamma^m`` behind it, with m the number
+    of milestones that are over: those below e.
+
+    Args:
+        optimizer: Its rates are the ``lr`` of each group.
+        milestones: Epochs after which the rate falls, ascending.
+        gamma: What it is multiplied by.
+        warmup_epochs: W; 0 for no warm-up.
+
+    Raises:
+        ValueError: If a number is outside its range.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> WarmupMultiStep(optimizer, milestones=[160, 180], gamma=0.01).get_last_lr()
+        [0.02]
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, milestones: Sequence[int], gamma: float = 0.1, warmup_epochs: int = 5
+    ) -> None:
+        if list(milestones) != sorted(set(milestones)) or not milestones or milestones[0] < 1:
+            raise ValueError(f"milestones is {milestones}; it must be ascending epochs from 1 on.")
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma is {gamma}; it must lie in (0, 1].")
+        if not 0 <= warmup_epochs <= milestones[0]:
+            raise ValueError(
+                f"warmup_epochs is {warmup_epochs}; it must lie between 0 and the first milestone ({milestones[0]})."
+            )
+        self.milestones, self.gamma, self.warmup_epochs = list(milestones), gamma, warmup_epochs
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Rate of each group in the epoch that begins."""
+        epoch = self.last_epoch + 1
+        if epoch <= self.warmup_epochs:
+            factor = epoch / self.warmup_epochs
+        else:
+            factor = self.gamma ** sum(milestone < epoch for milestone in self.milestones)
+        return [float(base) * factor for base in self.base_lrs]

@@ -116,7 +116,9 @@ class StageSwitch(Callback):
     anew at a switch; a ``ModelCheckpoint`` with a metric compares all stages, `RunCheckpoint` those of the last alone.
 
     Args:
-        at_epoch: First epoch of the new stage; a negative number counts from the end: -40 means the last 40 epochs.
+        at_epoch: First epoch of the new stage. A negative number adds a stage: -40 means 40 epochs more than the
+            trainer's ``max_epochs``, after them; with ``init_from`` it takes their place. Several are added in their
+            order, a method's own first.
         classifier: Builds the new head from ``(d, K)``: a class such as `LinearHead`, or a partial of one.
         training: How the stage is trained; `StageTraining` for the default.
         encoder: Name of the submodule that computes features (``"model.backbone"``, ``""`` for the whole module).
@@ -154,6 +156,8 @@ class StageSwitch(Callback):
         self.current = False
         self._position: int | None = None
         self._first_epoch: int | None = None
+        self._given: int | None = None  # epochs that the trainer was told
+        self._before: int | None = None  # epochs before the stages that are added
         self._entered: _Entered | None = None
         self._stored: StoredFeatures | None = None
         self._looked_at = False
@@ -278,6 +282,8 @@ class StageSwitch(Callback):
         switches = _switches(trainer)
         self._position = switches.index(self)
         self._looked_at = False
+        if stage == "fit" and self._position == 0:
+            _add_epochs(trainer, switches)
         if self._entered is not None and self._entered.module is not pl_module:
             self._entered, self.current = None, False
         if stage == "fit":
@@ -375,6 +381,8 @@ class StageSwitch(Callback):
             vars(pl_module).pop(name, None)
         if stage == "fit":
             _set_loading(trainer, None, None)
+            if self._given is not None:
+                trainer.fit_loop.max_epochs = self._given
             if isinstance(pl_module, ClassificationModule):
                 pl_module.first_stage_epochs = None
 
@@ -415,12 +423,13 @@ class StageSwitch(Callback):
             return 0
         if self.at_epoch >= 0:
             return self.at_epoch
-        if epochs is None or epochs < 1:
+        if self._before is None:
             raise ValueError(
-                f"at_epoch is {self.at_epoch}, counted from the end, but max_epochs of the trainer is {epochs}: set "
-                "trainer.max_epochs, or give the epoch counted from the start."
+                f"at_epoch is {self.at_epoch}, a stage after those of the run, but max_epochs of the trainer is {epochs}: "
+                "set trainer.max_epochs, or give the epoch counted from the start."
             )
-        return epochs + self.at_epoch
+        added = _added(trainer)
+        return self._before - sum(switch.at_epoch for switch in added[: added.index(self)])
 
     def _enter(self, trainer: Trainer, module: LightningModule) -> None:
         """Put the head, freeze the rest, take over optimiser and images; a second time changes nothing."""
@@ -492,23 +501,13 @@ class StageSwitch(Callback):
         check_strategy(trainer, name)
         first, epochs = self._first(trainer), trainer.max_epochs
         if not self.active:
-            if first < 0:
-                raise ValueError(
-                    f"at_epoch of {name} is {self.at_epoch}, but the run has only {epochs} epochs: set at_epoch to "
-                    f"{-(epochs or 0)} or more, or trainer.max_epochs to more than {-self.at_epoch}."
-                )
             if epochs is not None and 0 <= epochs <= first:
                 raise ValueError(
                     f"at_epoch of {name} is {self.at_epoch}, beyond the last epoch of a run of {epochs}: the switch "
-                    f"would never happen. Set it to at most {epochs - 1} (-1 means the last epoch), or train longer."
+                    f"would never happen. Set it to at most {epochs - 1}, train longer, or add a stage of T epochs to "
+                    "the run with at_epoch=-T."
                 )
             if first == 0 and self.init_from is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                if self.at_epoch < 0:
-                    raise ValueError(
-                        f"at_epoch of {name} is {self.at_epoch} and the run has {epochs} epochs: none is left to train "
-                        "what the switch freezes. Set at_epoch nearer to the end, train longer, give a trained "
-                        "checkpoint as init_from, or say at_epoch=0 if the module is trained already."
-                    )
                 rank_zero_warn(
                     f"{name} freezes the module before its first step, and there is no init_from: right for a module "
                     "that is trained already, useless for a new one."
@@ -742,6 +741,23 @@ def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
 
 def _switches(trainer: Trainer) -> list[StageSwitch]:
     return [callback for callback in trainer.callbacks if isinstance(callback, StageSwitch)]  # type: ignore[attr-defined]
+
+
+def _added(trainer: Trainer) -> list[StageSwitch]:
+    """Switches whose stages come after the trainer's epochs, in their order; a callback comes after the method."""
+    return sorted((s for s in _switches(trainer) if s.at_epoch < 0), key=lambda switch: not switch.brought)
+
+
+def _add_epochs(trainer: Trainer, switches: list[StageSwitch]) -> None:
+    """Let the trainer go on for the stages that are added to its epochs."""
+    epochs, added = trainer.max_epochs, _added(trainer)
+    known = epochs is not None and epochs >= 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    trained = bool(added) and len(added) == len(switches) and added[0].init_from is not None
+    for switch in switches:
+        switch._given = epochs if known else None
+        switch._before = 0 if trained and known else switch._given
+    if known and added:
+        trainer.fit_loop.max_epochs = (switches[0]._before or 0) - sum(switch.at_epoch for switch in added)
 
 
 def _submodule(module: nn.Module, name: str, what: str) -> nn.Module:

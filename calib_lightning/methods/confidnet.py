@@ -132,7 +132,7 @@ class ConfidenceSwitch(StageSwitch):
     """Keeps the classifier, frozen, and trains the branch of a `ConfidenceHead` (Corbiere et al., 2019).
 
     Args:
-        at_epoch: First epoch of the stage; negative counts from the end.
+        at_epoch: First epoch of the stage; -T adds T epochs to the trainer's, for this stage.
         width: Width of the layers of the branch.
         **options: See `StageSwitch`; the default of ``training`` is Adam with lr 1e-4 and batches of 128.
 
@@ -185,7 +185,7 @@ class ConfidenceTuning(StageSwitch):
     """Goes on with the branch and an encoder of its own, a copy of the frozen one (Corbiere et al., 2019).
 
     Args:
-        at_epoch: First epoch of the stage, after that of the `ConfidenceSwitch`; negative counts from the end.
+        at_epoch: First epoch of the stage, after that of the `ConfidenceSwitch`; -T adds T epochs to the run.
         **options: See `StageSwitch`; the default of ``training`` is Adam with lr 1e-7 and batches of 128.
 
     Raises:

@@ -195,6 +195,7 @@ class LDAM(ClassificationModule):
         if self.plain_loss:
             return
         assert isinstance(self.criterion, LDAMLoss)
-        first = self.reweight_from * (self.trainer.max_epochs or 0) - 1e-9  # 0.55 x 100 is a little above 55
+        epochs = self.first_stage_epochs or self.trainer.max_epochs or 0
+        first = self.reweight_from * epochs - 1e-9  # 0.55 x 100 is a little above 55
         late = self.reweight_from < 1 and self.current_epoch >= first
         self.criterion.reweighted = late

@@ -418,7 +418,7 @@ class MaskedClassifier(StageSwitch):
     together with accuracy: a classifier that has collapsed to chance is well calibrated.
 
     Args:
-        at_epoch: First epoch of the stage; negative counts from the end.
+        at_epoch: First epoch of the stage; -T adds T epochs to the trainer's, for this stage.
         classifier: Builds a `MaskedHead` from (d, K), such as ``MaskedBottleneck``.
         sparsity: How the keep rate follows confidence and accuracy.
         mask_every: "batch" or "epoch".
@@ -475,7 +475,7 @@ class MaskedClassifier(StageSwitch):
         """The paper as printed: two layers, unscaled, confidence and accuracy of the masked steps, constant lr.
 
         Args:
-            at_epoch: First epoch of the stage; negative counts from the end.
+            at_epoch: First epoch of the stage; -T adds T epochs to the trainer's, for this stage.
             q_is: "keep" as in its text, where the update has positive feedback and drives ``q`` to a bound; or
                 "sparsity" as in its algorithm.
 

@@ -166,8 +166,9 @@ class PLP(ClassificationModule):
         super().on_before_optimizer_step(optimizer)
         if self.stage > 0:
             return  # a stage switch has frozen what is to be frozen
-        assert self.trainer.max_epochs is not None
-        starts = peeling_epochs(len(self.cuts), self.trainer.max_epochs, self.gamma)
+        epochs = self.first_stage_epochs or self.trainer.max_epochs
+        assert epochs is not None
+        starts = peeling_epochs(len(self.cuts), epochs, self.gamma)
         frozen = bisect_right(starts, self.current_epoch) - 1
         if frozen == 0:
             return

@@ -173,8 +173,8 @@ def test_a_new_head_depends_on_the_seed_and_the_stage_alone(tmp_path):
     assert not torch.equal(note.states[2]["head.linear.weight"], heads[0])
 
 
-def test_negative_epochs_count_from_the_end(tmp_path):
-    first, second = StageSwitch(-3), StageSwitch(-1)
+def test_negative_epochs_are_added_to_those_of_the_trainer(tmp_path):
+    first, second = StageSwitch(-2), StageSwitch(-1)
     seen = []
 
     class Look(Callback):
@@ -183,7 +183,8 @@ def test_negative_epochs_count_from_the_end(tmp_path):
             lengths.append((first.length(trainer), second.length(trainer), first.stage_epoch(trainer)))
 
     lengths = []
-    fit(tmp_path, module(), [first, second], 5, callbacks=[Look()])
+    run = fit(tmp_path, module(), [first, second], 2, callbacks=[Look()])
+    assert run.max_epochs == 2  # another fit adds them once more, not twice
     assert seen == [(False, False, 0), (False, False, 0), (True, False, 1), (True, False, 1), (False, True, 2)]
     assert lengths[2] == (2, 1, 0)
     assert lengths[3] == (2, 1, 1)
@@ -246,8 +247,9 @@ def staged_run(folder, stop_after=None, resume=False, switches=None):
     keep = ModelCheckpoint(folder, filename="best", monitor="val/nll", save_last=True, save_on_train_epoch_end=True)
     if switches is None:
         switches = [StageSwitch(2), StageSwitch(-2, training=StageTraining(adam, cosine, batch_size=8))]
+    epochs = 6 + sum(min(switch.at_epoch, 0) for switch in switches)
     callbacks = [StepSeed(), *switches, Watch(preemption, stop_after), preemption, keep]
-    run = trainer(folder, 1, callbacks, max_epochs=6)
+    run = trainer(folder, 1, callbacks, max_epochs=epochs)
     stopped = None
     try:
         run.fit(own, datamodule=data, ckpt_path=str(folder / "last.ckpt") if resume else None, weights_only=True)
@@ -321,6 +323,26 @@ def test_a_trained_checkpoint_starts_the_second_stage(tmp_path):
         assert torch.equal(fresh.encoder.state_dict()[name], value), name
     assert switch.head_loaded
     assert not torch.equal(note.states[0]["head.linear.weight"], trained.head.linear.weight)  # put anew by the switch
+
+
+def test_a_stage_that_starts_from_a_checkpoint_takes_the_place_of_the_epochs_before(tmp_path):
+    trained = module()
+    fit(tmp_path, trained, [], 2).save_checkpoint(tmp_path / "trained.ckpt")
+    fresh = ClassificationModule(3, encoder="digits_cnn", optimizer=sgd)
+    run = fit(tmp_path, fresh, [StageSwitch(-3, init_from=str(tmp_path / "trained.ckpt"))], 5)
+    assert (run.current_epoch, fresh.stage) == (3, 1)
+    for name, value in trained.encoder.state_dict().items():
+        assert torch.equal(fresh.encoder.state_dict()[name], value), name
+
+
+def test_a_stage_that_is_added_comes_after_those_of_the_method(tmp_path):
+    own, last = module(TwoStage, switch=StageSwitch(-2)), Last(-1)
+    fit(tmp_path, own, [last], 1)
+    assert (own.switch._first_epoch, last._first_epoch) == (1, 3)
+
+
+class Last(StageSwitch):
+    pass
 
 
 def test_the_chosen_checkpoint_is_of_the_last_stage(tmp_path):
@@ -409,8 +431,7 @@ def test_features_are_what_goes_into_the_head(tmp_path):
     ("switches", "message"),
     [
         ([StageSwitch(4)], "beyond the last epoch of a run of 4"),
-        ([StageSwitch(-5)], "the run has only 4 epochs"),
-        ([StageSwitch(2), StageSwitch(-2)], "both switch at epoch 2"),
+        ([StageSwitch(2), StageSwitch(2)], "both switch at epoch 2"),
         ([StageSwitch(1, head="classifier")], "no submodule 'classifier'"),
         ([StageSwitch(1, encoder="backbone")], "no submodule 'backbone'"),
         ([StageSwitch(1, lambda d, k: LinearHead(d + 1, k))], "does not fit: it cannot take 96 features"),
@@ -683,9 +704,7 @@ def test_a_fast_run_tries_the_new_stage(tmp_path):
     assert own.stage == 1
 
 
-def test_a_stage_before_which_nothing_is_trained_is_refused_or_told_of(tmp_path):
-    with pytest.raises(ValueError, match="none is left to train what the switch freezes"):
-        fit(tmp_path, module(), [StageSwitch(-2)], 2)
+def test_a_stage_before_which_nothing_is_trained_is_told_of(tmp_path):
     with pytest.warns(UserWarning, match="freezes the module before its first step"):
         fit(tmp_path, module(), [StageSwitch(0)], 1)
 

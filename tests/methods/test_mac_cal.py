@@ -409,6 +409,7 @@ def _of_stage(switch):
         def configure_callbacks(self):
             return [switch]
 
+    Staged.switch = switch
     return Staged
 
 
@@ -823,7 +824,7 @@ def fit_stopped(rank, world, folder, kind, stop_after=None, resume=False):
     preemption = Preemption(folder)
     log, watch = Log(), cases.Watch(preemption, stop_after)
     keep = ModelCheckpoint(folder, filename="best", save_last=True, save_on_train_epoch_end=True)
-    run = cases.trainer(folder, world, [StepSeed(), log, watch, preemption, keep], max_epochs=5)
+    run = cases.trainer(folder, world, [StepSeed(), log, watch, preemption, keep], max_epochs=2)
     stopped = None
     try:
         run.fit(module, datamodule=data, ckpt_path=str(Path(folder) / "last.ckpt") if resume else None)

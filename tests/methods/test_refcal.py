@@ -376,7 +376,7 @@ def train(folder, ckpt_path=None, world=1):
         accelerator="cpu",
         devices=world,
         strategy="ddp" if world > 1 else "auto",
-        max_epochs=5,
+        max_epochs=3,
         callbacks=[StepSeed(), keep, best],
         logger=False,
         enable_progress_bar=False,

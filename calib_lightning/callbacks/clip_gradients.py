@@ -1,0 +1,67 @@
+"""Clip the gradient's norm in the first stage, and count how often that happens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+
+class ClipGradients(Callback):
+    """Clips the norm of the gradient and logs the share of steps in which it was too long, ``train/clipped``.
+
+    ``g <- g min(1, max_norm / |g|)``, with the Euclidean norm over all parameters, after DDP has averaged them and
+    before weight decay. The trainer's own ``gradient_clip_val`` says nothing of how often it acts, and would go on in a
+    stage that is trained in another way; this one ends at the first `StageSwitch`.
+
+    Args:
+        max_norm: The longest gradient that is left as it is.
+
+    Raises:
+        ValueError: If ``max_norm`` is not positive and finite; when a fit begins, if the trainer clips as well.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ClipGradients(2.0)], logger=False)
+    """
+
+    def __init__(self, max_norm: float) -> None:
+        if not 0 < max_norm < math.inf:
+            raise ValueError(f"max_norm is {max_norm}; it must be above 0 and finite. Leave the callback out for none.")
+        self.max_norm = max_norm
+        self._steps, self._clipped = 0, torch.zeros(())
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to clip twice."""
+        if stage == "fit" and trainer.gradient_clip_val is not None:
+            raise ValueError(
+                f"gradient_clip_val of the trainer is {trainer.gradient_clip_val}, but ClipGradients clips as well: leave "
+                "one of them out."
+            )
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Clip."""
+        if getattr(pl_module, "stage", 0) > 0:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = clip_grad_norm_(parameters, self.max_norm)
+        self._steps += 1
+        self._clipped = self._clipped.to(norm.device) + (norm > self.max_norm)  # no look: a GPU would have to wait
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the share of the epoch."""
+        if self._steps:
+            pl_module.log("train/clipped", self._clipped / self._steps)
+        self._steps, self._clipped = 0, torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted in the epoch so far."""
+        return {"steps": self._steps, "clipped": int(self._clipped)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._steps, self._clipped = state_dict["steps"], torch.tensor(float(state_dict["clipped"]))
