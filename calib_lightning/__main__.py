@@ -76,7 +76,7 @@ def _with_trainer(arguments: list[str]) -> int:
 
 def _report(error: Exception) -> None:
     """Say what is wrong in one line; the traceback goes to the run's folder, if a run has begun there."""
-    from calib_lightning.cli import plain_message
+    from calib_lightning.parsing import plain_message
     from calib_lightning.run_folder import current_run_folder
 
     message, folder = plain_message(str(error)), current_run_folder()

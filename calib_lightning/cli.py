@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import Namespace
-from jsonargparse import _typehints
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from calib_lightning import data, methods
+from calib_lightning import data
 from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunRecord, SavePredictions
 from calib_lightning.callbacks.record import check_data_of_run, uses_calibration
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
@@ -29,6 +27,7 @@ from calib_lightning.core.data_facts import (
 )
 from calib_lightning.core.module import module_record
 from calib_lightning.metrics import CORE, DIRECTION
+from calib_lightning.parsing import CalibParser, NamedData
 from calib_lightning.registry import class_path_of, find_class
 from calib_lightning.report import SHARED, print_table
 from calib_lightning.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
@@ -37,89 +36,12 @@ EVALUATION = ("validate", "test", "predict")
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
-# What the parser says about its own types, around the sentence that says what is wrong.
-_PARSER_TALK = re.compile(
-    r"\s*(- )?(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: (Namespace|NestedArg)\(.*)"
-)
-
-
-def plain_message(message: str) -> str:
-    r"""Leave out of an error what the parser says about its own types.
-
-    Args:
-        message: An error of the parser, or of a class that it could not build.
-
-    Returns:
-        What is wrong.
-
-    Example:
-        >>> plain_message("Does not validate against any of the Union subtypes\nErrors:\n  - gamma is -1")
-        'gamma is -1'
-    """
-    lines = [line for line in message.splitlines() if not _PARSER_TALK.fullmatch(line)]
-    return "\n".join(re.sub(r"^\s+- ", "", line) for line in lines) if lines else message
-
-
-_resolve = _typehints.resolve_class_path_by_name
-
-
-def _ours_first(cls: type | tuple[type], name: str) -> str:
-    """The class of this package where others have the same short name, as torch's ``CrossEntropyLoss``."""
-    if "." not in name and not isinstance(cls, tuple):
-        paths = _typehints.get_all_subclass_paths(cls)
-        ours = [path for path in paths if path.startswith("calib_lightning.") and path.endswith(f".{name}")]
-        if len(ours) == 1:
-            return ours[0]
-    return str(_resolve(cls, name))
-
-
-_typehints.resolve_class_path_by_name = _ours_first  # the parser offers no hook: it would refuse the name
-
-
-class _NamedData(_typehints.ActionTypeHint):
-    """Takes ``--data NAME`` for all that is said of the data: what an earlier configuration says is of other data."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 4 and args[3] == "--data":
-            args[1].pop(self.dest, None)
-        return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-
 class _FromLink(BaseException):
     """Carries an error past the parser, which would print the data module, and that asks the data for its loaders."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
         self.error = error
-
-
-class CalibParser(LightningArgumentParser):
-    """Lightning's parser; its errors name what comes nearest to a misspelt name."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviated option would be taken for the one that it begins: a misspelling in disguise.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with exit code 2, the message and the nearest known names."""
-        text = plain_message(message)
-        super().error(text + self._nearest(text), ex)
-
-    def print_usage(self, file: Any = None) -> None:
-        """Print nothing: fifty lines of options would hide the error under them, which says where help is."""
-
-    def _nearest(self, message: str) -> str:
-        options = {option.lstrip("-") for action in self._actions for option in action.option_strings}
-        keys = {action.dest.rpartition(".")[2] for action in self._actions}
-        known = sorted(options | keys | set(methods.__all__) | set(data.__all__))
-        by_lower_case = {name.lower(): name for name in known}
-        hints = []
-        for word in dict.fromkeys(re.findall(r"[A-Za-z_][\w.]*", message)):
-            near = difflib.get_close_matches(word.lower(), by_lower_case, n=2, cutoff=0.75)
-            if near and word not in known:
-                hints.append(f"{word!r}: did you mean {' or '.join(by_lower_case[name] for name in near)}?")
-        return "".join(f"\n  {hint}" for hint in hints)
 
 
 class CalibCLI(LightningCLI):
@@ -198,7 +120,7 @@ class CalibCLI(LightningCLI):
         )
         for action in parser._actions:
             if action.dest == "data":
-                action.__class__ = _NamedData
+                action.__class__ = NamedData
         parser.add_argument(
             "--batch_size",
             type=int | None,
@@ -320,7 +242,7 @@ class CalibCLI(LightningCLI):
         if "batch_size" not in config.data.get("init_args", {}):
             name = config.data.class_path.rpartition(".")[2]
             rank_zero_warn(
-                f"The recipe asks for batches of {config.batch_size}, but {name} has no batch_size: its batches are used."
+                f"The recipe asks for batches of {config.batch_size}, but {name} has no batch_size: its own are used."
             )
             return
         config.data.init_args.batch_size = config.batch_size

@@ -49,7 +49,7 @@ def find_class(class_path: str, base: type[T]) -> type[T]:
     Raises:
         TypeError: If ``class_path`` is not a string.
         ValueError: If no loaded module and no module of this package has such a class, if what is there is not a
-            subclass of ``base``, or if a name alone fits several classes, none or more than one of which are of this package.
+            subclass of ``base``, or if a name alone fits several classes and not just one of this package.
 
     Example:
         >>> find_class("calib_lightning.core.heads.LinearHead", torch.nn.Module)

@@ -26,11 +26,12 @@ ALLOWED = {
     "methods": {"types", "functional", "core", "data", "seeding"},
     "method_table": {"core", "methods"},
     "callbacks": {"types", "metrics", "plots", "posthoc", "data", "core", "seeding", "files", "run_folder"},
-    "cli": {"data", "methods", "callbacks", "core", "metrics", "registry", "report", "run_folder"},
+    "parsing": {"data", "methods"},
+    "cli": {"data", "methods", "callbacks", "core", "metrics", "parsing", "registry", "report", "run_folder"},
     "score": {"metrics", "plots", "posthoc", "report", "files"},
     "calibrate": {"types", "metrics", "posthoc", "score", "report", "files", "core", "data", "methods", "run_folder"},
     "deploy": {"types", "metrics", "posthoc", "core", "methods", "registry", "files", "images"},
-    "__main__": {"cli", "score", "calibrate", "deploy", "config_search", "run_folder"},
+    "__main__": {"cli", "parsing", "score", "calibrate", "deploy", "config_search", "run_folder"},
     "__init__": set(),
 }
 WITHOUT_TRAINER = {"images", "plots", "functional", "metrics", "posthoc", "seeding", "report", "score"}

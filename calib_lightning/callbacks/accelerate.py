@@ -44,7 +44,7 @@ class Accelerate(Callback):
         if encoder is self._done:
             return
         if self.channels_last:
-            encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare it
+            encoder.to(memory_format=torch.channels_last)
         if self.compile:
             encoder.compile()
         self._done = encoder

@@ -39,8 +39,8 @@ class ClipGradients(Callback):
         """Refuse to clip twice."""
         if stage == "fit" and trainer.gradient_clip_val is not None:
             raise ValueError(
-                f"gradient_clip_val of the trainer is {trainer.gradient_clip_val}, but ClipGradients clips as well: leave "
-                "one of them out."
+                f"gradient_clip_val of the trainer is {trainer.gradient_clip_val}; it must be None, since ClipGradients "
+                "clips. Leave one of them out."
             )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -2,7 +2,8 @@
 
 Every family is one builder. The blocks of ResNets, DenseNets and VGG are torchvision's; what differs is the stem, which
 keeps the full resolution of images of 28 to 64 pixels. Pre-activation networks, to which wide ResNets belong, have a
-block of their own. All convolutions are initialised as by He et al. (ICCV 2015), with the fan of their output.
+block of their own. Convolutions are initialised as by He et al. (ICCV 2015), with the fan of their output; those of
+`digits_cnn` as PyTorch does it.
 """
 
 from __future__ import annotations
@@ -157,11 +158,12 @@ def _densenet(in_channels: int, *, growth: int, depths: Sequence[int]) -> nn.Seq
     """Torchvision's dense blocks and transitions behind a 3x3 convolution of stride 1."""
     from torchvision.models.densenet import DenseNet
 
-    parts: Any = DenseNet(growth_rate=growth, block_config=tuple(depths), num_init_features=2 * growth).features
+    sizes: Any = tuple(depths)  # torchvision declares four
+    parts: Any = DenseNet(growth_rate=growth, block_config=sizes, num_init_features=2 * growth).features
     blocks = OrderedDict[str, nn.Module](stem=nn.Conv2d(in_channels, 2 * growth, 3, padding=1, bias=False))
     for i in range(1, len(depths)):
         blocks[f"stage{i}"] = nn.Sequential(getattr(parts, f"denseblock{i}"), getattr(parts, f"transition{i}"))
-    blocks[f"stage{len(depths)}"] = getattr(parts, f"denseblock{len(depths)}")
+    blocks[f"stage{len(depths)}"] = nn.Sequential(getattr(parts, f"denseblock{len(depths)}"))
     blocks["pool"] = nn.Sequential(parts.norm5, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1))
     return _he(nn.Sequential(blocks))
 

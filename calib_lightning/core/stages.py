@@ -425,8 +425,8 @@ class StageSwitch(Callback):
             return self.at_epoch
         if self._before is None:
             raise ValueError(
-                f"at_epoch is {self.at_epoch}, a stage after those of the run, but max_epochs of the trainer is {epochs}: "
-                "set trainer.max_epochs, or give the epoch counted from the start."
+                f"at_epoch is {self.at_epoch}, a stage after those of the run, but max_epochs of the trainer is "
+                f"{epochs}: set trainer.max_epochs, or give the epoch counted from the start."
             )
         added = _added(trainer)
         return self._before - sum(switch.at_epoch for switch in added[: added.index(self)])

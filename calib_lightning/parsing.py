@@ -1,0 +1,101 @@
+"""The command line's parser: messages for people, and what the parser underneath gets wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import _typehints, _util
+from lightning.pytorch.cli import LightningArgumentParser
+
+from calib_lightning import data, methods
+
+# What the parser says about its own types, around the sentence that says what is wrong.
+_PARSER_TALK = re.compile(
+    r"\s*(- )?(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a <class 'NoneType'>"
+    r"|Given value type: .*|Given value: (Namespace|NestedArg)\(.*)"
+)
+
+
+def plain_message(message: str) -> str:
+    r"""Leave out of an error what the parser says about its own types.
+
+    Args:
+        message: An error of the parser, or of a class that it could not build.
+
+    Returns:
+        What is wrong.
+
+    Example:
+        >>> plain_message("Does not validate against any of the Union subtypes\nErrors:\n  - gamma is -1")
+        'gamma is -1'
+    """
+    lines = [line for line in message.splitlines() if not _PARSER_TALK.fullmatch(line)]
+    return "\n".join(re.sub(r"^\s+- ", "", line) for line in lines) if lines else message
+
+
+# --- two mends of the parser, which offers no hooks for them
+
+
+_resolve = _typehints.resolve_class_path_by_name
+_read = _util.parse_value_or_config
+
+
+def _ours_first(cls: type | tuple[type], name: str) -> str:
+    """The class of this package where others have the same short name, as torch's ``CrossEntropyLoss``."""
+    if "." not in name and not isinstance(cls, tuple):
+        paths = _typehints.get_all_subclass_paths(cls)
+        ours = [path for path in paths if path.startswith("calib_lightning.") and path.endswith(f".{name}")]
+        if len(ours) == 1:
+            return ours[0]
+    return str(_resolve(cls, name))
+
+
+def _null_stays(value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """``--model.switch.training.scheduler=null``: the parser would hand "None" on to the level below."""
+    if isinstance(value, _util.NestedArg) and value.val == "null" and "." in value.key:
+        return value, None
+    return _read(value, *args, **kwargs)
+
+
+_typehints.resolve_class_path_by_name = _ours_first
+vars(_typehints)["parse_value_or_config"] = _null_stays
+
+
+class NamedData(_typehints.ActionTypeHint):
+    """Takes ``--data NAME`` for all that is said of the data: what an earlier configuration says is of other data."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forget what was said of other data, then take the value."""
+        if len(args) == 4 and args[3] == "--data":
+            args[1].pop(self.dest, None)
+        return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+class CalibParser(LightningArgumentParser):
+    """Lightning's parser; its errors name what comes nearest to a misspelt name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviated option would be taken for the one that it begins: a misspelling in disguise.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with exit code 2, the message and the nearest known names."""
+        text = plain_message(message)
+        super().error(text + self._nearest(text), ex)
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: fifty lines of options would hide the error under them, which says where help is."""
+
+    def _nearest(self, message: str) -> str:
+        options = {option.lstrip("-") for action in self._actions for option in action.option_strings}
+        keys = {action.dest.rpartition(".")[2] for action in self._actions}
+        known = sorted(options | keys | set(methods.__all__) | set(data.__all__))
+        by_lower_case = {name.lower(): name for name in known}
+        hints = []
+        for word in dict.fromkeys(re.findall(r"[A-Za-z_][\w.]*", message)):
+            near = difflib.get_close_matches(word.lower(), by_lower_case, n=2, cutoff=0.75)
+            if near and word not in known:
+                hints.append(f"{word!r}: did you mean {' or '.join(by_lower_case[name] for name in near)}?")
+        return "".join(f"\n  {hint}" for hint in hints)
