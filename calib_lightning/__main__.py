@@ -45,6 +45,10 @@ def _without_trainer(arguments: list[str]) -> int | None:
         from calib_lightning.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
+    if arguments[:1] == ["paper"]:
+        from calib_lightning.paper_command import main as paper
+
+        return paper(arguments[1:])
     if arguments[:1] == ["predict"]:
         from calib_lightning.deploy.arguments import is_for_images
 

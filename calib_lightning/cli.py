@@ -70,8 +70,9 @@ class CalibCLI(LightningCLI):
             parser_kwargs={
                 "description": "Train and evaluate classifiers whose confidence can be trusted. Beside the subcommands "
                 "below, 'calib score FILE...' scores saved predictions, 'calib calibrate RUN' fits calibrators to "
-                "held-out predictions, and 'calib predict --images DIR --model FILE' labels images with a calibrated "
-                "classifier; see 'calib score --help', 'calib calibrate --help' and 'calib predict --images --help'."
+                "held-out predictions, 'calib paper' prints or runs the commands of a published table, and 'calib "
+                "predict --images DIR --model FILE' labels images with a calibrated classifier; see 'calib score "
+                "--help', 'calib calibrate --help', 'calib paper --help' and 'calib predict --images --help'."
             },
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -135,6 +136,7 @@ class CalibCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; arguments given from Python do not clash with those of the process."""
         words = args if isinstance(args, list) else []
+        self.own_run_dir = any(word.split("=")[0] == "--run_dir" for word in words)
         self.own_batch_size = any(re.match(r"--data\.(init_args\.)?batch_size\b", word) for word in words)
         self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
 
@@ -253,7 +255,7 @@ class CalibCLI(LightningCLI):
         run = run_of(config.ckpt_path) if config.ckpt_path else None
         self.trained_in = run
         if self.config.subcommand != "fit":
-            return create_run_folder(run / self.config.subcommand if run else wanted)
+            return create_run_folder(run / self.config.subcommand if run and not self.own_run_dir else wanted)
         # A resumed run goes on where it was; other methods and names begin a run of their own from its weights.
         if run is not None and self.same_class and (config.run_dir is None or _is_numbered(run, wanted)):
             return use_run_folder(run)

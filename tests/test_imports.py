@@ -20,6 +20,8 @@ ALLOWED = {
     "run_folder": {"files"},
     "config_search": set(),
     "report": {"metrics"},
+    "papers": {"config_search"},
+    "paper_command": {"papers"},
     "data": {"types", "seeding", "files", "images"},
     "posthoc": {"types", "functional", "metrics", "seeding", "registry", "files"},
     "core": {"types", "functional", "metrics", "seeding", "registry", "files"},
@@ -31,7 +33,7 @@ ALLOWED = {
     "score": {"metrics", "plots", "posthoc", "report", "files"},
     "calibrate": {"types", "metrics", "posthoc", "score", "report", "files", "core", "data", "methods", "run_folder"},
     "deploy": {"types", "metrics", "posthoc", "core", "methods", "registry", "files", "images"},
-    "__main__": {"cli", "parsing", "score", "calibrate", "deploy", "config_search", "run_folder"},
+    "__main__": {"cli", "paper_command", "parsing", "score", "calibrate", "deploy", "config_search", "run_folder"},
     "__init__": set(),
 }
 WITHOUT_TRAINER = {"images", "plots", "functional", "metrics", "posthoc", "seeding", "report", "score"}

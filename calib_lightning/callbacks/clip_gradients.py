@@ -39,7 +39,7 @@ class ClipGradients(Callback):
         """Refuse to clip twice."""
         if stage == "fit" and trainer.gradient_clip_val is not None:
             raise ValueError(
-                f"gradient_clip_val of the trainer is {trainer.gradient_clip_val}; it must be None, since ClipGradients "
+                f"gradient_clip_val of the trainer is {trainer.gradient_clip_val}; it must be None, as ClipGradients "
                 "clips. Leave one of them out."
             )
 

@@ -141,6 +141,12 @@ class TimmEncoder(Encoder):
         num_features = getattr(model, "head_hidden_size", None) or model.num_features
         super().__init__(model, name=name, num_features=num_features, in_channels=in_channels)
         self.pretrained = pretrained
+        self._classifiers: list[nn.Linear] = []
+        if pretrained:
+            whole: Any = timm.create_model(name, pretrained=True, in_chans=in_channels)
+            classifier = whole.get_classifier()
+            # in a list: as a submodule it would be trained and saved
+            self._classifiers = [classifier] if isinstance(classifier, nn.Linear) else []
         self._blocks_verified = False
 
     @property
@@ -203,6 +209,22 @@ class TimmEncoder(Encoder):
                 f"them until little is left. The network of the papers on small images is {ours or 'another'}. "
                 f"{'Use --model.encoder=' + ours if ours else 'Ours are ' + ', '.join(encoder_names())}."
             )
+
+    @torch.no_grad()
+    def hand_over_classifier(self, linear: nn.Linear) -> bool:
+        """Give the pretrained weights of the classifier to a layer of the same size, and forget them.
+
+        Args:
+            linear: Maps features to K classes; K must be that of the weights, as 1,000 for ImageNet.
+
+        Returns:
+            Whether there were such weights.
+        """
+        found = self._classifiers.pop() if self._classifiers else None
+        if found is None or found.weight.shape != linear.weight.shape or found.bias is None:
+            return False
+        linear.load_state_dict(found.state_dict())
+        return True
 
     def _cut(self) -> Iterator[list[nn.Module]]:
         try:

@@ -22,7 +22,7 @@ from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.distributed import own_rows, rows_by_rank
-from calib_lightning.core.encoders import build_encoder
+from calib_lightning.core.encoders import TimmEncoder, build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.own_data import Positioned, as_batch, with_positions
 from calib_lightning.core.schedules import with_schedule
@@ -100,8 +100,8 @@ class ClassificationModule(LightningModule):
     Args:
         num_classes: K; the command line takes it from the data.
         criterion: Maps ``(logits (N, K) in float32 or wider, labels (N,))`` to a scalar. Default: cross-entropy.
-        encoder: An encoder's name (``digits_cnn``, ``resnet18_cifar``, ``resnet50_cifar`` or any timm model), or
-            ``{"name": ..., **options}``.
+        encoder: The name of one of our networks (`encoder_names`) or of a timm model, or ``{"name": ..., **options}``;
+            a pretrained timm model with as many classes brings its classifier.
         optimizer: Called with the trainable parameters. Default: SGD, lr 0.1, momentum 0.9, weight decay 5e-4.
         scheduler: Called with the optimiser; stepped once an epoch. ``ReduceLROnPlateau`` watches ``val/nll``.
         batch_transform: Mixes or multiplies training images around the criterion, as mixup does.
@@ -144,7 +144,10 @@ class ClassificationModule(LightningModule):
         self.save_hyperparameters(ignore=list(self.objects))
         self.num_classes = num_classes
         self.encoder = build_encoder(encoder)
-        self.head: Head = LinearHead(self.encoder.num_features, num_classes)
+        head = LinearHead(self.encoder.num_features, num_classes)
+        if isinstance(self.encoder, TimmEncoder):
+            self.encoder.hand_over_classifier(head.linear)
+        self.head: Head = head
         self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.optimizer = optimizer
         self.scheduler = scheduler

@@ -1,0 +1,120 @@
+"""``calib paper``: the commands behind a cell of a published table, printed or run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from calib_lightning.papers import Cell, cell, read_index, rows_and_columns, tables
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``calib paper``.
+
+    Args:
+        argv: The arguments behind ``paper``; what follows ``--`` is added to every ``calib fit``.
+
+    Returns:
+        Exit code: 0 for success, 1 for a cell that is not known, else that of the command that failed.
+    """
+    own = list(argv)
+    at = own.index("--") if "--" in own else len(own)
+    own, more = own[:at], own[at + 1 :]
+    asked = _parser().parse_args(own)
+    try:
+        index = read_index()
+        if asked.table is None:
+            print(_contents(index, [asked.paper] if asked.paper else list(index)))
+            return 0
+        if asked.row is None or asked.column is None:
+            print(_axes(index, asked.paper, asked.table))
+            return 0
+        found = cell(index, asked.paper, asked.table, asked.row, asked.column, asked.seed)
+    except (ValueError, OSError) as error:
+        print(f"calib: error: {error}", file=sys.stderr)
+        return 1
+    commands = [_with(command, more) for command in found.commands]
+    print(_described(found), *commands, sep="\n")
+    return _run(commands) if asked.run else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="calib paper",
+        description="The commands behind a cell of a published table. Without a cell: what there is.",
+        epilog="What follows -- is added to every calib fit: calib paper ... --run -- --data.root=DIR",
+    )
+    parser.add_argument("paper", nargs="?", help="refcal, dark_side, neural_clamping or mac_cal")
+    parser.add_argument("table", nargs="?", help="a table of the paper, such as table1")
+    parser.add_argument("--row", help="a row of the table, a method")
+    parser.add_argument("--column", help="a column of the table, data/network")
+    parser.add_argument("--seed", type=int, help="another seed than the paper's; the run folder has it in its name")
+    parser.add_argument("--run", action="store_true", help="run the commands; a finished training is not repeated")
+    return parser
+
+
+def _contents(index: Mapping[str, Any], papers: Sequence[str]) -> str:
+    lines = []
+    for paper in papers:
+        names = tables(index, paper)
+        lines.append(f"{paper}: {index[paper]['title']}")
+        lines += [f"  {name}: {index[paper]['tables'][name]['title']}" for name in names]
+    return "\n".join([*lines, "calib paper PAPER TABLE lists rows and columns."])
+
+
+def _axes(index: Mapping[str, Any], paper: str, table: str) -> str:
+    rows, columns = rows_and_columns(index, paper, table)
+    title = f"{paper} {table}: {index[paper]['tables'][table]['title']}"
+    return f"{title}\n  --row {', '.join(rows)}\n  --column {', '.join(columns)}"
+
+
+def _described(found: Cell) -> str:
+    """Comments above the commands, so that the whole output is a script."""
+    named = [f"{name} {value}" for name, value in zip(found.figures, found.published, strict=False)]
+    average = " (the average over networks)" if found.averaged else ""
+    lines = [
+        f"{found.paper} {found.table}, row {found.row}, column {found.column}: {found.title}",
+        f"published: {', '.join(named) or 'nothing'}{average}",
+        f"evaluated epoch: {found.selects}",
+        *([found.note] if found.note else []),
+    ]
+    return "\n".join(f"# {line}" for line in lines)
+
+
+def _with(command: str, more: Sequence[str]) -> str:
+    return shlex.join([*shlex.split(command), *more]) if command.startswith("calib fit ") else command
+
+
+def _run(commands: Sequence[str]) -> int:
+    for command in commands:
+        words = shlex.split(command)
+        if words[1] == "fit":
+            run = Path(next(word.partition("=")[2] for word in reversed(words) if word.startswith("--run_dir=")))
+            if _finished(run):
+                print(f"# {run} is finished: not trained again")
+                continue
+            if run.exists():
+                print(
+                    f"calib: error: {run} exists, but its training is not finished. Go on with calib fit -c "
+                    f"{run}/config.yaml --ckpt_path {run}/checkpoints/last.ckpt, or remove the folder.",
+                    file=sys.stderr,
+                )
+                return 1
+        code = subprocess.run([sys.executable, "-m", "calib_lightning", *words[1:]], check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+def _finished(run: Path) -> bool:
+    record = run / "run.json"
+    if not record.is_file():
+        return False
+    stages = json.loads(record.read_text(encoding="utf-8")).get("stages", [])
+    return any(stage.get("stage") == "fit" and stage.get("status") == "finished" for stage in stages)

@@ -1,0 +1,193 @@
+"""The tables of the four papers: the commands and published figures of every cell, from ``configs/papers.yaml``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from calib_lightning.config_search import config_folders
+
+INDEX = "papers.yaml"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+        paper: Name of the paper.
+        table: Name of the table.
+        row: Name of the row, a method.
+        column: Name of the column, ``data/network``.
+        title: What the table shows.
+        commands: The command lines that make the cell, in order.
+        figures: What was published, in order, with units.
+        published: Its values as printed, ``mean ± std`` as text; empty where there are none.
+        averaged: Whether the published values are averages over the networks.
+        selects: The paper's rule for the epoch that is evaluated, and ours where it differs.
+        note: What differs from the paper; empty for nothing.
+    """
+
+    paper: str
+    table: str
+    row: str
+    column: str
+    title: str
+    commands: tuple[str, ...]
+    figures: tuple[str, ...]
+    published: tuple[float | str, ...]
+    averaged: bool
+    selects: str
+    note: str
+
+
+def read_index() -> dict[str, Any]:
+    """Read the index of the papers.
+
+    Returns:
+        By paper: its title, columns, rows and tables.
+
+    Raises:
+        FileNotFoundError: If there is no such file among the configurations.
+
+    Example:
+        >>> sorted(read_index())
+        ['dark_side', 'mac_cal', 'neural_clamping', 'refcal']
+    """
+    for folder in config_folders():
+        if (folder / INDEX).is_file():
+            index: dict[str, Any] = yaml.safe_load((folder / INDEX).read_text(encoding="utf-8"))
+            return index
+    raise FileNotFoundError(f"{INDEX} is in none of {', '.join(map(str, config_folders()))}. Install the package anew.")
+
+
+def tables(index: Mapping[str, Any], paper: str) -> list[str]:
+    """Name the tables of a paper.
+
+    Args:
+        index: From `read_index`.
+        paper: Name of the paper.
+
+    Returns:
+        Names, as in the index.
+
+    Raises:
+        ValueError: If the index has no such paper; the nearest names are in the message.
+    """
+    return list(_pick(index, paper, "paper")["tables"])
+
+
+def rows_and_columns(index: Mapping[str, Any], paper: str, table: str) -> tuple[list[str], list[str]]:
+    """Name the rows and columns of a table.
+
+    Args:
+        index: From `read_index`.
+        paper: Name of the paper.
+        table: Name of the table.
+
+    Returns:
+        Rows, columns.
+
+    Raises:
+        ValueError: If the index has no such paper or table; the nearest names are in the message.
+    """
+    known = _pick(index, paper, "paper")
+    found = _pick(known["tables"], table, f"table of {paper}")
+    return list(found.get("rows", known["rows"])), list(found.get("columns", known["columns"]))
+
+
+def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str, seed: int | None = None) -> Cell:
+    """Find a cell and write its commands.
+
+    Args:
+        index: From `read_index`.
+        paper: Name of the paper.
+        table: Name of the table.
+        row: Name of the row.
+        column: Name of the column.
+        seed: Trains with this seed, in a folder of its own; ``None`` takes the paper's.
+
+    Returns:
+        The cell.
+
+    Raises:
+        ValueError: If there is no such cell; the nearest names are in the message.
+
+    Example:
+        >>> found = cell(read_index(), "mac_cal", "table1", "flsd", "cifar100/resnet110")
+        >>> found.published
+        (7.83,)
+    """
+    rows, columns = rows_and_columns(index, paper, table)
+    known, where = index[paper], f"of {paper} {table}"
+    of_table = known["tables"][table]
+    _pick(dict.fromkeys(rows), row, f"row {where}")
+    _pick(dict.fromkeys(columns), column, f"column {where}")
+    words = {**known, **of_table, **known["columns"][column], **known["rows"][row], "row": row, "column": column}
+    if seed is not None:
+        words |= {"run": f"{words['run']}-seed{seed}"}
+    values = of_table["published"].get(row, {})
+    return Cell(
+        paper,
+        table,
+        row,
+        column,
+        of_table["title"],
+        tuple(_seeded(line, seed) for template in words["commands"] if (line := _filled(template, words)) is not None),
+        tuple(of_table["figures"]),
+        tuple(values.get(column, values.get(column.partition("/")[0], ()))),
+        column not in values and column.partition("/")[0] in values,
+        known["selects"],
+        " ".join(str(part["note"]) for part in _notes(known, of_table, column, row)),
+    )
+
+
+def cells(index: Mapping[str, Any]) -> list[Cell]:
+    """List every cell of every table.
+
+    Args:
+        index: From `read_index`.
+
+    Returns:
+        All cells.
+    """
+    return [
+        cell(index, paper, table, row, column)
+        for paper in index
+        for table in tables(index, paper)
+        for row in rows_and_columns(index, paper, table)[0]
+        for column in rows_and_columns(index, paper, table)[1]
+    ]
+
+
+def _seeded(command: str, seed: int | None) -> str:
+    return command if seed is None or not command.startswith("calib fit ") else f"{command} --seed_everything={seed}"
+
+
+def _notes(known: Mapping[str, Any], table: Mapping[str, Any], column: str, row: str) -> list[Mapping[str, Any]]:
+    return [part for part in (table, known["columns"][column], known["rows"][row]) if "note" in part]
+
+
+def _filled(template: str, words: Mapping[str, Any]) -> str | None:
+    """Put words into a template until none is left; None where the cell lacks one, and so needs no such command."""
+    line = template
+    while re.search(r"(?<!\{)\{\w+\}(?!\})", line):
+        try:
+            line = re.sub(r"(?<!\{)\{(\w+)\}(?!\})", lambda found: str(words[found[1]]), line)
+        except KeyError:
+            return None
+    return shlex.join(shlex.split(line.replace("{{", "{").replace("}}", "}")))
+
+
+def _pick(known: Mapping[str, Any], name: str, what: str) -> Any:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    hint = f" The nearest: {', '.join(near)}." if near else ""
+    raise ValueError(f"{what} is {name!r}; it must be one of {', '.join(known)}.{hint} calib paper lists them all.")
