@@ -334,7 +334,7 @@ class CalibCLI(LightningCLI):
             self.datamodule.prepare_data()
         if self.trainer.is_global_zero:
             self.datamodule.setup()
-            self.model.encoder.check_images(self.datamodule.image_facts["shape"])
+            self.model.check_images(self.datamodule.image_facts["shape"])
             if self.trained_in is not None and (self.trained_in / "run.json").is_file():
                 check_data_of_run(self.trained_in, self.datamodule)
 

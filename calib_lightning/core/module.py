@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict, cast
@@ -22,7 +22,7 @@ from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.distributed import own_rows, rows_by_rank
-from calib_lightning.core.encoders import TimmEncoder, build_encoder
+from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
 from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
 from calib_lightning.core.own_data import Positioned, as_batch, with_positions
 from calib_lightning.core.schedules import with_schedule
@@ -165,6 +165,7 @@ class ClassificationModule(LightningModule):
         self.val_state = EvaluationState()
         self.test_states = nn.ModuleList()
         self.test_sets: list[str] = []
+        self._image_shape: tuple[int, ...] = ()
         self._soft: dict[str, tuple[Tensor, SoftLabelScores]] = {}
 
     # --- the network -------------------------------------------------------------------------------------------------
@@ -197,10 +198,23 @@ class ClassificationModule(LightningModule):
         """
         facts = getattr(datamodule_in_use(self.trainer), "image_facts", None)
         if isinstance(facts, dict):
-            self.encoder.check_images(facts["shape"])
+            self.check_images(facts["shape"])
         # called with every loader of every stage, once Lightning has given it the sampler of this process
         strategy = self.trainer.strategy
         vars(strategy)["process_dataloader"] = partial(_process_dataloader, self.trainer)
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Refuse images that the encoder cannot take, before anything begins; a shape is looked at once.
+
+        Args:
+            shape: ``(C, H, W)``.
+
+        Raises:
+            ValueError: If the encoder is one of this package and does not take them.
+        """
+        if tuple(shape) != self._image_shape and isinstance(self.encoder, Encoder):
+            self.encoder.check_images(shape)
+        self._image_shape = tuple(shape)
 
     def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
         """Show batches to hooks as their loader made them; the position of each sample is added after the last one."""

@@ -232,21 +232,45 @@ def test_spec_round_trip(given, spec):
     again.load_state_dict(encoder.state_dict())
 
 
-def test_pretrained_reaches_timm_unless_overridden(monkeypatch):
-    asked = []
-    create = timm.create_model
+@pytest.fixture
+def made(monkeypatch):
+    """What timm was asked for and what it made, without downloading: (pretrained, model)."""
+    calls, create = [], timm.create_model
 
     def spy(name, pretrained=False, **kwargs):
-        asked.append(pretrained)
-        return create(name, pretrained=False, **kwargs)
+        model = create(name, pretrained=False, **kwargs)
+        calls.append((pretrained, model))
+        return model
 
     monkeypatch.setattr(timm, "create_model", spy)
+    return calls
+
+
+def test_pretrained_reaches_timm_unless_overridden(made):
     spec = {"name": "test_resnet", "pretrained": True}
-    assert build_encoder(spec).spec["pretrained"] is True
+    for options, expected in ((spec, True), ("test_resnet", False)):
+        made.clear()
+        assert build_encoder(options).spec["pretrained"] is expected
+        assert {pretrained for pretrained, _ in made} == {expected}
+    made.clear()
     assert build_encoder(spec, pretrained=False).spec["pretrained"] is False
-    build_encoder("test_resnet")
-    assert asked == [True, False, False]
+    assert {pretrained for pretrained, _ in made} == {False}
     assert spec == {"name": "test_resnet", "pretrained": True}
+
+
+def test_pretrained_classifiers_go_to_a_layer_of_their_size_once(made):
+    spec = {"name": "test_resnet", "pretrained": True}
+    encoder, linear = build_encoder(spec), nn.Linear(512, 1000)
+    (classifier,) = [m for _, model in made for m in model.modules() if isinstance(m, nn.Linear)]
+    assert encoder.state_dict().keys() == build_encoder("test_resnet").state_dict().keys()
+    assert encoder.hand_over_classifier(linear)
+    assert torch.equal(linear.weight, classifier.weight)
+    assert torch.equal(linear.bias, classifier.bias)
+    for other, size in ((encoder, 1000), (build_encoder(spec), 10), (build_encoder("test_resnet"), 1000)):
+        linear = nn.Linear(512, size)
+        before = copy.deepcopy(linear.state_dict())
+        assert not other.hand_over_classifier(linear)
+        assert torch.equal(linear.weight, before["weight"])
 
 
 def test_own_encoders_have_no_pretrained_weights():

@@ -633,6 +633,13 @@ def test_an_error_without_words_is_named():
         encoder.check_images((1, 8, 8))
 
 
+def test_images_are_checked_in_evaluation_and_without_values():
+    encoder, seen = build_encoder("resnet20_classic").train(), []
+    encoder.blocks[1].register_forward_hook(lambda module, x, y: seen.append((module.training, y.device.type)))
+    encoder.check_images((3, 32, 32))
+    assert seen == [(False, "meta")]
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
