@@ -12,7 +12,6 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from calib_lightning.core import encoders
 from calib_lightning.core.encoders import NoBlocksError, build_encoder, encoder_names
 from calib_lightning.core.heads import LinearHead
 
@@ -260,14 +259,15 @@ def test_pretrained_reaches_timm_unless_overridden(made):
 
 def test_pretrained_classifiers_go_to_a_layer_of_their_size_once(made):
     spec = {"name": "test_resnet", "pretrained": True}
-    encoder, linear = build_encoder(spec), nn.Linear(512, 1000)
+    encoder = build_encoder(spec)
+    linear = nn.Linear(encoder.num_features, 1000)
     (classifier,) = [m for _, model in made for m in model.modules() if isinstance(m, nn.Linear)]
-    assert encoder.state_dict().keys() == build_encoder("test_resnet").state_dict().keys()
+    assert list(encoder.state_dict()) == list(build_encoder("test_resnet").state_dict())
     assert encoder.hand_over_classifier(linear)
     assert torch.equal(linear.weight, classifier.weight)
     assert torch.equal(linear.bias, classifier.bias)
     for other, size in ((encoder, 1000), (build_encoder(spec), 10), (build_encoder("test_resnet"), 1000)):
-        linear = nn.Linear(512, size)
+        linear = nn.Linear(encoder.num_features, size)
         before = copy.deepcopy(linear.state_dict())
         assert not other.hand_over_classifier(linear)
         assert torch.equal(linear.weight, before["weight"])
@@ -304,17 +304,26 @@ def test_bad_specs_say_what_is_allowed(spec, error, message):
 
 
 def test_small_encoders_need_neither_timm_nor_torchvision(monkeypatch):
-    # None in sys.modules makes an import fail; a fresh copy of the module shows what it imports at the top
-    for name in ("timm", "torchvision", "torchvision.models"):
-        monkeypatch.setitem(sys.modules, name, None)
-    spec = importlib.util.spec_from_file_location("calib_lightning.core.encoders_again", encoders.__file__)
-    fresh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fresh)
-    assert fresh.build_encoder("digits_cnn").num_features == 96
-    with pytest.raises(ImportError):
-        fresh.build_encoder("resnet18_cifar")
-    with pytest.raises(ImportError):
-        fresh.build_encoder("resnet18")
+    # None in sys.modules makes an import fail; fresh copies of the modules show what they import at the top
+    for name in (*sys.modules, "timm", "torchvision"):
+        if name.partition(".")[0] in ("timm", "torchvision"):
+            monkeypatch.setitem(sys.modules, name, None)
+    fresh = {}
+    for name in ("networks", "encoders"):
+        spec = importlib.util.find_spec(f"calib_lightning.core.{name}")
+        fresh[name] = importlib.util.module_from_spec(spec)
+        # encoders take the fresh networks
+        monkeypatch.setitem(sys.modules, spec.name, fresh[name])
+        spec.loader.exec_module(fresh[name])
+    build = fresh["encoders"].build_encoder
+    assert {name: build(name).num_features for name in ("digits_cnn", "wrn40_2", "vgg16_bn_cifar")} == {
+        "digits_cnn": 96,
+        "wrn40_2": 128,
+        "vgg16_bn_cifar": 512,
+    }
+    for name in ("resnet18_cifar", "densenet_bc100", "resnet18"):
+        with pytest.raises(ImportError):
+            build(name)
 
 
 def test_digits_cnn_learns_long_tailed_digits():
