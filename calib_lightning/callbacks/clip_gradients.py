@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 
@@ -36,7 +36,9 @@ class ClipGradients(Callback):
         self._steps, self._clipped = 0, torch.zeros(())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to clip twice."""
+        """Refuse to clip twice, and count from nothing; a checkpoint's count comes after this."""
+        if stage == "fit":
+            self._steps, self._clipped = 0, torch.zeros(())
         if stage == "fit" and trainer.gradient_clip_val is not None:
             raise ValueError(
                 f"gradient_clip_val of the trainer is {trainer.gradient_clip_val}; it must be None, as ClipGradients "
@@ -47,8 +49,12 @@ class ClipGradients(Callback):
         """Clip."""
         if getattr(pl_module, "stage", 0) > 0:
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = clip_grad_norm_(parameters, self.max_norm)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm(gradients)
+        # torch's clip_grad_norm_ adds 1e-6 to the norm, which is no small part of that of a mean loss
+        factor = (self.max_norm / norm).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device))
         self._steps += 1
         self._clipped = self._clipped.to(norm.device) + (norm > self.max_norm)  # no look: a GPU would have to wait
 

@@ -144,16 +144,31 @@ def test_checkpoint_of_a_foreign_module_is_explained(tmp_path):
         load_module(tmp_path / "foreign.ckpt")
 
 
-def test_pretrained_weights_are_not_asked_for_again(tmp_path, monkeypatch):
+@pytest.fixture
+def downloads(monkeypatch):
+    """The pretrained models that were asked for; made without a download, with the same weights under each name."""
     import timm
 
-    asked = []
-    create = timm.create_model
-    monkeypatch.setattr(
-        timm, "create_model", lambda *a, pretrained=False, **k: asked.append(pretrained) or create(*a, **k)
-    )
-    encoder = {"name": "test_resnet", "in_channels": 1, "pretrained": True}
-    module = ClassificationModule(3, encoder=encoder, optimizer=sgd)
+    asked, create = [], timm.create_model
+
+    def pretend(*args, pretrained=False, **options):
+        if not pretrained:
+            return create(*args, **options)
+        model = create(*args, **options)
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        asked.append(model)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", pretend)
+    return asked
+
+
+PRETRAINED = {"name": "test_resnet", "in_channels": 1, "pretrained": True}
+
+
+def test_pretrained_weights_are_not_asked_for_again(tmp_path, downloads):
+    module = ClassificationModule(3, encoder=PRETRAINED, optimizer=sgd)
     run = trainer(tmp_path, max_steps=1)
     run.fit(
         module,
@@ -162,8 +177,41 @@ def test_pretrained_weights_are_not_asked_for_again(tmp_path, monkeypatch):
         ),
     )
     run.save_checkpoint(tmp_path / "model.ckpt")
+    assert downloads
+    downloads.clear()
     load_module(tmp_path / "model.ckpt")
-    assert asked == [True, False]
+    assert downloads == []
+
+
+def test_a_pretrained_model_with_as_many_classes_brings_its_classifier(tmp_path, downloads):
+    module = ClassificationModule(1000, encoder=PRETRAINED)
+    whole = next(model for model in downloads if model.num_classes == 1000)
+    for name, value in whole.get_classifier().state_dict().items():
+        assert torch.equal(module.head.linear.state_dict()[name], value), name
+    # no trace of it beside the head, and the network is timm's as a whole
+    plain = ClassificationModule(1000, encoder={**PRETRAINED, "pretrained": False})
+    assert list(module.state_dict()) == list(plain.state_dict())
+    assert len(list(module.parameters())) == len(list(whole.parameters()))
+    image = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = whole.eval()(image)
+        torch.testing.assert_close(module.eval()(image), expected, rtol=1e-6, atol=1e-6)
+
+    trainer(tmp_path, max_epochs=0).fit(module, train_dataloaders=_tuples())
+    module.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    downloads.clear()
+    loaded = load_module(tmp_path / "model.ckpt")
+    assert downloads == []
+    for name, value in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_pretrained_model_with_other_classes_gets_a_new_head(downloads):
+    module = ClassificationModule(10, encoder=PRETRAINED)
+    whole = next(model for model in downloads if model.num_classes == 1000)
+    assert torch.equal(module.encoder.network.conv1[0].weight, whole.conv1[0].weight)
+    assert module.head.linear.weight.shape == (10, whole.num_features)
+    assert not (module.head.linear.weight[:, None] == whole.get_classifier().weight).all(dim=-1).any()
 
 
 def test_only_trainable_parameters_are_optimised_and_a_plateau_watches_validation():

@@ -1,4 +1,4 @@
-"""The schedule against its closed form, and its resume."""
+"""Schedules against their closed forms, and their resume."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from calib_lightning.core.schedules import CosineToEnd, WarmupCosine
+from calib_lightning.core.schedules import CosineToEnd, WarmupCosine, WarmupMultiStep
 
 
 def optimizer(*rates):
@@ -160,3 +160,74 @@ def test_a_cosine_without_an_end_is_refused():
         schedule.set_epochs(-1)
     with pytest.raises(ValueError, match="eta_min is nan"):
         CosineToEnd(opt, eta_min=math.nan)
+
+
+# --- steps behind a warm-up ------------------------------------------------------------------------------------------
+
+
+def ldam(rate, epoch):
+    """As the authors of LDAM set the rate; epoch counted from 1."""
+    if epoch <= 5:
+        return rate * epoch / 5
+    if epoch > 180:
+        return rate * 1e-4
+    return rate * 0.01 if epoch > 160 else rate
+
+
+def steps(opt, schedule, epochs):
+    found = []
+    for _ in range(epochs):
+        found.append([group["lr"] for group in opt.param_groups])
+        opt.step()
+        schedule.step()
+    return found
+
+
+def test_the_steps_of_ldam_over_its_two_hundred_epochs():
+    opt = optimizer(0.1, 0.3)
+    found = steps(opt, WarmupMultiStep(opt, milestones=[160, 180], gamma=0.01), 200)
+    expected = [[ldam(rate, epoch) for rate in (0.1, 0.3)] for epoch in range(1, 201)]
+    for epoch, (one, other) in enumerate(zip(found, expected, strict=True), start=1):
+        assert one == pytest.approx(other, rel=1e-12), epoch
+
+
+def test_without_a_warm_up_the_steps_are_those_of_torch():
+    opt, other = optimizer(0.4), optimizer(0.4)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(other, [3, 4, 7], gamma=0.1)
+    found = steps(opt, WarmupMultiStep(opt, (3, 4, 7), warmup_epochs=0), 9)
+    expected = steps(other, theirs, 9)
+    assert [rates[0] for rates in found] == pytest.approx([rates[0] for rates in expected], rel=1e-12)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5, 8, 9, 11])
+def test_resumed_steps_are_the_same_bit_for_bit(stop):
+    options = {"milestones": [8, 11], "gamma": 0.1, "warmup_epochs": 5}
+    opt = optimizer(0.5, 0.2)
+    whole = steps(opt, WarmupMultiStep(opt, **options), 13)
+    first = optimizer(0.5, 0.2)
+    schedule = WarmupMultiStep(first, **options)
+    assert steps(first, schedule, stop) == whole[:stop]
+    second = optimizer(0.5, 0.2)
+    resumed = WarmupMultiStep(second, **options)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    assert steps(second, resumed, 13 - stop) == whole[stop:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"milestones": []}, r"milestones is \[\]; it must be ascending"),
+        ({"milestones": [180, 160]}, r"milestones is \[180, 160\]; it must be ascending"),
+        ({"milestones": [160, 160]}, r"milestones is \[160, 160\]"),
+        ({"milestones": [0, 160], "warmup_epochs": 0}, r"milestones is \[0, 160\]; it must be ascending epochs from 1"),
+        ({"gamma": 0.0}, r"gamma is 0.0; it must lie in \(0, 1\]"),
+        ({"gamma": 1.5}, "gamma is 1.5"),
+        ({"gamma": math.nan}, "gamma is nan"),
+        ({"warmup_epochs": -1}, "warmup_epochs is -1; it must lie between 0 and the first milestone"),
+        ({"warmup_epochs": 161}, r"warmup_epochs is 161; it must lie between 0 and the first milestone \(160\)"),
+    ],
+)
+def test_bad_numbers_of_steps_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        WarmupMultiStep(optimizer(0.1), **{"milestones": [160, 180], **options})
