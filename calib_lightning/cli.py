@@ -221,6 +221,10 @@ class CalibCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what can be checked, then make the folder of the run."""
         config = self._command_config()
+        if self.config.subcommand == "fit" and config.trainer.max_epochs == 0 and config.ckpt_path is not None:
+            raise ValueError(
+                "trainer.max_epochs is 0; it must be above 0 to go on from a checkpoint. To evaluate it use calib test."
+            )
         if config.select_on is not None:
             _check_select_on(config.select_on)
         if config.batch_size is not None and not self.own_batch_size:
@@ -281,8 +285,6 @@ class CalibCLI(LightningCLI):
         self.validates = self.config.subcommand != "fit" or has_validation(self.datamodule)
         if not self.validates:
             kwargs["limit_val_batches"] = 0  # Lightning takes no loader that is None
-        if self._command_config().trainer.max_epochs == 0:  # Lightning would ask for the images all the same
-            kwargs |= {"limit_train_batches": 0, "limit_val_batches": 0}
         if command.quiet:
             kwargs |= {"enable_progress_bar": False, "enable_model_summary": False}
         return super().instantiate_trainer(

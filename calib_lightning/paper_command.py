@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -13,12 +12,15 @@ from typing import Any
 
 from calib_lightning.papers import Cell, cell, read_index, rows_and_columns, tables
 
+FINISHED = "paper.txt"
+"""In a run's folder: the command that has made it, written when it was finished."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run ``calib paper``.
 
     Args:
-        argv: The arguments behind ``paper``; what follows ``--`` is added to every ``calib fit``.
+        argv: The arguments behind ``paper``; what follows ``--`` is added to every ``calib fit`` and ``calib test``.
 
     Returns:
         Exit code: 0 for success, 1 for a cell that is not known, else that of the command that failed.
@@ -48,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="calib paper",
         description="The commands behind a cell of a published table. Without a cell: what there is.",
-        epilog="What follows -- is added to every calib fit: calib paper ... --run -- --data.root=DIR",
+        epilog="What follows -- is added to every calib fit and calib test: calib paper ... --run -- --data.root=DIR",
     )
     parser.add_argument("paper", nargs="?", help="refcal, dark_side, neural_clamping or mac_cal")
     parser.add_argument("table", nargs="?", help="a table of the paper, such as table1")
@@ -88,7 +90,8 @@ def _described(found: Cell) -> str:
 
 
 def _with(command: str, more: Sequence[str]) -> str:
-    return shlex.join([*shlex.split(command), *more]) if command.startswith("calib fit ") else command
+    trained = command.startswith(("calib fit ", "calib test "))
+    return shlex.join([*shlex.split(command), *more]) if trained else command
 
 
 def _run(commands: Sequence[str]) -> int:
@@ -96,25 +99,28 @@ def _run(commands: Sequence[str]) -> int:
         words = shlex.split(command)
         if words[1] == "fit":
             run = Path(next(word.partition("=")[2] for word in reversed(words) if word.startswith("--run_dir=")))
-            if _finished(run):
+            done = run / FINISHED
+            if done.is_file() and done.read_text(encoding="utf-8").strip() == command:
                 print(f"# {run} is finished: not trained again")
                 continue
             if run.exists():
-                print(
-                    f"calib: error: {run} exists, but its training is not finished. Go on with calib fit -c "
-                    f"{run}/config.yaml --ckpt_path {run}/checkpoints/last.ckpt, or remove the folder.",
-                    file=sys.stderr,
-                )
+                print(f"calib: error: {_why_not(run, done)}", file=sys.stderr)
                 return 1
         code = subprocess.run([sys.executable, "-m", "calib_lightning", *words[1:]], check=False).returncode
         if code:
             return code
+        if words[1] == "fit" and run.is_dir():
+            done.write_text(command + "\n", encoding="utf-8")
     return 0
 
 
-def _finished(run: Path) -> bool:
-    record = run / "run.json"
-    if not record.is_file():
-        return False
-    stages = json.loads(record.read_text(encoding="utf-8")).get("stages", [])
-    return any(stage.get("stage") == "fit" and stage.get("status") == "finished" for stage in stages)
+def _why_not(run: Path, done: Path) -> str:
+    if done.is_file():
+        return (
+            f"{run} was made by another command ({done.read_text(encoding='utf-8').strip()}). Add -- --run_dir=DIR, or "
+            "remove the folder."
+        )
+    return (
+        f"{run} exists, but its training is not finished. Go on with calib fit -c {run}/config.yaml --ckpt_path "
+        f"{run}/checkpoints/last.ckpt, or remove the folder."
+    )

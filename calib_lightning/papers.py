@@ -111,7 +111,8 @@ def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str
         table: Name of the table.
         row: Name of the row.
         column: Name of the column.
-        seed: Trains with this seed, in a folder of its own; ``None`` takes the paper's.
+        seed: Trains with this seed, in a folder of its own; in papers that repeat the calibrators on one network it is
+            the calibrators'. ``None`` takes the paper's.
 
     Returns:
         The cell.
@@ -130,8 +131,9 @@ def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str
     _pick(dict.fromkeys(rows), row, f"row {where}")
     _pick(dict.fromkeys(columns), column, f"column {where}")
     words = {**known, **of_table, **known["columns"][column], **known["rows"][row], "row": row, "column": column}
+    trains = seed is not None and known.get("seeds") != "calibrators"
     if seed is not None:
-        words |= {"run": f"{words['run']}-seed{seed}"}
+        words |= {"seed": seed, **({"run": f"{words['run']}-seed{seed}"} if trains else {})}
     values = of_table["published"].get(row, {})
     return Cell(
         paper,
@@ -139,7 +141,11 @@ def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str
         row,
         column,
         of_table["title"],
-        tuple(_seeded(line, seed) for template in words["commands"] if (line := _filled(template, words)) is not None),
+        tuple(
+            _seeded(line, seed if trains else None)
+            for template in words["commands"]
+            if (line := _filled(template, words)) is not None
+        ),
         tuple(of_table["figures"]),
         tuple(values.get(column, values.get(column.partition("/")[0], ()))),
         column not in values and column.partition("/")[0] in values,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -40,9 +41,20 @@ class RunCheckpoint(ModelCheckpoint):
         self._validated = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep a network that is not to be trained, such as a pretrained one, as it is."""
+        """See whether there is anything to train; Lightning would ask for the images all the same."""
+        if trainer.max_epochs != 0 or self.monitor is not None:
+            return
+        trainer.limit_train_batches = trainer.limit_val_batches = 0
+        self.best_model_path = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
+        if not getattr(pl_module, "pretrained_head", True):
+            rank_zero_warn(
+                f"max_epochs is 0 and the head of {type(pl_module).__name__} has random weights, so its answers are by "
+                "chance. Use a pretrained network with as many classes as the data, or train."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep a network that was not to be trained, such as a pretrained one, as it is."""
         if trainer.max_epochs == 0 and self.monitor is None:
-            self.best_model_path = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
             trainer.save_checkpoint(self.best_model_path)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from calib_lightning.core import StageSwitch
+
 
 class ClipGradients(Callback):
     """Clips the norm of the gradient and logs the share of steps in which it was too long, ``train/clipped``.
@@ -47,7 +49,8 @@ class ClipGradients(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip."""
-        if getattr(pl_module, "stage", 0) > 0:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
+        if any(isinstance(callback, StageSwitch) and callback.active for callback in callbacks):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm(gradients)

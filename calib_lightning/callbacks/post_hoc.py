@@ -55,7 +55,11 @@ class PostHocCalibrate(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before anything is trained, a fit for which there are no calibration rows."""
-        if str(getattr(stage, "value", stage)) != "fit" or self.loader is not None:
+        if str(getattr(stage, "value", stage)) != "fit":
+            return
+        if trainer.max_epochs == 0:
+            rank_zero_warn("max_epochs is 0: PostHocCalibrate fits behind a training, so it does nothing here.")
+        if self.loader is not None:
             return
         data = getattr(trainer, "datamodule", None) or datamodule_in_use(trainer)
         if not callable(getattr(data, "calibration_dataloader", None)):

@@ -124,6 +124,8 @@ class ClassificationModule(LightningModule):
     """Names of arguments that are not saved as hyper-parameters."""
     first_stage_epochs: int | None = None
     """Epochs before the first stage switch of the present fit; ``None`` without one."""
+    pretrained_head: bool
+    """Whether the first head has come with a pretrained encoder."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes that it was trained on, in the order of the logits; ``None`` where they are not known."""
 
@@ -145,8 +147,7 @@ class ClassificationModule(LightningModule):
         self.num_classes = num_classes
         self.encoder = build_encoder(encoder)
         head = LinearHead(self.encoder.num_features, num_classes)
-        if isinstance(self.encoder, TimmEncoder):
-            self.encoder.hand_over_classifier(head.linear)
+        self.pretrained_head = isinstance(self.encoder, TimmEncoder) and self.encoder.hand_over_classifier(head.linear)
         self.head: Head = head
         self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.optimizer = optimizer
@@ -297,7 +298,8 @@ class ClassificationModule(LightningModule):
         """Build the optimiser over the parameters that are to be trained, and its scheduler."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         trainer: Trainer | None = getattr(self, "_trainer", None)
-        epochs = self.first_stage_epochs or (None if trainer is None else trainer.max_epochs) or -1
+        given = None if trainer is None else trainer.max_epochs
+        epochs = 1 if given == 0 else self.first_stage_epochs or given or -1  # 0: nothing is trained
         return with_schedule(optimizer, self.scheduler, epochs)
 
     # --- evaluation --------------------------------------------------------------------------------------------------

@@ -156,6 +156,7 @@ class StageSwitch(Callback):
         self.current = False
         self._position: int | None = None
         self._first_epoch: int | None = None
+        self._adds = False  # whether the epochs of this stage come after those of the trainer
         self._given: int | None = None  # epochs that the trainer was told
         self._before: int | None = None  # epochs before the stages that are added
         self._entered: _Entered | None = None
@@ -745,11 +746,14 @@ def _switches(trainer: Trainer) -> list[StageSwitch]:
 
 def _added(trainer: Trainer) -> list[StageSwitch]:
     """Switches whose stages come after the trainer's epochs, in their order; a callback comes after the method."""
-    return sorted((s for s in _switches(trainer) if s.at_epoch < 0), key=lambda switch: not switch.brought)
+    return sorted((s for s in _switches(trainer) if s._adds), key=lambda switch: not switch.brought)
 
 
 def _add_epochs(trainer: Trainer, switches: list[StageSwitch]) -> None:
     """Let the trainer go on for the stages that are added to its epochs."""
+    for switch in switches:
+        # a module that is in the stage already goes on in it for the trainer's epochs
+        switch._adds = switch.at_epoch < 0 and (not switch.active or trainer.ckpt_path is not None)
     epochs, added = trainer.max_epochs, _added(trainer)
     known = epochs is not None and epochs >= 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     trained = bool(added) and len(added) == len(switches) and added[0].init_from is not None

@@ -244,7 +244,7 @@ class ConfidNet(ClassificationModule):
     Args:
         num_classes: K; the command line takes it from the data.
         error_weight: Weight of a misclassified row in the loss of the branch, above 0.
-        switch: When and how the branch is trained. Default: the last 200 epochs, Adam with lr 1e-4, batches of 128.
+        switch: When and how the branch is trained. Default: 200 more epochs, Adam with lr 1e-4, batches of 128.
         tuning: When and how the branch and its copy of the encoder are trained. Default: never.
         **options: See `ClassificationModule`; they are those of the first stage. No batch transform.
 

@@ -743,7 +743,7 @@ class MaCCal(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        switch: When and how the second stage is trained. Default: ``MaskedClassifier(-40)``, the last 40 epochs;
+        switch: When and how the second stage is trained. Default: ``MaskedClassifier(-40)``, 40 more epochs;
             ``MaskedClassifier.paper(-40)`` and ``MaskedClassifier.paper_sparsity(-40)`` are the paper's readings.
         **options: See `ClassificationModule`; they are those of the first stage.
 

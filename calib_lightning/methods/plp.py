@@ -113,9 +113,10 @@ class PLP(ClassificationModule):
     Extra cost: none.
 
     The parameter tensors are put into ``L`` groups, from the input up. From epoch ``floor((j / L)^gamma E)`` of
-    ``E = max_epochs`` on, the top ``j`` groups are frozen (see `peeling_epochs`); the lowest group never is. A frozen
-    tensor gets no gradient step, no weight decay and no momentum update: it stays as it is, bit for bit. The running
-    statistics of BatchNorm go on. The published aim is better calibration after temperature scaling: report that too.
+    ``E = max_epochs`` (those of the first stage, where more follow) on, the top ``j`` groups are frozen (see
+    `peeling_epochs`); the lowest group never is. A frozen tensor gets no gradient step, no weight decay and no momentum
+    update: it stays as it is, bit for bit. The running statistics of BatchNorm go on. The published aim is better
+    calibration after temperature scaling: report that too.
 
     What is frozen follows from the epoch alone, so nothing is kept in checkpoints: resume with the same ``max_epochs``.
 

@@ -261,7 +261,7 @@ class RefCal(ClassificationModule):
         views: Views of the training images in the first stage. Default: `ContrastiveViews`; without its mirror images
             (``flip=False``, here and in the switch's views) for digits and letters. A data module that is not
             of this package has to give images ``(N, V, C, H, W)`` itself.
-        switch: When and how the second stage is trained. Default, from the authors' example: the last 100 epochs, a
+        switch: When and how the second stage is trained. Default, from the authors' example: 100 more epochs, a
             linear head, focal loss with gamma 2 and ten times the MDCA penalty, `ResizedCropFlip`, batches of 512, SGD
             with lr 5 (x 0.2 after 60, 75 and 90 epochs), momentum 0.9, no weight decay.
         **options: See `ClassificationModule`; they are those of the first stage. A batch transform is refused.

@@ -103,7 +103,7 @@ class TST(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        switch: When and how the second stage is trained. Default: the last 40 epochs, a `TSTHead`, Adam with lr 1e-4,
+        switch: When and how the second stage is trained. Default: 40 more epochs, a `TSTHead`, Adam with lr 1e-4,
             batches of 256; loss, augmentation and batch transform of the first stage.
         **options: See `ClassificationModule`; they are those of the first stage.
 

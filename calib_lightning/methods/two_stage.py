@@ -23,7 +23,7 @@ class TwoStage(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        switch: When and how the second stage is trained. Default: the last 40 epochs, a linear head, SGD with lr 0.1,
+        switch: When and how the second stage is trained. Default: 40 more epochs, a linear head, SGD with lr 0.1,
             momentum 0.9 and weight decay 5e-4; loss, images and batch transform of the first stage.
         **options: See `ClassificationModule`; they are those of the first stage.
 

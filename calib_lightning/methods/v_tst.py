@@ -121,7 +121,7 @@ class VTST(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        switch: When and how the second stage is trained. Default: the last 40 epochs, a `VTSTHead`, Adam with lr 1e-4,
+        switch: When and how the second stage is trained. Default: 40 more epochs, a `VTSTHead`, Adam with lr 1e-4,
             batches of 256. It has no criterion, since the loss is not one on logits alone.
         **options: See `ClassificationModule`; they are those of the first stage. No batch transform.
 

@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import io
+import itertools
 import pickle
 
 import numpy as np
@@ -30,8 +32,17 @@ from tests.data.test_mnist import idx
 VAL = 20  # images held out of each small set
 
 
+_SEEDS = itertools.count()
+
+
 def _images(*shape):
-    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+    return np.random.RandomState(next(_SEEDS)).randint(0, 256, shape).astype(np.uint8)
+
+
+def _jpeg(label, size=(80, 60)):
+    file = io.BytesIO()
+    Image.fromarray(_images(*size[::-1], 3)).save(file, "JPEG")
+    return file.getvalue()
 
 
 def _md5(path):
@@ -58,7 +69,7 @@ def _cifar10(root, monkeypatch):
 
 
 def _cifar100(root, monkeypatch):
-    _cifar(root, monkeypatch, CIFAR100, 100, 1000)
+    _cifar(root, monkeypatch, CIFAR100, 100, 1200)
 
 
 def _cifar10h(root, monkeypatch):
@@ -126,7 +137,7 @@ def _fashion_mnist(root, monkeypatch):
 
 
 def _medmnist(root, monkeypatch, name):
-    sizes = {"train": 80, "val": VAL, "test": 20}
+    sizes = {"train": 80, "val": 8, "test": 8}
     monkeypatch.setitem(INFO[name], "n_samples", sizes)
     colours = (3,) if INFO[name]["n_channels"] == 3 else ()
     content = {}
@@ -145,7 +156,9 @@ def _breastmnist(root, monkeypatch):
 
 
 def _tiny_imagenet(root, monkeypatch):
-    test_tiny_imagenet._write(root)
+    monkeypatch.setattr(test_tiny_imagenet, "TRAIN", 20)
+    for path in test_tiny_imagenet._write(root).rglob("*.JPEG"):
+        path.write_bytes(_jpeg(None, (64, 64)))
     monkeypatch.setattr(TinyImageNetDataModule, "num_classes", 4)
     monkeypatch.setattr(TinyImageNetDataModule, "train_count", test_tiny_imagenet.TRAIN)
     monkeypatch.setattr(TinyImageNetDataModule, "test_count", test_tiny_imagenet.TEST)
@@ -153,6 +166,7 @@ def _tiny_imagenet(root, monkeypatch):
 
 def _imagenet(root, monkeypatch):
     folder, wnids = root / "imagenet", test_imagenet.WNIDS
+    monkeypatch.setattr(test_imagenet, "_jpeg", _jpeg)  # no two images are equal
     test_imagenet._write_train(folder)
     test_imagenet._write_val(folder)
     monkeypatch.setattr(imagenet, "imagenet_classes", lambda: {wnid: f"word of {wnid}" for wnid in wnids})
@@ -225,12 +239,7 @@ SETS = {
 def write_sets(names, root, monkeypatch):
     """Write data sets under a folder and let their modules take files of that size.
 
-    Args:
-        names: Names of data, the last of which may hold the files of those before.
-        root: The folder.
-        monkeypatch: Pytest's.
+    The last one of the names has the files of those before it: what is shifted comes with what it is shifted from.
     """
     root.mkdir()
-    writers = [SETS[name][0] for name in names]
-    for writer in writers[-1:]:
-        writer(root, monkeypatch)
+    SETS[names[-1]][0](root, monkeypatch)
