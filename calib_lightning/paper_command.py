@@ -117,8 +117,8 @@ def _run(commands: Sequence[str]) -> int:
 def _why_not(run: Path, done: Path) -> str:
     if done.is_file():
         return (
-            f"{run} was made by another command ({done.read_text(encoding='utf-8').strip()}). Add -- --run_dir=DIR, or "
-            "remove the folder."
+            f"{run} was made by another command ({done.read_text(encoding='utf-8').strip()}). Remove or rename "
+            "the folder, or give a --seed, which has one of its own."
         )
     return (
         f"{run} exists, but its training is not finished. Go on with calib fit -c {run}/config.yaml --ckpt_path "

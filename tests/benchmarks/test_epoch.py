@@ -17,7 +17,7 @@ from calib_lightning.data import BenchmarkDataModule, SplitSpec
 from calib_lightning.data.source import Source
 from calib_lightning.methods import CrossEntropy
 
-ROWS, PAIRS, NETWORK = 6400, 5, "resnet20_classic"
+ROWS, PAIRS, NETWORK = 2560, 5, "resnet20_classic"
 
 
 def _sgd(parameters):

@@ -177,7 +177,7 @@ def _used_templates(index, paper, table):
     return counts
 
 
-@pytest.mark.parametrize(("paper", "table"), SIZES, ids="-".join)
+@pytest.mark.parametrize(("paper", "table"), SIZES)
 def test_every_template_makes_a_command(paper, table):
     counts = _used_templates(INDEX, paper, table)
     assert counts
