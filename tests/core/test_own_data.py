@@ -53,7 +53,7 @@ def _module(method=CrossEntropy, **options):
 
 
 def _mac_cal(num_classes, **options):
-    return MaCCal(num_classes, MaskedClassifier(-1, sparsity=AdaptiveSparsity(held_out=False)), **options)
+    return MaCCal(num_classes, MaskedClassifier(1, sparsity=AdaptiveSparsity(held_out=False)), **options)
 
 
 @pytest.mark.parametrize("method", [CrossEntropy, CRL, BalCAL, LDAM, _mac_cal])
