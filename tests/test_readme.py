@@ -28,7 +28,7 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 
 # commands of ours that are no commands of the trainer; each is tested with small files below
-OWN = ("score", "calibrate")
+OWN = ("score", "calibrate", "paper")
 
 
 def _of_trainer(command):
@@ -63,6 +63,12 @@ def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(command if "--help" in command else [*command, "--print_config"])
     assert leaving.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in _commands() if c[0] == "paper"], ids=" ".join)
+def test_commands_of_papers_print_a_script(command, capsys):
+    assert main(command) == 0
+    assert "\ncalib fit -c recipe/" in capsys.readouterr().out
 
 
 def test_commands_on_a_run_are_there():

@@ -185,8 +185,9 @@ class WarmupMultiStep(LRScheduler):
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-        >>> WarmupMultiStep(optimizer, milestones=[160, 180], gamma=0.01).get_last_lr()
-        [0.02]
+        >>> schedule = WarmupMultiStep(optimizer, milestones=[160, 180], gamma=0.01)
+        >>> round(schedule.get_last_lr()[0], 5)
+        0.02
     """
 
     def __init__(
