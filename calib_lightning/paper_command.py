@@ -78,14 +78,11 @@ def _axes(index: Mapping[str, Any], paper: str, table: str) -> str:
 
 def _described(found: Cell) -> str:
     """Comments above the commands, so that the whole output is a script."""
-    named = [f"{name} {value}" for name, value in zip(found.figures, found.published, strict=False)]
+    paper, table, row, column = found.where
+    title, *remarks = found.remarks
+    published = ", ".join(f"{name} {value}" for name, value in found.published.items()) or "nothing"
     average = " (the average over networks)" if found.averaged else ""
-    lines = [
-        f"{found.paper} {found.table}, row {found.row}, column {found.column}: {found.title}",
-        f"published: {', '.join(named) or 'nothing'}{average}",
-        f"evaluated epoch: {found.selects}",
-        *([found.note] if found.note else []),
-    ]
+    lines = [f"{paper} {table}, row {row}, column {column}: {title}", f"published: {published}{average}", *remarks]
     return "\n".join(f"# {line}" for line in lines)
 
 

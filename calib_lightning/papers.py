@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
@@ -16,35 +16,32 @@ from calib_lightning.config_search import config_folders
 INDEX = "papers.yaml"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table.
-
-    Attributes:
-        paper: Name of the paper.
-        table: Name of the table.
-        row: Name of the row, a method.
-        column: Name of the column, ``data/network``.
-        title: What the table shows.
-        commands: The command lines that make the cell, in order.
-        figures: What was published, in order, with units.
-        published: Its values as printed, ``mean ± std`` as text; empty where there are none.
-        averaged: Whether the published values are averages over the networks.
-        selects: The paper's rule for the epoch that is evaluated, and ours where it differs.
-        note: What differs from the paper; empty for nothing.
-    """
+class Where(NamedTuple):
+    """Which cell: the names of paper, table, row (a method) and column (``data/network``)."""
 
     paper: str
     table: str
     row: str
     column: str
-    title: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+        where: Which one.
+        commands: The command lines that make the cell, in order.
+        published: Value by figure, with its unit in the name; ``mean ± std`` is text. Empty where none was published.
+        averaged: Whether the published values are averages over the networks.
+        remarks: What the table shows, which epoch is evaluated, and what differs from the paper.
+    """
+
+    where: Where
     commands: tuple[str, ...]
-    figures: tuple[str, ...]
-    published: tuple[float | str, ...]
+    published: dict[str, float | str]
     averaged: bool
-    selects: str
-    note: str
+    remarks: tuple[str, ...]
 
 
 def read_index() -> dict[str, Any]:
@@ -123,7 +120,7 @@ def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str
     Example:
         >>> found = cell(read_index(), "mac_cal", "table1", "flsd", "cifar100/resnet110")
         >>> found.published
-        (7.83,)
+        {'ECE %': 7.83}
     """
     rows, columns = rows_and_columns(index, paper, table)
     known, where = index[paper], f"of {paper} {table}"
@@ -135,22 +132,16 @@ def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str
     if seed is not None:
         words |= {"seed": seed, **({"run": f"{words['run']}-seed{seed}"} if trains else {})}
     values = of_table["published"].get(row, {})
+    data = column.partition("/")[0]
+    lines = (_filled(template, words) for template in words["commands"])
+    parts = (of_table, known["columns"][column], known["rows"][row])
+    notes = [str(part["note"]) for part in parts if "note" in part]
     return Cell(
-        paper,
-        table,
-        row,
-        column,
-        of_table["title"],
-        tuple(
-            _seeded(line, seed if trains else None)
-            for template in words["commands"]
-            if (line := _filled(template, words)) is not None
-        ),
-        tuple(of_table["figures"]),
-        tuple(values.get(column, values.get(column.partition("/")[0], ()))),
-        column not in values and column.partition("/")[0] in values,
-        known["selects"],
-        " ".join(str(part["note"]) for part in _notes(known, of_table, column, row)),
+        Where(paper, table, row, column),
+        tuple(_seeded(line, seed if trains else None) for line in lines if line is not None),
+        dict(zip(of_table["figures"], values.get(column, values.get(data, ())), strict=False)),
+        column not in values and data in values,
+        (of_table["title"], f"evaluated epoch: {known['selects']}", *notes),
     )
 
 
@@ -174,10 +165,6 @@ def cells(index: Mapping[str, Any]) -> list[Cell]:
 
 def _seeded(command: str, seed: int | None) -> str:
     return command if seed is None or not command.startswith("calib fit ") else f"{command} --seed_everything={seed}"
-
-
-def _notes(known: Mapping[str, Any], table: Mapping[str, Any], column: str, row: str) -> list[Mapping[str, Any]]:
-    return [part for part in (table, known["columns"][column], known["rows"][row]) if "note" in part]
 
 
 def _filled(template: str, words: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from calib_lightning.core.submodules import submodule_of
+
 
 class Accelerate(Callback):
     """Changes how an encoder is computed, not what: channels last in memory, compiled.
@@ -33,14 +35,7 @@ class Accelerate(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the encoder, once."""
-        try:
-            encoder = pl_module.get_submodule(self.encoder)
-        except AttributeError:
-            names = ", ".join(repr(name) for name, _ in pl_module.named_children())
-            raise ValueError(
-                f"encoder is {self.encoder!r}; it must be a submodule of {type(pl_module).__name__}. At the top it has "
-                f"{names or 'none'}."
-            ) from None
+        encoder = submodule_of(pl_module, self.encoder, "encoder")
         if encoder is self._done:
             return
         if self.channels_last:

@@ -39,11 +39,13 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self.stage = 0
         self._validated = True
+        self._limits: tuple[int | float, int | float] | None = None  # the trainer's, while nothing is trained
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether there is anything to train; Lightning would ask for the images all the same."""
         if trainer.max_epochs != 0 or self.monitor is not None:
             return
+        self._limits = trainer.limit_train_batches, trainer.limit_val_batches
         trainer.limit_train_batches = trainer.limit_val_batches = 0
         self.best_model_path = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
         if not getattr(pl_module, "pretrained_head", True):
@@ -54,8 +56,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep a network that was not to be trained, such as a pretrained one, as it is."""
-        if trainer.max_epochs == 0 and self.monitor is None:
+        if self._limits is not None:
             trainer.save_checkpoint(self.best_model_path)
+            (trainer.limit_train_batches, trainer.limit_val_batches), self._limits = self._limits, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew in a new stage; checkpoint callbacks come after the switch that makes it."""

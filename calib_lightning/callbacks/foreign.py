@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from calib_lightning.core.feature_cache import evaluating
+from calib_lightning.core.submodules import evaluating
 
 
 def as_logits_of(output: Any, who: str) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calib_lightning.core.submodules import evaluating
+
 
 class NoBlocksError(RuntimeError):
     """An encoder cannot be written as a plain sequence of blocks; the message says which one and why."""
@@ -81,12 +83,10 @@ class Encoder(nn.Module):
         channels, *size = shape
         if channels != self.in_channels:
             self.forward(torch.empty(1, *shape, device="meta"))  # says what is wrong
-        modes = {module: module.training for module in self.network.modules()}
-        self.network.eval()
         tensors = (*self.network.named_parameters(), *self.network.named_buffers())
         shadow = {name: value.detach().to("meta") for name, value in tensors}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.network):
                 torch.func.functional_call(self.network, shadow, torch.empty(2, *shape, device="meta"))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
@@ -94,6 +94,3 @@ class Encoder(nn.Module):
                 f"({str(error) or type(error).__name__}). "
                 "Choose another encoder, or other images: many data modules have a size."
             ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use
 from calib_lightning.core.own_data import as_batch, has_index, without_positions
+from calib_lightning.core.submodules import evaluating
 from calib_lightning.files import write_whole
 from calib_lightning.registry import class_path_of
 from calib_lightning.types import Views
@@ -339,18 +340,6 @@ class StoredFeatures:
             del vars(self.encoder)["forward"]
             if self._own is not None:
                 vars(self.encoder)["forward"] = self._own
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while; every part gets back the mode that it had."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, grad: bool = False) -> Tensor:

@@ -26,12 +26,12 @@ from calib_lightning.core.feature_cache import (
     CachedFeatures,
     StoredFeatures,
     caught_features,
-    evaluating,
     reload_train_loader,
 )
 from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use, load_checkpoint
 from calib_lightning.core.schedules import CosineToEnd, with_schedule
+from calib_lightning.core.submodules import evaluating, submodule_of
 from calib_lightning.registry import class_path_of
 from calib_lightning.seeding import derive_seed, run_seed
 from calib_lightning.types import Views
@@ -157,8 +157,7 @@ class StageSwitch(Callback):
         self._position: int | None = None
         self._first_epoch: int | None = None
         self._adds = False  # whether the epochs of this stage come after those of the trainer
-        self._given: int | None = None  # epochs that the trainer was told
-        self._before: int | None = None  # epochs before the stages that are added
+        self._given: int | None = None  # what the trainer was told, where stages have added to it
         self._entered: _Entered | None = None
         self._stored: StoredFeatures | None = None
         self._looked_at = False
@@ -223,7 +222,7 @@ class StageSwitch(Callback):
         Returns:
             Its submodule named ``head``.
         """
-        return _submodule(module, self.head, "head")
+        return submodule_of(module, self.head, "head")
 
     def length(self, trainer: Trainer) -> int:
         """Return T, the number of epochs of this stage.
@@ -383,7 +382,7 @@ class StageSwitch(Callback):
         if stage == "fit":
             _set_loading(trainer, None, None)
             if self._given is not None:
-                trainer.fit_loop.max_epochs = self._given
+                trainer.fit_loop.max_epochs, self._given = self._given, None
             if isinstance(pl_module, ClassificationModule):
                 pl_module.first_stage_epochs = None
 
@@ -424,13 +423,13 @@ class StageSwitch(Callback):
             return 0
         if self.at_epoch >= 0:
             return self.at_epoch
-        if self._before is None:
+        if epochs is None or epochs < 0:
             raise ValueError(
                 f"at_epoch is {self.at_epoch}, a stage after those of the run, but max_epochs of the trainer is "
                 f"{epochs}: set trainer.max_epochs, or give the epoch counted from the start."
             )
         added = _added(trainer)
-        return self._before - sum(switch.at_epoch for switch in added[: added.index(self)])
+        return epochs + sum(switch.at_epoch for switch in added[added.index(self) :])
 
     def _enter(self, trainer: Trainer, module: LightningModule) -> None:
         """Put the head, freeze the rest, take over optimiser and images; a second time changes nothing."""
@@ -487,7 +486,7 @@ class StageSwitch(Callback):
     def _store_features(self, trainer: Trainer, module: LightningModule, resumed: bool) -> None:
         views = self.training.views
         if isinstance(views, CachedFeatures):
-            encoder, head = _submodule(module, self.encoder, "encoder"), self.module_head(module)
+            encoder, head = submodule_of(module, self.encoder, "encoder"), self.module_head(module)
             self._stored = views.store(trainer, module, encoder, head, resumed=resumed)
 
     def _forget_features(self) -> None:
@@ -530,7 +529,7 @@ class StageSwitch(Callback):
                 "move and two heads be mixed: leave it out, or average in a run of one stage."
             )
         self.module_head(module)
-        encoder = _submodule(module, self.encoder, "encoder")
+        encoder = submodule_of(module, self.encoder, "encoder")
         self._check_schedule(trainer, module)
         if isinstance(self.training.views, CachedFeatures):
             self.training.views.check(trainer, module, encoder, self.module_head(module), self.training)
@@ -755,24 +754,11 @@ def _add_epochs(trainer: Trainer, switches: list[StageSwitch]) -> None:
         # a module that is in the stage already goes on in it for the trainer's epochs
         switch._adds = switch.at_epoch < 0 and (not switch.active or trainer.ckpt_path is not None)
     epochs, added = trainer.max_epochs, _added(trainer)
-    known = epochs is not None and epochs >= 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    trained = bool(added) and len(added) == len(switches) and added[0].init_from is not None
-    for switch in switches:
-        switch._given = epochs if known else None
-        switch._before = 0 if trained and known else switch._given
-    if known and added:
-        trainer.fit_loop.max_epochs = (switches[0]._before or 0) - sum(switch.at_epoch for switch in added)
-
-
-def _submodule(module: nn.Module, name: str, what: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        names = ", ".join(repr(own) for own, _ in module.named_children())
-        raise ValueError(
-            f"{type(module).__name__} has no submodule {name!r}: give the name of its {what} as {what}=...; at the top "
-            f"it has {names or 'none'}."
-        ) from None
+    if not added or epochs is None or epochs < 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    trained = len(added) == len(switches) and added[0].init_from is not None
+    switches[0]._given = epochs
+    trainer.fit_loop.max_epochs = (0 if trained else epochs) - sum(switch.at_epoch for switch in added)
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core.encoder_base import Encoder, NoBlocksError
 from calib_lightning.core.networks import NETWORKS
+from calib_lightning.core.submodules import evaluating
 
 OURS_OF_TIMM = {
     "densenet121": "densenet121_cifar",
@@ -163,16 +164,12 @@ class TimmEncoder(Encoder):
         size = config.get("input_size", (3, 224, 224))[1:]
         # its own generator: asking for the blocks must not change the run's random numbers
         image = torch.randn(2, self.in_channels, *size, generator=torch.Generator().manual_seed(0)).to(reference)
-        modes = {module: module.training for module in self.network.modules()}
-        self.network.eval()
         try:
-            expected = self.network(image)
-            found = blocks(image).flatten(1)
+            with evaluating(self.network):
+                expected = self.network(image)
+                found = blocks(image).flatten(1)
         except Exception as error:
             raise self._no_blocks(f"its parts do not run in order ({type(error).__name__}: {error})") from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         if found.shape != expected.shape:
             raise self._no_blocks(f"its parts in order give {tuple(found.shape)}, the model {tuple(expected.shape)}")
         difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, Encoder, ModuleOptions
+from calib_lightning.core.submodules import evaluating
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.types import Batch
 
@@ -378,13 +379,8 @@ def _channels(encoder: Encoder) -> int:
     config: Any = getattr(encoder.network, "pretrained_cfg", {})
     size = config.get("input_size", (3, 32, 32))[1:]
     weight = next(encoder.parameters())
-    modes = {module: module.training for module in encoder.modules()}
-    encoder.eval()
-    try:
+    with evaluating(encoder):
         feature_map: Tensor = blocks(weight.new_zeros((1, encoder.in_channels, *size)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if feature_map.ndim != 4 or getattr(encoder.network, "output_fmt", "NCHW") != "NCHW":
         raise ValueError(
             f"The encoder {encoder.name!r} gives {tuple(feature_map.shape)} before its last block, not a feature map "

@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from calib_lightning.core import ClassificationModule, CosineToEnd, Head, LinearHead, ModuleOptions
 from calib_lightning.core.distributed import own_rows, rows_by_rank
-from calib_lightning.core.feature_cache import evaluating
 from calib_lightning.core.module import datamodule_in_use
 from calib_lightning.core.own_data import image_and_label
 from calib_lightning.core.stages import (
@@ -28,6 +27,7 @@ from calib_lightning.core.stages import (
     can_change_loading,
     own_switches,
 )
+from calib_lightning.core.submodules import evaluating
 from calib_lightning.data.views import CleanViews
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
