@@ -38,22 +38,22 @@ def main(argv: list[str] | None = None) -> int:
 def _without_trainer(arguments: list[str]) -> int | None:
     """Run a command that needs no trainer, whose import takes seconds; ``None`` if it is another one."""
     if arguments[:1] == ["score"]:
-        from calib_lightning.score import main as score
+        from calib_lightning.commands.score import main as score
 
         return score(arguments[1:])
     if arguments[:1] == ["calibrate"]:
-        from calib_lightning.calibrate import main as calibrate
+        from calib_lightning.commands.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
     if arguments[:1] == ["paper"]:
-        from calib_lightning.paper_command import main as paper
+        from calib_lightning.commands.paper import main as paper
 
         return paper(arguments[1:])
     if arguments[:1] == ["predict"]:
-        from calib_lightning.deploy.arguments import is_for_images
+        from calib_lightning.commands.classify_arguments import is_for_images
 
         if is_for_images(arguments):
-            from calib_lightning.deploy.command import main as predict
+            from calib_lightning.commands.classify import main as predict
 
             return predict(arguments[1:])
         if {"-h", "--help"} & set(arguments):
@@ -62,9 +62,9 @@ def _without_trainer(arguments: list[str]) -> int | None:
 
 
 def _with_trainer(arguments: list[str]) -> int:
-    from calib_lightning.cli import CalibCLI
-    from calib_lightning.config_search import resolve_configs
-    from calib_lightning.run_folder import forget_run_folder
+    from calib_lightning.commands.fit import CalibCLI
+    from calib_lightning.utils.config_search import resolve_configs
+    from calib_lightning.utils.run_folder import forget_run_folder
 
     forget_run_folder()
     here = str(Path.cwd())
@@ -80,8 +80,8 @@ def _with_trainer(arguments: list[str]) -> int:
 
 def _report(error: Exception) -> None:
     """Say what is wrong in one line; the traceback goes to the run's folder, if a run has begun there."""
-    from calib_lightning.parsing import plain_message
-    from calib_lightning.run_folder import current_run_folder
+    from calib_lightning.commands.fit_parser import plain_message
+    from calib_lightning.utils.run_folder import current_run_folder
 
     message, folder = plain_message(str(error)), current_run_folder()
     if folder is not None:

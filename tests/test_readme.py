@@ -12,12 +12,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.__main__ import main
-from calib_lightning.calibrate.arguments import split_names
-from calib_lightning.config_search import find_config
+from calib_lightning.commands.calibrate_arguments import split_names
+from calib_lightning.commands.list import method_table
 from calib_lightning.deploy import CalibratedClassifier, Preprocessing, export_onnx
-from calib_lightning.method_table import method_table
 from calib_lightning.methods import MaskedLinearHead
 from calib_lightning.posthoc import Calibrator, FixedTemperature, NeuralClamping, Temperature, parse, save_calibrator
+from calib_lightning.utils.config_search import find_config
 from tests.methods.table import ROWS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ class _Own(LightningModule):
 
 
 def test_the_table_of_methods_is_that_of_their_docstrings():
-    assert method_table() in README, "paste what `python -m calib_lightning.method_table` prints"
+    assert method_table() in README, "paste what `python -m calib_lightning.commands.list` prints"
 
 
 def test_methods_without_soft_labels_are_named():

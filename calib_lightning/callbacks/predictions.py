@@ -14,8 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.module import datamodule_in_use, label_distributions_of
 from calib_lightning.core.own_data import as_batch, has_index
-from calib_lightning.files import write_whole
 from calib_lightning.types import Prediction
+from calib_lightning.utils.files import write_whole
 
 Columns = dict[str, npt.NDArray[Any]]
 

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.own_data import rows_in
-from calib_lightning.run_folder import job_id, write_json
-from calib_lightning.seeding import run_seed
+from calib_lightning.utils.run_folder import job_id, write_json
+from calib_lightning.utils.seeding import run_seed
 
 _PACKAGES = ("calib-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
 

@@ -22,9 +22,9 @@ from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use
 from calib_lightning.core.own_data import as_batch, has_index, without_positions
 from calib_lightning.core.submodules import evaluating
-from calib_lightning.files import write_whole
-from calib_lightning.registry import class_path_of
 from calib_lightning.types import Views
+from calib_lightning.utils.files import write_whole
+from calib_lightning.utils.registry import class_path_of
 
 if TYPE_CHECKING:
     from calib_lightning.core.stages import StageTraining

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
-from calib_lightning.registry import class_path_of, find_class
+from calib_lightning.utils.registry import class_path_of, find_class
 
 
 class HeadSpec(TypedDict):

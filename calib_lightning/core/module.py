@@ -28,8 +28,8 @@ from calib_lightning.core.own_data import Positioned, as_batch, with_positions
 from calib_lightning.core.schedules import with_schedule
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics import CORE, REPORT, EvaluationState, SoftLabelScores
-from calib_lightning.registry import class_path_of, find_class
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
+from calib_lightning.utils.registry import class_path_of, find_class
 
 CHECKPOINT_KEY = "calib_lightning"
 PENDING_BATCHES = 50

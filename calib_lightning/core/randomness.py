@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from calib_lightning.seeding import derive_seed, run_seed
+from calib_lightning.utils.seeding import derive_seed, run_seed
 
 
 class StepSeed(Callback):

@@ -32,9 +32,9 @@ from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.module import ClassificationModule, datamodule_in_use, load_checkpoint
 from calib_lightning.core.schedules import CosineToEnd, with_schedule
 from calib_lightning.core.submodules import evaluating, submodule_of
-from calib_lightning.registry import class_path_of
-from calib_lightning.seeding import derive_seed, run_seed
 from calib_lightning.types import Views
+from calib_lightning.utils.registry import class_path_of
+from calib_lightning.utils.seeding import derive_seed, run_seed
 
 HeadFactory = Callable[[int, int], nn.Module]
 """Builds a head from the number of features and of classes, ``(d, K)``."""

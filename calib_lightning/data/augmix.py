@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import autocontrast, equalize  # type: ignore[attr-defined]
 
-from calib_lightning.seeding import derive_seed, row_uniform
+from calib_lightning.utils.seeding import derive_seed, row_uniform
 
 _AUGMIX = 2  # purpose that keeps this random stream apart from others
 _VIEWS = 2  # mixed views of an image

@@ -19,10 +19,10 @@ from calib_lightning.data.sets import FeatureSet, FileCrop, FileSet, InMemorySet
 from calib_lightning.data.source import Source, check_source, take
 from calib_lightning.data.split import File, Rows, SplitSpec
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize
-from calib_lightning.files import write_whole
-from calib_lightning.images import Frame
-from calib_lightning.seeding import run_seed
 from calib_lightning.types import Views
+from calib_lightning.utils.files import write_whole
+from calib_lightning.utils.images import Frame
+from calib_lightning.utils.seeding import run_seed
 
 
 class BenchmarkDataModule(LightningDataModule):

@@ -17,7 +17,7 @@ from calib_lightning.data.folders import class_files
 from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import File, SplitSpec
-from calib_lightning.images import Frame, Header, read_header
+from calib_lightning.utils.images import Frame, Header, read_header
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 """Endings of files that are read."""

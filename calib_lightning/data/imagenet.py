@@ -17,7 +17,7 @@ from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
 from calib_lightning.data.web_files import Archive, fetch, locked
-from calib_lightning.images import CROP_MODES, CropMode, Frame
+from calib_lightning.utils.images import CROP_MODES, CropMode, Frame
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Variant = Literal["matched-frequency", "threshold-0.7", "top-images"]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from calib_lightning.data.sets import BatchSet, FeatureSet
-from calib_lightning.seeding import derive_seed
 from calib_lightning.types import Batch
+from calib_lightning.utils.seeding import derive_seed
 
 _Key = tuple[int, NDArray[np.int64]]
 """Epoch and positions of one batch: all a worker needs, so workers keep no state."""

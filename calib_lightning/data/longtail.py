@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from calib_lightning.seeding import derive_seed
+from calib_lightning.utils.seeding import derive_seed
 
 Profile = Literal["exponential", "step"]
 """How class sizes fall: along a geometric series in label order, or in one step at the middle class."""

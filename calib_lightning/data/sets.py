@@ -15,9 +15,9 @@ from torch import Tensor
 
 from calib_lightning.data.transforms import Transform
 from calib_lightning.data.views import crop_boxes
-from calib_lightning.images import FILTERS, Frame, in_colours, pixels_of, read_image
-from calib_lightning.seeding import derive_seed, row_uniform
 from calib_lightning.types import Batch
+from calib_lightning.utils.images import FILTERS, Frame, in_colours, pixels_of, read_image
+from calib_lightning.utils.seeding import derive_seed, row_uniform
 
 _VIEW, _FILE_CROP = 5, 6  # purposes that keep these random streams apart
 _CROP_DRAWS = 23  # what `crop_boxes` needs, and the mirror

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib_lightning.data.longtail import Thinning, random_state, shares
-from calib_lightning.seeding import derive_seed
+from calib_lightning.utils.seeding import derive_seed
 
 Rows = NDArray[np.int64]
 """Row numbers, int64."""

@@ -15,7 +15,7 @@ from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
 from calib_lightning.data.web_files import Archive
-from calib_lightning.images import Frame
+from calib_lightning.utils.images import Frame
 
 _FOLDER, _SUFFIXES = "tiny-imagenet-200", (".jpeg",)
 

@@ -7,7 +7,7 @@ import torch
 from calib_lightning.data.base import BenchmarkDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
-from calib_lightning.seeding import row_uniform
+from calib_lightning.utils.seeding import row_uniform
 
 _PATTERN, _TRAIN, _TEST = 1, 2, 3  # seeds of the three random streams
 

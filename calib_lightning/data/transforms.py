@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calib_lightning.seeding import derive_seed, row_uniform
+from calib_lightning.utils.seeding import derive_seed, row_uniform
 
 Transform = Callable[[Tensor, Tensor, int], Tensor]
 """Maps ``(image (N, C, H, W), index (N,), epoch)`` to images ``(N, C, H, W)``."""

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calib_lightning.data.transforms import Compose
-from calib_lightning.seeding import derive_seed, row_uniform
 from calib_lightning.types import Views
+from calib_lightning.utils.seeding import derive_seed, row_uniform
 
 _RESIZED_CROP, _CONTRAST = 3, 4  # purposes that keep these random streams apart from others
 _VIEWS = 2

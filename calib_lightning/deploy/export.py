@@ -17,7 +17,7 @@ from torch.export.passes import move_to_device_pass
 from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
 from calib_lightning.deploy.decision import Decision, decide
 from calib_lightning.deploy.saving import check_fitted, checked_metadata, operating_point_of, preprocessing_of
-from calib_lightning.files import write_whole
+from calib_lightning.utils.files import write_whole
 
 METADATA_KEY = "calib_lightning"
 """Where an ONNX model holds its metadata, as JSON, among its ``metadata_props``."""

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from calib_lightning.deploy.preprocessing import Preprocessing
-from calib_lightning.images import SAFE_FORMATS, load_upright, why_unreadable
+from calib_lightning.utils.images import SAFE_FORMATS, load_upright, why_unreadable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from calib_lightning.images import CROP_MODES, FILTERS, MODES, CropMode, Frame, upright
+from calib_lightning.utils.images import CROP_MODES, FILTERS, MODES, CropMode, Frame, upright
 
 
 class ImageData(Protocol):

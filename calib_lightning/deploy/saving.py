@@ -14,8 +14,8 @@ from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
 from calib_lightning.deploy.decision import OperatingPoint
 from calib_lightning.deploy.networks import fill_network, network_of, network_record
 from calib_lightning.deploy.preprocessing import Preprocessing
-from calib_lightning.files import write_whole
 from calib_lightning.posthoc.saving import calibrator_of, calibrator_record, clamping_of
+from calib_lightning.utils.files import write_whole
 
 FILE_KEY = "calib_lightning.classifier"
 """What a file of `save_classifier` holds the record under."""

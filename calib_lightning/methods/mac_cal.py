@@ -31,7 +31,7 @@ from calib_lightning.core.submodules import evaluating
 from calib_lightning.data.views import CleanViews
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
-from calib_lightning.seeding import derive_seed, run_seed
+from calib_lightning.utils.seeding import derive_seed, run_seed
 
 Gradient = Literal["restricted", "straight_through"]
 Scaling = Literal["expected", "none", "inverted"]

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from calib_lightning.files import write_whole
+from calib_lightning.utils.files import write_whole
 
 _SUFFIXES = (".png", ".svg")
 _DPI = 300

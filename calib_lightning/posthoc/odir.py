@@ -14,7 +14,7 @@ from torch import Tensor
 from calib_lightning.posthoc.base import Calibrator, Optimum
 from calib_lightning.posthoc.linear import Fit, FullMap, Ridge, full_nll, separates
 from calib_lightning.posthoc.solver import LBFGS
-from calib_lightning.seeding import row_uniform
+from calib_lightning.utils.seeding import row_uniform
 
 # What a strength is worth is known long before the optimum is.
 _ROUGH = LBFGS(max_passes=40, tolerance=1e-4)

@@ -9,7 +9,7 @@ from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.binary import log_sigmoid
 from calib_lightning.posthoc.histogram_binning import Binned, check_bins, equal_mass_edges
 from calib_lightning.posthoc.platt import fit_logistic
-from calib_lightning.seeding import row_uniform
+from calib_lightning.utils.seeding import row_uniform
 
 
 def mean_log_odds(log_odds: Tensor, index: Tensor, bins: int) -> Tensor:

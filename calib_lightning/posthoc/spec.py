@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 import numpy as np
 from torch import nn
 
-from calib_lightning.registry import class_path_of, find_class
+from calib_lightning.utils.registry import class_path_of, find_class
 
 
 class Spec(TypedDict):

@@ -2,7 +2,7 @@
 
 import shlex
 
-from calib_lightning.papers import cells, read_index
+from calib_lightning.utils.papers import cells, read_index
 
 from .test_configs import CONFIGS
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from calib_lightning.__main__ import main
-from calib_lightning.calibrate.arguments import DEFAULT_METRICS, split_names
+from calib_lightning.commands.calibrate_arguments import DEFAULT_METRICS, split_names
 from calib_lightning.core import ClassificationModule, load_module
 from calib_lightning.data import DigitsDataModule
 from calib_lightning.metrics import EvaluationState, bootstrap_intervals
@@ -375,7 +375,7 @@ def test_an_interrupted_command_ends_without_a_traceback(calib, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calib_lightning.calibrate.reading.read_inputs", interrupted)
+    monkeypatch.setattr("calib_lightning.predictions.calibration_sets.read_inputs", interrupted)
     done = calib("calibrate", *FILES, "--output=out")
     assert done.code == 130
     assert done.err == "calib: interrupted\n"
@@ -511,7 +511,7 @@ def test_bad_input_is_found_before_anything_is_computed(files, calib, monkeypatc
         raise AssertionError("computed before all inputs were checked")
 
     monkeypatch.setattr("calib_lightning.posthoc.Calibrator.fit", compute)
-    monkeypatch.setattr("calib_lightning.score.scoring.EvaluationState", compute)
+    monkeypatch.setattr("calib_lightning.predictions.scoring.EvaluationState", compute)
     argv, words = BAD[case](files)
     before = tree(files)
     done = calib(
@@ -673,7 +673,7 @@ def test_a_run_is_calibrated_from_its_saved_predictions(run, calib, monkeypatch)
     def load(*_, **__):
         raise AssertionError("the network was loaded")
 
-    monkeypatch.setattr("calib_lightning.calibrate.network.load_module", load)
+    monkeypatch.setattr("calib_lightning.predictions.run_network.load_module", load)
     before = tree(run)
     done = calib("calibrate", run, *FAST)
     assert done.code == 0, done.err

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from calib_lightning.config_search import config_folders, find_config
+from calib_lightning.utils.config_search import config_folders, find_config
 
 from .conftest import TOY
 

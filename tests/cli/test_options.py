@@ -11,7 +11,7 @@ from torch import nn
 
 from calib_lightning.core import StageTraining, load_module
 from calib_lightning.methods import CrossEntropyLoss
-from calib_lightning.registry import find_class
+from calib_lightning.utils.registry import find_class
 
 from .conftest import TOY
 

@@ -10,9 +10,9 @@ import pytest
 import timm
 import yaml
 
-from calib_lightning.cli import CalibCLI
-from calib_lightning.config_search import find_config
-from calib_lightning.papers import cell, rows_and_columns
+from calib_lightning.commands.fit import CalibCLI
+from calib_lightning.utils.config_search import find_config
+from calib_lightning.utils.papers import cell, rows_and_columns
 
 from .paper_cells import CELLS, INDEX, RECIPES, fits, options_of
 from .small_sets import SETS, write_sets

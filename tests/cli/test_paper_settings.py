@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from calib_lightning.core import encoder_names
-from calib_lightning.papers import cell, rows_and_columns
+from calib_lightning.utils.papers import cell, rows_and_columns
 
 from .paper_cells import CELLS, FLSD, INDEX, RECIPES, options_of
 from .test_configs import CONFIGS, METHODS

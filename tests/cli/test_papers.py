@@ -12,9 +12,9 @@ import timm
 import yaml
 
 from calib_lightning import paper_command
-from calib_lightning.config_search import find_config
 from calib_lightning.core import encoder_names
-from calib_lightning.papers import cell, rows_and_columns, tables
+from calib_lightning.utils.config_search import find_config
+from calib_lightning.utils.papers import cell, rows_and_columns, tables
 
 from .paper_cells import CELLS, FLSD, INDEX, fits, options_of
 

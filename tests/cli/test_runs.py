@@ -11,7 +11,7 @@ import yaml
 
 from calib_lightning.core import load_module
 from calib_lightning.methods import LabelSmoothing
-from calib_lightning.run_folder import job_id
+from calib_lightning.utils.run_folder import job_id
 
 from .conftest import QUICK
 

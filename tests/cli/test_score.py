@@ -14,9 +14,9 @@ import torch
 from calib_lightning.__main__ import main
 from calib_lightning.metrics import DIRECTION, FULL, EvaluationState, functional
 from calib_lightning.metrics.functional.rows import seem_probs
-from calib_lightning.report import SECTIONS, column_of, heading
-from calib_lightning.score.reading import read_counts
-from calib_lightning.score.scoring import BINNED, selected_metrics, unique_names
+from calib_lightning.predictions.reading import read_counts
+from calib_lightning.predictions.report import SECTIONS, column_of, heading
+from calib_lightning.predictions.scoring import BINNED, selected_metrics, unique_names
 
 from ..metrics.golden import GOLDEN, golden_set, pair_auroc, random_set, reference
 
@@ -648,7 +648,7 @@ def test_all_inputs_are_checked_before_anything_is_computed(calib, monkeypatch, 
         raise AssertionError("computed before all inputs were checked")
 
     for name in ("EvaluationState", "bootstrap_intervals", "permutation_test"):
-        monkeypatch.setattr(f"calib_lightning.score.scoring.{name}", compute)
+        monkeypatch.setattr(f"calib_lightning.predictions.scoring.{name}", compute)
     save_npz(tmp_path / "run.npz")
     save_npz(tmp_path / "run2.npz", -LOGITS)
     save_npz(tmp_path / "other.npz", labels=LABELS + 1)

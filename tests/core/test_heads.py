@@ -14,7 +14,7 @@ from torch import nn
 
 import calib_lightning
 from calib_lightning.core.heads import Head, LinearHead, build_head
-from calib_lightning.registry import class_path_of, find_class
+from calib_lightning.utils.registry import class_path_of, find_class
 
 
 class TwoLayerHead(Head):

@@ -6,7 +6,7 @@ from torchvision.transforms.v2.functional import autocontrast, equalize
 
 from calib_lightning.data import Normalize
 from calib_lightning.data.augmix import OPERATIONS, AugMixViews, affine, geometric_matrix, posterize, solarize
-from calib_lightning.seeding import derive_seed, row_uniform
+from calib_lightning.utils.seeding import derive_seed, row_uniform
 
 COUNT = 40
 INDEX = torch.arange(COUNT) * 7 + 3

@@ -4,7 +4,7 @@ import torch
 from torchvision import transforms
 
 from calib_lightning.data import Compose, CropFlip, Normalize
-from calib_lightning.seeding import derive_seed, row_uniform
+from calib_lightning.utils.seeding import derive_seed, row_uniform
 
 INDEX = torch.tensor([7, 0, 123456, 3, 44, 9])
 

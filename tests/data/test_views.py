@@ -19,7 +19,7 @@ from calib_lightning.data.views import (
     gray,
     resized_crop,
 )
-from calib_lightning.seeding import derive_seed, row_uniform
+from calib_lightning.utils.seeding import derive_seed, row_uniform
 
 INDEX = torch.tensor([7, 0, 123456, 3, 44, 9, 17, 1000003])
 SCALE = (0.2, 1.0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from calib_lightning.commands.classify_arguments import is_for_images
 from calib_lightning.deploy import CalibratedClassifier, export_onnx, export_torch, save_classifier
-from calib_lightning.deploy.arguments import is_for_images
 from calib_lightning.methods import CrossEntropy
 from calib_lightning.posthoc import FixedTemperature
 

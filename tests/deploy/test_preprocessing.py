@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_data_config
 from calib_lightning.data import DigitsDataModule
 from calib_lightning.deploy import Preprocessing
 from calib_lightning.deploy.images import read_batches
-from calib_lightning.images import Frame
+from calib_lightning.utils.images import Frame
 
 # what undoes each orientation of the EXIF standard
 TURNS = {

@@ -46,7 +46,7 @@ from calib_lightning.methods.mac_cal import (
     decayed_step,
 )
 from calib_lightning.methods.mixup import Mixup
-from calib_lightning.seeding import derive_seed
+from calib_lightning.utils.seeding import derive_seed
 from tests.ddp import cases
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

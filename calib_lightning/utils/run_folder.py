@@ -8,9 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
-from calib_lightning.files import numbered_folder, write_whole
+from calib_lightning.utils.files import numbered_folder, write_whole
 
 _ENVIRONMENT = "CALIB_RUN_FOLDER"
 
@@ -90,6 +88,8 @@ def run_of(path: str | Path) -> Path | None:
 
 def _is_rank_zero() -> bool:
     """Whether this process leads, as Lightning reads it from the environment before a process group exists."""
+    from lightning.pytorch.utilities import rank_zero_only  # here: it takes seconds, and `run_of` needs none of it
+
     node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))
     return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calib_lightning.papers import Cell, cell, read_index, rows_and_columns, tables
+from calib_lightning.utils.papers import Cell, cell, read_index, rows_and_columns, tables
 
 FINISHED = "paper.txt"
 """In a run's folder: the command that has made it, written when it was finished."""

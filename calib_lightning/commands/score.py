@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calib_lightning.score.arguments import Options, make_parser, parse
+from calib_lightning.commands.score_arguments import Options, make_parser, parse
 
 if TYPE_CHECKING:
-    from calib_lightning.score.scoring import Report
+    from calib_lightning.predictions.scoring import Report
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     """
     parser = make_parser()
     options = parse(parser, argv)
-    from calib_lightning.score.scoring import selected_metrics  # the import takes seconds
+    from calib_lightning.predictions.scoring import selected_metrics  # the import takes seconds
 
     try:
         selected_metrics(options.metrics, classes=2)
@@ -48,9 +48,9 @@ def one_line(error: Exception) -> str:
 def _write_report(options: Options) -> Report:
     from rich.console import Console
 
-    from calib_lightning.files import check_writable, write_whole
-    from calib_lightning.score.scoring import score
-    from calib_lightning.score.writing import as_json, as_markdown, as_text
+    from calib_lightning.predictions.scoring import score
+    from calib_lightning.predictions.writing import as_json, as_markdown, as_text
+    from calib_lightning.utils.files import check_writable, write_whole
 
     if options.output is not None:
         if options.output.is_dir():
@@ -75,7 +75,7 @@ def _write_report(options: Options) -> Report:
 
 
 def _write_figures(options: Options, folder: Path, report: Report) -> int:
-    from calib_lightning.score.figures import write_figures
+    from calib_lightning.predictions.figures import write_figures
 
     sys.stdout.flush()
     code = 0

@@ -6,7 +6,7 @@ import argparse
 import ast
 from pathlib import Path
 
-from calib_lightning.score.arguments import (
+from calib_lightning.commands.score_arguments import (
     DEFAULT_RESAMPLES,
     FigureOptions,
     add_figure_arguments,

@@ -10,14 +10,14 @@ from types import UnionType
 from typing import TYPE_CHECKING, NamedTuple
 
 from calib_lightning import posthoc
-from calib_lightning.calibrate.arguments import DEFAULT_CALIBRATOR, Options, split_names
-from calib_lightning.calibrate.reading import Inputs, Source
+from calib_lightning.commands.calibrate_arguments import DEFAULT_CALIBRATOR, Options, split_names
 from calib_lightning.metrics import EvaluationState
 from calib_lightning.posthoc import Calibrator, parse
 from calib_lightning.posthoc.binary import BinaryCalibrator
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
-from calib_lightning.score.reading import Predictions
-from calib_lightning.score.scoring import (
+from calib_lightning.predictions.calibration_sets import Inputs, Source
+from calib_lightning.predictions.reading import Predictions
+from calib_lightning.predictions.scoring import (
     Figures,
     calibrated,
     figures_of,
@@ -28,7 +28,7 @@ from calib_lightning.score.scoring import (
 )
 
 if TYPE_CHECKING:
-    from calib_lightning.calibrate.network import RunNetwork
+    from calib_lightning.predictions.run_network import RunNetwork
 
 AnyCalibrator = Calibrator | NeuralClamping
 

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDER_OF_OPTION = {"-c": "", "--config": "", "--data": "data", "--model": "method"}
 
 

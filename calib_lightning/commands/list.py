@@ -1,4 +1,4 @@
-"""The table of training-time methods, written from their docstrings: ``python -m calib_lightning.method_table``."""
+"""The table of training-time methods, written from their docstrings: ``python -m calib_lightning.commands.list``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from calib_lightning.metrics.functional.calibration import bin_sums
 from calib_lightning.metrics.functional.ordered import order_rows
 from calib_lightning.metrics.functional.rows import InputKind, Rows
 from calib_lightning.plots import confidence_histogram, reliability_diagram, risk_coverage_curve, save_figure
-from calib_lightning.score.reading import Predictions
+from calib_lightning.predictions.reading import Predictions
 
 
 def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int, input: InputKind) -> list[Path]:

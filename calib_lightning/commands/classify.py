@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from calib_lightning.deploy.arguments import Options, make_parser, parse
-from calib_lightning.files import check_writable
+from calib_lightning.commands.classify_arguments import Options, make_parser, parse
+from calib_lightning.utils.files import check_writable
 
 if TYPE_CHECKING:
     from calib_lightning.deploy.classifier import CalibratedClassifier
@@ -104,7 +104,7 @@ def _model(options: Options) -> CalibratedClassifier | ExportedClassifier:
 
 
 def _write(rows: list[Row], output: Path | None) -> None:
-    from calib_lightning.files import write_whole
+    from calib_lightning.utils.files import write_whole
 
     if output is None:
         _print_table(rows)

@@ -11,14 +11,13 @@ from typing import Any
 from rich.console import Console
 
 import calib_lightning
-from calib_lightning.calibrate.arguments import Options
-from calib_lightning.calibrate.calibrating import UNCALIBRATED, AnyCalibrator, Fitted, Report, Row
-from calib_lightning.calibrate.reading import Source, sha256_of
-from calib_lightning.files import numbered_folder, write_whole
+from calib_lightning.commands.calibrate_arguments import Options
 from calib_lightning.posthoc import FitReport, save_calibrator
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
-from calib_lightning.report import show
-from calib_lightning.score.writing import (
+from calib_lightning.predictions.calibrating import UNCALIBRATED, AnyCalibrator, Fitted, Report, Row
+from calib_lightning.predictions.calibration_sets import Source, sha256_of
+from calib_lightning.predictions.report import show
+from calib_lightning.predictions.writing import (
     Entry,
     Grid,
     bins_title,
@@ -30,6 +29,7 @@ from calib_lightning.score.writing import (
     intervals_remark,
     json_text,
 )
+from calib_lightning.utils.files import numbered_folder, write_whole
 
 _LONGEST_NAME = 100
 

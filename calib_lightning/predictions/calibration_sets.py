@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.calibrate.arguments import Options
+from calib_lightning.commands.calibrate_arguments import Options
 from calib_lightning.metrics.functional.rows import seem_probs
-from calib_lightning.report import SHARED
-from calib_lightning.run_folder import run_of
-from calib_lightning.score.reading import Names, Predictions, read_features, read_predictions
-from calib_lightning.score.scoring import REPLACED_CONFIDENCE, input_notes, unique_names, with_logits
+from calib_lightning.predictions.reading import Names, Predictions, read_features, read_predictions
+from calib_lightning.predictions.report import SHARED
+from calib_lightning.predictions.scoring import REPLACED_CONFIDENCE, input_notes, unique_names, with_logits
+from calib_lightning.utils.run_folder import run_of
 
 _SAMPLED_ROWS, _SAMPLED_CLASSES = 200, 8
 

@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 import calib_lightning
+from calib_lightning.commands.score_arguments import FigureOptions, Options
 from calib_lightning.metrics import CORE, Difference, Spread
-from calib_lightning.report import SECTIONS, column_of, heading, show
-from calib_lightning.score.arguments import FigureOptions, Options
-from calib_lightning.score.reading import Predictions
-from calib_lightning.score.scoring import Figures, Report, SetReport
+from calib_lightning.predictions.reading import Predictions
+from calib_lightning.predictions.report import SECTIONS, column_of, heading, show
+from calib_lightning.predictions.scoring import Figures, Report, SetReport
 
 _MOST_COLUMNS = 8
 _SIDE_BY_SIDE = 4

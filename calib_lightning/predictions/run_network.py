@@ -13,10 +13,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
 from calib_lightning import data
-from calib_lightning.calibrate.reading import Inputs, Source, read_record
 from calib_lightning.core import ClassificationModule, load_module
 from calib_lightning.data import BenchmarkDataModule
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
+from calib_lightning.predictions.calibration_sets import Inputs, Source, read_record
 from calib_lightning.types import Batch
 
 AGREEMENT = 0.02

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from calib_lightning.commands.score_arguments import FigureOptions, Options
 from calib_lightning.metrics import (
     CORE,
     FULL,
@@ -31,9 +32,8 @@ from calib_lightning.metrics.functional.rows import seem_probs
 from calib_lightning.metrics.functional.undefined import why_undefined
 from calib_lightning.metrics.read_outs import READ_OUTS
 from calib_lightning.posthoc import Calibrator, as_logits, load_calibrator
-from calib_lightning.report import SECTIONS
-from calib_lightning.score.arguments import FigureOptions, Options
-from calib_lightning.score.reading import Names, Predictions, read_counts, read_features, read_predictions
+from calib_lightning.predictions.reading import Names, Predictions, read_counts, read_features, read_predictions
+from calib_lightning.predictions.report import SECTIONS
 
 BINNED = frozenset(
     (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
-from calib_lightning.config_search import config_folders
+from calib_lightning.utils.config_search import config_folders
 
 INDEX = "papers.yaml"
 

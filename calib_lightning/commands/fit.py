@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from calib_lightning import data
 from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunRecord, SavePredictions
 from calib_lightning.callbacks.record import check_data_of_run, uses_calibration
+from calib_lightning.commands.fit_parser import CalibParser, NamedData
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.data_facts import (
     declared_classes,
@@ -27,10 +28,9 @@ from calib_lightning.core.data_facts import (
 )
 from calib_lightning.core.module import module_record
 from calib_lightning.metrics import CORE, DIRECTION
-from calib_lightning.parsing import CalibParser, NamedData
-from calib_lightning.registry import class_path_of, find_class
-from calib_lightning.report import SHARED, print_table
-from calib_lightning.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
+from calib_lightning.predictions.report import SHARED, print_table
+from calib_lightning.utils.registry import class_path_of, find_class
+from calib_lightning.utils.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
 
 EVALUATION = ("validate", "test", "predict")
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}

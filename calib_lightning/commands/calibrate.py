@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
-from calib_lightning.calibrate.arguments import Options, make_parser, parse
-from calib_lightning.files import check_writable
-from calib_lightning.score.command import one_line
+from calib_lightning.commands.calibrate_arguments import Options, make_parser, parse
+from calib_lightning.commands.score import one_line
+from calib_lightning.utils.files import check_writable
 
 if TYPE_CHECKING:
-    from calib_lightning.calibrate.calibrating import AnyCalibrator, Report
+    from calib_lightning.predictions.calibrating import AnyCalibrator, Report
 
 
 def main(argv: list[str]) -> int:
@@ -30,9 +30,9 @@ def main(argv: list[str]) -> int:
     parser = make_parser()
     options = parse(parser, argv)
     # These imports take seconds.
-    from calib_lightning.calibrate.calibrating import all_calibrators, named_calibrators
     from calib_lightning.posthoc.neural_clamping import NeuralClamping
-    from calib_lightning.score.scoring import selected_metrics
+    from calib_lightning.predictions.calibrating import all_calibrators, named_calibrators
+    from calib_lightning.predictions.scoring import selected_metrics
 
     if options.list:
         print("\n".join(all_calibrators()))
@@ -58,10 +58,10 @@ def main(argv: list[str]) -> int:
 def _report(options: Options, calibrators: Sequence[AnyCalibrator]) -> Report:
     from rich.console import Console
 
-    from calib_lightning.calibrate.calibrating import calibrate
-    from calib_lightning.calibrate.reading import read_inputs
-    from calib_lightning.calibrate.writing import as_text, write_folder
     from calib_lightning.posthoc import Calibrator
+    from calib_lightning.predictions.calibrating import calibrate
+    from calib_lightning.predictions.calibration_sets import read_inputs
+    from calib_lightning.predictions.calibration_writing import as_text, write_folder
 
     output = options.output
     if output is None and options.run is not None:
@@ -72,7 +72,7 @@ def _report(options: Options, calibrators: Sequence[AnyCalibrator]) -> Report:
     more = any(not isinstance(calibrator, Calibrator) or calibrator.needs_features for calibrator in calibrators)
     inputs, network = read_inputs(options, features=more), None
     if more and options.run is not None:
-        from calib_lightning.calibrate.network import RunNetwork  # only now the trainer is needed
+        from calib_lightning.predictions.run_network import RunNetwork  # only now the trainer is needed
 
         network = RunNetwork(options.run)
         inputs = network.with_features(inputs)

@@ -1,0 +1,1 @@
+"""Files, seeding, registry, configuration search and run folders: what every other part may use."""
