@@ -140,13 +140,13 @@ def test_every_method_and_data_set_named_is_there_and_every_method_is_named():
 
 
 def test_every_metric_is_explained():
-    from calib_lightning.metrics import DIRECTION
+    from calib_lightning.metrics import METRICS, SOFT
 
     section = README.partition("## What the figures mean")[2]
-    for name, direction in DIRECTION.items():
+    for name, metric in (METRICS | SOFT).items():
         row = re.search(rf"^\|[^|]*`{re.escape(name)}`[^|]*\|.*\| (.*?) \|$", section, re.MULTILINE)
         assert row, name
-        assert row.group(1) == {"zero": "nearest 0"}.get(direction, direction)
+        assert row.group(1) == {"zero": "nearest 0"}.get(metric.better, metric.better)
 
 
 def test_score_commands_do_what_they_say(monkeypatch, tmp_path, capsys):

@@ -27,7 +27,7 @@ class CalibrationMonitor(Callback):
     twice in ``on_validation_epoch_end``, and of one that the step logs too the figure here is what others see.
 
     Args:
-        metrics: Keys of `calib_lightning.metrics.READ_OUTS`; those that need no K scores a row by default.
+        metrics: Keys of `calib_lightning.metrics.METRICS`; those that need no K scores a row by default.
         prefix: The keys are ``<prefix>/<metric>``; with several loaders ``<prefix>/<number>/<metric>``.
         figures_every: Figures are drawn in every so many-th epoch; 0 for never.
 

@@ -27,7 +27,7 @@ from calib_lightning.core.data_facts import (
     num_classes_of,
 )
 from calib_lightning.core.module import module_record
-from calib_lightning.metrics import CORE, DIRECTION
+from calib_lightning.metrics import CORE, METRICS
 from calib_lightning.predictions.report import SHARED, print_table
 from calib_lightning.utils.registry import class_path_of, find_class
 from calib_lightning.utils.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
@@ -309,7 +309,7 @@ class CalibCLI(LightningCLI):
             command.select_on = "last"  # nothing is trained: the network as it is
         command.select_on = command.select_on or self.model.select_on
         if command.select_on != "last":
-            mode = "max" if DIRECTION[command.select_on.rpartition("/")[2]] == "higher" else "min"
+            mode = "max" if METRICS[command.select_on.rpartition("/")[2]].better == "higher" else "min"
             self.keeper = RunCheckpoint(folder, "best", command.select_on, mode)
             keepers = [self.keeper, last]  # in this order: the last checkpoint knows the best score of its epoch
         return [
@@ -414,7 +414,7 @@ def _check_select_on(key: str) -> None:
     if key == "last":
         return
     prefix, _, name = key.rpartition("/")
-    usable = [metric for metric in CORE if DIRECTION[metric] != "zero"]  # what validation logs
+    usable = [metric for metric in CORE if METRICS[metric].better != "zero"]  # what validation logs
     if prefix != "val" or name not in usable:
         reason = " Choosing by a test metric would fit the test set." if prefix.startswith("test") else ""
         allowed = ", ".join(f"val/{metric}" for metric in usable)

@@ -22,7 +22,6 @@ from calib_lightning.metrics.decomposition import (
 )
 from calib_lightning.metrics.ood import OODAUPR, OODAUROC, OODFPR95
 from calib_lightning.metrics.proper import Accuracy, BrierScore, Entropy, NegativeLogLikelihood, TopKAccuracy
-from calib_lightning.metrics.read_outs import CORE, FULL, READ_OUTS, REPORT, Direction
 from calib_lightning.metrics.refinement import (
     AUGRC,
     AURC,
@@ -44,20 +43,18 @@ from calib_lightning.metrics.resampling import (
     by_frequency,
     permutation_test,
 )
-from calib_lightning.metrics.soft import SOFT, SoftLabelScores
+from calib_lightning.metrics.soft import SoftLabelScores
 from calib_lightning.metrics.spread import Spread, over_seeds
 from calib_lightning.metrics.state import EvaluationState
-
-DIRECTION: dict[str, Direction] = {key: read_out.better for key, read_out in READ_OUTS.items()} | SOFT
-"""For every metric key whether ``"higher"`` or ``"lower"`` is better, what is nearest to ``"zero"``, or ``"none"``."""
+from calib_lightning.metrics.table import CORE, FULL, METRICS, REPORT, SOFT, MetricRow
 
 __all__ = [
     "AUGRC",
     "AURC",
     "CORE",
-    "DIRECTION",
     "FPR95",
     "FULL",
+    "METRICS",
     "OODAUPR",
     "OODAUROC",
     "OODFPR95",
@@ -83,6 +80,7 @@ __all__ = [
     "Interval",
     "KolmogorovSmirnovError",
     "MaximumCalibrationError",
+    "MetricRow",
     "MurphyDecomposition",
     "NegativeLogLikelihood",
     "OvOAUROC",

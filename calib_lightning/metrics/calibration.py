@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from calib_lightning.metrics.read_outs import READ_OUTS, ReadOut
-from calib_lightning.metrics.state import ReadOutMetric
+from calib_lightning.metrics.state import SingleMetric
+from calib_lightning.metrics.table import METRICS, MetricRow
 
 
-class ExpectedCalibrationError(ReadOutMetric):
+class ExpectedCalibrationError(SingleMetric):
     """Expected calibration error of the predicted class (Guo et al., 2017); see `functional.ece`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = ExpectedCalibrationError(input="probs")
@@ -23,10 +23,10 @@ class ExpectedCalibrationError(ReadOutMetric):
     key = "ece"
 
 
-class MaximumCalibrationError(ReadOutMetric):
+class MaximumCalibrationError(SingleMetric):
     """Largest gap of a bin (Guo et al., 2017); see `functional.mce`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = MaximumCalibrationError(input="probs")
@@ -38,10 +38,10 @@ class MaximumCalibrationError(ReadOutMetric):
     key = "mce"
 
 
-class RootMeanSquaredCalibrationError(ReadOutMetric):
+class RootMeanSquaredCalibrationError(SingleMetric):
     """Root of the mean squared gap over bins; see `functional.rmsce`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = RootMeanSquaredCalibrationError(input="probs")
@@ -53,12 +53,12 @@ class RootMeanSquaredCalibrationError(ReadOutMetric):
     key = "rmsce"
 
 
-class OverconfidenceError(ReadOutMetric):
+class OverconfidenceError(SingleMetric):
     """Gaps of over-confident bins, weighed by confidence (Thulasidasan et al., 2019).
 
     See `functional.overconfidence_error`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = OverconfidenceError(input="probs")
@@ -70,10 +70,10 @@ class OverconfidenceError(ReadOutMetric):
     key = "overconfidence_error"
 
 
-class OverCalibrationError(ReadOutMetric):
+class OverCalibrationError(SingleMetric):
     """The over-confident part of the expected calibration error; see `functional.over_ece`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = OverCalibrationError(input="probs")
@@ -85,10 +85,10 @@ class OverCalibrationError(ReadOutMetric):
     key = "over_ece"
 
 
-class UnderCalibrationError(ReadOutMetric):
+class UnderCalibrationError(SingleMetric):
     """The under-confident part of the expected calibration error; see `functional.under_ece`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = UnderCalibrationError(input="probs")
@@ -100,10 +100,10 @@ class UnderCalibrationError(ReadOutMetric):
     key = "under_ece"
 
 
-class SignedGap(ReadOutMetric):
+class SignedGap(SingleMetric):
     """Mean confidence less accuracy; see `functional.signed_gap`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = SignedGap(input="probs")
@@ -115,10 +115,10 @@ class SignedGap(ReadOutMetric):
     key = "signed_gap"
 
 
-class ClasswiseCalibrationError(ReadOutMetric):
+class ClasswiseCalibrationError(SingleMetric):
     """Static calibration error: mean over all K classes (Nixon et al., 2019); see `functional.classwise_ece`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = ClasswiseCalibrationError(input="probs")
@@ -130,10 +130,10 @@ class ClasswiseCalibrationError(ReadOutMetric):
     key = "classwise_ece"
 
 
-class KolmogorovSmirnovError(ReadOutMetric):
+class KolmogorovSmirnovError(SingleMetric):
     """Largest gap of the cumulative sums over confidence (Gupta et al., 2021); see `functional.ks`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = KolmogorovSmirnovError(input="probs")
@@ -145,10 +145,10 @@ class KolmogorovSmirnovError(ReadOutMetric):
     key = "ks"
 
 
-class DebiasedL2Error(ReadOutMetric):
+class DebiasedL2Error(SingleMetric):
     """L2 calibration error less its bias, equal-mass bins (Kumar et al., 2019); see `functional.debiased_l2`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = DebiasedL2Error(input="probs")
@@ -160,10 +160,10 @@ class DebiasedL2Error(ReadOutMetric):
     key = "debiased_l2"
 
 
-class SmoothCalibrationError(ReadOutMetric):
+class SmoothCalibrationError(SingleMetric):
     """Calibration error by kernel smoothing, without bins (Blasiok and Nakkiran, 2023); see `functional.smece`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = SmoothCalibrationError(input="probs")
@@ -175,13 +175,13 @@ class SmoothCalibrationError(ReadOutMetric):
     key = "smece"
 
 
-class AdaptiveCalibrationError(ReadOutMetric):
+class AdaptiveCalibrationError(SingleMetric):
     """Calibration error over bins of equally many rows; see `functional.aece_split` and `functional.aece_official`.
 
     Args:
         convention: ``"split"`` cuts the sorted rows in M parts that differ by at most one row; ``"official"`` is what
             the code behind most published figures does, which leaves out the least confident row.
-        **kwargs: Arguments of `ReadOutMetric`.
+        **kwargs: Arguments of `SingleMetric`.
 
     Raises:
         ValueError: An unknown convention.
@@ -202,9 +202,9 @@ class AdaptiveCalibrationError(ReadOutMetric):
         super().__init__(**kwargs)
 
     @property
-    def read_out(self) -> ReadOut:
+    def row(self) -> MetricRow:
         """How the value is read from the state."""
-        return READ_OUTS[f"aece_{self.convention}"]
+        return METRICS[f"aece_{self.convention}"]
 
     @property
     def settings(self) -> dict[str, Any]:

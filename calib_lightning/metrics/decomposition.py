@@ -11,7 +11,7 @@ from calib_lightning.metrics.state import EvaluationState
 class TermsMetric(EvaluationState):
     """A metric whose value is a dictionary of terms.
 
-    Subclasses set ``keys``, keys of `READ_OUTS`.
+    Subclasses set ``keys``, keys of `METRICS`.
 
     Args:
         n_bins: Number of bins of the calibration errors.

@@ -10,8 +10,8 @@ from torch import Tensor
 from calib_lightning.metrics.functional.ood import check_ood_shapes, check_ood_values, why_one_sided
 from calib_lightning.metrics.functional.rows import FAULTS
 from calib_lightning.metrics.functional.undefined import warn_undefined
-from calib_lightning.metrics.read_outs import READ_OUTS
 from calib_lightning.metrics.state import RowMetric, StateView, checks_at_once, has_float64
+from calib_lightning.metrics.table import METRICS
 
 
 class OODMetric(RowMetric):
@@ -102,7 +102,7 @@ class OODMetric(RowMetric):
         """
         self.check_faults()
         rows = int(self.count)
-        value = READ_OUTS[self.key].value(StateView(self)) if rows else torch.full((), torch.nan, dtype=torch.float64)
+        value = METRICS[self.key].value(StateView(self)) if rows else torch.full((), torch.nan, dtype=torch.float64)
         inside = int(self.rows_of("rank_correct").sum())
         if inside in (0, rows):
             value = torch.full((), torch.nan, dtype=torch.float64)

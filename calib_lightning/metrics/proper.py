@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from calib_lightning.metrics.read_outs import ReadOut, mean_of
-from calib_lightning.metrics.state import ReadOutMetric
+from calib_lightning.metrics.state import SingleMetric
+from calib_lightning.metrics.table import MetricRow, top_k_of
 
 
-class Accuracy(ReadOutMetric):
+class Accuracy(SingleMetric):
     """Share of rows whose label is the predicted class; see `functional.accuracy`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = Accuracy(input="probs")
@@ -23,10 +23,10 @@ class Accuracy(ReadOutMetric):
     key = "accuracy"
 
 
-class NegativeLogLikelihood(ReadOutMetric):
+class NegativeLogLikelihood(SingleMetric):
     """Mean negative log-likelihood in nats, also of soft labels ``(N, K)``; see `functional.nll`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = NegativeLogLikelihood()
@@ -39,10 +39,10 @@ class NegativeLogLikelihood(ReadOutMetric):
     takes_soft_labels = True
 
 
-class BrierScore(ReadOutMetric):
+class BrierScore(SingleMetric):
     """Brier score over all classes, in ``[0, 2]``, also of soft labels ``(N, K)``; see `functional.brier`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = BrierScore()
@@ -55,10 +55,10 @@ class BrierScore(ReadOutMetric):
     takes_soft_labels = True
 
 
-class Entropy(ReadOutMetric):
+class Entropy(SingleMetric):
     """Mean entropy of the predicted probabilities in nats; it reads no labels. See `functional.entropy`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = Entropy()
@@ -71,12 +71,12 @@ class Entropy(ReadOutMetric):
     takes_soft_labels = True
 
 
-class TopKAccuracy(ReadOutMetric):
+class TopKAccuracy(SingleMetric):
     """Share of rows whose label is among the k largest scores; see `functional.top_k_accuracy`.
 
     Args:
         k: How many classes may be named.
-        **kwargs: Arguments of `ReadOutMetric`.
+        **kwargs: Arguments of `SingleMetric`.
 
     Raises:
         ValueError: ``k`` is not a positive integer.
@@ -97,9 +97,9 @@ class TopKAccuracy(ReadOutMetric):
         super().__init__(**kwargs)
 
     @property
-    def read_out(self) -> ReadOut:
+    def row(self) -> MetricRow:
         """How the value is read from the state."""
-        return mean_of(f"top{self.k}", "higher")
+        return top_k_of(self.k)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from calib_lightning.metrics.read_outs import ReadOut, coverage_at_risk_of, excess_aurc_of, risk_at_coverage_of
-from calib_lightning.metrics.state import ReadOutMetric
+from calib_lightning.metrics.state import SingleMetric
+from calib_lightning.metrics.table import MetricRow, coverage_at_risk_of, excess_aurc_of, risk_at_coverage_of
 
 
-class CorrectnessAUROC(ReadOutMetric):
+class CorrectnessAUROC(SingleMetric):
     """Area under the ROC curve of "the prediction is correct"; see `functional.correctness_auroc`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = CorrectnessAUROC(input="probs")
@@ -24,10 +24,10 @@ class CorrectnessAUROC(ReadOutMetric):
     key = "correctness_auroc"
 
 
-class AUPRSuccess(ReadOutMetric):
+class AUPRSuccess(SingleMetric):
     """Average precision with correct predictions as positives; see `functional.aupr_success`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = AUPRSuccess(input="probs")
@@ -40,10 +40,10 @@ class AUPRSuccess(ReadOutMetric):
     key = "aupr_success"
 
 
-class AUPRError(ReadOutMetric):
+class AUPRError(SingleMetric):
     """Average precision with wrong predictions as positives; see `functional.aupr_error`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = AUPRError(input="probs")
@@ -56,10 +56,10 @@ class AUPRError(ReadOutMetric):
     key = "aupr_error"
 
 
-class FPR95(ReadOutMetric):
+class FPR95(SingleMetric):
     """Share of wrong predictions above the threshold that keeps 95 % of the correct ones; see `functional.fpr95`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = FPR95(input="probs")
@@ -72,10 +72,10 @@ class FPR95(ReadOutMetric):
     key = "fpr95"
 
 
-class AURC(ReadOutMetric):
+class AURC(SingleMetric):
     """Area under the risk-coverage curve (Geifman and El-Yaniv, 2017); see `functional.aurc`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = AURC(input="probs")
@@ -88,10 +88,10 @@ class AURC(ReadOutMetric):
     key = "aurc"
 
 
-class AUGRC(ReadOutMetric):
+class AUGRC(SingleMetric):
     """Area under the generalised risk-coverage curve (Traub et al., 2024); see `functional.augrc`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = AUGRC(input="probs")
@@ -104,12 +104,12 @@ class AUGRC(ReadOutMetric):
     key = "augrc"
 
 
-class OvOAUROC(ReadOutMetric):
+class OvOAUROC(SingleMetric):
     """One-versus-one AUROC of the classes (Hand and Till, 2001).
 
     It keeps all K scores of a row; see `functional.ovo_auroc`.
 
-    The arguments are those of `ReadOutMetric`.
+    The arguments are those of `SingleMetric`.
 
     Example:
         >>> metric = OvOAUROC(input="probs")
@@ -122,12 +122,12 @@ class OvOAUROC(ReadOutMetric):
     key = "ovo_auroc"
 
 
-class ExcessAURC(ReadOutMetric):
+class ExcessAURC(SingleMetric):
     """AURC less that of a perfect ranking (Geifman et al., 2019); see `functional.e_aurc`.
 
     Args:
         exact: Whether to subtract the optimum of this many rows in place of its limit.
-        **kwargs: Arguments of `ReadOutMetric`.
+        **kwargs: Arguments of `SingleMetric`.
 
     Example:
         >>> metric = ExcessAURC(exact=False, input="probs")
@@ -144,7 +144,7 @@ class ExcessAURC(ReadOutMetric):
         super().__init__(**kwargs)
 
     @property
-    def read_out(self) -> ReadOut:
+    def row(self) -> MetricRow:
         """How the value is read from the state."""
         return excess_aurc_of(self.exact)
 
@@ -154,12 +154,12 @@ class ExcessAURC(ReadOutMetric):
         return super().settings | {"exact": self.exact}
 
 
-class CoverageAtRisk(ReadOutMetric):
+class CoverageAtRisk(SingleMetric):
     """Largest share of rows that can be answered at an error rate; see `functional.coverage_at_risk`.
 
     Args:
         risk: The error rate that is allowed, a fraction.
-        **kwargs: Arguments of `ReadOutMetric`.
+        **kwargs: Arguments of `SingleMetric`.
 
     Raises:
         ValueError: ``risk`` is not in [0, 1].
@@ -181,7 +181,7 @@ class CoverageAtRisk(ReadOutMetric):
         super().__init__(**kwargs)
 
     @property
-    def read_out(self) -> ReadOut:
+    def row(self) -> MetricRow:
         """How the value is read from the state."""
         return coverage_at_risk_of(self.risk)
 
@@ -191,12 +191,12 @@ class CoverageAtRisk(ReadOutMetric):
         return super().settings | {"risk": self.risk}
 
 
-class RiskAtCoverage(ReadOutMetric):
+class RiskAtCoverage(SingleMetric):
     """Error rate of the most confident share of the rows; see `functional.risk_at_coverage`.
 
     Args:
         coverage: Share of the rows that are answered, a fraction.
-        **kwargs: Arguments of `ReadOutMetric`.
+        **kwargs: Arguments of `SingleMetric`.
 
     Raises:
         ValueError: ``coverage`` is not in (0, 1].
@@ -218,7 +218,7 @@ class RiskAtCoverage(ReadOutMetric):
         super().__init__(**kwargs)
 
     @property
-    def read_out(self) -> ReadOut:
+    def row(self) -> MetricRow:
         """How the value is read from the state."""
         return risk_at_coverage_of(self.coverage)
 

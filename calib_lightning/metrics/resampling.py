@@ -24,8 +24,9 @@ from calib_lightning.metrics.functional.variational import (
     variational_from_table,
     variational_table,
 )
-from calib_lightning.metrics.read_outs import READ_OUTS, View
 from calib_lightning.metrics.state import EvaluationState
+from calib_lightning.metrics.table import METRICS
+from calib_lightning.metrics.view import View
 
 _AT_ONCE = 2**19
 """How many weights are looked at together: large enough for vector code, small enough for the cache."""
@@ -86,9 +87,9 @@ class GroupTable(NamedTuple):
         Raises:
             ValueError: The metric has no better direction, or was not computed.
         """
-        better = READ_OUTS[metric].better if metric in READ_OUTS else "none"
+        better = METRICS[metric].better if metric in METRICS else "none"
         if metric not in self.values or better == "none":
-            allowed = [key for key in self.values if READ_OUTS[key].better != "none"]
+            allowed = [key for key in self.values if METRICS[key].better != "none"]
             raise ValueError(f"worst({metric!r}): allowed are {', '.join(allowed)}")
         values = self.values[metric]
         badness = {"higher": -values, "lower": values, "zero": values.abs()}[better]
@@ -347,17 +348,17 @@ def read_weighted(table: RowTable, metrics: Sequence[str], weights: Weights) -> 
         For each metric ``(B,)`` float64, nan where it is not defined.
     """
     # What needs all scores prepares a lot for each piece, so it gets larger ones.
-    from_scores = [key for key in metrics if "scores" in READ_OUTS[key].parts]
+    from_scores = [key for key in metrics if "scores" in METRICS[key].parts]
     others = [key for key in metrics if key not in from_scores]
     parts: dict[str, list[Tensor]] = {key: [] for key in metrics}
     for keys, limit in ((others, _AT_ONCE), (from_scores, _AT_ONCE_WITH_SCORES)):
         at_once = limit // max(1, len(table))
-        if any("classwise" in READ_OUTS[key].parts for key in keys):
+        if any("classwise" in METRICS[key].parts for key in keys):
             at_once = min(at_once, _CLASS_BINS_AT_ONCE // (2 * table.num_classes * table.n_bins))
         for piece in weights(max(1, at_once)) if keys else ():
             view = WeightedView(table, piece)
             for key in keys:
-                parts[key].append(READ_OUTS[key].value(view))
+                parts[key].append(METRICS[key].value(view))
     return {key: torch.cat(values) for key, values in parts.items()}
 
 
@@ -441,7 +442,7 @@ def bootstrap_intervals(
     """Estimate how far each figure would move on another test set of the same size, by the bootstrap (Efron, 1979).
 
     The rows are drawn with replacement and every metric is computed again from them. With ``v`` the figure, ``q`` and
-    ``m`` the quantiles and the mean of the resampled ones, ``ReadOut.interval`` says what a metric gets:
+    ``m`` the quantiles and the mean of the resampled ones, ``MetricRow.interval`` says what a metric gets:
 
     - ``"percentile"``, ``[q_low, q_high]``: means and rank statistics, which resampling moves, but not to one side.
     - ``"basic"``, ``[2 v - q_high, 2 v - q_low]``: terms of the Brier score. They are too large by chance alone, and
@@ -498,14 +499,14 @@ def _interval(key: str, value: float, drawn: Tensor, level: float) -> Interval:
         return Interval(value, torch.nan, torch.nan)
     tails = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
     low, high = torch.nanquantile(drawn, tails).tolist()
-    read_out = READ_OUTS[key]
+    row = METRICS[key]
     basic = 2.0 * value - high, 2.0 * value - low
-    if read_out.interval == "basic":
+    if row.interval == "basic":
         low, high = basic
-    elif read_out.interval == "hull":
+    elif row.interval == "hull":
         shift = value - float(drawn.nanmean())
         low, high = min(basic[0], low + shift), max(basic[1], high + shift)
-    return Interval(value, max(low, read_out.low), min(max(high, read_out.low), read_out.high))
+    return Interval(value, max(low, row.low), min(max(high, row.low), row.high))
 
 
 def by_class(state: EvaluationState) -> GroupTable:

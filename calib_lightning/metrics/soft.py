@@ -7,13 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from calib_lightning.metrics.functional.rows import InputKind
-from calib_lightning.metrics.read_outs import Direction
 from calib_lightning.metrics.state import RowMetric, StateView
-
-SOFT: dict[str, Direction] = {"soft_nll": "lower", "soft_brier": "lower", "label_entropy": "none"}
-"""What `SoftLabelScores` gives, and which values are better."""
-
-_PARTS = {"soft_nll": "nll", "soft_brier": "brier", "label_entropy": "label_entropy"}
+from calib_lightning.metrics.table import SOFT
 
 
 class SoftLabelScores(RowMetric):
@@ -36,7 +31,7 @@ class SoftLabelScores(RowMetric):
     takes_soft_labels = True
 
     def __init__(self, input: InputKind = "logits", **kwargs: Any) -> None:
-        super().__init__(_PARTS.values(), input=input, **kwargs)
+        super().__init__([part for row in SOFT.values() for part in row.parts], input=input, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
         """Read the three.
@@ -49,6 +44,6 @@ class SoftLabelScores(RowMetric):
         """
         self.check_faults()
         view = StateView(self)
-        values = {key: view.mean(part) for key, part in _PARTS.items()}
+        values = {key: row.value(view) for key, row in SOFT.items()}
         self._warn_about(values)
         return values

@@ -3,7 +3,7 @@
 The state is made of *parts* (a count, sums, binned sums, ordered rows) and a metric is a *read-out*: one function of a
 view of the state, which names the parts it needs. `EvaluationState` holds the parts of all its read-outs and fills
 them in one pass; a single metric holds only those of its own. A new metric adds entries to `PARTS` and
-`read_outs.READ_OUTS` and leaves the existing ones alone.
+`table.METRICS` and leaves the existing ones alone.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ from calib_lightning.metrics.functional.rows import (
     check_values,
     fault_masks,
 )
-from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
+from calib_lightning.metrics.functional.undefined import undefined_keys, warn_undefined, why_undefined
 from calib_lightning.metrics.functional.variational import VariationalSplit, variational_split
-from calib_lightning.metrics.read_outs import CORE, READ_OUTS, ReadOut, View, undefined_keys
+from calib_lightning.metrics.table import CORE, METRICS, MetricRow
+from calib_lightning.metrics.view import View
 
 _CHUNK = 2**19
 _LEAST_ROWS = 1024
@@ -869,11 +870,11 @@ class EvaluationState(RowMetric):
     ) -> None:
         if isinstance(metrics, str):
             raise ValueError(f"metrics={metrics!r}: give a list of keys, such as [{metrics!r}]")
-        unknown = [key for key in metrics if key not in READ_OUTS]
+        unknown = [key for key in metrics if key not in METRICS]
         if unknown:
-            raise ValueError(f"metrics: unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(READ_OUTS)}")
+            raise ValueError(f"metrics: unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(METRICS)}")
         self.metrics = tuple(dict.fromkeys(metrics))
-        needed = [part for key in self.metrics for part in READ_OUTS[key].parts]
+        needed = [part for key in self.metrics for part in METRICS[key].parts]
         super().__init__(needed, n_bins, rank_bins, details, input, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
@@ -887,22 +888,22 @@ class EvaluationState(RowMetric):
         """
         self.check_faults()
         view = StateView(self)
-        values = {key: _read(READ_OUTS[key], view) for key in self.metrics}
+        values = {key: _read(METRICS[key], view) for key in self.metrics}
         self._warn_about(values)
         return values
 
 
-def _read(read_out: ReadOut, view: StateView) -> Tensor:
+def _read(row: MetricRow, view: StateView) -> Tensor:
     # Not every function of an empty set has a shape to start from.
     if int(view.count) == 0:
         return torch.full((), torch.nan, dtype=torch.float64)
-    return read_out.value(view)
+    return row.value(view)
 
 
-class ReadOutMetric(RowMetric):
+class SingleMetric(RowMetric):
     """A single metric: the parts of the state that one read-out needs.
 
-    Subclasses set ``key``, a key of `READ_OUTS`, or a ``read_out`` of their own.
+    Subclasses set ``key``, a key of `METRICS`, or a ``row`` of their own.
 
     Args:
         n_bins: Number of bins of the calibration errors.
@@ -916,17 +917,17 @@ class ReadOutMetric(RowMetric):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.higher_is_better = {"higher": True, "lower": False}.get(READ_OUTS[cls.key].better)
+        cls.higher_is_better = {"higher": True, "lower": False}.get(METRICS[cls.key].better)
 
     def __init__(
         self, n_bins: int = 15, rank_bins: int | None = None, input: InputKind = "logits", **kwargs: Any
     ) -> None:
-        super().__init__(self.read_out.parts, n_bins, rank_bins, input=input, **kwargs)
+        super().__init__(self.row.parts, n_bins, rank_bins, input=input, **kwargs)
 
     @property
-    def read_out(self) -> ReadOut:
+    def row(self) -> MetricRow:
         """How the value is read from the state."""
-        return READ_OUTS[self.key]
+        return METRICS[self.key]
 
     def compute(self) -> Tensor:
         """Read the metric.
@@ -938,6 +939,6 @@ class ReadOutMetric(RowMetric):
             ValueError: Batches on a device held invalid values; how many, of which kind and where first.
         """
         self.check_faults()
-        value = _read(self.read_out, StateView(self))
+        value = _read(self.row, StateView(self))
         self._warn_about({type(self).__name__: value})
         return value

@@ -15,6 +15,7 @@ from calib_lightning.commands.score_arguments import FigureOptions, Options
 from calib_lightning.metrics import (
     CORE,
     FULL,
+    METRICS,
     SOFT,
     Difference,
     EvaluationState,
@@ -30,27 +31,15 @@ from calib_lightning.metrics import (
 )
 from calib_lightning.metrics.functional.rows import seem_probs
 from calib_lightning.metrics.functional.undefined import why_undefined
-from calib_lightning.metrics.read_outs import READ_OUTS
 from calib_lightning.posthoc import Calibrator, as_logits, load_calibrator
 from calib_lightning.predictions.reading import Names, Predictions, read_counts, read_features, read_predictions
-from calib_lightning.predictions.report import SECTIONS
-
-BINNED = frozenset(
-    (
-        *("ece", "over_ece", "under_ece", "mce", "rmsce", "overconfidence_error", "classwise_ece"),
-        *("aece_split", "aece_official", "debiased_l2"),
-        *("murphy_reliability", "murphy_resolution", "dark_side_residual"),
-    )
-)
-"""The metrics that depend on the number of bins."""
 
 REPLACED_CONFIDENCE = "the file has a confidence of its own, in whose place stands that of the calibrated logits"
 """What is said of a file whose method brings its own confidence, once it is calibrated."""
 
 _ROWS_AT_ONCE = 8192
 _MOST_CLASSES_OF_OVO = 200
-_SHOWN = [key for section in SECTIONS.values() for key in section]
-_ORDER = {key: place for place, key in enumerate(dict.fromkeys([*_SHOWN, *FULL]))}
+_ORDER = {key: place for place, key in enumerate([*FULL, *SOFT])}
 
 T = TypeVar("T")
 
@@ -132,7 +121,7 @@ def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
     """
     which_or_all = "all" if which is None else which
     wanted = {"core": CORE, "all": FULL}.get(which_or_all) or tuple(filter(None, which_or_all.split(",")))
-    unknown = [key for key in wanted if key not in READ_OUTS and key not in SOFT]
+    unknown = [key for key in wanted if key not in METRICS and key not in SOFT]
     if unknown or not wanted:
         raise ValueError(
             f"--metrics: unknown {', '.join(map(repr, unknown)) or repr(which)}; allowed: core, all, or some of "
@@ -322,7 +311,7 @@ def states_of(options: FigureOptions, predictions: Predictions, details: bool) -
     metrics = selected_metrics(options.metrics, predictions.scores.shape[1])
     if len(options.bins) == 1:
         return {"": _filled(predictions, metrics, options.bins[0], details)}
-    plain, binned = ([key for key in metrics if (key in BINNED) == wanted] for wanted in (False, True))
+    plain, binned = ([key for key in metrics if METRICS[key].binned == wanted] for wanted in (False, True))
     states = {f"@{bins}": _filled(predictions, binned, bins, details) for bins in options.bins if binned}
     return states | ({"": _filled(predictions, plain, options.bins[0], details)} if plain else {})
 
@@ -388,10 +377,10 @@ def _groups(options: Options, predictions: Predictions, counts: torch.Tensor | N
         return None
     classes = predictions.scores.shape[1]
     # What needs all scores of a row is a statement about all classes together.
-    metrics = [key for key in selected_metrics(options.metrics, classes) if "scores" not in READ_OUTS[key].parts]
+    metrics = [key for key in selected_metrics(options.metrics, classes) if "scores" not in METRICS[key].parts]
     state = _filled(predictions, metrics, options.bins[0], details=True)
     of_classes = by_class(state)
-    worst = {key: of_classes.worst(key) for key in metrics if READ_OUTS[key].better != "none"}
+    worst = {key: of_classes.worst(key) for key in metrics if METRICS[key].better != "none"}
     return Groups(of_classes if counts is None else by_frequency(state, counts), worst)
 
 

@@ -16,7 +16,7 @@ import calib_lightning
 from calib_lightning.commands.score_arguments import FigureOptions, Options
 from calib_lightning.metrics import CORE, Difference, Spread
 from calib_lightning.predictions.reading import Predictions
-from calib_lightning.predictions.report import SECTIONS, column_of, heading, show
+from calib_lightning.predictions.report import heading, row_of, show
 from calib_lightning.predictions.scoring import Figures, Report, SetReport
 
 _MOST_COLUMNS = 8
@@ -339,11 +339,10 @@ def class_titles(predictions: Predictions) -> dict[str, str]:
 
 def _sectioned(cells: Mapping[str, list[str]]) -> list[list[str]]:
     """Rows of a table; in a long one each metric stands below the heading of its section."""
-    section_of = {key: section for section, columns in SECTIONS.items() for key in columns}
     rows: list[list[str]] = []
     last = None
     for key, row in cells.items():
-        section = section_of.get(key.partition("@")[0], "other")
+        section = row_of(key.partition("@")[0]).section
         if section != last and len(cells) > _MOST_COLUMNS:
             rows.append([section])
         last = section
@@ -362,7 +361,7 @@ def _heading(key: str) -> str:
 
 
 def _cell(key: str, value: float) -> str:
-    return show(value, column_of(key.partition("@")[0]).percent)
+    return show(value, row_of(key.partition("@")[0]).percent)
 
 
 def _figure(figures: Figures, key: str) -> str:

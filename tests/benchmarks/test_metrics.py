@@ -21,7 +21,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
 
 from calib_lightning.metrics import (
     FULL,
-    READ_OUTS,
+    METRICS,
     REPORT,
     AdaptiveCalibrationError,
     ClasswiseCalibrationError,
@@ -378,9 +378,9 @@ def test_memory(benchmark, table, rows):
 
 
 FAMILIES = {
-    "means": [key for key in FULL if not {"bins", "classwise", "ranks", "scores"} & set(READ_OUTS[key].parts)],
-    "bins": [key for key in FULL if set(READ_OUTS[key].parts) <= {"bins", "moments"}],
-    "ranks but smece": [key for key in REPORT if "ranks" in READ_OUTS[key].parts and key != "smece"],
+    "means": [key for key in FULL if not {"bins", "classwise", "ranks", "scores"} & set(METRICS[key].parts)],
+    "bins": [key for key in FULL if set(METRICS[key].parts) <= {"bins", "moments"}],
+    "ranks but smece": [key for key in REPORT if "ranks" in METRICS[key].parts and key != "smece"],
     "smece": ["smece"],
     "classwise_ece": ["classwise_ece"],
     "ovo_auroc": ["ovo_auroc"],
@@ -393,7 +393,7 @@ FAMILIES = {
 def test_bootstrap(benchmark, table, family, classes):
     """1000 resamples of 10,000 rows; no goal. Families that need all scores draw 50 and are scaled."""
     keys = FAMILIES[family]
-    total = 50 if any("scores" in READ_OUTS[key].parts for key in keys) else 1000
+    total = 50 if any("scores" in METRICS[key].parts for key in keys) else 1000
     total = 2 if benchmark.disabled else total
     state = EvaluationState(keys, details=True)
     for logits, labels in Batches(classes, FEW if benchmark.disabled else 10_000):

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from calib_lightning.__main__ import main
-from calib_lightning.metrics import DIRECTION, FULL, EvaluationState, functional
+from calib_lightning.metrics import FULL, METRICS, SOFT, EvaluationState, functional
 from calib_lightning.metrics.functional.rows import seem_probs
 from calib_lightning.predictions.reading import read_counts
-from calib_lightning.predictions.report import SECTIONS, column_of, heading
-from calib_lightning.predictions.scoring import BINNED, selected_metrics, unique_names
+from calib_lightning.predictions.report import heading, row_of
+from calib_lightning.predictions.scoring import selected_metrics, unique_names
 
 from ..metrics.golden import GOLDEN, golden_set, pair_auroc, random_set, reference
 
@@ -231,7 +231,7 @@ def test_json_has_settings_and_text_has_the_same_figures(scored, calib, tmp_path
     assert lines["K"] == "5"
     values = expected(n_bins=10)
     for key in FULL:
-        shown = f"{100 * values[key]:.2f}" if column_of(key).percent else f"{values[key]:.4f}"
+        shown = f"{100 * values[key]:.2f}" if row_of(key).percent else f"{values[key]:.4f}"
         assert lines[heading(key)] == shown
     assert lines["accuracy % ↑"] == "76.40"
     assert lines["NLL ↓"] == "0.6704"
@@ -240,16 +240,18 @@ def test_json_has_settings_and_text_has_the_same_figures(scored, calib, tmp_path
 
 
 def test_every_metric_has_a_title_of_its_own():
-    shown = [key for section in SECTIONS.values() for key in section]
-    assert sorted(shown) == sorted(DIRECTION)
-    assert len({heading(key) for key in shown}) == len(shown)
-    for key in shown:
-        assert heading(key).endswith({"higher": "↑", "lower": "↓", "zero": "→0"}.get(DIRECTION[key], ""))
+    shown = METRICS | SOFT
+    assert len({heading(key) for key in shown}) == len(METRICS) + len(SOFT)
+    for key, row in shown.items():
+        assert heading(key).endswith({"higher": "↑", "lower": "↓", "zero": "→0"}.get(row.better, ""))
+        assert row.section
 
 
 def test_what_depends_on_the_bins_is_known():
     ten, thirty = expected(n_bins=10), expected(n_bins=30)
-    assert {key for key in FULL if abs(ten[key] - thirty[key]) > 1e-12} == BINNED
+    assert {key for key in FULL if abs(ten[key] - thirty[key]) > 1e-12} == {
+        key for key, row in METRICS.items() if row.binned
+    }
 
 
 def test_several_numbers_of_bins(scored, calib, tmp_path):

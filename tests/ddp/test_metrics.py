@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from calib_lightning.metrics import READ_OUTS
+from calib_lightning.metrics import METRICS
 from tests.metrics import ddp_cases
 
 # Read from counts or from sorted rows, which no split can change.
 EXACT = {
-    *(key for key, read_out in READ_OUTS.items() if read_out.parts == ("ranks",)),
+    *(key for key, row in METRICS.items() if row.parts == ("ranks",)),
     *("accuracy", "top5_accuracy", "ovo_auroc", *ddp_cases.OOD),
 }
 HISTOGRAM_EXACT = {"accuracy", "top5_accuracy", "correctness_auroc", "aupr_success", "aupr_error", "fpr95", "augrc"}

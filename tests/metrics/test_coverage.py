@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from calib_lightning.metrics import FULL, EvaluationState, bootstrap_intervals
-from calib_lightning.metrics.read_outs import READ_OUTS
+from calib_lightning.metrics import FULL, METRICS, EvaluationState, bootstrap_intervals
 
 CLASSES = 5
 RESAMPLES = 200
@@ -70,7 +69,7 @@ def test_coverage_of_two_hundred_sets(temperature, keys):
         assert row.coverage >= 88.5, key
         # Nor are they wider than need be; the standard deviation of 200 figures is known to some 5 %.
         normal = 2 * 1.96 * row.spread
-        assert 0.8 * normal <= row.width <= (1.7 if READ_OUTS[key].interval == "hull" else 1.2) * normal, key
+        assert 0.8 * normal <= row.width <= (1.7 if METRICS[key].interval == "hull" else 1.2) * normal, key
 
 
 # The others are only printed: `mce` and (with few rows) `classwise_ece` are held too rarely, `under_ece` of an

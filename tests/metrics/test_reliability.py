@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning import metrics
 from calib_lightning.core import ClassificationModule
-from calib_lightning.metrics import FULL, READ_OUTS, REPORT, EvaluationState, ood
+from calib_lightning.metrics import FULL, METRICS, REPORT, EvaluationState, ood
 from calib_lightning.metrics import state as state_module
 from tests.metrics.ddp_cases import makers
 from tests.metrics.golden import EDGE_CONFIDENCE, EDGE_CORRECT, pair_auroc, random_set, reference
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*coverage_at_risk_0.05 is nan",
 
 MAKERS = makers()
 STATES = ("everything", "histogram", "details")
-ORDERED = [key for key, read_out in READ_OUTS.items() if read_out.parts == ("ranks",)]
+ORDERED = [key for key, row in METRICS.items() if row.parts == ("ranks",)]
 COUNTED = {"accuracy", "top5_accuracy", "ovo_auroc", *ORDERED, *OOD}
 """Read from counts or sorted rows."""
 

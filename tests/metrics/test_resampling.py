@@ -12,6 +12,7 @@ import torch
 from calib_lightning.metrics import (
     CORE,
     FULL,
+    METRICS,
     EvaluationState,
     Interval,
     bootstrap_intervals,
@@ -21,7 +22,6 @@ from calib_lightning.metrics import (
     permutation_test,
 )
 from calib_lightning.metrics import resampling as R
-from calib_lightning.metrics.read_outs import READ_OUTS
 from tests.metrics.golden import golden_set, random_set, reference
 
 # The tempered fits of resamples are read from a table, within 1e-6; all else is the same sums in another order.
@@ -95,7 +95,7 @@ def test_weights_are_repeated_or_left_out_rows(dtype, kind, classes, ties):
     )
     view = R.WeightedView(R.RowTable.of(state), torch.from_numpy(weights).double())
     assert view.count.tolist() == weights.sum(axis=1).tolist()
-    values = {key: READ_OUTS[key].value(view) for key in FULL}
+    values = {key: METRICS[key].value(view) for key in FULL}
     for b, row in enumerate(weights):
         found = {key: value[b].item() for key, value in values.items()}
         agree(found, quiet(picked(case, np.repeat(np.arange(n), row.astype(int)))))
@@ -205,14 +205,14 @@ def drawn():
 
 @pytest.mark.parametrize("key", ["accuracy", "nll", "brier", "signed_gap", "correctness_auroc", "aurc"])
 def test_percentile_intervals(drawn, key):
-    assert READ_OUTS[key].interval == "percentile"
+    assert METRICS[key].interval == "percentile"
     low, high = np.percentile(drawn.table[key], [2.5, 97.5])
     assert drawn.intervals[key] == pytest.approx((drawn.value[key], low, high), abs=1e-10)
 
 
 @pytest.mark.parametrize("key", ["corp_miscalibration", "corp_discrimination"])
 def test_basic_intervals(drawn, key):
-    assert READ_OUTS[key].interval == "basic"
+    assert METRICS[key].interval == "basic"
     low, high = np.percentile(drawn.table[key], [2.5, 97.5])
     value = drawn.value[key]
     assert drawn.intervals[key] == pytest.approx((value, max(0, 2 * value - high), 2 * value - low), abs=1e-10)
@@ -220,7 +220,7 @@ def test_basic_intervals(drawn, key):
 
 @pytest.mark.parametrize("key", ["ece", "ks", "debiased_l2"])
 def test_hull_intervals(drawn, key):
-    assert READ_OUTS[key].interval == "hull"
+    assert METRICS[key].interval == "hull"
     figures, value = drawn.table[key], drawn.value[key]
     low, high = np.percentile(figures, [2.5, 97.5])
     below, above = high - figures.mean(), figures.mean() - low
@@ -246,9 +246,9 @@ def test_a_lower_level_gives_narrower_intervals_and_none_leaves_the_possible_val
     state = detailed(*random_set(120, 5))
     wide, narrow = (bootstrap_intervals(state, 60, level=level) for level in (0.95, 0.5))
     for key, (value, low, high) in wide.items():
-        read_out = READ_OUTS[key]
+        row = METRICS[key]
         assert value == narrow[key].value
-        assert read_out.low <= low <= narrow[key].low <= narrow[key].high <= high <= read_out.high, key
+        assert row.low <= low <= narrow[key].low <= narrow[key].high <= high <= row.high, key
         if key != "top5_accuracy":  # 1 with five classes
             assert high - low > narrow[key].high - narrow[key].low, key
 
@@ -300,7 +300,7 @@ def test_one_row():
     for key, (value, low, high) in found.items():
         assert value == pytest.approx(values[key], nan_ok=True)
         # Each resample is the row itself.
-        expected = value if math.isnan(value) else min(max(value, READ_OUTS[key].low), READ_OUTS[key].high)
+        expected = value if math.isnan(value) else min(max(value, METRICS[key].low), METRICS[key].high)
         assert (low, high) == pytest.approx((expected, expected), abs=2e-6, nan_ok=True), key
 
 

@@ -10,9 +10,9 @@ from lightning import LightningModule
 from torchmetrics import Metric, MetricCollection
 
 from calib_lightning import metrics
-from calib_lightning.metrics import CORE, DIRECTION, FULL, REPORT, SOFT, EvaluationState, SoftLabelScores
-from calib_lightning.metrics import read_outs as read_outs_module
+from calib_lightning.metrics import CORE, FULL, REPORT, EvaluationState, SoftLabelScores
 from calib_lightning.metrics import state as state_module
+from calib_lightning.metrics import table as table_module
 from tests.metrics.golden import GOLDEN, GOLDEN_COUNTS, KEYS, golden_set, random_set, reference
 from tests.metrics.table import ALL, METRICS, OOD, SINGLE, TAKES_NO_CONFIDENCE, TERMS, name_of, value_of
 
@@ -59,7 +59,7 @@ def test_golden_values_in_batches():
 
 
 def test_the_table_has_every_metric():
-    assert sorted(ALL) == sorted(FULL) == sorted(DIRECTION.keys() - SOFT.keys())
+    assert sorted(ALL) == sorted(FULL)
     assert set(FULL) - set(REPORT) == {"ovo_auroc", "calibration_nll", "refinement_nll"}
     exported = [getattr(metrics, name) for name in metrics.__all__]
     classes = {each for each in exported if isinstance(each, type) and issubclass(each, Metric)}
@@ -276,13 +276,13 @@ def test_given_confidence_sets_the_width_of_the_score():
     assert state.rows_of("rank_scores").dtype == torch.float64
 
 
-def test_a_part_and_a_read_out_can_be_added(monkeypatch):
+def test_a_part_and_a_metric_can_be_added(monkeypatch):
     largest = state_module._mean_part("largest", lambda rows: rows.scores.amax(1))
-    read = read_outs_module.mean_of("largest", "higher", high=math.inf)
+    row = table_module.mean_of("largest score", "largest", "higher", high=math.inf)
     monkeypatch.setitem(state_module.PARTS, "largest", largest)
-    monkeypatch.setitem(read_outs_module.READ_OUTS, "mean_largest", read)
+    monkeypatch.setitem(table_module.METRICS, "mean_largest", row)
 
-    class Single(state_module.ReadOutMetric):
+    class Single(state_module.SingleMetric):
         key = "mean_largest"
 
     logits, labels = random_set(100, 4)
@@ -294,7 +294,7 @@ def test_a_part_and_a_read_out_can_be_added(monkeypatch):
 
 
 def test_directions():
-    assert {key: DIRECTION[key] for key in CORE} == {
+    assert {key: table_module.METRICS[key].better for key in CORE} == {
         "accuracy": "higher",
         "nll": "lower",
         "brier": "lower",
@@ -304,7 +304,7 @@ def test_directions():
     }
     for key, (maker, *_) in METRICS.items():
         metric = maker()
-        expected = {"higher": True, "lower": False, "zero": None, "none": None}[DIRECTION[key]]
+        expected = {"higher": True, "lower": False, "zero": None, "none": None}[table_module.METRICS[key].better]
         assert metric.higher_is_better is expected
         assert metric.is_differentiable is False
         assert metric.full_state_update is False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ def why_undefined(rows: int, correct: int | None = None) -> str:
     if correct == 0:
         return f"all {rows} rows are wrong (negative), and correct ones are needed too"
     return f"these {rows} rows do not define it (a risk that is never reached, or labels of one class)"
+
+
+def undefined_keys(values: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the 0-d values that are nan."""
+    return [key for key, value in values.items() if bool(value.isnan())]
 
 
 def warn_undefined(who: str, names: Sequence[str], reason: str, stacklevel: int = 3) -> None:
