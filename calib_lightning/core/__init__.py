@@ -1,10 +1,10 @@
-"""The module under every method, its parts, and what keeps a run from being lost."""
+"""The base module of every method, its parts, and fault tolerance."""
 
 from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.encoders import Encoder, build_encoder, encoder_names
 from calib_lightning.core.feature_cache import CachedFeatures
-from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
+from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.history import CorrectnessHistory
 from calib_lightning.core.module import ClassificationModule, ModuleOptions, load_checkpoint, load_module
 from calib_lightning.core.preemption import Preemption
@@ -21,7 +21,6 @@ __all__ = [
     "CosineToEnd",
     "Encoder",
     "Head",
-    "HeadSpec",
     "LinearHead",
     "ModuleOptions",
     "Preemption",

@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, TypedDict, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.parsing import collect_init_args
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -23,12 +26,13 @@ from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
-from calib_lightning.core.heads import Head, HeadSpec, LinearHead, build_head
+from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.own_data import Positioned, as_batch, with_positions
 from calib_lightning.core.schedules import with_schedule
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics import CORE, REPORT, EvaluationState, SoftLabelScores
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
+from calib_lightning.utils.described import Described, Spec, build, is_spec, storable, stored
 from calib_lightning.utils.registry import class_path_of, find_class
 
 CHECKPOINT_KEY = "calib_lightning"
@@ -37,8 +41,6 @@ UNLABELLED = "ood/"
 """Sets whose names begin so have images of none of the classes: their predictions are saved, and nothing is scored."""
 OVO_CLASSES = 200
 """Up to so many classes a test reports `ovo_auroc`, which keeps all scores of a set: 80 MB for 50,000 rows."""
-OBJECTS = ("criterion", "optimizer", "scheduler", "batch_transform", "switch", "tuning", "refinement_loss", "views")
-"""Arguments of methods that are objects, not data: they are never saved."""
 
 
 class ModuleOptions(TypedDict, total=False):
@@ -75,7 +77,7 @@ class _ModuleRecord(TypedDict):
     class_path: str
     num_classes: int
     stage: int
-    head: HeadSpec
+    head: Spec
     train_state: dict[str, Tensor]
 
 
@@ -120,8 +122,6 @@ class ClassificationModule(LightningModule):
     """How many stage switches this module has been through."""
     select_on: ClassVar[str] = "val/nll"
     """The validation metric by which the command line chooses a checkpoint unless it is told another."""
-    objects: ClassVar[tuple[str, ...]] = OBJECTS
-    """Names of arguments that are not saved as hyper-parameters."""
     first_stage_epochs: int | None = None
     """Epochs before the first stage switch of the present fit; ``None`` without one."""
     pretrained_head: bool
@@ -142,8 +142,8 @@ class ClassificationModule(LightningModule):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 1.")
-        # Plain data only, here only: checkpoints then load with weights_only=True.
-        self.save_hyperparameters(ignore=list(self.objects))
+        # Here only, and as plain data: checkpoints then load with weights_only=True.
+        self.save_hyperparameters(_stored_arguments(inspect.currentframe()))
         self.num_classes = num_classes
         self.encoder = build_encoder(encoder)
         head = LinearHead(self.encoder.num_features, num_classes)
@@ -646,15 +646,31 @@ def module_of(checkpoint: dict[str, Any]) -> ClassificationModule:
     if isinstance(encoder, dict) and encoder.get("pretrained"):
         # the weights come from the checkpoint: nothing is downloaded
         hyper_parameters["encoder"] = {**encoder, "pretrained": False}
+    hyper_parameters = {
+        name: build(value, Described) if is_spec(value) else value for name, value in hyper_parameters.items()
+    }
     module = cls(**_accepted(cls, hyper_parameters))
     module.on_load_checkpoint(checkpoint)
-    # A loss that was given as an object is not rebuilt; what it keeps, class weights say, is of no use without it. And
-    # one that a later stage has replaced keeps what it was built with.
+    # A loss that does not remember how it was built is not rebuilt, and its state (class weights, say) is of no use
+    # without it. One that a later stage has replaced keeps the state it was built with.
     losses, known = ("criterion.", "refinement_loss."), module.state_dict()
     state = {k: v for k, v in checkpoint["state_dict"].items() if k in known or not k.startswith(losses)}
     state |= {k: v for k, v in known.items() if k.startswith(losses) and k not in state}
     module.load_state_dict(state)
     return module.eval()
+
+
+def _stored_arguments(frame: FrameType | None) -> dict[str, Any]:
+    """The constructor's arguments as plain data, with what base classes were given; others are left out.
+
+    An object that remembers how it was built is kept as its spec, if it was given to the class itself: what a class
+    hands to its base it will make again.
+    """
+    assert frame is not None
+    *bases, own = collect_init_args(frame, [], classes=(HyperparametersMixin,))
+    given = {name: value for arguments in bases for name, value in arguments.items()}
+    plain = {name: value for name, value in given.items() if not isinstance(value, Described | None)}
+    return {name: stored(value) for name, value in {**plain, **own}.items() if storable(value)}
 
 
 def _accepted(cls: type[ClassificationModule], hyper_parameters: dict[str, Any]) -> dict[str, Any]:

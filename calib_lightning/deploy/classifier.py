@@ -14,8 +14,8 @@ from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, op
 from calib_lightning.deploy.preprocessing import Preprocessing
 from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
-from calib_lightning.posthoc.spec import Spec
 from calib_lightning.types import Prediction
+from calib_lightning.utils.described import Spec
 
 
 class Metadata(TypedDict):

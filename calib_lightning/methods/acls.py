@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 PositiveReference = Literal["zero", "min"]
 
@@ -62,7 +63,7 @@ def acls_loss(
     return F.cross_entropy(logits, labels) + strength * penalty
 
 
-class ACLSLoss(nn.Module):
+class ACLSLoss(Described, nn.Module):
     """Criterion of `acls_loss`.
 
     Args:

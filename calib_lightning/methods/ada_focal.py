@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.types import Prediction
+from calib_lightning.utils.described import Described
 
 
 def ada_focal_loss(logits: Tensor, labels: Tensor, *, edges: Tensor, gammas: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def equal_mass_edges(confidence: Tensor, n_bins: int) -> Tensor:
     return ordered[low] + (rank - low) * (ordered[high] - ordered[low])
 
 
-class AdaFocalLoss(nn.Module):
+class AdaFocalLoss(Described, nn.Module):
     """Criterion of `ada_focal_loss`; its bins and gammas are buffers that `adapt` moves.
 
     Args:
@@ -175,9 +176,6 @@ class AdaFocal(ClassificationModule):
         >>> AdaFocal(10, encoder="digits_cnn").criterion.gammas.shape
         torch.Size([15])
     """
-
-    # its `switch` is a number
-    objects: ClassVar[tuple[str, ...]] = tuple(name for name in ClassificationModule.objects if name != "switch")
 
     def __init__(
         self,

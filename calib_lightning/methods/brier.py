@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch, one_hot
+from calib_lightning.utils.described import Described
 
 
 def brier_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def brier_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.softmax(dim=-1) - targets).square().sum(dim=-1).mean()
 
 
-class BrierLoss(nn.Module):
+class BrierLoss(Described, nn.Module):
     """Criterion of `brier_loss`."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.core.data_facts import training_labels
 from calib_lightning.core.module import datamodule_in_use
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 
 def effective_number_weights(class_counts: Sequence[int], beta: float = 0.9999) -> Tensor:
@@ -121,7 +122,7 @@ def class_balanced_loss(logits: Tensor, labels: Tensor, *, class_weights: Tensor
     return -weighted.gather(-1, labels.unsqueeze(-1)).mean()
 
 
-class ClassBalancedLoss(nn.Module):
+class ClassBalancedLoss(Described, nn.Module):
     """Criterion of `class_balanced_loss`.
 
     Args:

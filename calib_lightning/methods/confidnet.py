@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, Unpack
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +16,6 @@ from calib_lightning.core import (
     ClassificationModule,
     Encoder,
     Head,
-    HeadSpec,
     LinearHead,
     ModuleOptions,
     StageSwitch,
@@ -77,7 +76,7 @@ class ConfidenceHead(Head):
     Args:
         in_features: d, the number of features.
         num_classes: K.
-        classifier: How to build the classifier, as its `Head.spec` says. Default: a `LinearHead`.
+        classifier: The trained classifier. Default: a new `LinearHead`.
         width: Width of the layers of the branch.
 
     Raises:
@@ -89,15 +88,11 @@ class ConfidenceHead(Head):
         (torch.Size([2, 10]), torch.Size([2]))
     """
 
-    def __init__(
-        self, in_features: int, num_classes: int, classifier: dict[str, Any] | None = None, width: int = 400
-    ) -> None:
+    def __init__(self, in_features: int, num_classes: int, classifier: Head | None = None, width: int = 400) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"width is {width}; it must be at least 1 (400 in the paper).")
-        self.classifier = (
-            LinearHead(in_features, num_classes) if classifier is None else build_head(cast(HeadSpec, classifier))
-        )
+        self.classifier = LinearHead(in_features, num_classes) if classifier is None else classifier
         layers: list[nn.Module] = []
         for inputs in (in_features, width, width, width):
             layers += [nn.Linear(inputs, width), nn.ReLU()]
@@ -170,7 +165,7 @@ class ConfidenceSwitch(StageSwitch):
             return old
         module = _checked_module(self, module)
         assert isinstance(old, Head)
-        head = ConfidenceHead(module.encoder.num_features, module.num_classes, dict(old.spec), self.width)
+        head = ConfidenceHead(module.encoder.num_features, module.num_classes, build_head(old.spec), self.width)
         head.classifier.load_state_dict(old.state_dict())
         return head
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 PAIRS_AT_ONCE = 2**22
 """Pairs of classes that are held in memory at the same time: 16 MiB in float32."""
@@ -113,7 +114,7 @@ def _check_classes(classes: int) -> None:
         )
 
 
-class CPCLoss(nn.Module):
+class CPCLoss(Described, nn.Module):
     """Criterion of `cpc_loss`.
 
     Args:

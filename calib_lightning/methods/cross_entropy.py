@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 
 def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyLoss(Described, nn.Module):
     """Criterion of `cross_entropy_loss`."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
+from calib_lightning.utils.described import Described
 
 
 def dca_penalty(logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def dca_penalty(logits: Tensor, labels: Tensor) -> Tensor:
     return (confidence - correct).mean().abs()
 
 
-class DCALoss(nn.Module):
+class DCALoss(Described, nn.Module):
     """A criterion with `dca_penalty` added: ``L = criterion + b DCA``.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 
 def dual_focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 5.0) -> Tensor:
@@ -44,7 +45,7 @@ def dual_focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 5.0) -> Te
     return -(base.pow(gamma) * own_log).mean()
 
 
-class DualFocalLoss(nn.Module):
+class DualFocalLoss(Described, nn.Module):
     """Criterion of `dual_focal_loss`.
 
     Args:

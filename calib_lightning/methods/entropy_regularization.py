@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 EntropyReduction = Literal["sum", "mean"]
 
@@ -46,7 +47,7 @@ def entropy_regularization_loss(
     return F.cross_entropy(logits, labels) - strength * entropy.mean()
 
 
-class EntropyRegularizationLoss(nn.Module):
+class EntropyRegularizationLoss(Described, nn.Module):
     """Criterion of `entropy_regularization_loss`.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 
 def flsd_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
@@ -40,7 +41,7 @@ def flsd_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
     return -(torch.expm1(log_probs).neg().clamp_min(1e-12).pow(gammas) * log_probs).mean()
 
 
-class FLSDLoss(nn.Module):
+class FLSDLoss(Described, nn.Module):
     """Criterion of `flsd_loss`.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 
 def focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
@@ -44,7 +45,7 @@ def _focal_terms(log_probs: Tensor, gamma: float) -> Tensor:
     return -torch.expm1(log_probs).neg().clamp_min(1e-12).pow(gamma) * log_probs
 
 
-class FocalLoss(nn.Module):
+class FocalLoss(Described, nn.Module):
     """Criterion of `focal_loss`.
 
     Args:

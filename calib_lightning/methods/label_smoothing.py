@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 
 def label_smoothing_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.05) -> Tensor:
@@ -37,7 +38,7 @@ def label_smoothing_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
-class LabelSmoothingLoss(nn.Module):
+class LabelSmoothingLoss(Described, nn.Module):
     """Criterion of `label_smoothing_loss`.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from calib_lightning.core import ClassificationModule, Head, ModuleOptions
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.methods.class_balanced import checked_counts, counts_for, effective_number_weights
+from calib_lightning.utils.described import Described
 
 
 def ldam_margins(class_counts: Sequence[int], max_margin: float = 0.5) -> Tensor:
@@ -62,7 +63,7 @@ def ldam_loss(
     return F.cross_entropy(logits - lowered, labels, weight=weights)
 
 
-class LDAMLoss(nn.Module):
+class LDAMLoss(Described, nn.Module):
     """Criterion of `ldam_loss`.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import at_least_float32, checked_batch
+from calib_lightning.utils.described import Described
 
 EvalLogits = Literal["raw", "normalized"]
 
@@ -55,7 +56,7 @@ def logit_norm_loss(logits: Tensor, labels: Tensor, *, tau: float = 0.01) -> Ten
     return F.cross_entropy(normalized_logits(logits, tau=tau), labels)
 
 
-class LogitNormLoss(nn.Module):
+class LogitNormLoss(Described, nn.Module):
     """Criterion of `logit_norm_loss`.
 
     Args:

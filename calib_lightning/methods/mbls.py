@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch
+from calib_lightning.utils.described import Described
 
 
 def mbls_loss(logits: Tensor, labels: Tensor, *, margin: float = 10.0, strength: float = 0.1) -> Tensor:
@@ -35,7 +36,7 @@ def mbls_loss(logits: Tensor, labels: Tensor, *, margin: float = 10.0, strength:
     return F.cross_entropy(logits, labels) + strength * F.relu(distance - margin).mean()
 
 
-class MbLSLoss(nn.Module):
+class MbLSLoss(Described, nn.Module):
     """Criterion of `mbls_loss`.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import checked_batch, one_hot
 from calib_lightning.methods.focal import FocalLoss
+from calib_lightning.utils.described import Described
 
 
 def mdca_penalty(logits: Tensor, labels: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def mdca_penalty(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.softmax(dim=-1) - targets).mean(dim=0).abs().mean()
 
 
-class MDCALoss(nn.Module):
+class MDCALoss(Described, nn.Module):
     """A criterion with `mdca_penalty` added: ``L = criterion + b MDCA``.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import at_least_float32, checked_batch
+from calib_lightning.utils.described import Described
 
 Normalization = Literal["paper", "official"]
 
@@ -148,7 +149,7 @@ def mmce_loss(
     return F.cross_entropy(at_least_float32(logits), labels.long()) + strength * penalty
 
 
-class MMCELoss(nn.Module):
+class MMCELoss(Described, nn.Module):
     """Criterion of `mmce_loss`.
 
     Args:

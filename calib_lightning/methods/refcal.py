@@ -25,6 +25,7 @@ from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 from calib_lightning.methods.focal import FocalLoss
 from calib_lightning.methods.mdca import MDCALoss
 from calib_lightning.types import Batch, Views
+from calib_lightning.utils.described import Described
 
 
 def supcon_loss(
@@ -167,7 +168,7 @@ def _check_temperatures(temperature: float, base_temperature: float) -> None:
             raise ValueError(f"{name} is {value}; it must be above 0 and finite, such as 0.1.")
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(Described, nn.Module):
     """`supcon_loss` over the rows of all processes (Khosla et al., NeurIPS 2020).
 
     Under DDP each process returns its share times the number of processes, so the mean of the gradients is the gradient

@@ -34,13 +34,13 @@ from calib_lightning.posthoc.saving import (
 from calib_lightning.posthoc.scaling_binning import ScalingBinning
 from calib_lightning.posthoc.sequential import Sequential
 from calib_lightning.posthoc.solver import AdamDescent, GradientDescent, PlainLBFGS, Solver
-from calib_lightning.posthoc.spec import build, parse
 from calib_lightning.posthoc.spline import Spline
 from calib_lightning.posthoc.structured import StructuredMatrixScaling, StructuredVectorScaling
 from calib_lightning.posthoc.temperature import FixedTemperature, FocalTemperature, Temperature
 from calib_lightning.posthoc.trust_score import TrustScore
 from calib_lightning.posthoc.vector import VectorScaling
 from calib_lightning.posthoc.wrappers import OneVsRest, TopLabel
+from calib_lightning.utils.described import build, parse
 
 __all__ = [
     "BBQ",

@@ -19,9 +19,9 @@ from calib_lightning.metrics.functional.rows import (
     check_values,
     seem_probs,
 )
-from calib_lightning.posthoc.spec import Described
 from calib_lightning.posthoc.state import FittedState
 from calib_lightning.types import Prediction
+from calib_lightning.utils.described import Described
 
 _BINS = 15
 _BLOCK = 2**18

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.posthoc.base import Optimum
-from calib_lightning.posthoc.spec import Described
 from calib_lightning.posthoc.state import FittedState
+from calib_lightning.utils.described import Described
 
 FLOOR = 1e-6
 """Frequencies are kept between this and one minus this: no calibration set can tell them from 0 and 1."""

@@ -15,8 +15,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics.functional.temperature import LOG_BETA_BOUND
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
-from calib_lightning.posthoc.spec import Described
 from calib_lightning.posthoc.temperature import FocalTemperature, Temperature
+from calib_lightning.utils.described import Described
 
 Penalty = Literal["l2sq", "l2"]
 """R, the squared Euclidean norm of delta or the norm."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calib_lightning.posthoc.clamping_rows import ClampRows, reduced
-from calib_lightning.posthoc.spec import Described
+from calib_lightning.utils.described import Described
 
 
 class ClampStart(Described, ABC):

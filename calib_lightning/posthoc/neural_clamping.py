@@ -33,8 +33,8 @@ from calib_lightning.posthoc.clamping_report import (
 )
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, Images, Network, frozen, several_processes
 from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
-from calib_lightning.posthoc.spec import Described, build
 from calib_lightning.posthoc.state import FittedState
+from calib_lightning.utils.described import Described, build
 
 _STILL_MOVING = 1e-2
 _WEIGHTS: tuple[PenaltyWeight, ...] = (RelativeWeight(),)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
-from calib_lightning.posthoc.spec import Described, Spec, build
+from calib_lightning.utils.described import Described, Spec, build
 from calib_lightning.utils.files import write_whole
 
 T = TypeVar("T", Calibrator, NeuralClamping)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.spec import Described
+from calib_lightning.utils.described import Described
 
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps a point ``(P,)`` float64 to its value (0-d) and gradient ``(P,)``, float64, without autograd."""

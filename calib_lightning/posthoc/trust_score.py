@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.posthoc.spec import Described
 from calib_lightning.posthoc.state import FittedState
+from calib_lightning.utils.described import Described
 
 _SMALLEST = 1e-12
 _BLOCK = 2**22

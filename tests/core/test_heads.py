@@ -120,7 +120,7 @@ def test_linear_head_is_an_affine_map():
 
 
 @pytest.mark.parametrize(
-    "value", [(1, 2), {1: 2}, np.float64(1), torch.tensor(1.0), print, nn.Linear(1, 1), [1, {"a": {2}}], b"x"]
+    "value", [{1: 2}, torch.tensor(1.0), print, nn.Linear(1, 1), [1, {"a": {2}}], b"x"]
 )
 def test_an_argument_that_is_not_plain_is_named(value):
     with pytest.raises(TypeError, match=r"KeywordHead: argument value.* plain data"):
@@ -134,9 +134,22 @@ def test_plain_arguments_keep_value_and_type(value):
     assert type(kept) is type(value)
 
 
-def test_unnamed_and_missing_arguments_are_refused():
-    with pytest.raises(TypeError, match="'rest' by position only"):
-        AnyArgumentHead(1, 2)
+@pytest.mark.parametrize(("value", "kept"), [((1, 2), [1, 2]), (np.float64(1.5), 1.5), (np.int32(3), 3)])
+def test_arguments_become_plain_data(value, kept):
+    found = KeywordHead(value).spec["init_args"]["value"]
+    assert found == kept
+    assert type(found) is type(kept)
+
+
+def test_a_head_within_a_head_is_built_again():
+    outer = KeywordHead(LinearHead(4, 3, bias=False))
+    again = build_head(outer.spec)
+    assert again.spec == outer.spec
+    assert again.spec["init_args"]["value"]["init_args"] == {"in_features": 4, "num_classes": 3, "bias": False}
+
+
+def test_arguments_without_names_are_kept_and_missing_ones_are_refused():
+    assert build_head(AnyArgumentHead(1, 2, 3).spec).spec["init_args"] == {"value": 1, "rest": [2, 3]}
     with pytest.raises(TypeError, match="LinearHead: missing a required argument: 'num_classes'"):
         LinearHead(4)
 

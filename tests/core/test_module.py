@@ -10,7 +10,7 @@ from calib_lightning.callbacks import SavePredictions
 from calib_lightning.core import ClassificationModule, Head, LinearHead, load_module
 from calib_lightning.core.module import PENDING_BATCHES
 from calib_lightning.data import SplitSpec, ToyDataModule
-from calib_lightning.methods import CRL, AdaFocal, CrossEntropy, Focal
+from calib_lightning.methods import CRL, MDCA, AdaFocal, CrossEntropy, Focal, LabelSmoothingLoss
 from calib_lightning.metrics import EvaluationState
 from calib_lightning.types import Prediction
 from tests.ddp.cases import sgd, trainer
@@ -261,7 +261,20 @@ def test_no_classes_is_refused():
 def test_it_is_a_lightning_module_that_saves_plain_data():
     module = ClassificationModule(3, encoder="digits_cnn")
     assert isinstance(module, LightningModule)
-    assert dict(module.hparams) == {"num_classes": 3, "encoder": "digits_cnn"}
+    nothing = {"criterion": None, "scheduler": None, "batch_transform": None}
+    assert dict(module.hparams) == {"num_classes": 3, "encoder": "digits_cnn", **nothing}
+
+
+def test_a_criterion_that_remembers_how_it_was_built_comes_back(tmp_path):
+    module = MDCA(3, criterion=LabelSmoothingLoss(0.2), strength=0.5, encoder="digits_cnn", optimizer=sgd)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=ToyDataModule(SplitSpec(val=30, calibration=30)))
+    run.save_checkpoint(tmp_path / "mdca.ckpt")
+    loaded = load_module(tmp_path / "mdca.ckpt")
+    assert loaded.criterion.spec == module.criterion.spec
+    assert loaded.criterion.spec["init_args"]["criterion"]["init_args"] == {"smoothing": 0.2}
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    assert loaded.criterion(logits, labels) == module.criterion(logits, labels)
 
 
 def test_other_loaders_after_a_fit_are_not_named_after_its_data(tmp_path):
