@@ -1,6 +1,6 @@
 """Calibrators: maps from logits to calibrated log-probabilities, fitted on held-out rows."""
 
-from calib_lightning.posthoc.base import Calibrator, FitReport, Optimum, as_logits
+from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.bbq import BBQ
 from calib_lightning.posthoc.beta import Beta
 from calib_lightning.posthoc.binary import BinaryCalibrator
@@ -17,6 +17,8 @@ from calib_lightning.posthoc.density_ratio import DensityRatio
 from calib_lightning.posthoc.dirichlet import Dirichlet
 from calib_lightning.posthoc.ece_grid import ECETemperature
 from calib_lightning.posthoc.ensemble_temperature import EnsembleTemperature
+from calib_lightning.posthoc.evidence import Evidence, as_logits
+from calib_lightning.posthoc.fit_report import FitReport, Optimum
 from calib_lightning.posthoc.histogram_binning import HistogramBinning
 from calib_lightning.posthoc.irm import IRM
 from calib_lightning.posthoc.isotonic import Isotonic
@@ -26,9 +28,7 @@ from calib_lightning.posthoc.platt import Platt
 from calib_lightning.posthoc.saving import (
     calibrator_of,
     calibrator_record,
-    clamping_of,
     load_calibrator,
-    load_clamping,
     save_calibrator,
 )
 from calib_lightning.posthoc.scaling_binning import ScalingBinning
@@ -57,6 +57,7 @@ __all__ = [
     "Dirichlet",
     "ECETemperature",
     "EnsembleTemperature",
+    "Evidence",
     "FitReport",
     "FixedTemperature",
     "FixedWeight",
@@ -89,9 +90,7 @@ __all__ = [
     "build",
     "calibrator_of",
     "calibrator_record",
-    "clamping_of",
     "load_calibrator",
-    "load_clamping",
     "parse",
     "save_calibrator",
 ]

@@ -1,102 +1,57 @@
-"""What all calibrators share: checks, state that travels in checkpoints, and a report of every fit."""
+"""What all calibrators share: one way to fit and to apply them, checks, and state that travels in checkpoints."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.calibration import bin_sums, ece_from_bins
-from calib_lightning.metrics.functional.rows import (
-    Rows,
-    check_shapes,
-    check_values,
-    seem_probs,
+from calib_lightning.metrics.functional.rows import check_shapes, check_values, seem_probs
+from calib_lightning.posthoc.evidence import (
+    Evidence,
+    Images,
+    Need,
+    Network,
+    asked_logits,
+    check_features,
+    check_shape_of_features,
+    missing,
 )
+from calib_lightning.posthoc.fit_report import FitReport, FitValues, Optimum
 from calib_lightning.posthoc.state import FittedState
 from calib_lightning.types import Prediction
 from calib_lightning.utils.described import Described
 
-_BINS = 15
 _BLOCK = 2**18
 
 
-class Optimum(NamedTuple):
-    """What a calibrator knows about its own fit.
-
-    Attributes:
-        converged: Whether the optimum was reached (the gradient is zero but for rounding), or the fit has none to
-            reach (counts, sorting).
-        passes: How often the rows were gone through.
-        gradient_norm: Largest absolute entry of the gradient at the end; nan where there is none.
-        at_bound: Whether a parameter ended at its bound, or would grow for ever without one.
-        notes: What a user should know.
-    """
-
-    converged: bool = True
-    passes: int = 1
-    gradient_norm: float = math.nan
-    at_bound: bool = False
-    notes: tuple[str, ...] = ()
-
-
-class FitReport(NamedTuple):
-    """How a fit went; the figures are those of the rows that it was fitted on.
-
-    Attributes:
-        calibrator: Name of the calibrator.
-        rows: N.
-        converged: As in `Optimum`.
-        passes: As in `Optimum`.
-        gradient_norm: As in `Optimum`.
-        at_bound: As in `Optimum`.
-        nll_before: Mean negative log-likelihood in nats of the rows as they came.
-        nll_after: The same, calibrated.
-        ece_before: Expected calibration error (15 bins), a fraction.
-        ece_after: The same, calibrated.
-        accuracy_change: Accuracy after less accuracy before, a fraction.
-        notes: What a user should know.
-    """
-
-    calibrator: str
-    rows: int
-    converged: bool
-    passes: int
-    gradient_norm: float
-    at_bound: bool
-    nll_before: float
-    nll_after: float
-    ece_before: float
-    ece_after: float
-    accuracy_change: float
-    notes: tuple[str, ...] = ()
-
-
 class Calibrator(FittedState, Described, ABC):
-    """Maps logits to calibrated log-probabilities, once it is fitted on rows that the network was not trained on.
+    """Maps what a network says to calibrated log-probabilities, fitted to rows that the network was not trained on.
 
-    A subclass keeps its constructor's arguments as attributes of the same names, names its state with `register_state`,
-    and writes `fit_rows`, which assigns that state, and `transform`. State lies in buffers, so it moves with the module
-    and travels in checkpoints.
+    Every calibrator is fitted with `fit` and applied with `predict`, and says in `needs` which arguments of them it
+    looks at; the others are ignored. So a caller that has an `Evidence` need not know which calibrator it holds:
+    ``calibrator.fit(labels=labels, **evidence._asdict())``, ``calibrator.predict(*evidence)``.
+
+    A subclass names its state with `register_state` and writes `fit_rows`, which assigns that state at its very end,
+    and `transform`. State lies in buffers, so it moves with the module and travels in checkpoints.
 
     Attributes:
+        needs: Some of ``"logits"``, ``"features"`` and ``"network"``, which stands for network and images.
         preserves_argmax: Whether the predicted class never changes.
         full_distribution: Whether all K probabilities are calibrated, not only that of the predicted class.
-        needs_features: Whether it is fitted and used with features ``(N, d)``.
         per_class: Whether it has parameters of every class, which need rows of every class.
         num_classes: K, 0 before the fit.
         report: How the last fit went, ``None`` before.
     """
 
+    needs: ClassVar[tuple[Need, ...]] = ("logits",)
     preserves_argmax: ClassVar[bool]
     full_distribution: ClassVar[bool] = True
-    needs_features: ClassVar[bool] = False
     per_class: ClassVar[bool] = False
 
     def __init__(self) -> None:
@@ -108,6 +63,13 @@ class Calibrator(FittedState, Described, ABC):
     def fitted(self) -> bool:
         """Whether it can be used."""
         return self.num_classes > 0
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a report of the fit adds to `report`; plain data."""
+        return {}
+
+    # --- what a subclass writes --------------------------------------------------------------------------------------
 
     @abstractmethod
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
@@ -135,21 +97,13 @@ class Calibrator(FittedState, Described, ABC):
         """
 
     def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
-        """What `transform` gives, and the confidence in the predicted class where it is not the largest of it.
-
-        Args:
-            logits: As in `transform`.
-            features: As in `transform`.
-
-        Returns:
-            Both; the confidence ``(N,)`` is ``None`` where it is the largest probability.
-        """
+        """Return the result of `transform`, with a confidence ``(N,)`` where it is not the largest probability."""
         return Prediction(self.transform(logits, features))
 
     def of_fitted_rows(self, logits: Tensor, features: Tensor | None, place: Tensor) -> Prediction:
-        """What `with_confidence` gives for rows of the fit, each of them as if it were a new one.
+        """Apply to rows of the fit as if they were new.
 
-        Only a calibrator that looks a row up among those of its fit has to write this: there a row would find itself.
+        Only a calibrator that looks a row up among those of its fit overrides this: there a row would find itself.
 
         Args:
             logits: As in `transform`, of some rows of the fit.
@@ -161,136 +115,98 @@ class Calibrator(FittedState, Described, ABC):
         """
         return self.with_confidence(logits, features)
 
-    def fit(self, logits: Tensor, labels: Tensor, features: Tensor | None = None) -> Self:
+    def fit_evidence(self, evidence: Evidence, labels: Tensor) -> Optimum:
+        """Fit to checked evidence; only a calibrator that uses the network overrides this."""
+        assert evidence.logits is not None
+        return self.fit_rows(evidence.logits, labels, evidence.features)
+
+    def logits_of(self, evidence: Evidence) -> Tensor:
+        """Return the logits ``(N, K)`` that `transform` takes; one that uses the network asks it."""
+        assert evidence.logits is not None
+        return evidence.logits
+
+    # --- fit ---------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: Tensor | None = None,
+        network: Network | None = None,
+        images: Images | None = None,
+    ) -> Self:
         """Fit to the calibration split: held-out rows, neither trained nor tested on.
 
         Args:
-            logits: ``(N, K)``, floating point, N >= 1; half precision is widened. Of probabilities give `as_logits`.
+            logits: ``(N, K)``, floating point, N >= 1; half precision is widened. Pass probabilities as `as_logits`.
             labels: Class labels ``(N,)``, integer, in ``0..K-1``.
             features: ``(N, d)``, floating point, for calibrators that need them.
+            network: In evaluation mode, for calibrators that need it.
+            images: ``(N, C, H, W)``, normalised as the network takes them, for calibrators that need the network.
 
         Returns:
-            Itself; how it went is in ``report``, and a warning tells of what went wrong.
+            Itself; how it went is in ``report``, and a warning tells what went wrong.
 
         Raises:
             TypeError: A wrong dtype.
-            ValueError: A wrong shape, an invalid value (the first bad row is named), no rows, or missing features.
+            ValueError: A wrong shape, an invalid value (the first bad row is named), no rows, or something missing.
         """
         where = f"{type(self).__name__}.fit"
+        evidence = self._complete(Evidence(logits, features, network, images), where)
+        logits = evidence.logits
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"{where}: labels are {labels!r:.100}; give a tensor (N,) of class numbers")
+        assert logits is not None
         check_shapes(logits, labels, None, where)
         if len(labels) == 0:
             raise ValueError(f"{where}: no rows were given; give the logits and labels of the calibration split")
         check_values(logits, labels, None, "logits", where)
-        features = self._checked_features(features, len(labels), where)
-        # One row mostly tells, and costs nothing.
+        # One row usually tells, and costs nothing.
         if logits.shape[1] > 1 and seem_probs(at_least_float32(logits[:1])) and seem_probs(at_least_float32(logits)):
             warnings.warn(
                 f"{where}: all logits lie in [0, 1] and each row sums to 1; if they are probabilities, give "
                 "as_logits(probs)",
                 stacklevel=2,
             )
+        if "features" in self.needs and evidence.features is not None:
+            evidence = evidence._replace(features=check_features(evidence.features, len(labels), where))
+        evidence = evidence._replace(logits=at_least_float32(logits.detach()))
+        labels = labels.detach().long()
         self.num_classes, self.report = 0, None  # a fit that fails leaves nothing that could be used
-        rows, labels = at_least_float32(logits.detach()), labels.detach().long()
-        classes = rows.shape[1]
         # State made in inference mode could not be used where gradients are asked for.
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(rows):
-            optimum = self.fit_rows(rows, labels, features) if classes > 1 else Optimum()
-            self.num_classes = classes
-            self.report = self._reported(optimum, rows, labels, features)
-        for problem in _problems(self.report):
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast(labels):
+            optimum = self.fit_evidence(evidence, labels) if logits.shape[1] > 1 else Optimum()
+            self.num_classes = logits.shape[1]
+            self.report = self._reported(optimum, evidence, labels)
+        for problem in self.report.problems:
             warnings.warn(f"{where}: {problem}", stacklevel=2)
         return self
 
-    def forward(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
-        """Calibrate.
+    def _complete(self, evidence: Evidence, where: str) -> Evidence:
+        """Refuse what is missing; without logits the network is asked for them."""
+        lacking = missing(evidence, self.needs)
+        if lacking:
+            raise ValueError(f"{where}: {lacking} is missing; give it for the same rows")
+        if evidence.logits is None and evidence.network is not None and evidence.images is not None:
+            return evidence._replace(logits=asked_logits(evidence.network, evidence.images))
+        return evidence
 
-        Args:
-            logits: ``(N, K)``, floating point; half precision is widened to float32.
-            features: ``(N, d)`` for calibrators that need them.
-
-        Returns:
-            Log-probabilities ``(N, K)``, float32 or float64.
-
-        Raises:
-            RuntimeError: It was not fitted.
-            ValueError: Another K than it was fitted to, or missing features.
-        """
-        logits, features = self._checked_input(logits, features)
-        if self.num_classes == 1:
-            return torch.zeros_like(logits)
-        with _no_autocast(logits):
-            return self.transform(logits, features)
-
-    def predict(self, logits: Tensor, features: Tensor | None = None) -> Prediction:
-        """Calibrated log-probabilities, and the confidence where it is not the largest of them.
-
-        Args:
-            logits: As in `forward`.
-            features: As in `forward`.
-
-        Returns:
-            Both, as `calib_lightning.metrics.EvaluationState.update` takes them.
-        """
-        logits, features = self._checked_input(logits, features)
-        if self.num_classes == 1:
-            return Prediction(torch.zeros_like(logits))
-        with _no_autocast(logits):
-            return self.with_confidence(logits, features)
-
-    def _checked_input(self, logits: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not self.fitted:
-            raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(logits, labels) or load a fitted one.")
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{type(self).__name__}: logits must be a tensor, got {type(logits).__name__}")
-        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"{type(self).__name__} was fitted to {self.num_classes} classes, but the logits have shape "
-                f"{tuple(logits.shape)}; give (N, {self.num_classes})."
-            )
-        if not self.needs_features:
-            return at_least_float32(logits), None
-        if features is None:
-            raise ValueError(f"{type(self).__name__} needs features (N, d) beside the logits.")
-        if features.ndim != 2 or features.shape[0] != logits.shape[0] or not features.is_floating_point():
-            raise ValueError(
-                f"{type(self).__name__}: features must be floating point of shape ({logits.shape[0]}, d), got "
-                f"{features.dtype} of shape {tuple(features.shape)}"
-            )
-        return at_least_float32(logits), at_least_float32(features)
-
-    def _checked_features(self, features: Tensor | None, rows: int, where: str) -> Tensor | None:
-        if not self.needs_features:
-            return None
-        if features is None:
-            raise ValueError(f"{where}: features are missing; give those of the same rows, (N, d)")
-        if features.ndim != 2 or len(features) != rows or not features.is_floating_point():
-            raise ValueError(
-                f"{where}: features must be floating point of shape ({rows}, d), got {features.dtype} of shape "
-                f"{tuple(features.shape)}"
-            )
-        bad = ~features.isfinite().all(dim=1)
-        if bool(bad.any()):
-            raise ValueError(
-                f"{where}: {int(bad.sum())} of {rows} rows have features that are not finite; the first is row "
-                f"{int(bad.int().argmax())}"
-            )
-        return at_least_float32(features.detach())
-
-    def _reported(self, optimum: Optimum, logits: Tensor, labels: Tensor, features: Tensor | None) -> FitReport:
-        step = max(1, _BLOCK // logits.shape[1])
-        before, after = _Figures(), _Figures()
-        for rows in torch.split(torch.arange(len(labels), device=logits.device), step):
-            before.add(logits[rows], labels[rows])
-            if logits.shape[1] == 1:
-                calibrated = Prediction(torch.zeros_like(logits[rows]))
+    def _reported(self, optimum: Optimum, evidence: Evidence, labels: Tensor) -> FitReport:
+        assert evidence.logits is not None
+        before, after = FitValues(), FitValues()
+        seen, features = self.logits_of(evidence), evidence.features
+        for rows in torch.split(torch.arange(len(labels), device=labels.device), max(1, _BLOCK // seen.shape[1])):
+            before.add(evidence.logits[rows], labels[rows])
+            if seen.shape[1] == 1:
+                calibrated = Prediction(torch.zeros_like(seen[rows]))
             else:
-                calibrated = self.of_fitted_rows(logits[rows], None if features is None else features[rows], rows)
+                calibrated = self.of_fitted_rows(seen[rows], None if features is None else features[rows], rows)
             after.add(calibrated.logits, labels[rows], calibrated.confidence)
         notes = list(optimum.notes)
-        absent = (torch.bincount(labels, minlength=logits.shape[1]) == 0).nonzero().squeeze(1).tolist()
+        absent = (torch.bincount(labels, minlength=seen.shape[1]) == 0).nonzero().squeeze(1).tolist()
         if absent and self.per_class:
             which = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
-            notes.append(f"{len(absent)} of {logits.shape[1]} classes have no calibration rows (class {which})")
+            notes.append(f"{len(absent)} of {seen.shape[1]} classes have no calibration rows (class {which})")
         return FitReport(
             calibrator=self.name,
             rows=len(labels),
@@ -305,6 +221,83 @@ class Calibrator(FittedState, Described, ABC):
             accuracy_change=after.accuracy - before.accuracy,
             notes=tuple(notes),
         )
+
+    # --- use ---------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        logits: Tensor | None = None,
+        features: Tensor | None = None,
+        network: Network | None = None,
+        images: Images | None = None,
+    ) -> Tensor:
+        """Calibrate.
+
+        Args:
+            logits: ``(N, K)``, floating point; half precision is widened to float32.
+            features: ``(N, d)`` for calibrators that need them.
+            network: In evaluation mode, for calibrators that need it.
+            images: As in `fit`, for calibrators that need the network.
+
+        Returns:
+            Log-probabilities ``(N, K)``, float32 or float64.
+
+        Raises:
+            RuntimeError: It was not fitted.
+            TypeError: The logits are not a tensor.
+            ValueError: Another K than it was fitted to, or something is missing.
+        """
+        seen, features = self._seen(Evidence(logits, features, network, images))
+        if self.num_classes == 1:
+            return torch.zeros_like(seen)
+        with _no_autocast(seen):
+            return self.transform(seen, features)
+
+    def predict(
+        self,
+        logits: Tensor | None = None,
+        features: Tensor | None = None,
+        network: Network | None = None,
+        images: Images | None = None,
+    ) -> Prediction:
+        """Calibrated log-probabilities, and the confidence where it is not the largest of them.
+
+        Args:
+            logits: As in `forward`.
+            features: As in `forward`.
+            network: As in `forward`.
+            images: As in `forward`.
+
+        Returns:
+            Both, as `calib_lightning.metrics.EvaluationState.update` takes them.
+        """
+        seen, features = self._seen(Evidence(logits, features, network, images))
+        if self.num_classes == 1:
+            return Prediction(torch.zeros_like(seen))
+        with _no_autocast(seen):
+            return self.with_confidence(seen, features)
+
+    def _seen(self, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
+        """Checked logits, and features where they are needed."""
+        name = type(self).__name__
+        if not self.fitted:
+            raise RuntimeError(f"{name} is not fitted: call fit or load a fitted one.")
+        lacking = missing(evidence, self.needs)
+        if lacking:
+            raise ValueError(f"{name} needs {lacking}.")
+        logits = self.logits_of(evidence)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name}: logits must be a tensor, got {type(logits).__name__}")
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"{name} was fitted to {self.num_classes} classes, but the logits have shape {tuple(logits.shape)}; "
+                f"give (N, {self.num_classes})."
+            )
+        features = None
+        if "features" in self.needs and evidence.features is not None:
+            features = at_least_float32(evidence.features)
+            check_shape_of_features(features, len(logits), name)
+        return at_least_float32(logits), features
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -333,65 +326,3 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()  # an exported graph has no need of it
-
-
-class _Figures:
-    """NLL, ECE and accuracy of rows that come in blocks."""
-
-    def __init__(self) -> None:
-        self.rows = self.total_nll = self.hits = 0.0
-        self.bins = torch.zeros(_BINS, 3, dtype=torch.float64)
-
-    def add(self, logits: Tensor, labels: Tensor, confidence: Tensor | None = None) -> None:
-        rows = Rows(logits, labels, confidence, "logits")
-        self.rows += len(labels)
-        self.total_nll += float(rows.nll.sum())
-        self.hits += float(rows.correct.sum())
-        self.bins += bin_sums(rows.confidence, rows.correct, _BINS).cpu()
-
-    @property
-    def nll(self) -> float:
-        return self.total_nll / self.rows
-
-    @property
-    def ece(self) -> float:
-        return float(ece_from_bins(self.bins))
-
-    @property
-    def accuracy(self) -> float:
-        return self.hits / self.rows
-
-
-def _problems(report: FitReport) -> list[str]:
-    problems = list(report.notes)
-    if report.at_bound:
-        problems.append("a parameter was stopped at its bound: the best value for these rows lies beyond it")
-    if not report.converged and not report.at_bound:
-        problems.append(
-            f"stopped after {report.passes} passes before the optimum (largest gradient {report.gradient_norm:.2g})"
-        )
-    return problems
-
-
-def as_logits(probs: Tensor) -> Tensor:
-    """Turn probabilities into logits for a calibrator: ``log p``, at least the log of the smallest normal number.
-
-    Args:
-        probs: ``(N, K)``, rows >= 0 that sum to 1 +- 1e-3.
-
-    Returns:
-        ``(N, K)``, float32 or float64.
-
-    Raises:
-        TypeError: Not floating point.
-        ValueError: A wrong shape, or rows that are not probabilities; the first is named.
-
-    Example:
-        >>> as_logits(torch.tensor([[0.5, 0.5]])).exp()
-        tensor([[0.5000, 0.5000]])
-    """
-    labels = torch.zeros(probs.shape[:1], dtype=torch.int64, device=probs.device)
-    check_shapes(probs, labels, None, "as_logits")
-    check_values(probs, labels, None, "probs", "as_logits")
-    wide = at_least_float32(probs)
-    return torch.log(wide.clamp_min(torch.finfo(wide.dtype).tiny))

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.binary import FLOOR, bounded_log_odds
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.histogram_binning import Binned, equal_mass_edges
 
 _PRIOR_ROWS = 2.0

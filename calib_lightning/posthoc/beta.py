@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.binary import BinaryCalibrator, log_sigmoid
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.platt import fit_logistic
 
 Variant = Literal["abm", "am", "ab"]

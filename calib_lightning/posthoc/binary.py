@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Optimum
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.state import FittedState
 from calib_lightning.utils.described import Described
 

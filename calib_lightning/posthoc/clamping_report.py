@@ -11,10 +11,14 @@ from torch import Tensor
 
 from calib_lightning.metrics.functional.calibration import bin_sums, ece_from_bins
 from calib_lightning.metrics.functional.rows import Rows, check_shapes, check_values
-from calib_lightning.posthoc.clamping_descent import focal_rows
+from calib_lightning.posthoc.clamping_descent import Clamped, focal_rows
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
+from calib_lightning.posthoc.fit_report import FitReport
 
 _BINS = 15
+
+STILL_MOVING = 1e-2
+"""Slope of the objective by log T above which a run was stopped too early."""
 
 
 class ClampCandidate(NamedTuple):
@@ -44,7 +48,7 @@ class ClampCandidate(NamedTuple):
 
 
 class ClampReport(NamedTuple):
-    """How a fit went; the figures are those of the calibration rows of all processes.
+    """All runs of a fit; the values are those of the calibration rows of all processes.
 
     Attributes:
         rows: N.
@@ -63,6 +67,23 @@ class ClampReport(NamedTuple):
     ece_before: float
     start_moved: float
     notes: tuple[str, ...] = ()
+
+    def summary(self, name: str, passes: int, end: Clamped) -> FitReport:
+        """The same in the form that all calibrators have."""
+        return FitReport(
+            calibrator=name,
+            rows=self.rows,
+            converged=abs(end.slope) <= STILL_MOVING,
+            passes=passes,
+            gradient_norm=abs(end.slope),
+            at_bound=end.at_bound,
+            nll_before=self.nll_before,
+            nll_after=self.chosen.nll,
+            ece_before=self.ece_before,
+            ece_after=self.chosen.ece,
+            accuracy_change=self.chosen.accuracy_change,
+            notes=self.notes,
+        )
 
 
 def as_plain(report: ClampReport | None) -> dict[str, Any] | None:

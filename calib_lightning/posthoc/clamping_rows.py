@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,12 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from calib_lightning.functional import at_least_float32
-
-Network = Callable[[Tensor], Tensor]
-"""Maps images ``(N, C, H, W)`` to logits ``(N, K)``; mostly an ``nn.Module``."""
-
-Images = Tensor | Iterable[Sequence[Any]]
-"""Images ``(N, C, H, W)``, or batches (a ``DataLoader``) whose first two entries are images and labels."""
+from calib_lightning.posthoc.evidence import Images, Network
 
 WHERE = "NeuralClamping.fit"
 """Who speaks in messages."""
@@ -103,6 +98,7 @@ class ClampRows:
         some = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
         self._device = None if some is None else some.device
         self._like = images[:0].to(self._device) if isinstance(images, Tensor) else None
+        self.classes = 0  # K, once the network has been asked
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +163,7 @@ class ClampRows:
                 f"{WHERE}: the network must return logits of shape ({len(image)}, K), got {found}; wrap it in a "
                 "function that returns them"
             )
+        self.classes = logits.shape[1]
         return at_least_float32(logits)
 
     def differentiable_logits(self, image: Tensor) -> Tensor:

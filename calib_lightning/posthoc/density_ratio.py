@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
 from calib_lightning.types import Prediction
 
@@ -117,7 +118,7 @@ class DensityRatio(Calibrator):
 
     preserves_argmax = True
     full_distribution = False
-    needs_features = True
+    needs = ("logits", "features")
 
     reference: Tensor
     right: Tensor
@@ -136,12 +137,12 @@ class DensityRatio(Calibrator):
         """Note where the right and the wrong rows lie; see `Calibrator.fit_rows`."""
         assert features is not None
         correct = logits.argmax(dim=1) == labels
-        rows, hits = len(labels), int(correct.sum())
-        if min(hits, rows - hits) < FEWEST:
+        rows, right = len(labels), int(correct.sum())
+        if min(right, rows - right) < FEWEST:
             self.reference = features[:0]
             self.right = self.wrong = torch.zeros(0, 2, dtype=torch.float64, device=logits.device)
             note = (
-                f"{hits} right and {rows - hits} wrong predictions are too few for densities (at least {FEWEST} of "
+                f"{right} right and {rows - right} wrong predictions are too few for densities (at least {FEWEST} of "
                 "each): the confidence is not changed"
             )
             return Optimum(notes=(note,))

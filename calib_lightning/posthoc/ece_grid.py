@@ -11,7 +11,7 @@ from torch import Tensor
 from calib_lightning.metrics.functional.calibration import bin_index, check_n_bins, sums_in_bins
 from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.metrics.functional.temperature import search_inverse_temperature
-from calib_lightning.posthoc.base import Optimum
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.temperature import _Tempered
 
 _BLOCK = 2**16

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calib_lightning.metrics.functional.temperature import tempered_rows
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.solver import CONVERGED
 from calib_lightning.posthoc.temperature import Sloped, lowest, most_likely, tempered
 

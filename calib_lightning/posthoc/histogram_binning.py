@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.binary import BinaryCalibrator, bounded_log_odds
+from calib_lightning.posthoc.fit_report import Optimum
 
 
 def equal_width_edges(n_bins: int) -> Tensor:

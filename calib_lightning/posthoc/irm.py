@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from calib_lightning.functional import one_hot
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.binary import interpolate
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.isotonic import isotonic_knots
 
 _TILT = 1e-9

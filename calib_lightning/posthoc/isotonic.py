@@ -6,8 +6,8 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.binary import FLOOR, BinaryCalibrator, interpolate
+from calib_lightning.posthoc.fit_report import Optimum
 
 _TILT = 1e-9
 

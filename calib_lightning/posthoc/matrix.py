@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.linear import FullMap, Ridge, separates
 from calib_lightning.posthoc.odir import RidgedMatrix
 from calib_lightning.posthoc.solver import LBFGS, Solver, checked_solver

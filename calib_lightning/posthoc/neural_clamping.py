@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from calib_lightning.functional import at_least_float32
+from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.clamping_descent import (
     ClampDescent,
     Clamped,
@@ -24,6 +24,7 @@ from calib_lightning.posthoc.clamping_descent import (
     with_exact_temperature,
 )
 from calib_lightning.posthoc.clamping_report import (
+    STILL_MOVING,
     ClampCandidate,
     ClampReport,
     Figures,
@@ -31,18 +32,21 @@ from calib_lightning.posthoc.clamping_report import (
     from_plain,
     measured,
 )
-from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, Images, Network, frozen, several_processes
+from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, frozen, reduced, several_processes
 from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
-from calib_lightning.posthoc.state import FittedState
-from calib_lightning.utils.described import Described, build
+from calib_lightning.posthoc.evidence import Evidence, Images, Network, missing
+from calib_lightning.posthoc.fit_report import Optimum
+from calib_lightning.utils.described import build
 
-_STILL_MOVING = 1e-2
+ANY_CLASSES = -1
+"""K of a fit that did not note it."""
+
 _WEIGHTS: tuple[PenaltyWeight, ...] = (RelativeWeight(),)
 _START = RandomStart()
 _DESCENT = ClampDescent()
 
 
-class NeuralClamping(FittedState, Described):
+class NeuralClamping(Calibrator):
     """Input perturbation and temperature, trained jointly on a frozen network (Tang et al., TMLR 2024).
 
     ``z = f(x + delta) / T`` with one delta for all images, added after normalisation, minimises
@@ -67,6 +71,7 @@ class NeuralClamping(FittedState, Described):
         delta: Perturbation ``(C, H, W)`` in units of the normalised image.
         log_temperature: log T, 0-d float64, so that T is above 0 always.
         report: How the last fit went, ``None`` before.
+        search: The runs of the last fit, ``None`` before.
 
     Raises:
         ValueError: An argument out of range.
@@ -80,10 +85,13 @@ class NeuralClamping(FittedState, Described):
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
         >>> images, labels = torch.randn(64, 1, 2, 2), torch.arange(64) % 3
         >>> clamping = NeuralClamping(descent=ClampDescent(epochs=20, lr=0.1))
-        >>> clamping = clamping.fit(network, images, labels, progress=False)
-        >>> clamping(network(clamping.perturb(images))).shape
+        >>> clamping = clamping.fit(network=network, images=images, labels=labels, progress=False)
+        >>> clamping(network=network, images=images).shape
         torch.Size([64, 3])
     """
+
+    needs = ("network",)
+    preserves_argmax = False
 
     delta: Tensor
     log_temperature: Tensor
@@ -109,7 +117,7 @@ class NeuralClamping(FittedState, Described):
             raise ValueError(f"penalty={penalty!r}: it must be 'l2sq' or 'l2'")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: it must be a whole number, at least 1")
-        self.report: ClampReport | None = None
+        self.search: ClampReport | None = None
         self.register_state("delta", "log_temperature")
 
     @property
@@ -150,36 +158,30 @@ class NeuralClamping(FittedState, Described):
             )
         return image + self.delta.to(image.dtype)
 
-    def forward(self, logits: Tensor) -> Tensor:
-        """Divide the logits of perturbed images by T.
+    def logits_of(self, evidence: Evidence) -> Tensor:
+        """Ask the network, which must be in evaluation mode, for ``f(x + delta)``, a batch at a time."""
+        network, images = evidence.network, evidence.images
+        assert network is not None
+        assert images is not None
+        if isinstance(images, Tensor):
+            whole = torch.compiler.is_compiling() or len(images) <= self.batch_size
+            batches = iter([images] if whole else torch.split(images, self.batch_size))
+        else:
+            batches = (batch[0] for batch in images)
+        logits = torch.cat([network(self.perturb(image.to(self.delta.device))) for image in batches])
+        if self.num_classes == ANY_CLASSES:
+            self.num_classes = logits.shape[1]
+        return logits
 
-        Args:
-            logits: ``f(x + delta)``, ``(N, K)``, floating point; half precision is widened to float32.
-
-        Returns:
-            Log-probabilities ``(N, K)``, float32 or float64.
-
-        Raises:
-            RuntimeError: It was not fitted.
-        """
-        self._check_fitted()
-        logits = at_least_float32(logits)
-        # The largest logit is taken off first, so that a small T cannot overflow.
+    def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """Divide the logits of perturbed images by T; see `Calibrator.transform`."""
+        # The largest logit is subtracted first, so that a small T cannot overflow.
         shifted = logits - logits.amax(dim=-1, keepdim=True)
         return torch.log_softmax(shifted * torch.exp(-self.log_temperature).to(logits.dtype), dim=-1)
 
-    def logits(self, network: Network, image: Tensor) -> Tensor:
-        """Ask a network, which must be in evaluation mode, for calibrated logits ``f(x + delta) / T``.
-
-        Args:
-            network: That of the fit.
-            image: ``(N, C, H, W)``.
-
-        Returns:
-            ``(N, K)``, float32 or float64; T is applied already, so they do not go through `forward`.
-        """
-        logits = at_least_float32(network(self.perturb(image)))
-        return logits * torch.exp(-self.log_temperature).to(logits.dtype)
+    def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
+        """Refuse: logits do not say how images change them."""
+        raise TypeError("NeuralClamping is fitted to the network and its images: fit(network=..., images=...)")
 
     def input_only(self) -> NeuralClamping:
         """Keep the perturbation alone, ``f(x + delta)``: one of the paper's ablations.
@@ -200,36 +202,50 @@ class NeuralClamping(FittedState, Described):
     def _with(self, delta: Tensor, log_temperature: Tensor) -> NeuralClamping:
         self._check_fitted()
         copy = build(self.spec, NeuralClamping)
-        copy.delta, copy.log_temperature = delta.clone(), log_temperature.clone()
+        copy.delta, copy.log_temperature, copy.num_classes = delta.clone(), log_temperature.clone(), self.num_classes
         return copy
 
     def _check_fitted(self) -> None:
         if not self.fitted:
-            raise RuntimeError("NeuralClamping is not fitted: call fit(network, images, labels) or load a fitted one.")
+            raise RuntimeError("NeuralClamping is not fitted: call fit(network=..., images=...) or load a fitted one.")
 
     # --- fit ---------------------------------------------------------------------------------------------------------
 
-    def fit(self, network: Network, images: Images, labels: Tensor | None = None, progress: bool = True) -> Self:
+    def fit(
+        self,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: Tensor | None = None,
+        network: Network | None = None,
+        images: Images | None = None,
+        progress: bool = True,
+    ) -> Self:
         """Train on the calibration split: held-out rows, clean, neither augmented nor trained nor tested on.
 
         Args:
+            logits: Not used.
+            labels: ``(N,)`` integer; ``None`` with batches.
+            features: Not used.
             network: A module, or a function of images that is differentiable and in evaluation mode.
             images: ``(N, C, H, W)``, floating point, normalised as the network takes them; or batches that can be read
                 again and again (a ``DataLoader``), whose first two entries are images and labels. Batches are taken as
                 they come, so a loader that shuffles should have a generator of its own.
-            labels: ``(N,)`` integer; ``None`` with batches.
             progress: Whether the first process shows a bar, if its output is a terminal.
 
         Returns:
-            Itself; how it went is in ``report``, and a warning tells of what went wrong.
+            Itself; how it went is in ``report`` and ``search``, and a warning tells what went wrong.
 
         Raises:
             TypeError: A wrong dtype.
-            ValueError: A wrong shape, an invalid value, no rows, or a network without gradients.
+            ValueError: A wrong shape, an invalid value, no rows, something missing, or a network without gradients.
             FloatingPointError: The descent diverges.
         """
+        lacking = missing(Evidence(network=network, images=images), self.needs)
+        if lacking or network is None or images is None:
+            raise ValueError(f"{WHERE}: {lacking} is missing; give the network and the images of the calibration split")
         rows = ClampRows(network, images, labels, self.batch_size)
-        self.delta, self.report = self.delta.new_empty(0), None  # a fit that fails leaves nothing that could be used
+        # A fit that fails leaves nothing that could be used.
+        self.delta, self.report, self.search, self.num_classes = self.delta.new_empty(0), None, None, 0
         with torch.inference_mode(False), torch.no_grad(), frozen(network):
             before = measured(rows, None, 0.0, ())
             start = self.start.delta(rows, rows.like())
@@ -243,8 +259,9 @@ class NeuralClamping(FittedState, Described):
                     if runs[-1].ece < min((run.ece for run in runs[:-1]), default=math.inf):
                         best, chosen = end, runs[-1]
         self.delta = best.delta
+        self.num_classes = int(reduced(torch.tensor([rows.classes], device=rows.device), "MAX"))
         self.log_temperature = torch.tensor(best.log_temperature, dtype=torch.float64, device=best.delta.device)
-        self.report = ClampReport(
+        self.search = ClampReport(
             rows=before.rows,
             chosen=chosen,
             candidates=tuple(runs),
@@ -253,7 +270,9 @@ class NeuralClamping(FittedState, Described):
             start_moved=float((start != 0).double().mean()),
             notes=tuple(_notes(best, chosen, before)),
         )
-        for note in self.report.notes:
+        epochs = 1 if self.descent is None else self.descent.epochs
+        self.report = self.search.summary(self.name, epochs * len(runs), best)
+        for note in self.search.notes:
             warnings.warn(f"{WHERE}: {note}", stacklevel=2)
         return self
 
@@ -281,18 +300,30 @@ class NeuralClamping(FittedState, Described):
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """The runs of the search, as plain data."""
+        if self.search is None:
+            return {}
+        runs = [run._asdict() for run in self.search.candidates]
+        return {"chosen": self.search.chosen._asdict(), "candidates": runs, "start_moved": self.search.start_moved}
+
     def get_extra_state(self) -> dict[str, Any]:
-        """The report, as plain data."""
-        return {"report": as_plain(self.report)}
+        """K, the report and the search, as plain data."""
+        return {**super().get_extra_state(), "search": as_plain(self.search)}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the report from a checkpoint.
+        """Take them from a checkpoint.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: They are damaged.
         """
         try:
-            self.report = from_plain(state["report"])
+            if "search" in state:
+                super().set_extra_state(state)
+                self.search = from_plain(state["search"])
+            else:  # version 0.1 kept the search alone, under another name, and no K
+                self.search, self.num_classes = from_plain(state["report"]), ANY_CLASSES
         except (KeyError, TypeError) as error:
             raise ValueError(f"The state of NeuralClamping is damaged: {error!r}.") from None
 
@@ -318,7 +349,7 @@ def _notes(end: Clamped, chosen: ClampCandidate, before: Figures) -> Iterator[st
         yield f"the calibration error is {chosen.ece:.4f}, not below the {before.ece:.4f} of the network alone"
     if chosen.loss_end > chosen.loss_start:
         yield f"the objective rose from {chosen.loss_start:.4g} to {chosen.loss_end:.4g}; use a lower lr"
-    elif abs(end.slope) > _STILL_MOVING:
+    elif abs(end.slope) > STILL_MOVING:
         yield (
             f"it was stopped before the optimum: the slope by log T was {end.slope:.2g} in the last epoch; raise lr, "
             "momentum or epochs"

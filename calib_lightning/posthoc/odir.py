@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.linear import Fit, FullMap, Ridge, full_nll, separates
 from calib_lightning.posthoc.solver import LBFGS
 from calib_lightning.utils.seeding import row_uniform

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.binary import BinaryCalibrator, log_sigmoid
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.solver import CONVERGED
 
 _MOST_STEPS = 100

@@ -5,17 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from calib_lightning.posthoc.base import Calibrator
-from calib_lightning.posthoc.neural_clamping import NeuralClamping
-from calib_lightning.utils.described import Described, Spec, build
+from calib_lightning.utils.described import Spec, build
 from calib_lightning.utils.files import write_whole
-
-T = TypeVar("T", Calibrator, NeuralClamping)
 
 FILE_KEY = "calib_lightning.calibrator"
 """What a file of `save_calibrator` holds the record under."""
@@ -33,14 +30,14 @@ class CalibratorRecord(TypedDict):
     state: dict[str, Any]
 
 
-def calibrator_record(calibrator: Calibrator | NeuralClamping) -> CalibratorRecord:
+def calibrator_record(calibrator: Calibrator) -> CalibratorRecord:
     """Write a calibrator down as plain data and tensors on the CPU.
 
     Args:
         calibrator: Fitted or not.
 
     Returns:
-        What `calibrator_of`, or `clamping_of`, turns back into an equal one.
+        What `calibrator_of` turns back into an equal one.
     """
     state = {
         name: value.detach().cpu() if isinstance(value, Tensor) else value
@@ -62,48 +59,17 @@ def calibrator_of(record: Mapping[str, Any], where: str = "The record") -> Calib
     Raises:
         ValueError: It is no record, or one that is damaged or of a class that is not known.
     """
-    found = _restored(record, where)
-    if isinstance(found, NeuralClamping):
-        raise ValueError(
-            f"{where} is that of a NeuralClamping, which changes the images that the network sees, so that logits are "
-            "not enough: read it with load_clamping and use it in a CalibratedClassifier."
-        )
-    return found
-
-
-def clamping_of(record: Mapping[str, Any], where: str = "The record") -> NeuralClamping:
-    """Build the Neural Clamping that a record describes, in evaluation mode.
-
-    Args:
-        record: Of `calibrator_record`.
-        where: Whose record it is, for messages.
-
-    Returns:
-        An equal one.
-
-    Raises:
-        ValueError: It is no record, or one that is damaged or of another class.
-    """
-    found = _restored(record, where)
-    if not isinstance(found, NeuralClamping):
-        raise ValueError(f"{where} is that of a {found.name}, not of a NeuralClamping: read it with load_calibrator.")
-    return found
-
-
-def _restored(record: Mapping[str, Any], where: str) -> Calibrator | NeuralClamping:
     if not isinstance(record, Mapping) or not {"spec", "state"} <= set(record):
         raise ValueError(f"{where} is not that of a calibrator; save one with save_calibrator(calibrator, path).")
     try:
-        found = build(record["spec"], Described)
-        if not isinstance(found, Calibrator | NeuralClamping):
-            raise ValueError(f"{type(found).__name__} is no calibrator")
+        found = build(record["spec"], Calibrator)  # type: ignore[type-abstract]
         found.load_state_dict(record["state"])
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{where} of a calibrator is damaged or of another version: {error}") from error
     return found.eval()
 
 
-def save_calibrator(calibrator: Calibrator | NeuralClamping, path: str | Path) -> None:
+def save_calibrator(calibrator: Calibrator, path: str | Path) -> None:
     """Write a fitted calibrator to a file, whole or not at all.
 
     Args:
@@ -133,26 +99,7 @@ def load_calibrator(path: str | Path) -> Calibrator:
         FileNotFoundError: There is no such file.
         ValueError: It is not a file of a calibrator, is damaged, or holds more than tensors and plain data.
     """
-    return _fitted(calibrator_of(_read(Path(path)), f"{path}: the record"), path)
-
-
-def load_clamping(path: str | Path) -> NeuralClamping:
-    """Read a Neural Clamping as `load_calibrator` reads a calibrator.
-
-    Args:
-        path: A file of `save_calibrator`.
-
-    Returns:
-        The fitted Neural Clamping in evaluation mode, on the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: As in `load_calibrator`.
-    """
-    return _fitted(clamping_of(_read(Path(path)), f"{path}: the record"), path)
-
-
-def _fitted(found: T, path: str | Path) -> T:
+    found = calibrator_of(_read(Path(path)), f"{path}: the record")
     if not found.fitted:
         raise ValueError(f"{path}: holds a calibrator that is not fitted.")
     return found

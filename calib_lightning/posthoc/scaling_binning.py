@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.binary import log_sigmoid
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.histogram_binning import Binned, check_bins, equal_mass_edges
 from calib_lightning.posthoc.platt import fit_logistic
 from calib_lightning.utils.seeding import row_uniform

@@ -10,7 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from calib_lightning.posthoc.base import Calibrator, FitReport, Optimum
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.evidence import Evidence, Need
+from calib_lightning.posthoc.fit_report import FitReport, Optimum
 from calib_lightning.types import Prediction
 
 _BLOCK = 2**22
@@ -46,6 +48,12 @@ class Sequential(Calibrator):
                     f"Sequential({calibrator!r:.100}): it must be a Calibrator; wrap one of a single probability in "
                     "OneVsRest or TopLabel"
                 )
+        for calibrator in calibrators[1:]:
+            if "network" in calibrator.needs:
+                raise ValueError(
+                    f"Sequential: {calibrator.name} changes the images that the network sees, before there are logits; "
+                    "put it first"
+                )
         if len({id(calibrator) for calibrator in calibrators}) < len(calibrators):
             raise ValueError("Sequential: the same object is given twice, and has room for one fit; make two of it")
         for before, after in pairwise(calibrators):
@@ -72,9 +80,18 @@ class Sequential(Calibrator):
         return all(member.full_distribution for member in self.members)
 
     @property
-    def needs_features(self) -> bool:  # type: ignore[override]
-        """Whether a member needs features."""
-        return any(member.needs_features for member in self.members)
+    def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
+        """What the first member needs, and the features if another one needs them."""
+        first, *others = self.members
+        more: tuple[Need, ...] = ("features",) if any("features" in member.needs for member in others) else ()
+        return tuple(dict.fromkeys((*first.needs, *more)))
+
+    @property
+    def temperature(self) -> float | None:
+        """The product of the temperatures, ``None`` where a member has none."""
+        found = [getattr(member, "temperature", None) for member in self.members]
+        known = [value for value in found if isinstance(value, float)]
+        return math.prod(known) if len(known) == len(found) else None
 
     @property
     def per_class(self) -> bool:  # type: ignore[override]
@@ -83,16 +100,20 @@ class Sequential(Calibrator):
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
         """Fit the members in order; see `Calibrator.fit_rows`."""
+        return self.fit_evidence(Evidence(logits, features), labels)
+
+    def fit_evidence(self, evidence: Evidence, labels: Tensor) -> Optimum:
+        """Fit the members in order, each to what those before it make of the rows."""
         reports: list[FitReport] = []
-        for position, member in enumerate(self.members):
-            if position:
-                logits = self._after(self.members[position - 1], logits, features)
+        for member in self.members:
             with warnings.catch_warnings():
-                # What a member has to say is in its report, and is told once, with its name.
+                # A member's problems are in its report, and are told once, with its name.
                 warnings.filterwarnings("ignore", re.escape(f"{type(member).__name__}.fit: "))
-                member.fit(logits, labels, features)
+                member.fit(labels=labels, **evidence._asdict())
             if member.report is not None:
                 reports.append(member.report)
+            if member is not self.members[-1]:
+                evidence = Evidence(self._after(member, evidence), evidence.features)
         norms = [report.gradient_norm for report in reports if not math.isnan(report.gradient_norm)]
         return Optimum(
             converged=all(report.converged for report in reports),
@@ -101,6 +122,10 @@ class Sequential(Calibrator):
             at_bound=any(report.at_bound for report in reports),
             notes=tuple(f"{report.calibrator}: {note}" for report in reports for note in report.notes),
         )
+
+    def logits_of(self, evidence: Evidence) -> Tensor:
+        """Logits that the first member takes; see `Calibrator.logits_of`."""
+        return self.members[0].logits_of(evidence)
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
         """Apply the members in order; see `Calibrator.transform`."""
@@ -123,7 +148,8 @@ class Sequential(Calibrator):
         return last.of_fitted_rows(logits, features, place)
 
     @staticmethod
-    def _after(member: Calibrator, logits: Tensor, features: Tensor | None) -> Tensor:
+    def _after(member: Calibrator, evidence: Evidence) -> Tensor:
+        logits, features = member.logits_of(evidence), evidence.features
         rows = torch.arange(len(logits), device=logits.device)
         parts = [
             member.of_fitted_rows(logits[some], None if features is None else features[some], some).logits

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.binary import BinaryCalibrator, bounded_log_odds, interpolate
+from calib_lightning.posthoc.fit_report import Optimum
 
 _MOST_POINTS = 1024
 _ROWS_A_KNOT = 16

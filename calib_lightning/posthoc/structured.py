@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.metrics.functional.temperature import OptimalTemperature, fit_inverse_temperature
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.linear import DiagonalMap, Fit, FullMap, Ridge
 from calib_lightning.posthoc.solver import LBFGS
 

@@ -15,7 +15,8 @@ from calib_lightning.metrics.functional.temperature import (
     search_inverse_temperature,
     tempered_rows,
 )
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.solver import CONVERGED, PlainLBFGS, Solver, checked_solver
 
 _LEAST_RANGE = 1e-3

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
-from calib_lightning.functional import at_least_float32
-from calib_lightning.posthoc.state import FittedState
-from calib_lightning.utils.described import Described
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.evidence import check_features
+from calib_lightning.posthoc.fit_report import Optimum
+from calib_lightning.types import Prediction
 
 _SMALLEST = 1e-12
 _BLOCK = 2**22
 
 
-class TrustScore(FittedState, Described):
+class TrustScore(Calibrator):
     """Distance to the nearest class that is not predicted over the distance to the predicted one (Jiang et al., 2018).
 
-    ``log (d_other + 1e-12) - log (d_predicted + 1e-12)``, where the distance to a class is the Euclidean one to the
-    nearest of its training rows. It ranks predictions and is no probability: `calib_lightning.metrics.functional.auroc`
-    takes it as it is, ``auroc(score, predicted == labels)``, and functions that take a confidence take
-    ``score.double().sigmoid()``, which is ``d_other / (d_other + d_predicted)`` and has the same order, such as
-    ``correctness_auroc(logits, labels, confidence=score.double().sigmoid())``.
+    ``s = log (d_other + 1e-12) - log (d_predicted + 1e-12)``, where the distance to a class is the Euclidean one to the
+    nearest of its rows. It ranks predictions and is not a probability: the probabilities stay as they are, and the
+    confidence of `predict` is ``sigmoid(s) = d_other / (d_other + d_predicted)``, which has the order of s. So it may
+    improve the correctness AUROC, while calibration errors of that confidence mean little.
 
     Before that, rows in thin regions can be left out: in each class the ``alpha`` share with the largest distance to
     its k-th nearest row of the class (the row itself counts as the first).
@@ -32,139 +30,130 @@ class TrustScore(FittedState, Described):
         alpha: Share of each class that is left out, in ``[0, 1)``.
 
     Attributes:
-        reference: Training rows ``(M, d)`` that were kept, in the order of classes.
+        reference: Rows ``(M, d)`` that were kept, in the order of classes.
         classes: Their labels ``(M,)``.
+        places: Their places ``(M,)`` among the rows of the fit.
 
     Raises:
         ValueError: An argument out of range.
 
     Deviations:
-        The code of the authors takes the second nearest row for every query, which is meant for training rows that
-        would find themselves; give held-out rows here. It finds the nearest other class by comparing distances, so a
-        class at the same distance is lost; here the predicted class is masked. The logarithm keeps the order and is
-        symmetric. All distances are computed, in blocks, without trees, which do not help in many dimensions.
+        The paper fits it to the training rows; like every calibrator it is fitted here to the rows that it is given,
+        which `calib calibrate` takes from the calibration split. The code of the authors takes the second nearest row
+        for every query, which is meant for training rows that would find themselves; here only rows of the fit leave
+        themselves out. It finds the nearest other class by comparing distances, so a class at the same distance is
+        lost; here the predicted class is masked. The logarithm keeps the order and is symmetric. All distances are
+        computed, in blocks, without trees, which do not help in many dimensions.
 
     Example:
-        >>> train, labels = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([0, 0, 1])
-        >>> trust = TrustScore().fit(train, labels)
+        >>> features, labels = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([0, 0, 1])
+        >>> trust = TrustScore().fit(torch.eye(2)[labels], labels, features)
         >>> trust.score(torch.tensor([[2.0]]), torch.tensor([0])).exp()  # 2 to class 1, 1 to class 0
-        tensor([2.])
+        tensor([2.], dtype=torch.float64)
     """
+
+    needs = ("logits", "features")
+    preserves_argmax = True
+    full_distribution = False
 
     reference: Tensor
     classes: Tensor
+    places: Tensor
 
     def __init__(self, neighbours: int = 10, alpha: float = 0.0) -> None:
         super().__init__()
         if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
-            raise ValueError(f"neighbours={neighbours!r}: it must be a whole number from 1 on; 10 is customary")
+            raise ValueError(f"neighbours is {neighbours!r}; it must be a whole number >= 1. 10 is customary.")
         if not 0.0 <= alpha < 1.0:
-            raise ValueError(f"alpha={alpha!r}: it must be in [0, 1); 0 leaves out nothing")
+            raise ValueError(f"alpha is {alpha!r}; it must be in [0, 1). 0 leaves out nothing.")
         self.neighbours, self.alpha = neighbours, alpha
-        self.register_state("reference", "classes")
+        self.register_state("reference", "classes", "places")
 
-    @property
-    def fitted(self) -> bool:
-        """Whether it can be used."""
-        return self.reference.numel() > 0
-
-    @torch.no_grad()
-    def fit(self, features: Tensor, labels: Tensor) -> Self:
-        """Keep the training rows.
-
-        Args:
-            features: ``(M, d)``, floating point, finite; half precision is widened.
-            labels: Class labels ``(M,)``, integer, at least 0.
-
-        Returns:
-            Itself.
-
-        Raises:
-            TypeError: A wrong dtype.
-            ValueError: A wrong shape, a value that is not finite, a negative label, or no rows.
-        """
-        features = _checked(features, labels, "labels", "TrustScore.fit")
-        if len(labels) == 0:
-            raise ValueError("TrustScore.fit: no rows were given; give the features and labels of training rows")
-        order = torch.argsort(labels, stable=True)
-        reference, classes = features[order], labels[order].long()
+    def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
+        """Keep the rows; see `Calibrator.fit_rows`."""
+        assert features is not None
+        places = torch.argsort(labels, stable=True)
+        reference, classes = features[places], labels[places]
         if self.alpha > 0.0:
             _, counts = torch.unique_consecutive(classes, return_counts=True)
             kept = torch.cat([self._dense(own - own.mean(dim=0)) for own in torch.split(reference, counts.tolist())])
-            reference, classes = reference[kept], classes[kept]
-        self.reference, self.classes = reference, classes
-        return self
+            reference, classes, places = reference[kept], classes[kept], places[kept]
+        self.reference, self.classes, self.places = reference, classes, places
+        return Optimum()
+
+    def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        """Leave the probabilities as they are; see `Calibrator.transform`."""
+        return torch.log_softmax(logits, dim=-1)
+
+    def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
+        """The confidence ``(N,)`` is ``sigmoid(s)`` in float64; see `Calibrator.with_confidence`."""
+        return self._predicted(logits, features, None)
+
+    def of_fitted_rows(self, logits: Tensor, features: Tensor | None, place: Tensor) -> Prediction:
+        """No row is its own neighbour; see `Calibrator.of_fitted_rows`."""
+        return self._predicted(logits, features, place)
 
     @torch.no_grad()
     def score(self, features: Tensor, predicted: Tensor) -> Tensor:
         """Score predictions; higher is to be trusted more.
 
         Args:
-            features: ``(N, d)``, floating point, finite; of rows that were not fitted to.
+            features: ``(N, d)``, floating point, finite; of rows that it was not fitted to.
             predicted: Predicted class ``(N,)``, integer.
 
         Returns:
-            ``(N,)``, float32 or float64; -inf where the predicted class has no training rows, inf where no other has.
+            ``(N,)`` float64; -inf where the predicted class has no rows, inf where no other has.
 
         Raises:
             RuntimeError: It was not fitted.
-            TypeError: A wrong dtype.
-            ValueError: A wrong shape, another d, or a value that is not finite.
+            ValueError: A wrong shape or dtype, another d, or a value that is not finite.
         """
         if not self.fitted:
-            raise RuntimeError("TrustScore is not fitted: call fit(features, labels) or load a fitted one.")
-        features = _checked(features, predicted, "predicted", "TrustScore.score")
+            raise RuntimeError("TrustScore is not fitted: call fit(logits, labels, features) or load a fitted one.")
+        return self._scores(check_features(features, len(predicted), "TrustScore.score"), predicted, None)
+
+    def _predicted(self, logits: Tensor, features: Tensor | None, own: Tensor | None) -> Prediction:
+        assert features is not None
+        scores = self._scores(features, logits.argmax(dim=-1), own)
+        return Prediction(self.transform(logits, features), torch.sigmoid(scores))
+
+    def _scores(self, features: Tensor, predicted: Tensor, own: Tensor | None) -> Tensor:
         if features.shape[1] != self.reference.shape[1]:
             raise ValueError(
                 f"TrustScore was fitted to {self.reference.shape[1]} features, got {features.shape[1]}: shape "
                 f"{tuple(features.shape)}"
             )
-        reference = self.reference.to(features.dtype)
-        centre = reference.mean(dim=0)
-        names, counts = torch.unique_consecutive(self.classes, return_counts=True)
-        parts = torch.split(reference, counts.tolist())
-        scores = []
-        for rows, own in zip(_blocks(features, len(reference)), _blocks(predicted, len(reference)), strict=True):
-            distance = torch.stack([_to_nearest(rows, part, centre) for part in parts], dim=1)
-            is_own = own.unsqueeze(1) == names
-            nearest_own = distance.masked_fill(~is_own, torch.inf).amin(dim=1)
-            nearest_other = distance.masked_fill(is_own, torch.inf).amin(dim=1)
-            scores.append(torch.log(nearest_other + _SMALLEST) - torch.log(nearest_own + _SMALLEST))
-        return torch.cat(scores)
+        if torch.compiler.is_compiling():  # an exported graph takes all its rows at once
+            return self._block_scores(features, predicted, own)
+        blocks = torch.split(torch.arange(len(features), device=features.device), _step(len(self.reference)))
+        parts = [self._block_scores(features[i], predicted[i], None if own is None else own[i]) for i in blocks]
+        return torch.cat(parts)
+
+    def _block_scores(self, features: Tensor, predicted: Tensor, own: Tensor | None) -> Tensor:
+        rows, reference = features.double(), self.reference.double()
+        centre = reference.mean(dim=0)  # without a common offset the quick distances lose no digits
+        distance = torch.cdist(rows - centre, reference - centre)
+        if own is not None:
+            distance = distance.masked_fill(self.places == own.unsqueeze(1), torch.inf)
+        is_own = self.classes == predicted.unsqueeze(1)
+        nearest_own = _to_nearest(rows, reference, distance.masked_fill(~is_own, torch.inf))
+        nearest_other = _to_nearest(rows, reference, distance.masked_fill(is_own, torch.inf))
+        return torch.log(nearest_other + _SMALLEST) - torch.log(nearest_own + _SMALLEST)
 
     def _dense(self, rows: Tensor) -> Tensor:
         """Which rows ``(n,)`` of a class are not in its thin regions."""
         nearest = min(self.neighbours, len(rows))
-        radii = [torch.cdist(block, rows).kthvalue(nearest, dim=1).values for block in _blocks(rows, len(rows))]
-        radius = torch.cat(radii)
+        blocks = torch.split(rows, _step(len(rows)))
+        radius = torch.cat([torch.cdist(block, rows).kthvalue(nearest, dim=1).values for block in blocks])
         return radius <= torch.quantile(radius, 1.0 - self.alpha)
 
 
-def _to_nearest(rows: Tensor, part: Tensor, centre: Tensor) -> Tensor:
-    # The quick distances are differences of squares, wrong by some 1e-4 of the norm in float32, the more so with a
-    # common offset: they tell which row is nearest, and the distance to that one is computed anew.
-    nearest = torch.cdist(rows - centre, part - centre).argmin(dim=1)
-    distance: Tensor = torch.linalg.vector_norm(rows - part[nearest], dim=1)
-    return distance
+def _to_nearest(rows: Tensor, reference: Tensor, distance: Tensor) -> Tensor:
+    """Distance ``(N,)`` to the nearest row that is not masked; that of `cdist` has lost digits."""
+    least, nearest = distance.min(dim=1)
+    exact = torch.linalg.vector_norm(rows - reference[nearest], dim=1)
+    return torch.where(least.isinf(), least, exact)
 
 
-def _blocks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
-    return torch.split(rows, max(1, _BLOCK // columns))
-
-
-def _checked(features: Tensor, index: Tensor, name: str, where: str) -> Tensor:
-    if features.ndim != 2 or not features.is_floating_point():
-        raise TypeError(
-            f"{where}: features must be floating point of shape (N, d), got {features.dtype} of shape "
-            f"{tuple(features.shape)}"
-        )
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise TypeError(f"{where}: {name} must be class numbers of an integer dtype, got {index.dtype}")
-    if index.shape != features.shape[:1]:
-        raise ValueError(f"{where}: {name} must have shape ({len(features)},), got {tuple(index.shape)}")
-    bad = ~features.isfinite().all(dim=1)
-    if bool(bad.any()):
-        raise ValueError(f"{where}: row {int(bad.int().argmax())} of the features is not finite")
-    if len(index) and int(index.min()) < 0:
-        raise ValueError(f"{where}: {name} must be at least 0, got {int(index.min())} in row {int(index.argmin())}")
-    return at_least_float32(features.detach())
+def _step(columns: int) -> int:
+    return max(1, _BLOCK // columns)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.metrics.functional.temperature import fit_inverse_temperature
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.linear import DiagonalMap, separates
 from calib_lightning.posthoc.solver import LBFGS, Solver, checked_solver
 

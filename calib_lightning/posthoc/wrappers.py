@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from calib_lightning.posthoc.base import Calibrator, Optimum
+from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.binary import BinaryCalibrator, log_sigmoid
+from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
 from calib_lightning.types import Prediction
 

@@ -53,9 +53,11 @@ def case_fit(rank: int, world: int, kind: str, sizes: list[int], loader: bool, b
     net, clamping = network(), method(kind)
     clamping.batch_size = batch
     if loader:
-        clamping.fit(net, DataLoader(TensorDataset(image[own], label[own]), batch_size=batch), progress=False)
+        clamping.fit(
+            network=net, images=DataLoader(TensorDataset(image[own], label[own]), batch_size=batch), progress=False
+        )
     else:
-        clamping.fit(net, image[own], label[own], progress=False)
+        clamping.fit(network=net, images=image[own], labels=label[own], progress=False)
     return plain(clamping)
 
 
@@ -65,7 +67,7 @@ def case_fault(rank: int, world: int) -> str:
     if rank == 1:
         label[7] = 9
     try:
-        method("random").fit(network(), image, label, progress=False)
+        method("random").fit(network=network(), images=image, labels=label, progress=False)
     except ValueError as error:
         return str(error)
     return "nothing was raised"

@@ -13,7 +13,7 @@ def alone(kind):
     clamping = cases.method(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cases.plain(clamping.fit(cases.network(), image, label, progress=False))
+        return cases.plain(clamping.fit(network=cases.network(), images=image, labels=label, progress=False))
 
 
 @pytest.mark.parametrize(

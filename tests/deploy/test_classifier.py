@@ -110,7 +110,7 @@ def test_training_mode_does_not_reach_the_fit():
 def test_clamping_comes_first_with_its_temperature():
     image, label = labelled()
     clamping = NeuralClamping(descent=ClampDescent(epochs=3, lr=0.1))
-    clamping.fit(SmallNet().eval(), image, label, progress=False)
+    clamping.fit(network=SmallNet().eval(), images=image, labels=label, progress=False)
     assert clamping.delta.abs().max() > 1e-3
     made = classifier(FixedTemperature(2.0), clamping=clamping)
     expected = logits_of(image + clamping.delta) / clamping.temperature / 2.0

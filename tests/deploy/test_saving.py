@@ -81,7 +81,7 @@ def test_half_precision_stays_half_precision(tmp_path):
 @pytest.mark.filterwarnings("ignore:NeuralClamping")
 def test_every_part_comes_back(tmp_path):
     image, label = labelled()
-    clamping = NeuralClamping(descent=None).fit(SmallNet().eval(), image, label, progress=False)
+    clamping = NeuralClamping(descent=None).fit(network=SmallNet().eval(), images=image, labels=label, progress=False)
     made = classifier(TopLabel(Isotonic()), clamping=clamping, preprocessing=PREPROCESSING, classes=CLASSES)
     made.set_threshold(batches(seed=5), risk=0.2)
     save_classifier(made, tmp_path / "file.pt")

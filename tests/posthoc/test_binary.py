@@ -11,8 +11,8 @@ from calib_lightning.posthoc.histogram_binning import HistogramBinning
 from calib_lightning.posthoc.isotonic import Isotonic
 from calib_lightning.posthoc.platt import Platt
 from calib_lightning.posthoc.scaling_binning import ScalingBinning
-from calib_lightning.posthoc.spec import build
 from calib_lightning.posthoc.spline import Spline
+from calib_lightning.utils.described import build
 
 F64 = torch.float64
 ALL = [

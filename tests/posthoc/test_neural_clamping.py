@@ -21,7 +21,7 @@ from calib_lightning.posthoc.clamping_descent import (
 from calib_lightning.posthoc.clamping_rows import ClampRows
 from calib_lightning.posthoc.clamping_start import DataDrivenStart, RandomStart
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
-from calib_lightning.posthoc.spec import build, parse
+from calib_lightning.utils.described import build, parse
 
 SHAPE = (2, 3, 3)
 FEW = ClampDescent(epochs=5, lr=0.05)
@@ -71,7 +71,7 @@ def test_first_step_goes_down_the_slope_of_the_equation(gamma, penalty):
     clamping = NeuralClamping(
         (gamma,), FixedWeight(0.7), RandomStart(0.3), ClampDescent(epochs=1, lr=1e-3), penalty, batch_size=100
     )
-    clamping.fit(net, image, label, progress=False)
+    clamping.fit(network=net, images=image, labels=label, progress=False)
     start = RandomStart(0.3).delta(None, torch.zeros(SHAPE, dtype=torch.float64))
 
     def at(delta, log_t):
@@ -86,7 +86,7 @@ def test_first_step_goes_down_the_slope_of_the_equation(gamma, penalty):
         nudge[place] = small
         slope = (at(start + nudge, 0.0) - at(start - nudge, 0.0)) / (2 * small)
         assert float(moved[place]) == pytest.approx(-1e-3 * slope, rel=1e-5)
-    run = clamping.report.chosen
+    run = clamping.search.chosen
     assert run.loss_start == pytest.approx(at(start, 0.0), rel=1e-12)
     assert run.loss_end == pytest.approx(at(clamping.delta, float(clamping.log_temperature)), rel=1e-12)
 
@@ -94,7 +94,7 @@ def test_first_step_goes_down_the_slope_of_the_equation(gamma, penalty):
 def test_penalty_has_no_slope_at_zero():
     image, label = rows()
     clamping = NeuralClamping(weights=FixedWeight(1.0), start=RandomStart(0.0), descent=FEW, penalty="l2")
-    clamping.fit(network(), image, label, progress=False)
+    clamping.fit(network=network(), images=image, labels=label, progress=False)
     assert bool(clamping.delta.isfinite().all())
 
 
@@ -104,7 +104,7 @@ def test_momentum_steps_as_written_out():
     clamping = NeuralClamping(
         (1.0,), FixedWeight(0.2), RandomStart(0.1), ClampDescent(epochs=3, lr=0.01, momentum=0.9), batch_size=100
     )
-    clamping.fit(net, image, label, progress=False)
+    clamping.fit(network=net, images=image, labels=label, progress=False)
     delta = RandomStart(0.1).delta(None, torch.zeros(SHAPE, dtype=torch.float64)).requires_grad_()
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     speed = [torch.zeros_like(delta), torch.zeros_like(log_t)]
@@ -180,9 +180,9 @@ def test_images_that_touch_the_range_leave_no_room():
     image[0], image[1] = 0.0, 1.0
     image = (image * scale + torch.tensor(low).view(2, 1, 1)).float()
     clamping = NeuralClamping(start=DataDrivenStart(low, high), descent=None)
-    clamping.fit(network(dtype=torch.float32), image, label, progress=False)
-    assert clamping.report.start_moved == 0.0
-    assert clamping.report.chosen.delta_norm == 0.0
+    clamping.fit(network=network(dtype=torch.float32), images=image, labels=label, progress=False)
+    assert clamping.search.start_moved == 0.0
+    assert clamping.search.chosen.delta_norm == 0.0
     with pytest.raises(ValueError, match="outside of that range"):
         clamping.start.delta(ClampRows(network(dtype=torch.float32), image + 1, label, 9), image[0])
     with pytest.raises(ValueError, match="has 1 channels, the images have 2"):
@@ -210,33 +210,39 @@ def test_weight_rules():
     size = float((start**2).sum())
     rules = (RelativeWeight(0.1), TermWeight(0.1), FixedWeight(0.25))
     clamping = NeuralClamping(weights=rules, start=RandomStart(0.3), descent=FEW)
-    clamping.fit(net, image, label, progress=False)
-    found = [run.weight for run in clamping.report.candidates]
+    clamping.fit(network=net, images=image, labels=label, progress=False)
+    found = [run.weight for run in clamping.search.candidates]
     assert found == pytest.approx([0.1 * loss, 0.1 * loss / size, 0.25], rel=1e-12)
     with pytest.raises(ValueError, match="the start is zero"):
-        NeuralClamping(weights=TermWeight(), start=RandomStart(0.0)).fit(net, image, label, progress=False)
+        NeuralClamping(weights=TermWeight(), start=RandomStart(0.0)).fit(
+            network=net, images=image, labels=label, progress=False
+        )
 
 
 def test_pool_chooses_what_an_explicit_loop_chooses():
     image, label = rows(300)
     gammas, weights = (0.0, 0.5, 1.0, 3.0), (FixedWeight(0.01), FixedWeight(1.0))
     descent = ClampDescent(epochs=20, lr=0.1)
-    pool = NeuralClamping(gammas, weights, descent=descent).fit(network(), image, label, progress=False)
+    pool = NeuralClamping(gammas, weights, descent=descent).fit(
+        network=network(), images=image, labels=label, progress=False
+    )
     runs = []
     for gamma, weight in itertools.product(gammas, weights):
-        alone = NeuralClamping((gamma,), weight, descent=descent).fit(network(), image, label, progress=False)
+        alone = NeuralClamping((gamma,), weight, descent=descent).fit(
+            network=network(), images=image, labels=label, progress=False
+        )
         with torch.no_grad():
             p = alone.logits(network().eval(), image).softmax(1).numpy()
         c, a = p.max(1), p.argmax(1) == label.numpy()
         m = np.clip(np.ceil(c * 15) - 1, 0, 14)
         error = sum(abs((a - c)[m == b].sum()) for b in range(15)) / 300
-        assert alone.report.chosen.ece == pytest.approx(error, rel=1e-9)
+        assert alone.search.chosen.ece == pytest.approx(error, rel=1e-9)
         runs.append((error, alone))
-    assert [run.ece for run in pool.report.candidates] == pytest.approx([error for error, _ in runs], rel=1e-12)
+    assert [run.ece for run in pool.search.candidates] == pytest.approx([error for error, _ in runs], rel=1e-12)
     best = min(runs, key=lambda run: run[0])[1]
     assert torch.equal(pool.delta, best.delta)
     assert pool.temperature == best.temperature
-    assert pool.report.chosen == best.report.chosen
+    assert pool.search.chosen == best.search.chosen
     assert len({error for error, _ in runs}) > 1
 
 
@@ -258,7 +264,9 @@ def test_focal_slope_is_finite_where_a_row_is_certain():
 
 def test_fixed_delta_of_zero_and_cross_entropy_is_temperature_scaling():
     image, label = rows(200)
-    clamping = NeuralClamping((0.0,), start=RandomStart(0.0), descent=None).fit(network(), image, label, progress=False)
+    clamping = NeuralClamping((0.0,), start=RandomStart(0.0), descent=None).fit(
+        network=network(), images=image, labels=label, progress=False
+    )
     with torch.no_grad():
         logits = network().eval()(image)
     best = minimize_scalar(
@@ -268,14 +276,16 @@ def test_fixed_delta_of_zero_and_cross_entropy_is_temperature_scaling():
     )
     assert math.log(clamping.temperature) == pytest.approx(best.x, abs=1e-6)
     assert clamping.temperature == pytest.approx(1 / optimal_inverse_temperature(logits, label).beta, rel=1e-9)
-    assert clamping.report.chosen.nll <= clamping.report.nll_before
-    assert clamping.report.chosen.accuracy_change == 0.0
+    assert clamping.search.chosen.nll <= clamping.report.nll_before
+    assert clamping.search.chosen.accuracy_change == 0.0
     torch.testing.assert_close(clamping(logits), (logits / clamping.temperature).log_softmax(1))
 
 
 def test_temperature_by_focal_loss_is_the_best_of_a_fine_grid():
     image, label = rows(200)
-    clamping = NeuralClamping((1.5,), start=RandomStart(0.2), descent=None).fit(network(), image, label, progress=False)
+    clamping = NeuralClamping((1.5,), start=RandomStart(0.2), descent=None).fit(
+        network=network(), images=image, labels=label, progress=False
+    )
     with torch.no_grad():
         logits = network().eval()(image + clamping.delta).numpy()
 
@@ -294,7 +304,9 @@ def test_a_temperature_without_end_is_told():
     with torch.no_grad():
         label = network().eval()(image).argmax(1)
     with pytest.warns(UserWarning, match="stopped at its bound"):
-        NeuralClamping((0.0,), start=RandomStart(0.0), descent=None).fit(network(), image, label, progress=False)
+        NeuralClamping((0.0,), start=RandomStart(0.0), descent=None).fit(
+            network=network(), images=image, labels=label, progress=False
+        )
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -309,7 +321,9 @@ def test_network_is_left_as_it_was():
     before = {name: value.clone() for name, value in net.state_dict().items()}
     seen = []
     net[1].register_forward_hook(lambda module, *_: seen.append(module.training))
-    NeuralClamping(start=DataDrivenStart([-9, -9], [9, 9]), descent=FEW).fit(net, image, label, progress=False)
+    NeuralClamping(start=DataDrivenStart([-9, -9], [9, 9]), descent=FEW).fit(
+        network=net, images=image, labels=label, progress=False
+    )
     assert seen
     assert not any(seen), "batch normalisation was in training mode"
     assert [module.training for module in net] == [True, True, True, False, True, True]
@@ -319,7 +333,7 @@ def test_network_is_left_as_it_was():
         assert torch.equal(value, before[name]), name
     net[1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        NeuralClamping(descent=FEW).fit(net, image, label, progress=False)
+        NeuralClamping(descent=FEW).fit(network=net, images=image, labels=label, progress=False)
     assert net[0].training
     assert net[-1].weight.requires_grad
 
@@ -330,7 +344,9 @@ def test_same_seed_same_bits_other_order_other_bits():
     def fit(seed):
         torch.manual_seed(seed + 7)  # must not matter
         descent = ClampDescent(epochs=3, lr=0.1, seed=seed)
-        return NeuralClamping(descent=descent, batch_size=16).fit(network(), image, label, progress=False)
+        return NeuralClamping(descent=descent, batch_size=16).fit(
+            network=network(), images=image, labels=label, progress=False
+        )
 
     first, again, other = fit(0), fit(0), fit(1)
     assert torch.equal(first.delta, again.delta)
@@ -344,44 +360,50 @@ def test_fit_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     net = network()
     torch.set_rng_state(before)
-    NeuralClamping(descent=FEW).fit(net, image, label, progress=False)
+    NeuralClamping(descent=FEW).fit(network=net, images=image, labels=label, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_give_what_a_tensor_gives():
     image, label = rows()
     index = torch.arange(60)
-    whole = NeuralClamping(descent=FEW, batch_size=60).fit(network(), image, label, progress=False)
+    whole = NeuralClamping(descent=FEW, batch_size=60).fit(
+        network=network(), images=image, labels=label, progress=False
+    )
     loader = DataLoader(TensorDataset(image, label, index), batch_size=60)
-    fitted = NeuralClamping(descent=FEW).fit(network(), loader, progress=False)
+    fitted = NeuralClamping(descent=FEW).fit(network=network(), images=loader, progress=False)
     torch.testing.assert_close(fitted.delta, whole.delta, rtol=1e-9, atol=1e-12)
     assert fitted.report.rows == 60
     uneven = DataLoader(TensorDataset(image, label), batch_size=25)
-    assert NeuralClamping(descent=FEW).fit(network(), uneven, progress=False).report.rows == 60
+    assert NeuralClamping(descent=FEW).fit(network=network(), images=uneven, progress=False).report.rows == 60
 
 
 def test_loss_falls_and_no_gradient_is_asked_for_outside():
     image, label = rows(200)
-    clamping = NeuralClamping(descent=ClampDescent(epochs=30, lr=0.1)).fit(network(), image, label, progress=False)
+    clamping = NeuralClamping(descent=ClampDescent(epochs=30, lr=0.1)).fit(
+        network=network(), images=image, labels=label, progress=False
+    )
     report = clamping.report
     assert report.chosen.loss_end < 0.97 * report.chosen.loss_start
     assert report.chosen.nll < report.nll_before
     assert report.start_moved == 1.0
     assert not clamping.delta.requires_grad
     with torch.no_grad():
-        NeuralClamping(descent=FEW).fit(network(), image, label, progress=False)
+        NeuralClamping(descent=FEW).fit(network=network(), images=image, labels=label, progress=False)
 
 
 def test_half_precision_network_and_images():
     image, label = rows(dtype=torch.float32)
     net = network(dtype=torch.bfloat16)
-    clamping = NeuralClamping(descent=FEW).fit(net, image.bfloat16(), label, progress=False)
+    clamping = NeuralClamping(descent=FEW).fit(network=net, images=image.bfloat16(), labels=label, progress=False)
     assert clamping.delta.dtype == torch.float32
     assert clamping.perturb(image.bfloat16()).dtype == torch.bfloat16
     assert clamping.logits(net.eval(), image.bfloat16()).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = NeuralClamping(descent=FEW).fit(network(dtype=torch.float32), image, label, progress=False)
-    assert mixed.report.chosen.loss_end < mixed.report.chosen.loss_start
+        mixed = NeuralClamping(descent=FEW).fit(
+            network=network(dtype=torch.float32), images=image, labels=label, progress=False
+        )
+    assert mixed.search.chosen.loss_end < mixed.search.chosen.loss_start
 
 
 # --- use, checkpoints, bad input -------------------------------------------------------------------------------------
@@ -390,7 +412,9 @@ def test_half_precision_network_and_images():
 def test_ablations_keep_one_half():
     image, label = rows()
     net = network().eval()
-    clamping = NeuralClamping(start=RandomStart(0.3), descent=FEW).fit(net, image, label, progress=False)
+    clamping = NeuralClamping(start=RandomStart(0.3), descent=FEW).fit(
+        network=net, images=image, labels=label, progress=False
+    )
     with torch.no_grad():
         both = net(image + clamping.delta) / clamping.temperature
         torch.testing.assert_close(clamping.logits(net, image), both)
@@ -407,7 +431,7 @@ def test_travels_as_spec_and_state():
     clamping = NeuralClamping(
         (0.0, 1.0), [FixedWeight(0.1), TermWeight()], DataDrivenStart([-9, -9], [9, 9]), FEW, "l2", 32
     )
-    clamping.fit(network(), image, label, progress=False)
+    clamping.fit(network=network(), images=image, labels=label, progress=False)
     again = build(clamping.spec, NeuralClamping)
     again.load_state_dict(clamping.state_dict())
     assert again.spec == clamping.spec
@@ -480,13 +504,13 @@ def test_refuses_input():
         fit(lambda x: network().eval()(x).detach(), image, label, progress=False)
     with pytest.raises(RuntimeError, match="not fitted"):
         NeuralClamping().perturb(image)
-    fitted = NeuralClamping(descent=FEW).fit(network(), image, label, progress=False)
+    fitted = NeuralClamping(descent=FEW).fit(network=network(), images=image, labels=label, progress=False)
     with pytest.raises(ValueError, match=r"shape \(N, 2, 3, 3\)"):
         fitted.perturb(image[:, :1])
     with pytest.raises(TypeError, match=r"floating point, normalised as in the fit, got torch\.uint8"):
         fitted.perturb(image.to(torch.uint8))
     with pytest.raises(ValueError, match="label 4"):
-        fitted.fit(network(), image, label.clone().fill_(4), progress=False)
+        fitted.fit(network=network(), images=image, labels=label.clone().fill_(4), progress=False)
     assert not fitted.fitted, "a fit that failed must leave nothing to use"
 
 
@@ -503,16 +527,20 @@ def test_divergence_in_the_last_step_is_told(gamma):
     image, label = rows()
     clamping = NeuralClamping((gamma,), descent=ClampDescent(epochs=1, lr=1e4), batch_size=100)
     with pytest.raises(FloatingPointError, match="ends with log T"):
-        clamping.fit(network(), image, label, progress=False)
+        clamping.fit(network=network(), images=image, labels=label, progress=False)
 
 
 def test_what_did_not_work_is_noted():
     image, label = rows()
     with pytest.warns(UserWarning, match="stopped before the optimum"):
-        slow = NeuralClamping(descent=ClampDescent(epochs=1, lr=1e-6)).fit(network(), image, label, progress=False)
+        slow = NeuralClamping(descent=ClampDescent(epochs=1, lr=1e-6)).fit(
+            network=network(), images=image, labels=label, progress=False
+        )
     assert any("slope by log T" in note for note in slow.report.notes)
     with pytest.warns(UserWarning, match="the objective rose"):
-        NeuralClamping(descent=ClampDescent(epochs=1, lr=6.0)).fit(network(), image, label, progress=False)
+        NeuralClamping(descent=ClampDescent(epochs=1, lr=6.0)).fit(
+            network=network(), images=image, labels=label, progress=False
+        )
 
 
 # --- a real network --------------------------------------------------------------------------------------------------
@@ -543,7 +571,7 @@ def test_improves_a_trained_network_on_digits():
     descent = ClampDescent(epochs=15, lr=0.05, momentum=0.9)
     start = DataDrivenStart([-0.3], [0.7])
     clamping = NeuralClamping((0.0, 1.0), start=start, descent=descent, batch_size=128)
-    report = clamping.fit(net, image[calibration], noisy[calibration], progress=False).report
+    report = clamping.fit(network=net, images=image[calibration], labels=noisy[calibration], progress=False).report
     assert report.chosen.loss_end < report.chosen.loss_start
     assert report.chosen.nll < report.nll_before
     assert report.chosen.ece < report.ece_before
@@ -551,4 +579,4 @@ def test_improves_a_trained_network_on_digits():
     cheap = NeuralClamping((0.0,), start=start, descent=None).fit(
         net, image[calibration], noisy[calibration], progress=False
     )
-    assert cheap.report.chosen.nll < report.nll_before
+    assert cheap.search.chosen.nll < report.nll_before

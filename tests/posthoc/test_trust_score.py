@@ -7,8 +7,8 @@ from scipy.spatial import KDTree
 from sklearn.neighbors import NearestNeighbors
 
 from calib_lightning.metrics.functional import auroc, correctness_auroc
-from calib_lightning.posthoc.spec import build
 from calib_lightning.posthoc.trust_score import TrustScore
+from calib_lightning.utils.described import build
 
 
 def clusters(n=300, dim=5, classes=4, seed=0, dtype=torch.float64):

@@ -1,0 +1,108 @@
+"""What is known of a fit."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calib_lightning.metrics.functional.calibration import bin_sums, ece_from_bins
+from calib_lightning.metrics.functional.rows import Rows
+
+_BINS = 15
+
+
+class Optimum(NamedTuple):
+    """What a calibrator knows about its own fit.
+
+    Attributes:
+        converged: Whether the optimum was reached (the gradient is zero up to rounding), or the fit has none to reach
+            (counts, sorting).
+        passes: Number of passes over the rows.
+        gradient_norm: Largest absolute entry of the gradient at the end; nan where there is none.
+        at_bound: Whether a parameter ended at its bound, or would grow for ever without one.
+        notes: What a user should know.
+    """
+
+    converged: bool = True
+    passes: int = 1
+    gradient_norm: float = math.nan
+    at_bound: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class FitReport(NamedTuple):
+    """How a fit went; the values are those of the rows that it was fitted to.
+
+    Attributes:
+        calibrator: Name of the calibrator.
+        rows: N.
+        converged: As in `Optimum`.
+        passes: As in `Optimum`.
+        gradient_norm: As in `Optimum`.
+        at_bound: As in `Optimum`.
+        nll_before: Mean negative log-likelihood of the uncalibrated rows, in nats.
+        nll_after: The same after calibration.
+        ece_before: Expected calibration error (15 bins) before, a fraction.
+        ece_after: The same after calibration.
+        accuracy_change: Accuracy after minus accuracy before, a fraction.
+        notes: What a user should know.
+    """
+
+    calibrator: str
+    rows: int
+    converged: bool
+    passes: int
+    gradient_norm: float
+    at_bound: bool
+    nll_before: float
+    nll_after: float
+    ece_before: float
+    ece_after: float
+    accuracy_change: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        """The notes, and what else a user should be warned about."""
+        problems = list(self.notes)
+        if self.at_bound:
+            problems.append("a parameter was stopped at its bound: the best value for these rows lies beyond it")
+        if not self.converged and not self.at_bound:
+            problems.append(
+                f"stopped after {self.passes} passes before the optimum (largest gradient {self.gradient_norm:.2g})"
+            )
+        return problems
+
+
+class FitValues:
+    """NLL, ECE and accuracy of rows that come in blocks."""
+
+    def __init__(self) -> None:
+        self.rows = self.total_nll = self.correct = 0.0
+        self.bins = torch.zeros(_BINS, 3, dtype=torch.float64)
+
+    def add(self, logits: Tensor, labels: Tensor, confidence: Tensor | None = None) -> None:
+        """Add a block: logits ``(N, K)``, labels ``(N,)`` and perhaps confidences ``(N,)``."""
+        rows = Rows(logits, labels, confidence, "logits")
+        self.rows += len(labels)
+        self.total_nll += float(rows.nll.sum())
+        self.correct += float(rows.correct.sum())
+        self.bins += bin_sums(rows.confidence, rows.correct, _BINS).cpu()
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood in nats."""
+        return self.total_nll / self.rows
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error, a fraction."""
+        return float(ece_from_bins(self.bins))
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy, a fraction."""
+        return self.correct / self.rows
