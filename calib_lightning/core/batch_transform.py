@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 class BatchTransform(nn.Module, ABC):
-    """Takes the place of "forward, then criterion" in a training step; evaluation is not touched.
+    """Replaces "forward, then criterion" in a training step; evaluation is unaffected.
 
-    Given to a module as ``batch_transform``, so that it composes with every method whose loss is a criterion:
+    Passed to a module as ``batch_transform``, it composes with every method whose loss is a criterion:
     ``Focal(10, batch_transform=MixupTransform())``. Random numbers come from the global generators, which are seeded
-    before each step. It has no state of its own that a checkpoint would have to keep.
+    before each step. It has no state that a checkpoint would need to store.
     """
 
     def attach(self, module: ClassificationModule) -> None:
-        """Refuse a module that this transform cannot work with; called once, while the module is built.
+        """Reject a module that this transform cannot work with; called once, while the module is built.
 
         Args:
             module: The module, with encoder, head and criterion.
 
         Raises:
-            ValueError: If they do not go together.
+            ValueError: If the module and the transform are incompatible.
         """
 
     def views(self, normalize: nn.Module, seed: int) -> nn.Module | None:
-        """Return what the data module applies to training images in place of ``normalize``; ``None`` keeps it.
+        """Return the data module's replacement for ``normalize`` on training images; ``None`` keeps it.
 
         Args:
             normalize: Maps uint8 images to standardised ones.
@@ -45,10 +45,10 @@ class BatchTransform(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss of one training batch.
+        """Compute the loss of one training batch.
 
         Args:
-            module: Gives ``module(image)`` and ``module.criterion_value(logits, labels)``.
+            module: Provides ``module(image)`` and ``module.criterion_value(logits, labels)``.
             batch: Images and labels.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Checkpoint files that are either whole or absent, and that cannot run code when they are read."""
+"""Atomic checkpoint writing, and checkpoint reading that cannot execute code."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints so that a crash at any moment leaves the older file or the newer one, never a half.
+    """Write checkpoints atomically: a crash leaves either the old file or the new one, never a partial one.
 
-    Saving: write under a temporary name *in the target folder* (another folder may be another file system, where a
-    rename is a copy), flush and fsync the file, rename it to its final name, fsync the folder. If anything fails, the
-    temporary file is removed, the older file stays as it was and the error goes on. A killed process cannot remove its
-    temporary file; the name starts with a dot and does not end in ``.ckpt``, so nobody takes it for a checkpoint, and
-    the next save in that folder on the same machine removes it once its writer is dead.
+    Saving: write under a temporary name *in the target folder* (another folder may be on another file system, where a
+    rename is a copy), flush and fsync the file, rename it to its final name, fsync the folder. On failure the temporary
+    file is removed, the old file is unchanged and the error is re-raised. A killed process leaves its temporary file
+    behind; its name starts with a dot and does not end in ``.ckpt``, so it is not mistaken for a checkpoint, and the
+    next save in that folder on the same machine removes it once its writer is dead.
 
-    Loading: ``weights_only=True`` unless the caller says otherwise, so that a file from a stranger cannot run code.
+    Loading: ``weights_only=True`` unless the caller overrides it, so that an untrusted file cannot execute code.
 
-    Paths with a protocol other than ``file`` (``s3://...``) are left to the parent class.
+    The parent class handles paths with a protocol other than ``file`` (``s3://...``).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -35,15 +35,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``: all of it or nothing.
+        """Write ``checkpoint`` to ``path`` completely or not at all.
 
         Args:
-            checkpoint: What Lightning wants stored.
-            path: Final name of the file; missing folders are made.
-            storage_options: Must be ``None`` (the parent class explains).
+            checkpoint: The contents that Lightning stores.
+            path: Final name of the file; missing folders are created.
+            storage_options: Must be ``None``, as in the parent class.
 
         Raises:
-            OSError: If the disk is full or the folder cannot be written; ``path`` is then as it was before.
+            OSError: If the disk is full or the folder is not writable; ``path`` is then unchanged.
         """
         if not _is_local(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -66,18 +66,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[[Any, Any], Any] | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint without running code that it may contain.
+        """Read a checkpoint without executing code in it.
 
         Args:
             path: File or URL.
             map_location: As in `torch.load`; the default keeps the tensors on the CPU.
-            weights_only: ``None`` means ``True``. Pass ``False`` only for a file that you made yourself.
+            weights_only: ``None`` means ``True``. Pass ``False`` only for a file that you created yourself.
 
         Returns:
             The stored dictionary.
 
         Raises:
-            FileNotFoundError: If there is no such file.
+            FileNotFoundError: If the file does not exist.
             pickle.UnpicklingError: If the file holds anything but tensors and plain data.
             RuntimeError: If the file is damaged or incomplete.
         """
@@ -85,24 +85,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only is not False)
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(
-                f"refused to load {path}: it is no checkpoint of tensors and plain data ({_reason(error)}). If you "
-                "made the file yourself and trust all of it, load it once with weights_only=False and save it again "
-                "with plain data only; never do so with a file from somebody else."
+                f"{path} is not a checkpoint of tensors and plain data only ({_reason(error)}), so it was not loaded. "
+                "If you created it yourself and trust all of it, load it once with weights_only=False and save it "
+                "again with plain data only. Never do this with a file from somebody else."
             ) from error
         except (EOFError, RuntimeError) as error:
-            # torch says RuntimeError for other troubles too (a missing device), which are told well as they are
+            # torch raises RuntimeError for other problems too (a missing device), whose messages are clear
             if isinstance(error, RuntimeError) and not any(
                 name in str(error) for name in ("PytorchStreamReader", "inline_container")
             ):
                 raise
             raise RuntimeError(
-                f"{path} is damaged or incomplete ({_reason(error)}). Copy it again from where it came, or resume "
-                "from an older checkpoint in the same folder."
+                f"{path} is damaged or incomplete ({_reason(error)}). Copy it from its source again, or resume from an "
+                "older checkpoint in the same folder."
             ) from error
 
 
 class _Sink:
-    """A file that remembers why a write failed: torch's archive writer hides the cause behind its own error."""
+    """A file that remembers why a write failed; torch's archive writer hides the cause behind its own error."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
@@ -123,7 +123,7 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
     sink = _Sink(path)
     try:
         with sink.file:
-            torch.save(checkpoint, sink)  # type: ignore[arg-type]  # write and flush are all that torch asks for
+            torch.save(checkpoint, sink)  # type: ignore[arg-type]  # torch only needs write and flush
             sink.flush()
             os.fsync(sink.file.fileno())
     except RuntimeError as error:
@@ -135,8 +135,8 @@ def _is_local(path: str | Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    """Make the rename durable."""
+    if os.name != "posix":  # elsewhere folders cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -146,7 +146,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of writers on this machine that are dead."""
+    """Remove temporary files of dead writers on this machine."""
     if os.name != "posix":
         return
     ours = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)\.tmp")
@@ -167,6 +167,6 @@ def _is_alive(pid: int) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The line of torch's long message that says what was wrong."""
+    """The relevant line of torch's long message."""
     told = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
     return told[1].strip() if told else str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""What data that is not of this package says of itself: labels, number and names of its classes, its loaders."""
+"""Facts about data from outside this package: labels, number and names of classes, loaders."""
 
 from __future__ import annotations
 
@@ -27,18 +27,9 @@ _UNKNOWN = object()
 
 
 def labels_of(dataset: Any) -> Tensor | None:
-    """Find the labels of a data set without reading its images.
+    """Labels ``(N,)`` int64 of a data set, found without reading images; ``None`` if they are not found.
 
-    Args:
-        dataset: A data set with ``targets``, ``labels``, ``y`` or ``samples``, a `TensorDataset`, or a `Subset` or
-            `ConcatDataset` of such sets.
-
-    Returns:
-        ``(N,)`` int64, ``None`` where they are not found.
-
-    Example:
-        >>> labels_of(Subset(TensorDataset(torch.zeros(3, 2), torch.tensor([4, 5, 6])), [2, 0]))
-        tensor([6, 4])
+    Looks for ``targets``, ``labels``, ``y`` or ``samples``, also in a `TensorDataset`, `Subset` or `ConcatDataset`.
     """
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)
@@ -52,7 +43,7 @@ def labels_of(dataset: Any) -> Tensor | None:
     size, change = sized_len(dataset), _asked(dataset, "target_transform")
     for name in ("targets", "labels", "y", "_labels", "samples"):
         found = _asked(dataset, name)
-        with contextlib.suppress(Exception):  # somebody else's attribute of this name may be anything
+        with contextlib.suppress(Exception):  # an attribute of this name may be anything
             values = [sample[1] for sample in found] if name == "samples" else found
             labels = _whole_numbers(values if change is None else [change(value) for value in values], size)
             if labels is not None:
@@ -61,14 +52,7 @@ def labels_of(dataset: Any) -> Tensor | None:
 
 
 def num_classes_of(datamodule: LightningDataModule) -> int | None:
-    """Find out how many classes a data module has; it is prepared for a fit if it does not say so before.
-
-    Args:
-        datamodule: Any data module.
-
-    Returns:
-        K, ``None`` where it cannot be found.
-    """
+    """Number of classes of a data module, which is prepared for a fit if necessary; ``None`` if unknown."""
     number = declared_classes(datamodule)
     if number is None and prepare(datamodule):
         number = declared_classes(datamodule)
@@ -81,14 +65,7 @@ def num_classes_of(datamodule: LightningDataModule) -> int | None:
 
 
 def declared_classes(data: Any) -> int | None:
-    """Read how many classes a data module or data set says that it has.
-
-    Args:
-        data: A data module or data set.
-
-    Returns:
-        Its ``num_classes`` or ``n_classes``, or the length of ``class_names`` or ``classes``.
-    """
+    """Number of classes that a data module or data set declares, by number or by names."""
     for name in ("num_classes", "n_classes"):
         number = _asked(data, name)
         if isinstance(number, Integral) and not isinstance(number, bool) and int(number) > 0:
@@ -101,14 +78,7 @@ def declared_classes(data: Any) -> int | None:
 
 
 def class_names_of(data: Any) -> tuple[str, ...] | None:
-    """Read the names of the classes of a data module, or of a data set, in the order of the labels.
-
-    Args:
-        data: A data module or a data set; of a data module that is set up, its training set is asked, too.
-
-    Returns:
-        K strings, ``None`` where they are not known.
-    """
+    """Class names of a data module or data set in label order; ``None`` if unknown."""
     for name in ("class_names", "classes"):
         names = _asked(data, name)
         if isinstance(names, list | tuple) and names and all(isinstance(each, str) for each in names):
@@ -116,20 +86,13 @@ def class_names_of(data: Any) -> tuple[str, ...] | None:
     if isinstance(data, Subset):
         return class_names_of(data.dataset)
     if isinstance(data, LightningDataModule):
-        with contextlib.suppress(Exception):  # it may not be set up
+        with contextlib.suppress(Exception):  # it may not be set up yet
             return class_names_of(_dataset_of(loader_of(data, "train_dataloader")))
     return None
 
 
 def training_labels(source: Any) -> Tensor | None:
-    """Find the labels that a fit trains on.
-
-    Args:
-        source: A data module that is set up, or a loader.
-
-    Returns:
-        ``(N,)`` int64, ``None`` where they are not found.
-    """
+    """Labels ``(N,)`` int64 that a fit trains on, from a data module that is set up or a loader, or ``None``."""
     loader = loader_of(source, "train_dataloader") if isinstance(source, LightningDataModule) else source
     labels = labels_of(_dataset_of(loader))
     if labels is not None and isinstance(loader.sampler, SubsetRandomSampler):
@@ -138,15 +101,7 @@ def training_labels(source: Any) -> Tensor | None:
 
 
 def loader_of(datamodule: LightningDataModule, method: str) -> Any:
-    """Ask a data module for its loaders, outside of a trainer as well.
-
-    Args:
-        datamodule: A data module that is set up.
-        method: ``"train_dataloader"``, ``"val_dataloader"`` or another method of this kind.
-
-    Returns:
-        The loaders, ``None`` where it has none.
-    """
+    """The loaders of a data module that is set up, also without a trainer; ``None`` if it has none."""
     if not is_overridden(method, datamodule):
         return None
     with isolate_rng(include_cuda=False):
@@ -155,15 +110,8 @@ def loader_of(datamodule: LightningDataModule, method: str) -> Any:
 
 
 def lacks_class_counts(datamodule: LightningDataModule) -> bool:
-    """Tell whether it is known before a fit that the samples of each class cannot be counted.
-
-    Args:
-        datamodule: Any data module.
-
-    Returns:
-        Whether it has neither ``class_counts`` nor a training set whose labels are found.
-    """
-    # a property of data of ours reads all of it; that it is there is enough
+    """Return whether it is certain before a fit that the samples per class cannot be counted."""
+    # our property reads all data; its existence is enough
     if hasattr(type(datamodule), "class_counts") or not prepare(datamodule):
         return False
     if _asked(datamodule, "class_counts") is not None:
@@ -173,14 +121,7 @@ def lacks_class_counts(datamodule: LightningDataModule) -> bool:
 
 
 def has_validation(datamodule: LightningDataModule) -> bool:
-    """Tell whether a data module has a validation set; where that cannot be known without a trainer, it is believed.
-
-    Args:
-        datamodule: Any data module.
-
-    Returns:
-        Its ``has_validation``, or whether ``val_dataloader`` gives anything.
-    """
+    """Return whether a data module has a validation set; assumed if only a trainer could tell."""
     known = _asked(datamodule, "has_validation")
     if isinstance(known, bool) or not is_overridden("val_dataloader", datamodule):
         return known is True
@@ -188,14 +129,7 @@ def has_validation(datamodule: LightningDataModule) -> bool:
 
 
 def has_test(datamodule: LightningDataModule) -> bool:
-    """Tell whether a data module that has a trainer has a test set.
-
-    Args:
-        datamodule: Any data module.
-
-    Returns:
-        Whether ``test_dataloader`` gives anything.
-    """
+    """Return whether a data module with a trainer has a test set."""
     if not is_overridden("test_dataloader", datamodule):
         return False
     datamodule.setup("test")
@@ -203,18 +137,14 @@ def has_test(datamodule: LightningDataModule) -> bool:
 
 
 def prepare(datamodule: LightningDataModule) -> bool:
-    """Prepare a data module for a fit before it has a trainer, once; random numbers go on as if it had not been.
+    """Prepare a data module for a fit once, without a trainer and without changing the random state.
 
-    Args:
-        datamodule: Any data module.
-
-    Returns:
-        Whether that could be done without a trainer.
+    Returns False if that needs a trainer.
     """
     if datamodule not in _prepared:
         try:
             with isolate_rng(include_cuda=False):
-                with FileLock(_lock_of_job()):  # processes have no group yet: each of them looks, one after the other
+                with FileLock(_lock_of_job()):  # there is no process group yet: processes take turns
                     datamodule.prepare_data()
                 datamodule.setup("fit")
         except AttributeError as error:
@@ -226,7 +156,7 @@ def prepare(datamodule: LightningDataModule) -> bool:
 
 
 def _loader_so_far(datamodule: LightningDataModule, method: str) -> Any:
-    """Loaders of a data module that may ask for a trainer which it does not have yet: then they are not known."""
+    """Loaders of a data module, or `_UNKNOWN` if it needs a trainer that it does not have yet."""
     try:
         return loader_of(datamodule, method)
     except AttributeError as error:
@@ -236,12 +166,12 @@ def _loader_so_far(datamodule: LightningDataModule, method: str) -> Any:
 
 
 def _asks_trainer(error: AttributeError, datamodule: LightningDataModule) -> bool:
-    """Whether a data module has asked something of the trainer that it does not have yet, which is ``None``."""
+    """Whether the error comes from using the missing trainer, which is ``None``."""
     return error.obj is None and datamodule.trainer is None
 
 
 def _lock_of_job() -> Path:
-    """A file that the processes of one job on one machine share."""
+    """A lock file shared by the processes of one job on one machine."""
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID") or os.environ.get("MASTER_PORT", "")
     return Path(tempfile.gettempdir()) / f"calib-data-{getpass.getuser()}-{job or os.getpid()}.lock"
 
@@ -260,7 +190,7 @@ def _declared_by_set(dataset: Any) -> int | None:
 
 
 def _asked(data: Any, name: str) -> Any:
-    """An attribute, ``None`` where there is none; a property may fail before data is set up."""
+    """An attribute, or ``None``; properties may fail before the data is set up."""
     try:
         return getattr(data, name, None)
     except Exception:
@@ -268,7 +198,7 @@ def _asked(data: Any, name: str) -> Any:
 
 
 def _whole_numbers(values: Any, size: int | None) -> Tensor | None:
-    """Values ``(N,)`` as int64, ``None`` if they are something else than one whole number for each of N samples."""
+    """Values ``(N,)`` as int64; ``None`` unless they are one integer per sample."""
     if not isinstance(values, Tensor | np.ndarray | Sequence) or isinstance(values, str) or len(values) != size:
         return None
     found = values.detach().cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))

@@ -1,4 +1,4 @@
-"""What an encoder is: blocks in sequence that map images to features."""
+"""The encoder interface: a sequence of blocks that maps images to features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calib_lightning.core.submodules import evaluating
 
 
 class NoBlocksError(RuntimeError):
-    """An encoder cannot be written as a plain sequence of blocks; the message says which one and why."""
+    """An encoder is not a plain sequence of blocks; the message says which encoder and why."""
 
 
 class Encoder(nn.Module):
@@ -40,17 +40,17 @@ class Encoder(nn.Module):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """How to build this encoder again, with `build_encoder`; plain data, safe to change."""
+        """Arguments for `build_encoder` that rebuild this encoder; plain data, safe to change."""
         return {"name": self.name, "in_channels": self.in_channels}
 
     @property
     def blocks(self) -> nn.Sequential:
         """Stem, stages and pool: the encoder's own modules, so freezing one here freezes it in the encoder.
 
-        ``encoder(image)`` equals ``encoder.blocks(image).flatten(1)``; a method may stop, mix or cut between blocks.
+        ``encoder(image)`` equals ``encoder.blocks(image).flatten(1)``; methods may stop, mix or cut between blocks.
 
         Raises:
-            NoBlocksError: If the encoder is not a sequence of modules, as a transformer with a class token.
+            NoBlocksError: If the encoder is not a sequence of modules, such as a transformer with a class token.
         """
         assert isinstance(self.network, nn.Sequential)
         return self.network
@@ -65,14 +65,15 @@ class Encoder(nn.Module):
             found = f"{image.shape[1]} channels" if image.ndim == 4 else f"{image.ndim} dimensions"
             hint = image.shape[1] if image.ndim == 4 else self.in_channels
             raise ValueError(
-                f"The encoder {self.name!r} expects images (N, {self.in_channels}, H, W) and got {tuple(image.shape)}, "
-                f"with {found}. Set the number of channels with `encoder: {{name: {self.name}, in_channels: {hint}}}`."
+                f"The images have shape {tuple(image.shape)}, with {found}; the encoder {self.name!r} expects (N, "
+                f"{self.in_channels}, H, W). Set the number of channels with `encoder: {{name: {self.name}, "
+                f"in_channels: {hint}}}`."
             )
         features: Tensor = self.network(image).flatten(1)
         return features
 
     def check_images(self, shape: Sequence[int]) -> None:
-        """Find out whether the encoder takes images of a shape; nothing is computed and nothing changes.
+        """Check on the meta device that the encoder accepts images of this shape.
 
         Args:
             shape: ``(C, H, W)``.
@@ -82,7 +83,7 @@ class Encoder(nn.Module):
         """
         channels, *size = shape
         if channels != self.in_channels:
-            self.forward(torch.empty(1, *shape, device="meta"))  # says what is wrong
+            self.forward(torch.empty(1, *shape, device="meta"))  # raises with the reason
         tensors = (*self.network.named_parameters(), *self.network.named_buffers())
         shadow = {name: value.detach().to("meta") for name, value in tensors}
         try:
@@ -90,7 +91,7 @@ class Encoder(nn.Module):
                 torch.func.functional_call(self.network, shadow, torch.empty(2, *shape, device="meta"))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"The encoder {self.name!r} cannot take images of {' x '.join(map(str, size))} pixels "
-                f"({str(error) or type(error).__name__}). "
-                "Choose another encoder, or other images: many data modules have a size."
+                f"The encoder {self.name!r} cannot process images of {' x '.join(map(str, size))} pixels "
+                f"({str(error) or type(error).__name__}). Choose another encoder or another image size; many data "
+                "modules have the option `size`."
             ) from error

@@ -1,4 +1,4 @@
-"""Features computed once: a stage whose images and encoder do not change need not see the images again."""
+"""Stored features: a stage with a frozen encoder and fixed images needs to encode them only once."""
 
 from __future__ import annotations
 
@@ -29,34 +29,33 @@ from calib_lightning.utils.registry import class_path_of
 if TYPE_CHECKING:
     from calib_lightning.core.stages import StageTraining
 
-_LOOKED_AT = 256  # rows of a loader that are read twice: an augmentation that acts on one row in ten is seen
+_LOOKED_AT = 256  # rows of a loader that are read twice: enough to notice an augmentation of one row in ten
 
 
 class CachedFeatures(Views):
-    """Train a stage on features that are computed once, in place of images that go through a frozen encoder.
+    """Train a stage on features computed once, instead of passing images through a frozen encoder every time.
 
-    The images are those without augmentation, or a fixed number of augmented views of each, of which every step draws
-    one a row. With a ``folder`` the features are kept in a file named after everything that they depend on: the
-    encoder's layers and weights, the images, the transform and the precision. Runs that share the folder share the
-    file; of two that want it at once, one computes and the other waits. A file that cannot be read, or whose first rows
-    are not what the encoder gives now, is replaced with a warning.
+    The images are unaugmented, or a fixed number of augmented views per image, of which each step draws one per row.
+    With a ``folder``, the features are saved in a file named after everything they depend on: the encoder's layers and
+    weights, the images, the transform and the precision. Runs with the same folder share the file; if two need it at
+    once, one computes and the other waits. A file that cannot be read, or whose first rows differ from the encoder's
+    current features, is replaced with a warning.
 
-    The encoder must be called on the images of the batch as they come from the loader: what changes them on their way
-    would change the features in their place, and the first step of the stage is refused. Nothing that is trained may
-    lie below the head.
+    The encoder must receive the images exactly as the loader returns them: anything that changed them on the way would
+    change the features instead, so the first step of the stage checks this. Nothing below the head may be trainable.
 
-    With a data module of this package the processes share the work, and all options can be used. Any other loader
-    must be a ``DataLoader`` of a map-style data set whose images are the same each time they are read; every process
-    then computes all features, and only the defaults can be used.
+    With a data module of this package, the processes share the work and all options are available. Any other loader
+    must be a ``DataLoader`` over a map-style data set that returns the same images every time; every process then
+    computes all features, and only the defaults are available.
 
     Args:
-        views: Augmented views of each image; 0 means the images as they are.
-        folder: Where files are kept; ``None`` keeps the features in memory alone.
-        on_device: Keep them on the training device, where N V d numbers must fit.
+        views: Augmented views per image; 0 means unaugmented images.
+        folder: Folder of the files; ``None`` keeps the features in memory only.
+        on_device: Keep them on the training device, which must hold N V d values.
 
     Raises:
-        ValueError: If ``views`` is negative; if features cannot be stored in this run: before training starts where
-            that can be known, else at the switch or in the first step after it.
+        ValueError: If ``views`` is negative, or the features cannot be stored in this run; before training starts if
+            that is known then, else at the switch or in the first step after it.
 
     Example:
         >>> CachedFeatures(views=5).views
@@ -65,13 +64,13 @@ class CachedFeatures(Views):
 
     def __init__(self, views: int = 0, folder: str | None = None, on_device: bool = False) -> None:
         if views < 0:
-            raise ValueError(f"views is {views}; it must be at least 0 (0 means the images without augmentation).")
+            raise ValueError(f"views is {views}; it must be at least 0 (0: images without augmentation).")
         self.views = views
         self.folder = folder
         self.on_device = on_device
 
     def transform(self, normalize: nn.Module, augment: nn.Module | None, seed: int) -> nn.Module:
-        """Return ``normalize``: images are seen only until their features are stored."""
+        """Return ``normalize``: images are only needed until their features are stored."""
         return normalize
 
     def check(
@@ -82,12 +81,12 @@ class CachedFeatures(Views):
         head: nn.Module,
         training: StageTraining,
     ) -> None:
-        """Refuse a run whose features cannot be stored; before training starts.
+        """Reject a run whose features cannot be stored, before training starts.
 
         Args:
             trainer: The trainer.
             module: The module.
-            encoder: What is frozen.
+            encoder: The frozen encoder.
             head: The head before the switch.
             training: How the stage is trained.
 
@@ -96,44 +95,44 @@ class CachedFeatures(Views):
         """
         if any(part is head for part in encoder.modules()):
             raise ValueError(
-                "CachedFeatures passes the encoder by, but the head is part of it: name the submodule that computes "
-                "the features as encoder=..., apart from head=...."
+                "The head is part of the encoder, which CachedFeatures bypasses. Name a submodule that computes the "
+                "features and excludes the head with encoder=...."
             )
         transform = module.batch_transform if isinstance(module, ClassificationModule) else None
         if transform is not None and training.criterion is None:
             raise ValueError(
-                f"CachedFeatures cannot be used with {type(transform).__name__}, which mixes or multiplies images: "
-                "give the stage a criterion, which takes the transform's place, or leave the cache out."
+                f"CachedFeatures is incompatible with {type(transform).__name__}, which mixes or multiplies images. "
+                "Give the stage a criterion, which replaces the transform, or omit the cache."
             )
         data: Any = datamodule_in_use(trainer)
         if hasattr(data, "stage_features"):
             if self.views and not data.augment:
                 raise ValueError(
                     f"views is {self.views}, but {type(data).__name__} does not augment its images: all views would be "
-                    "the same. Use views=0."
+                    "identical. Use views=0."
                 )
             return
         if self.views or self.folder is not None or self.on_device:
             raise ValueError(
-                f"views is {self.views}, folder is {self.folder!r} and on_device is {self.on_device}, but nothing is "
-                f"known of the images of {type(data).__name__ if data else 'plain loaders'}: these options need a data "
-                "module of this package. Use views=0, folder=None and on_device=False."
+                f"views is {self.views}, folder is {self.folder!r} and on_device is {self.on_device}; these options "
+                f"need a data module of this package, not {type(data).__name__ if data else 'plain loaders'}. Use "
+                "views=0, folder=None and on_device=False."
             )
 
     def store(
         self, trainer: Trainer, module: LightningModule, encoder: nn.Module, head: nn.Module, *, resumed: bool
     ) -> StoredFeatures:
-        """Compute the features, give them to the training loader, and let the encoder pass them through.
+        """Compute the features, pass them to the training loader, and make the encoder pass them through.
 
         Args:
             trainer: The trainer, within ``fit``, at the start of an epoch or of the fit.
             module: The module, with its new head.
-            encoder: What is frozen.
+            encoder: The frozen encoder.
             head: The new head.
-            resumed: Whether the loader may be in the middle of an epoch, where it goes on.
+            resumed: Whether the loader may be in the middle of an epoch, where it continues.
 
         Returns:
-            What must be told before and after each training step, and be removed in the end.
+            The active substitution; set ``in_use`` around each training step, and call ``remove`` at the end.
         """
         stored = StoredFeatures(encoder, head)
         try:
@@ -166,12 +165,12 @@ class CachedFeatures(Views):
         first = stored.learn(module, head, batch).cpu()
         if not stored.direct:
             raise ValueError(
-                f"folder is {self.folder!r}, but the head of {type(module).__name__} does not get what its encoder "
-                "gives, and a file is named after the encoder alone. Use folder=None."
+                f"folder is {self.folder!r}, but the head of {type(module).__name__} does not receive the output of "
+                "its encoder, and files are named after the encoder only. Use folder=None."
             )
         path = Path(self.folder) / f"features-{self._key(trainer, module, stored, data)}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # one process of the run holds the lock, and all of them do what it finds
+        # one process of the run holds the lock and decides for all
         lock: AbstractContextManager[Any] = FileLock(f"{path}.lock") if trainer.is_global_zero else nullcontext()
         kept: Tensor | None = None
         with lock:
@@ -191,15 +190,15 @@ class CachedFeatures(Views):
             kept: Tensor = torch.load(path, weights_only=True)
             if kept.shape[:2] == (size, max(1, self.views)) and _alike(kept[index, 0], first):
                 return kept
-            problem = "holds other features than this encoder gives"
-        except Exception as error:  # what it raises depends on where the file is damaged
+            problem = "does not match this encoder"
+        except Exception as error:  # the error depends on where the file is damaged
             problem = f"cannot be read ({type(error).__name__})"
-        rank_zero_warn(f"The file of features {path} {problem}: they are computed again, and the file is replaced.")
+        rank_zero_warn(f"The feature file {path} {problem}: the features are recomputed and the file is replaced.")
         return None
 
     def _ordered(self, data: Any, view: int) -> Any:
         loader = data.ordered_train_loader(augmented=self.views > 0)
-        loader.set_epoch(view)  # the augmentation of an epoch is a view
+        loader.set_epoch(view)  # a view is the augmentation of one epoch
         return loader
 
     def _compute(
@@ -213,7 +212,7 @@ class CachedFeatures(Views):
                 features = stored.learn(module, head, batch)
                 rows = gather_rows(batch.index.to(features.device)).cpu()
                 every = gather_rows(features).cpu()
-                if kept is None:  # in one piece: features of large sets are a large part of the memory
+                if kept is None:  # allocated once: the features of a large set take much of the memory
                     kept = every.new_empty((data.train_size, views, *every.shape[1:]))
                 kept[rows, view] = every
         assert kept is not None
@@ -229,18 +228,11 @@ class CachedFeatures(Views):
 
 
 class StoredFeatures:
-    """Lets stored features take the place of images within a training step.
+    """Feeds stored features to the head within a training step.
 
-    While `in_use`, the encoder gives back the features that it is given; where something lies between encoder and head,
-    it gives NaN in the shape of its output, and the head gets the features.
-
-    Args:
-        encoder: What is passed by.
-        head: What gets the features.
-
-    Attributes:
-        in_use: Whether batches hold features.
-        direct: Whether the head gets just what the encoder gives; known after the first `learn`.
+    While `in_use`, the encoder returns the features that it receives. If there are layers between encoder and head, it
+    returns NaN in the shape of its output instead, and the features go to the head directly. `direct` says whether the
+    head's input equals the encoder's output; it is known after the first `learn`.
     """
 
     def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
@@ -271,13 +263,12 @@ class StoredFeatures:
         return found
 
     def _compare(self, expected: Tensor) -> None:
-        """In the first step: whether the encoder is given features that were stored, as they were."""
+        """Check in the first step that the encoder receives stored features unchanged."""
         if self._given is None or not torch.isin(_marks(self._given), expected).all():
             raise ValueError(
-                "What the encoder is given in a training step is not what the loader holds: the images of a batch are "
-                "changed on their way (normalised or mixed in the training step or a transfer hook, say), and stored "
-                "features would be changed in their place. Do that in the data set or within the encoder, or leave "
-                "CachedFeatures out."
+                "The encoder's input in a training step differs from the loader's images: something changes the batch "
+                "on the way (normalisation or mixing in the training step or a transfer hook, for example) and would "
+                "change stored features instead. Move it to the data set or into the encoder, or omit CachedFeatures."
             )
         self._expected = None
 
@@ -285,56 +276,40 @@ class StoredFeatures:
         return (self._given, *inputs[1:]) if self.in_use and not self.direct and self._given is not None else None
 
     def learn(self, module: LightningModule, head: nn.Module, batch: Any) -> Tensor:
-        """Features ``(N, d)`` of a batch; the first one shows how they reach the head.
-
-        Args:
-            module: The module.
-            head: Its head.
-            batch: A batch of images.
-
-        Returns:
-            The features, on the module's device.
-
-        Raises:
-            ValueError: If they depend on chance or on something that is trained, or the encoder gives no tensor.
-        """
+        """Features ``(N, d)`` of a batch of images; the first call finds out how they reach the head."""
         with evaluating(module):
             features = caught_features(module, head, batch)
         if self._shapes is not None:
             return features
         if not isinstance(self._output, Tensor):
             raise ValueError(
-                f"CachedFeatures needs an encoder whose forward gives a tensor, but when {type(module).__name__} is "
-                f"called, {type(self.encoder).__name__} gives {type(self._output).__name__} or is not called itself. "
-                "Name another submodule with encoder=..., or leave the cache out."
+                f"CachedFeatures needs an encoder whose forward returns a tensor, but when {type(module).__name__} is "
+                f"called, {type(self.encoder).__name__} returns {type(self._output).__name__} or is not called itself. "
+                "Name another submodule with encoder=..., or omit the cache."
             )
         self.direct = self._output.shape == features.shape and torch.equal(self._output, features)
         self._shapes, self._output = (self._output.shape[1:], features.shape[1:]), None
-        # in the modes of a training step, but for the head, whose statistics must not move
+        # in training mode except for the head, whose statistics must not change
         with evaluating(head):
             again = caught_features(module, head, batch, grad=True)
         if again.requires_grad:
             raise ValueError(
-                f"Something below the head of {type(module).__name__} is trained in this stage: its features change "
-                "and cannot be stored. Leave CachedFeatures out, or freeze all but the head."
+                f"A part of {type(module).__name__} below the head is trained in this stage: its features change and "
+                "cannot be stored. Omit CachedFeatures, or freeze everything but the head."
             )
         if not _alike(again, features):
             raise ValueError(
-                f"The features of {type(module).__name__} differ between two passes over the same images (dropout "
-                "outside of the encoder, say): they cannot be stored. Leave CachedFeatures out."
+                f"The features of {type(module).__name__} differ between two passes over the same images (because of "
+                "dropout outside the encoder, for example), so they cannot be stored. Omit CachedFeatures."
             )
         return features
 
     def expect(self, features: Tensor) -> None:
-        """Let the first training step show whether it gets what is stored.
-
-        Args:
-            features: ``(..., d)``, of all rows.
-        """
+        """Check in the first training step that its features are among these, ``(..., d)`` of all rows."""
         self._expected = _marks(features)
 
     def remove(self) -> None:
-        """Give the encoder its own way back; a second call changes nothing."""
+        """Restore the encoder's own forward; a second call has no effect."""
         self._handle.remove()
         if vars(self.encoder).get("forward") == self._forward:
             del vars(self.encoder)["forward"]
@@ -343,25 +318,15 @@ class StoredFeatures:
 
 
 def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, grad: bool = False) -> Tensor:
-    """Call a module on the first part of a batch and return what goes into its head.
+    """Call a module on the images of a batch and return the input ``(N, d)`` of its head.
 
-    Args:
-        module: The module, with its trainer.
-        head: Its head.
-        batch: A tuple or list whose first part are the images, or a dict with ``image``; on any device.
-        grad: Whether gradients can flow from them.
-
-    Returns:
-        ``(N, d)``.
-
-    Raises:
-        TypeError: If the batch is neither.
-        ValueError: If the module does not call its head once.
+    The batch is a tuple or list that starts with the images, or a dict with ``image``; on any device.
     """
     if not isinstance(batch, list | tuple) and not (isinstance(batch, Mapping) and "image" in batch):
         raise TypeError(
-            f"The features of a batch are computed from its first part, but this batch is a {type(batch).__name__}: "
-            "let the loader give tuples with the images first or dicts with 'image', or override StageSwitch.features."
+            f"The batch is a {type(batch).__name__}; features are computed only from tuples or lists that start with "
+            "the images and from dicts with 'image'. Let the loader return one of these, or override "
+            "StageSwitch.features."
         )
     caught: list[Tensor] = []
     trainer = module.trainer
@@ -374,19 +339,16 @@ def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, gra
         handle.remove()
     if len(caught) != 1:
         raise ValueError(
-            f"{type(module).__name__}.forward calls its head {len(caught)} times; it must call it once on the features "
-            "of the images."
+            f"{type(module).__name__}.forward calls its head {len(caught)} times; it must call it exactly once, on the "
+            "features of the images."
         )
     return caught[0]
 
 
 def reload_train_loader(trainer: Trainer, loader: Any = None, *, resumed: bool = False) -> None:
-    """Let the fit read another training loader from here on, at the start of an epoch or of the fit.
+    """Switch the fit to another training loader, at the start of an epoch or of the fit.
 
-    Args:
-        trainer: The trainer, within ``fit``.
-        loader: The loader; ``None`` asks the data module or module again.
-        resumed: Whether the loader goes on where the one before stands.
+    ``None`` asks the data module or module again; a ``resumed`` loader continues where the previous one stopped.
     """
     loop = trainer.fit_loop
     assert loop._combined_loader is not None
@@ -396,7 +358,7 @@ def reload_train_loader(trainer: Trainer, loader: Any = None, *, resumed: bool =
         loop._data_fetcher.teardown()
     source = loop._data_source.instance
     loop._combined_loader = None
-    # Lightning makes an iterator here and another one when the epoch starts: the first must not draw the order
+    # Lightning creates an iterator here and another at the start of the epoch: the first must not draw the order
     generators = [part.generator for part in (*before, loader) if getattr(part, "generator", None) is not None]
     drawn = [generator.get_state() for generator in generators]
     try:
@@ -408,7 +370,7 @@ def reload_train_loader(trainer: Trainer, loader: Any = None, *, resumed: bool =
         loop._data_source.instance = source
         for generator, state in zip(generators, drawn, strict=True):
             generator.set_state(state)
-    after: list[Any] = loop._combined_loader.flattened  # type: ignore[attr-defined]  # setup_data has made it
+    after: list[Any] = loop._combined_loader.flattened  # type: ignore[attr-defined]  # set by setup_data
     for part, state in zip(after, states, strict=False):
         if resumed and state is not None and hasattr(part, "load_state_dict"):
             part.load_state_dict(state)
@@ -416,7 +378,7 @@ def reload_train_loader(trainer: Trainer, loader: Any = None, *, resumed: bool =
 
 
 class _Rows(Dataset[Any]):
-    """Features, and what came with the images, in the kind of tuple that they came in."""
+    """Features and whatever came with the images, in the original type of tuple."""
 
     def __init__(self, kind: type[Any], columns: list[Tensor]) -> None:
         self.kind, self.columns = kind, columns
@@ -432,15 +394,15 @@ class _Rows(Dataset[Any]):
 def _over_features(
     trainer: Trainer, module: LightningModule, stored: StoredFeatures, head: nn.Module, loaders: list[Any]
 ) -> DataLoader[Any]:
-    """Make a loader like the trainer's own, over features."""
+    """A loader of features with the options of the trainer's own."""
     loader = without_positions(loaders[0])
     if len(loaders) != 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            f"CachedFeatures cannot read {type(loader).__name__} in order: it needs one DataLoader of a map-style data "
-            "set. Leave the cache out, or use a data module of this package."
+            f"CachedFeatures cannot read {type(loader).__name__} in order; it needs a single DataLoader over a "
+            "map-style data set. Omit the cache, or use a data module of this package."
         )
     if loader.batch_size is None:
-        raise ValueError("CachedFeatures needs a DataLoader with a batch size of its own (no batch_sampler).")
+        raise ValueError("CachedFeatures needs a DataLoader with a batch_size, not with a batch_sampler.")
     options: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
     ordered: DataLoader[Any] = DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, **options)
     for first, second in islice(zip(ordered, ordered, strict=True), -(-_LOOKED_AT // loader.batch_size)):
@@ -449,13 +411,13 @@ def _over_features(
             isinstance(part, Tensor) and part.shape[:1] == batch[0].shape[:1] for part in batch
         ):
             raise ValueError(
-                "CachedFeatures needs batches that are tuples of tensors with a row for each image; this one is a "
-                f"{type(batch).__name__}. Leave the cache out, or let the data set return such tuples."
+                "CachedFeatures needs batches that are tuples of tensors with one row per image, but the batch is a "
+                f"{type(batch).__name__}. Omit the cache, or let the data set return such tuples."
             )
         if not all(torch.equal(part, other) for part, other in zip(batch, again, strict=True)):
             raise ValueError(
-                "The training images, or what comes with them, differ between two readings: features of random "
-                "augmentations cannot be stored. Leave CachedFeatures out, or train this stage without augmentation."
+                "The training images, or the tensors that come with them, differ between two readings: features of "
+                "random augmentations cannot be stored. Omit CachedFeatures, or train this stage without augmentation."
             )
     columns: list[list[Tensor]] = []
     for batch in _progress(trainer, ordered, "Features"):
@@ -473,7 +435,7 @@ def _over_features(
 
 
 def _columns(module: LightningModule, batch: Any) -> Any:
-    """The parts of a batch; a module of ours also takes a dict, whose images and labels they are."""
+    """The parts of a batch; for our modules, a dict is split into images and labels."""
     if not isinstance(module, ClassificationModule) or not isinstance(batch, Mapping):
         return batch
     found = as_batch(batch, "CachedFeatures")
@@ -481,13 +443,13 @@ def _columns(module: LightningModule, batch: Any) -> Any:
 
 
 def _alike(values: Tensor, others: Tensor) -> bool:
-    """Whether all differences are within what rounding makes of the same computation on another device."""
+    """Whether the features agree up to device rounding error."""
     largest = others.float().abs().amax().item()
     return torch.allclose(values.float(), others.float(), rtol=0, atol=0.01 * largest)
 
 
 def _marks(features: Tensor) -> Tensor:
-    """Tell rows apart by their largest number and its place, as int64 ``(...)`` of ``(..., d)``; takes no memory."""
+    """Fingerprint rows by their largest value and its position: int64 ``(...)`` of ``(..., d)``."""
     largest, place = features.cpu().max(dim=-1)
     return (largest.float().view(torch.int32).to(torch.int64) << 32) | place
 

@@ -1,4 +1,4 @@
-"""Heads: the part of a classifier that maps features to logits, and remembers how it was built."""
+"""Heads: the part of a classifier that maps features to logits; they remember how they were built."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Head(Described, nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        _ = self.spec  # what a checkpoint could not keep is refused at once
+        _ = self.spec  # rejects arguments that a checkpoint could not store
 
 
 class LinearHead(Head):
@@ -58,8 +58,8 @@ class LinearHead(Head):
 def build_head(spec: Spec) -> Head:
     """Build the head that a spec describes, with fresh weights.
 
-    The spec may come from a checkpoint that is not trusted: the class must be a `Head` that is already imported or
-    belongs to this package, and nothing else is imported or called.
+    The spec may come from an untrusted checkpoint: the class must be a `Head` from this package or one that is already
+    imported; nothing else is imported or called.
 
     Args:
         spec: As `Head.spec` returns it.

@@ -1,4 +1,4 @@
-"""What a method remembers of every training sample."""
+"""A per-sample training history."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from calib_lightning.core.distributed import gather_rows
 class CorrectnessHistory(nn.Module):
     """How often each training sample was classified correctly, the same on every process.
 
-    Each process counts its own rows at once; `settle` gives those of the epoch to all. The settled counts are a buffer
-    and travel in checkpoints; the rows of a begun epoch are kept by `rows` and `restore`.
+    Each process counts its own rows immediately; `settle` shares those of the epoch with all. The settled counts are a
+    buffer and therefore in every checkpoint; `rows` and `restore` save the rows of an unfinished epoch.
 
     Args:
         size: Samples in the training set; 0 until it is known.
@@ -32,20 +32,20 @@ class CorrectnessHistory(nn.Module):
     def __init__(self, size: int = 0) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros(size, dtype=torch.int64))
-        # No buffer: DDP would overwrite it with that of the first process in every step.
+        # Not a buffer: DDP would overwrite it with the first process's in every step.
         self._counts: Tensor | None = None
         self._rows: list[Tensor] = []
 
     @property
     def counts(self) -> Tensor:
-        """Counts ``(size,)`` int64: the settled ones and this process's rows of the begun epoch."""
-        if self._counts is None:  # after a settlement, or a checkpoint whose weights arrive after its rows
+        """Counts ``(size,)`` int64: settled counts plus this process's rows of the current epoch."""
+        if self._counts is None:  # after settling, or when a checkpoint's weights are loaded after its rows
             rows = self.rows()
             self._counts = self.count.index_add(0, rows[:, 0], rows[:, 1])
         return self._counts
 
     def resize(self, size: int) -> None:
-        """Start anew with another number of samples.
+        """Reset to zero counts for another number of samples.
 
         Args:
             size: Samples in the training set.
@@ -65,12 +65,12 @@ class CorrectnessHistory(nn.Module):
         self._rows.append(row)
 
     def rows(self) -> Tensor:
-        """This process's rows ``(n, 2)`` of the begun epoch: index and 0 or 1."""
-        parts = [part.to(self.count.device) for part in self._rows]  # those of a checkpoint come on the CPU
+        """This process's rows ``(n, 2)`` of the current epoch: index, and 0 or 1."""
+        parts = [part.to(self.count.device) for part in self._rows]  # a checkpoint's are on the CPU
         return torch.cat(parts) if parts else self.count.new_zeros((0, 2))
 
     def restore(self, rows: Tensor) -> None:
-        """Take back what `rows` gave; the settled counts may be loaded later.
+        """Restore rows saved with `rows`; the settled counts may be loaded later.
 
         Args:
             rows: ``(n, 2)``.
@@ -78,7 +78,7 @@ class CorrectnessHistory(nn.Module):
         self._counts, self._rows = None, [rows]
 
     def settle(self) -> None:
-        """Give the rows of the epoch to all processes; all must call it. A second call changes nothing."""
+        """Share the rows of the epoch with all processes; collective. A second call has no effect."""
         rows = gather_rows(self.rows())
-        self.count.index_add_(0, rows[:, 0], rows[:, 1])  # in place: DDP holds on to the tensor
+        self.count.index_add_(0, rows[:, 0], rows[:, 1])  # in place: DDP keeps a reference
         self._counts, self._rows = None, []

@@ -1,4 +1,4 @@
-"""The LightningModule under every training-time method, and the way back from a checkpoint to it."""
+"""The LightningModule under every training-time method, and loading it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from calib_lightning.utils.registry import class_path_of, find_class
 CHECKPOINT_KEY = "calib_lightning"
 PENDING_BATCHES = 50
 UNLABELLED = "ood/"
-"""Sets whose names begin so have images of none of the classes: their predictions are saved, and nothing is scored."""
+"""Prefix of sets whose images belong to no class: their predictions are saved but not scored."""
 OVO_CLASSES = 200
-"""Up to so many classes a test reports `ovo_auroc`, which keeps all scores of a set: 80 MB for 50,000 rows."""
+"""Maximum number of classes for `ovo_auroc`, which keeps all scores of a test set: 80 MB for 50,000 rows."""
 
 
 class ModuleOptions(TypedDict, total=False):
-    """Options that every method passes through to `ClassificationModule`, typed once."""
+    """Options that every method forwards to `ClassificationModule`, typed once."""
 
     encoder: EncoderSpec
     optimizer: OptimizerCallable
@@ -53,22 +53,11 @@ class ModuleOptions(TypedDict, total=False):
 
 
 def with_transform(options: ModuleOptions, transform: BatchTransform) -> ModuleOptions:
-    """Add a method's own batch transform to its options.
-
-    Args:
-        options: What the method was given.
-        transform: Its own.
-
-    Returns:
-        The options of `ClassificationModule`.
-
-    Raises:
-        ValueError: If a batch transform was given as well.
-    """
+    """Add a method's own batch transform to its options; reject a second one."""
     if options.get("batch_transform") is not None:
         raise ValueError(
-            f"This method has a batch transform of its own, {type(transform).__name__}, and takes no second one. Give "
-            "yours to a method without, such as CrossEntropy or Focal."
+            f"batch_transform cannot be set: this method already has {type(transform).__name__}. Pass yours to a "
+            "method without one, such as CrossEntropy or Focal."
         )
     return {**options, "batch_transform": transform}
 
@@ -82,7 +71,7 @@ class _ModuleRecord(TypedDict):
 
 
 class ModuleRecord(_ModuleRecord, total=False):
-    """What a checkpoint says about the module in it; plain data. The keys here are missing in older files."""
+    """What a checkpoint stores about its module; plain data. Older files lack the keys listed here."""
 
     epoch_rows: dict[str, list[Tensor]]
     plain_loss: bool
@@ -92,10 +81,10 @@ class ModuleRecord(_ModuleRecord, total=False):
 class ClassificationModule(LightningModule):
     """Encoder, head, criterion and metrics with one optimiser: the base of every training-time method.
 
-    A method is a subclass that brings its criterion; one that needs more overrides `loss`. It is fitted on any data
-    module or loader whose batches are ``(image, label)``, ``(image, label, index)`` or dicts with these keys; where a
-    ``DataLoader`` gives no index, every sample gets its position in the data set. Training labels may be soft targets
-    ``(N, K)`` if the criterion takes them, and count as their largest entry in the training metrics. Logged keys are
+    A method is a subclass with a criterion; one that needs more overrides `loss`. It accepts any data module or loader
+    whose batches are ``(image, label)``, ``(image, label, index)`` or dicts with these keys; if a ``DataLoader`` has no
+    index, each sample's position in the data set is used. Training labels may be soft targets ``(N, K)`` if the
+    criterion accepts them; training metrics use their largest entry. Logged keys are
     ``train/loss`` and ``<set>/<metric>``, where ``<set>`` is train, val, calibration, test or ``shift/<name>`` and
     ``<metric>`` is the name of the function in `calib_lightning.metrics.functional`.
 
@@ -103,14 +92,14 @@ class ClassificationModule(LightningModule):
         num_classes: K; the command line takes it from the data.
         criterion: Maps ``(logits (N, K) in float32 or wider, labels (N,))`` to a scalar. Default: cross-entropy.
         encoder: The name of one of our networks (`encoder_names`) or of a timm model, or ``{"name": ..., **options}``;
-            a pretrained timm model with as many classes brings its classifier.
+            a pretrained timm model with the same number of classes keeps its classifier.
         optimizer: Called with the trainable parameters. Default: SGD, lr 0.1, momentum 0.9, weight decay 5e-4.
-        scheduler: Called with the optimiser; stepped once an epoch. ``ReduceLROnPlateau`` watches ``val/nll``.
+        scheduler: Called with the optimiser; stepped once per epoch. ``ReduceLROnPlateau`` monitors ``val/nll``.
         batch_transform: Mixes or multiplies training images around the criterion, as mixup does.
 
     Raises:
-        ValueError: If ``num_classes`` is not positive, the encoder's name is unknown, or the batch transform cannot
-            work with this module.
+        ValueError: If ``num_classes`` is not positive, the encoder is unknown, or the batch transform is incompatible
+            with this module.
 
     Example:
         >>> module = ClassificationModule(10, encoder="digits_cnn")
@@ -119,15 +108,15 @@ class ClassificationModule(LightningModule):
     """
 
     stage: int = 0
-    """How many stage switches this module has been through."""
+    """Number of stage switches so far."""
     select_on: ClassVar[str] = "val/nll"
-    """The validation metric by which the command line chooses a checkpoint unless it is told another."""
+    """The validation metric by which the command line selects a checkpoint by default."""
     first_stage_epochs: int | None = None
-    """Epochs before the first stage switch of the present fit; ``None`` without one."""
+    """Epochs before the first stage switch of the current fit; ``None`` without one."""
     pretrained_head: bool
-    """Whether the first head has come with a pretrained encoder."""
+    """Whether the first head has the weights of a pretrained encoder's classifier."""
     class_names: tuple[str, ...] | None = None
-    """Names of the classes that it was trained on, in the order of the logits; ``None`` where they are not known."""
+    """Names of the classes that it was trained on, in logit order; ``None`` if unknown."""
 
     def __init__(
         self,
@@ -153,7 +142,7 @@ class ClassificationModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.batch_transform = batch_transform
-        # whether a stage has put a criterion in the place of what the method does: what is left is encoder and head
+        # whether a stage's criterion has replaced the method's own training
         self.plain_loss = False
         if batch_transform is not None:
             if not isinstance(batch_transform, BatchTransform):
@@ -182,43 +171,40 @@ class ClassificationModule(LightningModule):
         return logits
 
     def outputs(self, image: Tensor) -> Prediction:
-        """Logits and, for a method that brings its own, confidences; one pass through the network."""
+        """Logits and, if the method defines its own, confidences; one pass through the network."""
         return Prediction(self(image))
 
     def confidence(self, image: Tensor) -> Tensor:
-        """Confidence ``(N,)`` in the predicted class: the largest softmax probability unless the method has its own."""
+        """Confidence ``(N,)`` in the predicted class: the method's own, or the largest softmax probability."""
         logits, confidence = self.outputs(image)
         return at_least_float32(logits).softmax(dim=-1).amax(dim=-1) if confidence is None else confidence
 
     # --- data --------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Look at the size of the images, and let loaders of other packages tell the position of each sample.
-
-        A subclass calls this one, too.
-        """
+        """Check the image size, and make foreign loaders report each sample's position; subclasses must call it."""
         facts = getattr(datamodule_in_use(self.trainer), "image_facts", None)
         if isinstance(facts, dict):
             self.check_images(facts["shape"])
-        # called with every loader of every stage, once Lightning has given it the sampler of this process
+        # called with every loader of every stage, after Lightning has set its distributed sampler
         strategy = self.trainer.strategy
         vars(strategy)["process_dataloader"] = partial(_process_dataloader, self.trainer)
 
     def check_images(self, shape: Sequence[int]) -> None:
-        """Refuse images that the encoder cannot take, before anything begins; a shape is looked at once.
+        """Reject images that the encoder cannot process, before anything starts; each shape is checked once.
 
         Args:
             shape: ``(C, H, W)``.
 
         Raises:
-            ValueError: If the encoder is one of this package and does not take them.
+            ValueError: If the encoder is one of this package and does not accept them.
         """
         if tuple(shape) != self._image_shape and isinstance(self.encoder, Encoder):
             self.encoder.check_images(shape)
         self._image_shape = tuple(shape)
 
     def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
-        """Show batches to hooks as their loader made them; the position of each sample is added after the last one."""
+        """Pass hooks the loader's original batch; the samples' positions are added after the last hook."""
         batch, *rest = args
         if not isinstance(batch, Positioned):
             return super()._call_batch_hook(hook_name, *args)
@@ -236,23 +222,23 @@ class ClassificationModule(LightningModule):
 
     @property
     def classifies(self) -> bool:
-        """Whether the module has a classifier that can be validated; a first stage may have none."""
+        """Whether the module has a classifier to validate; a first stage may have none."""
         return True
 
     def enter_stage(self, stage: int, criterion: Criterion | None) -> None:
-        """Note that a stage begins; `StageSwitch` calls it once it has put the new head.
+        """Record that a stage begins; `StageSwitch` calls it after installing the new head.
 
         Args:
-            stage: How many switches there have been.
-            criterion: The loss of the stage, in place of the method's own and its batch transform; ``None`` keeps both.
+            stage: Number of switches so far.
+            criterion: Loss of the stage, which replaces the method's own and its batch transform; ``None`` keeps both.
         """
         self.stage = stage
         if criterion is not None:
             self.criterion, self.batch_transform, self.plain_loss = criterion, None, True
 
     def criterion_value(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Criterion (scalar) of logits ``(N, K)`` and labels, in float32 or wider whatever the precision of the run."""
-        # A loss in half precision loses the tail of the softmax; autocast would not widen it for every operation.
+        """Criterion (scalar) of logits ``(N, K)`` and labels, in float32 or wider for any precision of the run."""
+        # A loss in half precision loses the tail of the softmax; autocast does not widen every operation.
         with torch.autocast(logits.device.type, enabled=False):
             return self.criterion(at_least_float32(logits), labels)
 
@@ -260,7 +246,7 @@ class ClassificationModule(LightningModule):
         """One step: loss, log, training metrics."""
         batch = self._checked(batch)
         self._check_labels(batch.label)
-        # a stage with a criterion of its own: what the method adds to its loss belongs to the stage before
+        # a stage with its own criterion does not use the method's loss
         loss, logits = ClassificationModule.loss(self, batch) if self.plain_loss else self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
         labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
@@ -270,11 +256,11 @@ class ClassificationModule(LightningModule):
         return loss
 
     def on_fit_start(self) -> None:
-        """Take the names of the classes from the data; after a checkpoint has brought its own."""
+        """Take the class names from the data, after loading a checkpoint's."""
         self._take_class_names()
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's training metrics from nothing."""
+        """Reset the epoch's training metrics."""
         self._pending.clear()
         self.train_state.reset()
 
@@ -284,7 +270,7 @@ class ClassificationModule(LightningModule):
         self._log_state("train", self.train_state)
 
     def _settle_training(self) -> None:
-        """Add the waiting batches to the training metrics in one update: fifty small ones would cost a step's time."""
+        """Add the pending batches to the training metrics in one update: fifty small ones would cost a step."""
         if self._pending:
             logits, labels = zip(*self._pending, strict=True)
             self._pending.clear()
@@ -295,17 +281,17 @@ class ClassificationModule(LightningModule):
                 raise ValueError(f"In training, within the {len(logits)} batches up to step {last}: {error}") from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over the parameters that are to be trained, and its scheduler."""
+        """Build the optimiser of the trainable parameters, and its scheduler."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         trainer: Trainer | None = getattr(self, "_trainer", None)
         given = None if trainer is None else trainer.max_epochs
-        epochs = 1 if given == 0 else self.first_stage_epochs or given or -1  # 0: nothing is trained
+        epochs = 1 if given == 0 else self.first_stage_epochs or given or -1  # 0: no training
         return with_schedule(optimizer, self.scheduler, epochs)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Start the validation metrics from nothing; the sanity check leaves no trace."""
+        """Reset the validation metrics; the sanity check leaves no trace."""
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self._take_class_names()
         self.val_state.reset()
@@ -320,7 +306,7 @@ class ClassificationModule(LightningModule):
             self._log_state("val", self.val_state)
 
     def on_test_start(self) -> None:
-        """Make one accumulator for each test set, and one more where it has distributions of labels."""
+        """Make one accumulator per test set, and another one if the set has label distributions."""
         self._take_class_names()
         data = datamodule_in_use(self.trainer)
         loaders = self.trainer.test_dataloaders
@@ -347,7 +333,10 @@ class ClassificationModule(LightningModule):
         if name in self._soft:
             labels, scores = self._soft[name]
             if bool((batch.index < 0).any()):
-                raise ValueError(f"label_distributions({name!r}) needs batches that say which row of the set each is.")
+                raise ValueError(
+                    f"The batches of {name!r} have no index, which label_distributions({name!r}) needs. Let the data "
+                    "set return (image, label, index)."
+                )
             scores.update(prediction.logits, labels[batch.index])
         return prediction
 
@@ -364,11 +353,11 @@ class ClassificationModule(LightningModule):
             self.log(f"{name}/n", rows.float(), add_dataloader_idx=False)
 
     def on_predict_start(self) -> None:
-        """Compare the names of the classes with those of the data."""
+        """Compare the class names with those of the data."""
         self._take_class_names()
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
-        """Logits and confidence of one batch; labels are not looked at."""
+        """Logits and confidence of one batch; labels are ignored."""
         return self.outputs(as_batch(batch, type(self).__name__, labelled=False).image)
 
     def _evaluate(self, batch: Batch, state: EvaluationState) -> Prediction:
@@ -377,7 +366,7 @@ class ClassificationModule(LightningModule):
         return prediction
 
     def _log_state(self, prefix: str, state: EvaluationState | SoftLabelScores) -> None:
-        # compute() has summed over the ranks already
+        # compute() has already summed over the ranks
         values = {f"{prefix}/{name}": value.float() for name, value in state.compute().items()}
         self.log_dict(values, add_dataloader_idx=False)
 
@@ -387,15 +376,14 @@ class ClassificationModule(LightningModule):
             return
         if len(names) != self.num_classes:
             raise ValueError(
-                f"The data names {len(names)} classes; it must name the {self.num_classes} of this module. Give the "
-                "names in the order of the labels, or a module with as many classes."
+                f"The data has {len(names)} class names; it must have one for each of the module's {self.num_classes} "
+                "classes. Give the names in label order, or use a module with as many classes."
             )
         if known is not None and self.global_rank == 0:
             first = next(k for k in range(len(names)) if names[k] != known[k])
             warnings.warn(
-                f"Class {first} of the data is {names[first]!r}, but the network has learnt it as {known[first]!r}. "
-                "If the order of the classes differs, every prediction is wrong: use data with the classes of the "
-                "training.",
+                f"Class {first} of the data is {names[first]!r}, but {known[first]!r} in the network. If the order of "
+                "the classes differs, every prediction is wrong. Use data with the classes of the training.",
                 stacklevel=2,
             )
         if known is None or self.trainer.state.fn == TrainerFn.FITTING:
@@ -405,25 +393,25 @@ class ClassificationModule(LightningModule):
         return as_batch(batch, type(self).__name__)
 
     def _check_labels(self, labels: Tensor) -> None:
-        # On a GPU a look would wait for the device in every step; data modules check their labels when they load them.
+        # On a GPU this would synchronise every step; data modules check their labels on loading.
         if labels.device.type != "cpu" or labels.ndim != 1 or len(labels) == 0:
             return
         low, high = (int(value) for value in labels.aminmax())
         if low < 0 or high >= self.num_classes:
             wrong = low if low < 0 else high
             raise ValueError(
-                f"A training batch holds the label {wrong}, but labels must lie in 0..{self.num_classes - 1}. Map the "
+                f"A training batch holds the label {wrong}; labels must be in 0..{self.num_classes - 1}. Map the "
                 "labels where they are loaded, or set num_classes to the number of classes."
             )
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint describe itself: class, K, stage, head, and the training metrics of a begun epoch."""
-        # What is wrong with the figures of the epoch must not keep the weights from being saved.
+        """Make the checkpoint self-describing: class, K, stage, head, training metrics of an unfinished epoch."""
+        # Invalid metrics must not prevent the weights from being saved.
         with contextlib.suppress(ValueError):
             self._settle_training()
-        # summed over the ranks; Lightning calls this hook on all of them
+        # summed over all ranks; Lightning calls this hook on every rank
         with self.train_state.sync_context():
             train_state = {
                 name: torch.as_tensor(value).clone() for name, value in self.train_state.metric_state.items()
@@ -440,12 +428,13 @@ class ClassificationModule(LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the head that the checkpoint's weights belong to; Lightning calls this before they arrive."""
+        """Rebuild the head for the checkpoint's weights; Lightning calls this before loading them."""
         record = module_record(checkpoint)
         if record["num_classes"] != self.num_classes:
             raise ValueError(
-                f"The checkpoint was trained on {record['num_classes']} classes, this module has {self.num_classes}. "
-                "Use the data that the checkpoint was trained on, or a module with as many classes."
+                f"The checkpoint was trained on {record['num_classes']} classes, but this module has "
+                f"{self.num_classes}. Use the data that the checkpoint was trained on, or a module with as many "
+                "classes."
             )
         names = record.get("class_names")
         self.class_names = self.class_names if names is None else tuple(names)
@@ -455,7 +444,7 @@ class ClassificationModule(LightningModule):
         if record["class_path"] == class_path_of(type(self)):
             self.plain_loss = record.get("plain_loss", False)
         else:
-            # The network of another method: what is that method's own stays behind, and ours stays as it is.
+            # The network of another method: load encoder, head and shared state, keep our own.
             state, network = checkpoint["state_dict"], ("encoder.", "head.")
             own = {name: value for name, value in self.state_dict().items() if not name.startswith(network)}
             wanted = {name: value for name, value in state.items() if name.startswith(network) or name in own}
@@ -464,8 +453,8 @@ class ClassificationModule(LightningModule):
         kept = record["train_state"]
         if kept.keys() != self.train_state.metric_state.keys():
             warnings.warn(
-                "The checkpoint holds the training metrics in the form of another version: those of a begun epoch "
-                "start anew. Weights and everything else are as they were.",
+                "The checkpoint holds the training metrics in another version's format: those of the current epoch are "
+                "reset. Weights and everything else are unaffected.",
                 stacklevel=2,
             )
         elif self.global_rank == 0:
@@ -484,40 +473,34 @@ class ClassificationModule(LightningModule):
         for key, state in checkpoint.get("callbacks", {}).items():
             if key.startswith("StageSwitch[") and state["active"] and key not in have:
                 raise ValueError(
-                    f"The checkpoint is in a stage that a {state['class_path']} has begun, but this trainer has no "
-                    "such switch, and its optimiser would not fit: resume with the switches that it was trained with, "
-                    "or start a new fit from load_module(path)."
+                    f"The checkpoint is in a stage begun by a {state['class_path']}, but this trainer has no such "
+                    "switch, so its optimiser would not fit. Resume with the switches of the training, or start a new "
+                    "fit from load_module(path)."
                 )
 
     def epoch_rows(self) -> dict[str, Tensor]:
-        """Rows ``(n, ...)`` that this process has collected in the begun epoch.
+        """Rows ``(n, ...)`` that this process has collected in the current epoch.
 
-        A checkpoint keeps those of all processes, and `restore_epoch_rows` gets them back, so a method that gathers
-        something over an epoch goes on after a resume as if it had not been stopped.
+        A checkpoint stores those of all processes and `restore_epoch_rows` restores them, so a method that gathers data
+        over an epoch can be resumed within it.
         """
         return {}
 
     def restore_epoch_rows(self, rows: dict[str, Tensor]) -> None:
-        """Take back this process's rows of the begun epoch, as `epoch_rows` gave them; on the CPU."""
+        """Restore this process's rows of the current epoch, as returned by `epoch_rows`; on the CPU."""
 
 
 def _process_dataloader(trainer: Trainer, loader: object) -> object:
-    """What the strategy makes of a loader; for a module of ours, of one that tells positions."""
+    """The strategy's version of a loader; for our modules, of one that reports positions."""
     ours = isinstance(trainer.lightning_module, ClassificationModule)
     strategy = trainer.strategy
     return type(strategy).process_dataloader(strategy, with_positions(loader) if ours else loader)
 
 
 def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
-    """Return the data module whose loaders the trainer is reading, None for loaders alone.
+    """Return the data module whose loaders the trainer is reading, ``None`` for plain loaders.
 
-    ``trainer.datamodule`` would not do: it stays after a fit, also when other loaders are evaluated.
-
-    Args:
-        trainer: A trainer within ``fit``, ``validate``, ``test`` or ``predict``.
-
-    Returns:
-        The data module, None where loaders were given.
+    ``trainer.datamodule`` is no substitute: it persists after a fit, even when other loaders are evaluated.
     """
     loops: dict[TrainerFn, Any] = {
         TrainerFn.FITTING: trainer.fit_loop,
@@ -531,17 +514,9 @@ def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
 
 
 def label_distributions_of(data: LightningDataModule | None, name: str) -> Tensor | None:
-    """Return the distributions over the classes, such as people's votes, that a data module has for the rows of a set.
+    """Return the class distributions ``(N, K)`` of a set, such as annotators' votes; ``None`` if there are none.
 
-    Args:
-        data: A data module, or ``None``; it may have a method ``label_distributions(name)``.
-        name: Name of the set.
-
-    Returns:
-        ``(N, K)`` float32, row i for ``Batch.index`` i; ``None`` where there are none.
-
-    Raises:
-        ValueError: It is no matrix, or has not one row for each row of the set.
+    They come from the method ``label_distributions(name)`` of the data module; row i belongs to ``Batch.index`` i.
     """
     find: Any = getattr(data, "label_distributions", None)
     found: Tensor | None = None if find is None else find(name)
@@ -551,8 +526,8 @@ def label_distributions_of(data: LightningDataModule | None, name: str) -> Tenso
     rows = len(found) if source_rows is None else len(source_rows(name))
     if found.ndim != 2 or len(found) != rows:
         raise ValueError(
-            f"label_distributions({name!r}) has shape {tuple(found.shape)}; it must be ({rows}, K). Give one row for "
-            "each image of the set, in the order of its index."
+            f"label_distributions({name!r}) has shape {tuple(found.shape)}; it must be ({rows}, K). Return one row per "
+            "image of the set, in index order."
         )
     return found.float()
 
@@ -562,62 +537,52 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
     Args:
         path: The file.
-        map_location: Where the tensors go.
+        map_location: Device of the tensors.
 
     Returns:
         The checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         pickle.UnpicklingError: If it holds anything but tensors and plain data.
         RuntimeError: If it is damaged or incomplete.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}.")
+        raise FileNotFoundError(f"The checkpoint {path} does not exist.")
     return AtomicCheckpointIO().load_checkpoint(path, map_location)  # type: ignore[arg-type]
 
 
 def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
-    """Return what a loaded checkpoint says about its module.
-
-    Args:
-        checkpoint: A checkpoint as `load_checkpoint` returns it.
-
-    Returns:
-        Class path, K, stage and head.
-
-    Raises:
-        ValueError: If it was not written by a `ClassificationModule`.
-    """
+    """Return what a loaded checkpoint says about its module; reject other checkpoints."""
     record = checkpoint.get(CHECKPOINT_KEY)
     if not isinstance(record, dict) or not ModuleRecord.__required_keys__ <= set(record):
         raise ValueError(
-            "This checkpoint does not say which calib_lightning module it holds; only checkpoints of a "
-            "ClassificationModule do. Load other weights with torch.load and load_state_dict, and those of a module of "
-            "your own that a StageSwitch has trained with load_stages."
+            "This checkpoint does not name its calib_lightning module; only checkpoints of a ClassificationModule do. "
+            "Load other weights with torch.load and load_state_dict, and those of your own modules that a StageSwitch "
+            "has trained with load_stages."
         )
     return cast(ModuleRecord, record)
 
 
 def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> ClassificationModule:
-    """Rebuild the trained module from a checkpoint alone: right class, right head, weights, evaluation mode.
+    """Rebuild the trained module from a checkpoint: class, head and weights, in evaluation mode.
 
-    The file is read with ``weights_only=True``: nothing in it is executed, and classes are looked up only in this
-    package and in modules that are imported already.
+    The file is read with ``weights_only=True``: nothing in it is executed, and classes are only looked up in this
+    package and in modules that are already imported.
 
     Args:
         path: A checkpoint written by any method of this package.
-        map_location: Where the tensors go.
+        map_location: Device of the tensors.
 
     Returns:
         The module in ``eval()`` mode.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         pickle.UnpicklingError: If it holds anything but tensors and plain data.
         RuntimeError: If it is damaged or incomplete, or its weights do not fit the module that it describes.
         TypeError: If it describes a head with arguments that its class does not take.
-        ValueError: If it was not written by a `ClassificationModule` or names a class that is not known.
+        ValueError: If it was not written by a `ClassificationModule` or names an unknown class.
 
     Example:
         ``module = load_module("runs/quickstart/checkpoints/best.ckpt")``
@@ -626,33 +591,21 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
 
 
 def module_of(checkpoint: dict[str, Any]) -> ClassificationModule:
-    """Rebuild the trained module from a loaded checkpoint, as `load_module` does from a file.
-
-    Args:
-        checkpoint: A checkpoint as `load_checkpoint` returns it.
-
-    Returns:
-        The module in ``eval()`` mode.
-
-    Raises:
-        RuntimeError: If the weights do not fit the module that is described.
-        TypeError: If it describes a head with arguments that its class does not take.
-        ValueError: If it was not written by a `ClassificationModule` or names a class that is not known.
-    """
+    """Rebuild the trained module, in ``eval()`` mode, from a loaded checkpoint; see `load_module`."""
     record = module_record(checkpoint)
     cls = find_class(record["class_path"], ClassificationModule)
     hyper_parameters = dict(checkpoint.get("hyper_parameters", {}))
     encoder = hyper_parameters.get("encoder")
     if isinstance(encoder, dict) and encoder.get("pretrained"):
-        # the weights come from the checkpoint: nothing is downloaded
+        # the checkpoint provides the weights: download nothing
         hyper_parameters["encoder"] = {**encoder, "pretrained": False}
     hyper_parameters = {
         name: build(value, Described) if is_spec(value) else value for name, value in hyper_parameters.items()
     }
     module = cls(**_accepted(cls, hyper_parameters))
     module.on_load_checkpoint(checkpoint)
-    # A loss that does not remember how it was built is not rebuilt, and its state (class weights, say) is of no use
-    # without it. One that a later stage has replaced keeps the state it was built with.
+    # A loss that does not remember how it was built is not rebuilt, so its state (class weights, say) is dropped. A
+    # loss that a later stage has replaced keeps its initial state.
     losses, known = ("criterion.", "refinement_loss."), module.state_dict()
     state = {k: v for k, v in checkpoint["state_dict"].items() if k in known or not k.startswith(losses)}
     state |= {k: v for k, v in known.items() if k.startswith(losses) and k not in state}
@@ -674,7 +627,7 @@ def _stored_arguments(frame: FrameType | None) -> dict[str, Any]:
 
 
 def _accepted(cls: type[ClassificationModule], hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    """Keep what the class's constructor takes: frames of base classes add theirs to the saved hyper-parameters."""
+    """Keep only the constructor's arguments: base classes add theirs to the saved hyper-parameters."""
     parameters = inspect.signature(cls).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return hyper_parameters
@@ -687,9 +640,12 @@ def _is_unlabelled(name: str) -> bool:
 
 
 def _set_names(names: list[str] | None, count: int) -> list[str]:
-    """Names of the evaluated sets, which begin the keys of their metrics; loaders alone are numbered."""
+    """Names of the evaluated sets, the prefixes of their metrics; plain loaders are numbered."""
     if names is None:
         names = ["test"] if count == 1 else [f"test/{i}" for i in range(count)]
     if len(names) != count:
-        raise ValueError(f"The data module names {len(names)} sets ({', '.join(names)}) but has {count} test loaders.")
+        raise ValueError(
+            f"The data module names {len(names)} sets ({', '.join(names)}); it must name as many as it has test "
+            f"loaders ({count})."
+        )
     return names

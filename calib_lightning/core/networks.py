@@ -1,9 +1,9 @@
 """Networks for small images, each a sequence of blocks: stem, stages, pool.
 
-Every family is one builder. The blocks of ResNets, DenseNets and VGG are torchvision's; what differs is the stem, which
-keeps the full resolution of images of 28 to 64 pixels. Pre-activation networks, to which wide ResNets belong, have a
-block of their own. Convolutions are initialised as by He et al. (ICCV 2015), with the fan of their output; those of
-`digits_cnn` as PyTorch does it.
+Every family has one builder. The blocks of ResNets, DenseNets and VGG are torchvision's; only the stem differs, which
+keeps the full resolution of images of 28 to 64 pixels. Pre-activation networks, including wide ResNets, use
+`PreActBlock`. Convolutions are initialised as in He et al. (ICCV 2015) with fan-out; `digits_cnn` uses PyTorch's
+default.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 class Network(NamedTuple):
-    """How to build one of our networks, and what it makes of an image."""
+    """Builder and feature size of one of our networks."""
 
     build: Callable[[int], nn.Sequential]
     num_features: int
@@ -53,18 +53,14 @@ def _digits_cnn(in_channels: int) -> nn.Sequential:
 
 
 class PadShortcut(nn.Module):
-    """A shortcut without parameters ("option A"): every other pixel, and zeros for the new channels on both sides.
-
-    Args:
-        channels: How many there are new.
-    """
+    """A shortcut without parameters ("option A"): every other pixel, padded with ``channels`` zero channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(N, C, H, W)`` to ``(N, C + channels, H/2, W/2)``, rounded up."""
+        """Map ``(N, C, H, W)`` to ``(N, C + channels, H/2, W/2)``, rounded up."""
         before = self.channels // 2
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.channels - before))
 
@@ -73,7 +69,7 @@ def _resnet(
     in_channels: int, *, bottleneck: bool = False, depths: Sequence[int], widths: Sequence[int], padded: bool = False,
     pool: int = 1,
 ) -> nn.Sequential:  # fmt: skip
-    """Torchvision's residual blocks behind a 3x3 stem of stride 1, without max-pooling."""
+    """Torchvision's residual blocks after a 3x3 stem of stride 1, without max-pooling."""
     from torchvision.models.resnet import BasicBlock, Bottleneck
 
     block: Any = Bottleneck if bottleneck else BasicBlock
@@ -105,15 +101,10 @@ def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class PreActBlock(nn.Module):
-    """Norm, ReLU, convolution, twice; where the shape changes, a 1x1 convolution is the shortcut.
+    """Norm, ReLU and convolution, twice; where the shape changes, the shortcut is a 1x1 convolution.
 
-    Args:
-        inputs: Channels that come in.
-        outputs: Channels that go out.
-        stride: Of the first convolution.
-        bias: Whether convolutions have one.
-        dropout: Share of the activations between the convolutions that are dropped in training.
-        activated: Whether a shortcut of another shape begins behind the first ReLU, as by its authors.
+    ``dropout`` acts between the convolutions; with ``activated``, a 1x1 shortcut starts after the first ReLU, as in the
+    authors' code.
     """
 
     def __init__(
@@ -130,7 +121,7 @@ class PreActBlock(nn.Module):
         self.activated = activated and not same
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(N, inputs, H, W)`` to ``(N, outputs, H/stride, W/stride)``, rounded up."""
+        """Map ``(N, inputs, H, W)`` to ``(N, outputs, H/stride, W/stride)``, rounded up."""
         active = F.relu(self.norm1(x), inplace=True)
         inner = self.dropout(F.relu(self.norm2(self.conv1(active)), inplace=True))
         added: Tensor = self.shortcut(active if self.activated else x) + self.conv2(inner)
@@ -155,10 +146,10 @@ def _preact(
 
 
 def _densenet(in_channels: int, *, growth: int, depths: Sequence[int]) -> nn.Sequential:
-    """Torchvision's dense blocks and transitions behind a 3x3 convolution of stride 1."""
+    """Torchvision's dense blocks and transitions after a 3x3 convolution of stride 1."""
     from torchvision.models.densenet import DenseNet
 
-    sizes: Any = tuple(depths)  # torchvision declares four
+    sizes: Any = tuple(depths)  # torchvision's annotation asks for four
     parts: Any = DenseNet(growth_rate=growth, block_config=sizes, num_init_features=2 * growth).features
     blocks = OrderedDict[str, nn.Module](stem=nn.Conv2d(in_channels, 2 * growth, 3, padding=1, bias=False))
     for i in range(1, len(depths)):
@@ -219,7 +210,7 @@ NETWORKS = {
     "wrn26_10": Network(partial(_resnet, depths=[4, 4, 4], widths=[160, 320, 640]), 640),
     "wrn28_10": _wide(28, 10),
     "wrn40_2": _wide(40, 2),
-    # as Neural Clamping's authors trained it
+    # as trained by the authors of Neural Clamping
     "wrn40_10": _wide(40, 10, bias=True, dropout=0.5, activated=False),
     "densenet121_cifar": Network(partial(_densenet, growth=32, depths=[6, 12, 24, 16]), 1024),
     "densenet_bc100": Network(partial(_densenet, growth=12, depths=[16, 16, 16]), 342),

@@ -1,4 +1,4 @@
-"""Data that is not of this package: batches of several forms, and the position of every sample in its data set."""
+"""Data from outside this package: batch formats, and the position of every sample in its data set."""
 
 from __future__ import annotations
 
@@ -20,19 +20,10 @@ FORMS = "(image, label), (image, label, index) or a dict with 'image' and 'label
 
 
 def as_batch(batch: Any, who: str, *, labelled: bool = True) -> Batch:
-    """Bring a batch of any form into the package's own.
+    """Convert a batch of any supported form to `Batch`; -1 stands for an unknown label or index.
 
-    Args:
-        batch: ``(image, label)``, ``(image, label, index)`` or a dict with ``image`` and ``label`` and perhaps
-            ``index``. What is no integer tensor ``(N,)`` is no index (a path, say) and is left out.
-        who: Who asks, for the message.
-        labelled: Whether labels are needed; else images alone are a batch, too.
-
-    Returns:
-        Images, labels and index; -1 stands for a label or an index that is not known.
-
-    Raises:
-        TypeError: If images or labels are missing, or there are more than three parts.
+    An index that is not an integer tensor ``(N,)`` (a path, for example) is dropped. ``who`` is named in errors;
+    without ``labelled``, images alone are accepted.
     """
     image, label, index = _parts(batch)
     missing = [] if isinstance(image, Tensor) else ["image"]
@@ -40,65 +31,39 @@ def as_batch(batch: Any, who: str, *, labelled: bool = True) -> Batch:
     if missing or (isinstance(batch, list | tuple) and len(batch) > 3):
         reason = f": {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else ""
         raise TypeError(
-            f"{who} needs batches {FORMS} of tensors, but this one is {_description(batch)}{reason}. Let the data set "
+            f"{who} needs batches {FORMS} of tensors, but the batch is {_description(batch)}{reason}. Let the data set "
             "return one of these forms."
         )
     if not isinstance(label, Tensor):
         label = _unknown(image)
-    elif not label.is_floating_point():  # integers of any width, also as a column
+    elif not label.is_floating_point():  # integers of any width, possibly as a column
         label = (label.squeeze(1) if label.ndim == 2 and label.shape[1] == 1 else label).long()
     return Batch(image, label, _unknown(image) if index is None else index)
 
 
 def has_index(batch: Any) -> bool:
-    """Tell whether a batch says which sample of its set each row is.
-
-    Args:
-        batch: A batch of any form.
-
-    Returns:
-        Whether there is an integer tensor ``(N,)`` in the place of the index.
-    """
+    """Return whether a batch holds the index of each row in its set."""
     return _parts(batch)[2] is not None
 
 
 def image_and_label(batch: Any, who: str) -> tuple[Any, Tensor]:
-    """Take a batch of any module apart.
-
-    Args:
-        batch: A tuple or list whose first two parts are the input and the class labels ``(N,)``, or a dict with
-            ``image`` and ``label``.
-        who: Who asks, for the message.
-
-    Returns:
-        Both.
-
-    Raises:
-        TypeError: If it is anything else.
-    """
+    """Return input and class labels ``(N,)`` of a batch from any module; ``who`` is named in errors."""
     image, label, _ = _parts(batch)
     if image is not None and isinstance(label, Tensor):
         return image, label
     raise TypeError(
-        f"{who} needs batches (image, label, ...) or dicts with 'image' and 'label', but this one is "
-        f"{_description(batch)}; let the data set return one of these forms."
+        f"{who} needs batches (image, label, ...) or dicts with 'image' and 'label', but the batch is "
+        f"{_description(batch)}. Let the data set return one of these forms."
     )
 
 
 def rows_in(batch: Any) -> int:
-    """Count the images of a batch.
-
-    Args:
-        batch: A batch of any form.
-
-    Returns:
-        Their number; 0 where no images are found.
-    """
+    """Count the images of a batch; 0 if there are none."""
     return sized_len(_parts(batch)[0]) or 0
 
 
 def _parts(batch: Any) -> tuple[Any, Any, Tensor | None]:
-    """Image, label and index; ``None`` for what is not there."""
+    """Image, label and index; ``None`` for missing parts."""
     if isinstance(batch, Positioned):
         return (*_parts(batch.batch)[:2], batch.index)
     if isinstance(batch, Mapping):
@@ -130,18 +95,18 @@ def _description(batch: Any) -> str:
 
 
 class Positioned(NamedTuple):
-    """A batch as its loader made it, on its way to the module, and the positions of its samples."""
+    """A batch on its way to the module, as its loader made it, with the positions of its samples."""
 
     batch: Any
     index: Tensor  # type: ignore[assignment]  # as in Batch
 
     def attached(self) -> Any:
-        """The batch with the positions, unless it has an index of its own or another number of rows."""
+        """The batch with the positions, unless it has its own index or a different number of rows."""
         image, label, own = _parts(self.batch)
         if own is not None or not isinstance(image, Tensor) or len(image) != len(self.index):
             return self.batch
         index = self.index.to(image.device, non_blocking=True)
-        if not isinstance(label, Tensor):  # images alone, for predictions
+        if not isinstance(label, Tensor):  # images only, for predictions
             return Positioned(self.batch, index)
         return (
             self.batch if isinstance(self.batch, list | tuple) and len(self.batch) > 3 else Batch(image, label, index)
@@ -149,34 +114,23 @@ class Positioned(NamedTuple):
 
 
 def with_positions(loader: object) -> object:
-    """Let a loader tell the position of every sample in its data set.
+    """Return a loader like ``loader`` whose batches are `Positioned`.
 
-    Args:
-        loader: Anything; a ``DataLoader`` that makes batches of a map-style data set is copied, all else stays.
-
-    Returns:
-        A loader like it whose batches are `Positioned`.
+    Only a ``DataLoader`` that batches a map-style data set is copied; anything else is returned unchanged.
     """
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
         return loader
     if isinstance(loader.dataset, IterableDataset | _Drawing):
         return loader
     copied = copy.copy(loader)
-    # a loader refuses to be assigned to; workers that persist belong to the loader that began them
+    # DataLoader forbids assignment; persistent workers belong to the loader that started them
     vars(copied).update(dataset=_Drawing(loader.dataset), collate_fn=_Collate(loader.collate_fn), _iterator=None)
     vars(copied)["_without_positions"] = loader
     return copied
 
 
 def without_positions(loader: Any) -> Any:
-    """Give back the loader that `with_positions` was given.
-
-    Args:
-        loader: Any loader.
-
-    Returns:
-        The loader before, or itself.
-    """
+    """Return the loader that `with_positions` was given, or the loader itself."""
     return getattr(loader, "_without_positions", loader)
 
 
@@ -186,7 +140,7 @@ class _Drawn(NamedTuple):
 
 
 class _Drawing(Dataset[Any]):
-    """A data set whose batches remember where their samples were drawn; all else is asked of the set itself."""
+    """A data set whose batches remember where their samples were drawn; otherwise it delegates to the original."""
 
     def __init__(self, data: Any) -> None:
         vars(self)["_drawn_from"] = data
@@ -203,7 +157,7 @@ class _Drawing(Dataset[Any]):
         return _Drawn(at_once(places) if at_once else [data[place] for place in places], places)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_drawn_from":  # asked for before unpickling has filled the object
+        if name.startswith("__") or name == "_drawn_from":  # requested before unpickling has filled the object
             raise AttributeError(name)
         return getattr(self._drawn_from, name)
 
@@ -212,7 +166,7 @@ class _Drawing(Dataset[Any]):
 
 
 class _Collate:
-    """Collates the samples as the loader would, and passes their positions on."""
+    """Collate the samples like the loader, and pass on their positions."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
@@ -221,5 +175,5 @@ class _Collate:
         batch = self.collate(drawn.samples)
         try:
             return Positioned(batch, torch.tensor([operator.index(place) for place in drawn.places]))
-        except TypeError:  # a sampler of keys that are no positions
+        except TypeError:  # the sampler's keys are not positions
             return batch

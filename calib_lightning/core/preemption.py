@@ -1,4 +1,4 @@
-"""Save and leave in order when a scheduler or a user asks for the machine back."""
+"""Save a checkpoint and exit cleanly when a scheduler or a user stops the run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 _SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1"))  # Windows has no SIGUSR1
 _LEAVE = {signal.SIGTERM: 143, signal.SIGINT: 130}
-_SAVE = 1  # below every exit code, so the maximum over ranks is the strongest wish
-_SAME_REQUEST = 1.0  # seconds: a launcher forwards, within milliseconds, what the whole process group has got already
+_SAVE = 1  # below every exit code, so the maximum over ranks is the strongest request
+_SAME_REQUEST = (
+    1.0  # seconds: launchers forward, within milliseconds, a signal that the process group has already received
+)
 
 
 class Preempted(SystemExit):
-    """The run was asked to leave, has saved a checkpoint and ends the process with ``code``.
+    """The run was asked to stop and has saved the checkpoint ``path``.
 
-    It is a `SystemExit`, so a script that does not catch it ends quietly with the right exit code.
-
-    Attributes:
-        code: 143 after SIGTERM, 130 after SIGINT.
-        path: The checkpoint to resume from.
+    It is a `SystemExit` with ``code`` 143 (SIGTERM) or 130 (SIGINT), so an uncaught one ends the script quietly.
     """
 
     def __init__(self, code: int, path: Path) -> None:
@@ -40,29 +38,28 @@ class Preempted(SystemExit):
 class Preemption(Callback):
     """Turn SIGTERM, SIGINT and SIGUSR1 into a checkpoint from which ``fit`` resumes exactly.
 
-    SIGTERM and SIGINT (Ctrl-C): save, then leave with exit code 143 or 130. SIGUSR1: save and go on. During ``fit`` the
-    handler replaces Lightning's, which calls a collective operation inside the signal handler and can hang two ranks
-    forever. Ours only sets a flag. After every step the ranks agree on the flag by one all-reduce, so a signal to a
-    single rank is enough; all save together and leave together. The handlers that were there before are put back when
-    ``fit`` ends.
+    SIGTERM and SIGINT (Ctrl-C): save, then exit with code 143 or 130. SIGUSR1: save and continue. During ``fit`` the
+    handler replaces Lightning's, which calls a collective operation inside the signal handler and can deadlock two
+    ranks. Ours only sets a flag. After every step the ranks agree on the flag with one all-reduce, so a signal to a
+    single rank is enough; all save and exit together. The previous handlers are restored when ``fit`` ends.
 
-    A signal is acted on at the end of the current training step, unless a file written there would not resume exactly:
-    inside a gradient-accumulation window and before a validation run it waits for the next step, after the last step
-    of an epoch for the start of the next epoch or the end of training. A signal that comes during set-up or validation
-    waits likewise, so keep the scheduler's grace period longer than one validation run. The same signal once more,
-    at least a second later, ends the process at once without a checkpoint.
+    A signal takes effect at the end of the current training step, unless a checkpoint written there would not resume
+    exactly: inside a gradient-accumulation window and before a validation run it waits for the next step, after the
+    last step of an epoch for the start of the next epoch or the end of training. A signal during set-up or validation
+    waits likewise, so the scheduler's grace period must exceed one validation run. Repeating the signal at least a
+    second later ends the process immediately without a checkpoint.
 
-    The callback moves itself to the end of the trainer's list, so the file holds what the others did at the end of the
-    step. A module's own ``on_train_batch_end`` runs after all callbacks: what it changes in that step is lost.
+    The callback moves itself to the end of the trainer's list, so the file includes the other callbacks' changes in
+    that step. A module's own ``on_train_batch_end`` runs after all callbacks: its changes in that step are lost.
 
-    Exactness needs randomness that is a function of the step (`StepSeed`) and a training loader with ``state_dict`` and
-    ``load_state_dict``. Under SLURM with Lightning's automatic requeue the requeue signal stays Lightning's.
+    Exact resuming needs randomness that is a function of the step (`StepSeed`) and a training loader with
+    ``state_dict`` and ``load_state_dict``. Under SLURM, Lightning keeps its automatic requeue signal.
 
     Args:
-        dirpath: Folder of the file; ``None`` means that of the trainer's first ``ModelCheckpoint``, else
+        dirpath: Folder of the checkpoint; ``None`` uses that of the trainer's first ``ModelCheckpoint``, else
             ``checkpoints`` in ``trainer.default_root_dir``.
-        filename: Name of the file, which each save replaces. With the default, in the folder of ``ModelCheckpoint``,
-            both ``ckpt_path="last"`` and the path itself resume the run: nobody has to know that it was interrupted.
+        filename: Name of the checkpoint, which each save replaces. With both defaults and a ``ModelCheckpoint``,
+            ``ckpt_path="last"`` resumes an interrupted run like any other.
 
     Raises:
         ValueError: If ``filename`` is a path or does not end in ``.ckpt``.
@@ -74,7 +71,10 @@ class Preemption(Callback):
 
     def __init__(self, dirpath: str | Path | None = None, filename: str = "last.ckpt") -> None:
         if Path(filename).name != filename or not filename.endswith(".ckpt"):
-            raise ValueError(f"filename is {filename!r}; give a plain file name that ends in '.ckpt', and use dirpath")
+            raise ValueError(
+                f"filename is {filename!r}; it must be a plain file name that ends in '.ckpt'. Give the folder as "
+                "dirpath."
+            )
         self.dirpath = dirpath
         self.filename = filename
         self._previous: dict[signal.Signals, Any] = {}
@@ -90,39 +90,39 @@ class Preemption(Callback):
     # ------------------------------------------------------------------------------------------------- the handlers
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Install the handlers, and see to it that they come out on top of Lightning's."""
+        """Install the handlers so that they take precedence over Lightning's."""
         if stage != "fit":
             return
-        # What other callbacks do at the end of a step belongs into the file, what they do at the start of an epoch
-        # does not: the resumed run calls them again.
+        # The file must include what other callbacks do at the end of a step, but not what they do at the start of an
+        # epoch, which the resumed run repeats.
         others = [callback for callback in _callbacks(trainer) if callback is not self]
         vars(trainer)["callbacks"] = [_EpochStart(self), *others, self]
         if threading.current_thread() is not threading.main_thread():
-            rank_zero_warn("Preemption does nothing: Python handles signals in the main thread only, run fit there.")
+            rank_zero_warn("Preemption is inactive: Python handles signals only in the main thread. Call fit there.")
             return
         self._forget()
         self._install(trainer)
 
-        # Lightning registers its handlers after the last hook before the loops start, and the loops may start many
-        # worker processes before they call a hook again: no hook is near enough.
+        # Lightning registers its handlers after the last hook before the loops, and the loops may start many workers
+        # before the next hook: no hook is close enough.
         connector = trainer._signal_connector
         register = connector.register_signal_handlers
 
         def register_below() -> None:
-            self._restore()  # Lightning must remember the handlers from before us: it puts them back at the end
+            self._restore()  # Lightning must record the handlers before ours: it restores them at the end
             register()
             self._install(trainer)
 
         vars(connector)["register_signal_handlers"] = register_below
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the old handlers back, except on our own way out: there Lightning does it, after the loggers closed."""
+        """Restore the old handlers, unless we are leaving: Lightning then does it after closing the loggers."""
         if not isinstance(exception, Preempted):
             self._restore()
         self._detach(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the old handlers back and hand them a signal that came too late for us."""
+        """Restore the old handlers and re-raise a signal that arrived too late."""
         if stage != "fit":
             return
         self._restore()
@@ -144,7 +144,7 @@ class Preemption(Callback):
         for signum in _SIGNALS:
             previous = signal.getsignal(signum)
             if signum == requeue or previous is None:
-                continue  # None: set outside Python, which could not put it back
+                continue  # None: set outside Python, cannot be restored
             self._previous[signum] = previous
             signal.signal(signum, self._on_signal)
 
@@ -155,7 +155,7 @@ class Preemption(Callback):
         self._previous.clear()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a forked child, a loader's worker say, has inherited the handler, not the duty
+        if os.getpid() != self._pid:  # a forked child (a loader's worker) inherits the handler
             if signum == signal.SIGTERM:
                 _die_of(signum)
             return
@@ -172,19 +172,19 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Agree on the flag; act if a file written here resumes exactly."""
+        """Agree on the flag across ranks; act if a checkpoint written now resumes exactly."""
         self._agree(trainer)
         if self._agreed and _resumes_exactly_after(trainer, batch_idx):
             self._act(trainer)
 
     def _before_epoch(self, trainer: Trainer) -> None:
-        """Act on what came during the last step of the epoch before, its validation, or set-up."""
+        """Act on a signal from the last step of the previous epoch, its validation, or set-up."""
         self._agree(trainer)
         if not self._agreed:
             return
-        # Lightning counts this epoch as begun and the batches of the one before as its own: a file that says so
-        # resumes behind an epoch that was never trained. Leaving by the exception keeps the counters down, which makes
-        # right what another callback may save on the way out.
+        # Lightning has counted this epoch as started, with the batches of the previous one: a checkpoint with these
+        # counters would skip an epoch. After an exception the counters stay corrected, so that other callbacks that
+        # save on the way out are right too.
         loop = trainer.fit_loop
         loop.epoch_loop.batch_progress.reset_on_run()
         for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
@@ -193,7 +193,7 @@ class Preemption(Callback):
         loop.epoch_progress.increment_ready()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Act on what came during the last step of all; resuming from that file finds nothing left to train."""
+        """Act on a signal from the very last step; resuming from that file finds nothing left to train."""
         self._agree(trainer)
         if self._agreed:
             self._act(trainer)
@@ -214,17 +214,17 @@ class Preemption(Callback):
         path = self._path(trainer)
         keeper = trainer.checkpoint_callback
         if isinstance(keeper, ModelCheckpoint) and keeper.save_last and _is_same(path.parent, keeper.dirpath):
-            keeper.last_model_path = str(path)  # else it would write last-v1.ckpt beside a file that it does not know
+            keeper.last_model_path = str(path)  # otherwise it would write last-v1.ckpt beside it
         if code != _SAVE:
-            # Lightning's launcher watches its children and kills everything when one leaves with a code other than 0
+            # Lightning's launcher kills all processes when one exits with a nonzero code
             getattr(trainer.strategy.launcher, "procs", []).clear()
-        trainer.save_checkpoint(path)  # on all ranks; ends with a barrier
+        trainer.save_checkpoint(path)  # collective; ends with a barrier
         if code == _SAVE:
-            rank_zero_info(f"Asked to save: wrote {path}, training goes on.")
+            rank_zero_info(f"Save requested: wrote {path}, training continues.")
             return
-        rank_zero_info(f"Asked to stop: wrote {path}, leaving with exit code {code}. Resume with ckpt_path={path}")
+        rank_zero_info(f"Stop requested: wrote {path}, exiting with code {code}. Resume with ckpt_path={path}")
         self._leave_wanted = 0
-        self._first_seen.clear()  # a launcher may signal once more while the loggers close
+        self._first_seen.clear()  # a launcher may repeat the signal while the loggers close
         raise Preempted(code, path)
 
     def _path(self, trainer: Trainer) -> Path:
@@ -234,7 +234,7 @@ class Preemption(Callback):
 
 
 class _EpochStart(Callback):
-    """First of all callbacks, where `Preemption` itself is the last."""
+    """Runs first among the callbacks; `Preemption` itself runs last."""
 
     def __init__(self, preemption: Preemption) -> None:
         self._preemption = preemption
@@ -254,7 +254,7 @@ def _is_same(one: Path, two: str | Path | None) -> bool:
 def _resumes_exactly_after(trainer: Trainer, batch_idx: int) -> bool:
     done = batch_idx + 1
     if trainer.is_last_batch or done >= trainer.num_training_batches:
-        return False  # a resumed run would skip the end of this epoch and the start of the next
+        return False  # resuming would skip the end of this epoch and the start of the next
     if done % trainer.accumulate_grad_batches:
         return False  # gradients are not stored
     every = trainer.val_check_batch
@@ -262,7 +262,7 @@ def _resumes_exactly_after(trainer: Trainer, batch_idx: int) -> bool:
         return True
     if trainer.check_val_every_n_epoch is None:
         done = trainer.fit_loop.total_batch_idx + 1
-    return done % every != 0  # a resumed run would skip the validation that is due now
+    return done % every != 0  # resuming would skip the validation that is due now
 
 
 def _die_of(signum: int) -> None:

@@ -1,4 +1,4 @@
-"""Random numbers of a training step that depend on the step alone."""
+"""Seeds that make the random numbers of a training step a function of the step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ class StepSeed(Callback):
     """Seed the global generators of torch, NumPy and Python before every training step.
 
     The seed is ``derive_seed(run seed, stage, rank, global step, batch index)``, so dropout, mixup weights and masks
-    are a function of the step. No generator state has to be saved: a run that is stopped anywhere and resumed draws
-    what the uninterrupted run would have drawn. The batch index is among the keys because all batches of one
-    gradient-accumulation window share a global step. The stage is ``pl_module.stage`` where there is one, else 0.
+    are a function of the step. No generator state needs saving: a run that is stopped anywhere and resumed draws the
+    same numbers as an uninterrupted run. The batch index is included because all batches of a gradient-accumulation
+    window share a global step. The stage is ``pl_module.stage`` if it exists, else 0.
 
-    Evaluation needs no seed of its own: whatever validation draws, the next training step starts from its own seed.
-    A batch is fetched before this hook runs, so loaders and augmentations must not use the global generators of the
-    main process.
+    Evaluation is not seeded: whatever it draws, the next training step starts from its own seed. A batch is fetched
+    before this hook runs, so loaders and augmentations must not use the global generators of the main process.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -30,11 +29,11 @@ class StepSeed(Callback):
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed the three generators; some tens of microseconds."""
+        """Seed the three generators (tens of microseconds)."""
         stage = int(getattr(pl_module, "stage", 0))
         seed = derive_seed(run_seed(), stage, trainer.global_rank, trainer.global_step, batch_idx)
         if pl_module.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed walks the stack for every absent accelerator
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed queries every absent accelerator
         else:
             torch.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that torch does not have; all are stepped once an epoch."""
+"""Learning-rate schedules that torch lacks; all are stepped once per epoch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 def with_schedule(optimizer: Optimizer, scheduler: LRSchedulerCallable | None, epochs: int) -> OptimizerLRScheduler:
-    """Put an optimiser and its schedule together as Lightning takes them.
+    """Combine an optimiser and its schedule into the result of ``configure_optimizers``.
 
-    Args:
-        optimizer: The optimiser.
-        scheduler: Builds its schedule, stepped once an epoch; ``ReduceLROnPlateau`` watches ``val/nll``.
-        epochs: Epochs that a `CosineToEnd` lasts; -1 where they are not known.
-
-    Returns:
-        What ``configure_optimizers`` returns.
+    ``epochs`` is the length of a `CosineToEnd`, -1 if unknown; ``ReduceLROnPlateau`` monitors ``val/nll``.
     """
     if scheduler is None:
         return optimizer
@@ -35,15 +29,15 @@ def with_schedule(optimizer: Optimizer, scheduler: LRSchedulerCallable | None, e
 
 
 class CosineToEnd(LRScheduler):
-    """Half a cosine down to a least rate at the end of the run, or of the stage that it belongs to.
+    """Half a cosine down to a minimum rate at the end of the run or stage.
 
-    ``lr_e = m + (lr - m) (1 + cos(pi e / E)) / 2`` in epoch ``e = 0, ..., E - 1``. Torch's ``CosineAnnealingLR`` must
-    be told E; this one learns it from the trainer and the stage switches, so that nothing has to be changed with the
-    number of epochs. In a training loop of one's own, call `set_epochs`.
+    ``lr_e = m + (lr - m) (1 + cos(pi e / E)) / 2`` in epoch ``e = 0, ..., E - 1``. Torch's ``CosineAnnealingLR`` needs
+    E as an argument; this schedule takes it from the trainer and the stage switches. In your own training loop, call
+    `set_epochs`.
 
     Args:
         optimizer: Its rates are the ``lr`` of each group.
-        eta_min: m, the least rate.
+        eta_min: m, the minimum rate.
 
     Raises:
         ValueError: If ``eta_min`` is negative or not finite.
@@ -65,55 +59,55 @@ class CosineToEnd(LRScheduler):
         super().__init__(optimizer)
 
     def set_epochs(self, epochs: int) -> None:
-        """Say how many epochs there are, before the first is over.
+        """Set the number of epochs, before the first one ends.
 
         Args:
             epochs: E.
 
         Raises:
-            ValueError: If it is not at least 1.
+            ValueError: If it is below 1.
         """
         if epochs < 1:
             raise ValueError(
-                f"CosineToEnd must know the number of epochs, but max_epochs is {epochs}: set trainer.max_epochs, or "
-                "use torch.optim.lr_scheduler.CosineAnnealingLR with a T_max."
+                f"max_epochs is {epochs}, but CosineToEnd needs the number of epochs. Set trainer.max_epochs, or use "
+                "torch.optim.lr_scheduler.CosineAnnealingLR with a T_max."
             )
         self.epochs = epochs
 
     def get_lr(self) -> list[float | Tensor]:
-        """Rate of each group in the epoch that begins."""
+        """Rate of each group in the coming epoch."""
         if self.epochs is None and self.last_epoch > 0:
-            raise RuntimeError("CosineToEnd does not know the number of epochs: call set_epochs before the first step.")
+            raise RuntimeError("CosineToEnd does not know the number of epochs. Call set_epochs before the first step.")
         share = min(1.0, self.last_epoch / (self.epochs or 1))
         return [
             self.eta_min + (float(base) - self.eta_min) * (1 + math.cos(math.pi * share)) / 2 for base in self.base_lrs
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state without the number of epochs: a run that is resumed for longer has another end."""
+        """The state without the number of epochs, which may differ when a run is resumed."""
         return {name: value for name, value in super().state_dict().items() if name != "epochs"}
 
 
 class WarmupCosine(LRScheduler):
-    """Half a cosine after a linear warm-up, the schedule of contrastive pretraining (Khosla et al., NeurIPS 2020).
+    """A half cosine after a linear warm-up, the schedule of contrastive pretraining (Khosla et al., NeurIPS 2020).
 
     In epoch ``e = 1, ..., E`` the rate is ``c(e) = m + (lr - m) (1 + cos(pi e / E)) / 2`` with ``m = lr decay^3``. In
-    the first W epochs it is ``s + (c(W) - s) (e - 1/2) / W`` instead, with ``s`` the start of the warm-up. After epoch
-    E it stays at ``m``.
+    the first W epochs it is ``s + (c(W) - s) (e - 1/2) / W`` instead, where ``s`` is the start of the warm-up. After
+    epoch E it stays at ``m``.
 
     Args:
         optimizer: Its rates are the ``lr`` of each group.
-        epochs: E, the epochs of the stage that is trained with it.
+        epochs: E, the length of the stage.
         warmup_epochs: W, less than E; 0 for no warm-up.
         warmup_start: s, a learning rate.
         decay: In ``(0, 1]``; the schedule ends at ``lr decay^3``.
 
     Raises:
-        ValueError: If a number is outside its range, or the warm-up would have to fall.
+        ValueError: If a value is out of range, or the warm-up would decrease.
 
     Deviations:
-        The authors' warm-up grows from step to step. Here each epoch has the mean of that ramp in it, so that the rate
-        is a function of the epoch alone.
+        The authors' warm-up increases at every step. Here each epoch uses the mean of that ramp over the epoch, so the
+        rate is a function of the epoch alone.
 
     Example:
         >>> import torch
@@ -132,28 +126,28 @@ class WarmupCosine(LRScheduler):
         decay: float = 0.1,
     ) -> None:
         if epochs < 1:
-            raise ValueError(f"epochs is {epochs}; it must be at least 1: the epochs of the stage.")
+            raise ValueError(f"epochs is {epochs}; it must be at least 1. Give the length of the stage.")
         if not 0 <= warmup_epochs < epochs:
             raise ValueError(
-                f"warmup_epochs is {warmup_epochs}; it must be at least 0 and less than epochs ({epochs}). Give 0 for "
+                f"warmup_epochs is {warmup_epochs}; it must be at least 0 and less than epochs ({epochs}). Use 0 for "
                 "no warm-up, or more epochs."
             )
         if not 0 <= warmup_start < math.inf:
-            raise ValueError(f"warmup_start is {warmup_start}; it must be at least 0 and finite (0.01 in the paper).")
+            raise ValueError(f"warmup_start is {warmup_start}; it must be at least 0 and finite. The paper uses 0.01.")
         if not 0 < decay <= 1:
-            raise ValueError(f"decay is {decay}; it must lie in (0, 1] (0.1 in the paper).")
+            raise ValueError(f"decay is {decay}; it must be in (0, 1]. The paper uses 0.1.")
         self.epochs, self.warmup_epochs = epochs, warmup_epochs
         self.warmup_start, self.decay = warmup_start, decay
         rate = min(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         if warmup_epochs and rate < warmup_start:
             raise ValueError(
-                f"The learning rate {rate} is below warmup_start, {warmup_start}: a warm-up must rise. Give a smaller "
-                "warmup_start, or warmup_epochs=0."
+                f"warmup_start is {warmup_start}; it must be at most the learning rate ({rate}). Lower warmup_start, "
+                "or set warmup_epochs=0."
             )
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Rate of each group in the epoch that begins."""
+        """Rate of each group in the coming epoch."""
         return [self._rate(float(base), self.last_epoch + 1) for base in self.base_lrs]
 
     def _rate(self, base: float, epoch: int) -> float:
@@ -168,19 +162,19 @@ class WarmupCosine(LRScheduler):
 
 
 class WarmupMultiStep(LRScheduler):
-    """Steps down behind a linear warm-up, the schedule of LDAM-DRW (Cao et al., NeurIPS 2019).
+    """Step decay after a linear warm-up, the schedule of LDAM-DRW (Cao et al., NeurIPS 2019).
 
-    In epoch ``e = 1, 2, ...`` the rate is ``lr e / W`` up to epoch W, and ``lr gamma^m`` behind it, with m the number
-    of milestones that are over: those below e.
+    In epoch ``e = 1, 2, ...`` the rate is ``lr e / W`` up to epoch W, and ``lr gamma^m`` after it, where m is the
+    number of milestones below e.
 
     Args:
         optimizer: Its rates are the ``lr`` of each group.
-        milestones: Epochs after which the rate falls, ascending.
-        gamma: What it is multiplied by.
+        milestones: Epochs after which the rate drops, ascending.
+        gamma: The factor of each drop.
         warmup_epochs: W; 0 for no warm-up.
 
     Raises:
-        ValueError: If a number is outside its range.
+        ValueError: If a value is out of range.
 
     Example:
         >>> import torch
@@ -194,18 +188,18 @@ class WarmupMultiStep(LRScheduler):
         self, optimizer: Optimizer, milestones: Sequence[int], gamma: float = 0.1, warmup_epochs: int = 5
     ) -> None:
         if list(milestones) != sorted(set(milestones)) or not milestones or milestones[0] < 1:
-            raise ValueError(f"milestones is {milestones}; it must be ascending epochs from 1 on.")
+            raise ValueError(f"milestones is {milestones}; it must hold ascending epochs from 1 on.")
         if not 0 < gamma <= 1:
-            raise ValueError(f"gamma is {gamma}; it must lie in (0, 1].")
+            raise ValueError(f"gamma is {gamma}; it must be in (0, 1].")
         if not 0 <= warmup_epochs <= milestones[0]:
             raise ValueError(
-                f"warmup_epochs is {warmup_epochs}; it must lie between 0 and the first milestone ({milestones[0]})."
+                f"warmup_epochs is {warmup_epochs}; it must be between 0 and the first milestone ({milestones[0]})."
             )
         self.milestones, self.gamma, self.warmup_epochs = list(milestones), gamma, warmup_epochs
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Rate of each group in the epoch that begins."""
+        """Rate of each group in the coming epoch."""
         epoch = self.last_epoch + 1
         if epoch <= self.warmup_epochs:
             factor = epoch / self.warmup_epochs

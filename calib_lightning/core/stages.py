@@ -1,4 +1,4 @@
-"""Stages of one training: from an epoch on, a frozen feature extractor and a new head with a training of its own."""
+"""Training in stages: from some epoch on, a frozen feature extractor and a new head with its own training."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ HeadFactory = Callable[[int, int], nn.Module]
 """Builds a head from the number of features and of classes, ``(d, K)``."""
 
 FEW_STEPS = 100
-"""A stage with fewer steps is warned of."""
+"""Warn when a stage has fewer steps."""
 
-_HEAD = 101  # purpose that keeps the random stream of new heads apart from others
+_HEAD = 101  # separates the random stream of new heads from others
 
 
 class StageTraining:
@@ -50,18 +50,18 @@ class StageTraining:
 
     Args:
         optimizer: Called with the parameters of the new head. Default: SGD, lr 0.1, momentum 0.9, weight decay 5e-4.
-        scheduler: Called with the optimiser; stepped once an epoch.
-        criterion: Maps ``(logits (N, K), labels (N,))`` to a scalar; takes the place of the method's own loss and batch
-            transform. ``None`` keeps what the stage before had; a module that is not of this package needs an attribute
-            ``criterion`` that its training step calls.
-        views: What is done with the training images, such as ``CleanViews()``; ``CachedFeatures()`` computes the
-            features once. ``None`` keeps the data module's augmentation.
-        batch_size: Rows of one batch of one process; ``None`` keeps that of the data module.
-        frozen_bn: ``"eval"`` keeps the statistics of frozen BatchNorm layers as they are; with ``"train"`` they go on.
+        scheduler: Called with the optimiser; stepped once per epoch.
+        criterion: Maps ``(logits (N, K), labels (N,))`` to a scalar; replaces the method's own loss and batch
+            transform. ``None`` keeps the loss of the previous stage. A module from outside this package needs an
+            attribute ``criterion`` that its training step calls.
+        views: Transform of the training images, such as ``CleanViews()``; ``CachedFeatures()`` computes the features
+            once. ``None`` keeps the data module's augmentation.
+        batch_size: Batch size per process; ``None`` keeps that of the data module.
+        frozen_bn: ``"eval"`` fixes the statistics of frozen BatchNorm layers; ``"train"`` keeps updating them.
 
     Raises:
-        TypeError: If ``criterion`` is no module.
-        ValueError: If ``batch_size`` is below 1, or ``frozen_bn`` is another word or cannot be had with the cache.
+        TypeError: If ``criterion`` is not a module.
+        ValueError: If ``batch_size`` is below 1, or ``frozen_bn`` is unknown or incompatible with cached features.
     """
 
     def __init__(
@@ -74,20 +74,22 @@ class StageTraining:
         frozen_bn: str = "eval",
     ) -> None:
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None for that of the data module.")
+            raise ValueError(
+                f"batch_size is {batch_size}; it must be at least 1, or None to keep that of the data module."
+            )
         if criterion is not None and not isinstance(criterion, nn.Module):
             raise TypeError(
-                f"criterion is {criterion!r}; it must be a module such as nn.CrossEntropyLoss(), because it goes with "
-                "the module to its device."
+                f"criterion is {criterion!r}; it must be a module such as nn.CrossEntropyLoss(), which can move to the "
+                "device."
             )
         if frozen_bn not in ("eval", "train"):
             raise ValueError(
-                f"frozen_bn is {frozen_bn!r}; it must be 'eval' (statistics stay) or 'train' (they go on)."
+                f"frozen_bn is {frozen_bn!r}; it must be 'eval' (fixed statistics) or 'train' (updated statistics)."
             )
         if frozen_bn == "train" and isinstance(views, CachedFeatures):
             raise ValueError(
-                "frozen_bn is 'train', but stored features cannot follow statistics that go on: leave it at 'eval', or "
-                "use other views than CachedFeatures."
+                "frozen_bn is 'train', which is incompatible with CachedFeatures: stored features cannot follow "
+                "updated statistics. Use 'eval', or other views."
             )
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -98,7 +100,7 @@ class StageTraining:
 
 
 class SwitchOptions(TypedDict, total=False):
-    """Options that every kind of switch passes through to `StageSwitch`, typed once."""
+    """Options that every kind of switch forwards to `StageSwitch`, typed once."""
 
     training: StageTraining | None
     encoder: str
@@ -107,28 +109,28 @@ class SwitchOptions(TypedDict, total=False):
 
 
 class StageSwitch(Callback):
-    """At an epoch: freeze all but the head, put a new head, train it in its own way.
+    """At a given epoch: freeze everything but the head, replace the head, and train it in its own way.
 
-    Parameters and BatchNorm statistics of what is frozen stay as they are, bit for bit. The switch works within one
-    ``fit``, on one device or DDP, in any LightningModule that has a submodule for its head. Whether it has happened
-    travels in the checkpoint: a fit that is resumed from any of them, and an evaluation of any of them, needs the same
-    switches in its trainer. Several switches follow each other in the order of their epochs. ``EarlyStopping`` begins
-    anew at a switch; a ``ModelCheckpoint`` with a metric compares all stages, `RunCheckpoint` those of the last alone.
+    Frozen parameters and BatchNorm statistics stay bit-identical. The switch works within one ``fit``, on a single
+    device or DDP, in any LightningModule whose head is a submodule. Its state is saved in checkpoints: resuming or
+    evaluating any of them needs the same switches in the trainer. Several switches take effect in the order of their
+    epochs. ``EarlyStopping`` is reset at a switch; a ``ModelCheckpoint`` with a metric compares all stages,
+    `RunCheckpoint` only checkpoints of the last one.
 
     Args:
-        at_epoch: First epoch of the new stage. A negative number adds a stage: -40 means 40 epochs more than the
-            trainer's ``max_epochs``, after them; with ``init_from`` it takes their place. Several are added in their
-            order, a method's own first.
+        at_epoch: First epoch of the new stage. A negative number appends a stage: -40 adds 40 epochs after the
+            trainer's ``max_epochs``; with ``init_from`` it replaces them. Several are appended in order, a method's
+            own first.
         classifier: Builds the new head from ``(d, K)``: a class such as `LinearHead`, or a partial of one.
-        training: How the stage is trained; `StageTraining` for the default.
+        training: How the stage is trained; the default is `StageTraining()`.
         encoder: Name of the submodule that computes features (``"model.backbone"``, ``""`` for the whole module).
         head: Name of the submodule that is replaced (``"classifier"``, ``"model.fc"``).
-        init_from: A trained checkpoint whose encoder, and head where it fits, is loaded before a fit that begins with
+        init_from: A trained checkpoint whose encoder, and head if it fits, is loaded before a fit that begins with
             this switch.
 
     Raises:
-        ValueError: Before training starts, if the switch cannot be made: its epoch is not within the run, another
-            switch has the same one, the new head does not fit, the strategy is another than a single device or DDP, the
+        ValueError: Before training starts, if the switch is impossible: its epoch is not within the run, another
+            switch has the same one, the new head does not fit, the strategy is neither a single device nor DDP, the
             data module cannot change its images or batch size, or ``init_from`` holds another encoder.
 
     Example:
@@ -156,20 +158,20 @@ class StageSwitch(Callback):
         self.current = False
         self._position: int | None = None
         self._first_epoch: int | None = None
-        self._adds = False  # whether the epochs of this stage come after those of the trainer
-        self._given: int | None = None  # what the trainer was told, where stages have added to it
+        self._adds = False  # whether this stage's epochs follow those of the trainer
+        self._given: int | None = None  # the trainer's own max_epochs, if stages have extended it
         self._entered: _Entered | None = None
         self._stored: StoredFeatures | None = None
         self._looked_at = False
 
-    # --- what a kind of switch may override --------------------------------------------------------------------------
+    # --- hooks for subclasses -----------------------------------------------------------------------------------------
 
     def new_head(self, module: LightningModule, old: nn.Module) -> nn.Module:
-        """Build the head of the new stage; called at the switch, and before the weights of a checkpoint arrive.
+        """Build the head of the new stage; called at the switch, and before the weights of a checkpoint are loaded.
 
         Args:
             module: The module, with its old head.
-            old: That head.
+            old: The old head.
 
         Returns:
             The new head.
@@ -177,40 +179,40 @@ class StageSwitch(Callback):
         return self.classifier(*head_size(module, old))
 
     def freeze(self, module: LightningModule, head: nn.Module) -> None:
-        """Choose what is trained: by default the parameters of the head alone.
+        """Choose the trainable parameters: by default those of the head only.
 
         Args:
             module: The module, with its new head.
-            head: That head.
+            head: The new head.
         """
         module.requires_grad_(False)
         head.requires_grad_(True)
 
     def look_at(self, batch: Any) -> None:
-        """Refuse batches that the stage cannot use; called in the first step of a fit.
+        """Reject batches that the stage cannot use; called in the first step of a fit.
 
         Args:
             batch: A training batch.
 
         Raises:
-            TypeError: If features are to be stored and the batch is no tuple or list.
+            TypeError: If features are to be stored and the batch is neither a tuple nor a list.
         """
         if isinstance(self.training.views, CachedFeatures) and not isinstance(batch, list | tuple):
             raise TypeError(
-                "CachedFeatures needs batches that are tuples of tensors, the images first, not "
-                f"{type(batch).__name__}. Leave the cache out, or let the loader give tuples."
+                f"The batch is a {type(batch).__name__}; CachedFeatures needs tuples of tensors that start with the "
+                "images. Omit the cache, or let the loader return tuples."
             )
 
-    # --- what it may use ---------------------------------------------------------------------------------------------
+    # --- available to subclasses --------------------------------------------------------------------------------------
 
     @property
     def uses_calibration(self) -> bool:
-        """Whether the stage looks at the calibration split, so that it is no longer independent of the network."""
+        """Whether the stage uses the calibration split, which is then no longer independent of the network."""
         return False
 
     @property
     def active(self) -> bool:
-        """Whether the switch has happened."""
+        """Whether the switch has taken place."""
         return self._entered is not None
 
     def module_head(self, module: LightningModule) -> nn.Module:
@@ -239,14 +241,14 @@ class StageSwitch(Callback):
         epochs = trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ValueError(
-                f"max_epochs of the trainer is {epochs}, but {type(self).__name__} must know how long its stage lasts: "
-                "set trainer.max_epochs."
+                f"max_epochs of the trainer is {epochs}, but {type(self).__name__} needs the length of its stage. Set "
+                "trainer.max_epochs."
             )
         later = [s._first(trainer) for s in _switches(trainer) if s._first(trainer) > self._first(trainer)]
         return min([*later, epochs]) - self._first(trainer)
 
     def stage_epoch(self, trainer: Trainer) -> int:
-        """Return t, the epoch counted from the first one of this stage: 0 to T - 1.
+        """Return t, the epoch counted from the start of this stage: 0 to T - 1.
 
         Args:
             trainer: The trainer, within ``fit``.
@@ -257,11 +259,11 @@ class StageSwitch(Callback):
         return trainer.current_epoch - self._first(trainer)
 
     def features(self, module: LightningModule, batch: Any) -> Tensor:
-        """Features ``(N, d)`` of a batch: what goes into the head when the module is called on its images.
+        """Compute the features ``(N, d)`` of a batch: the head's input when the module is called on its images.
 
         Args:
             module: The module, with its trainer.
-            batch: A batch whose first part are the images; it is moved to the module's device.
+            batch: A batch that starts with the images; it is moved to the module's device.
 
         Returns:
             ``(N, d)``, without gradient, computed in evaluation mode.
@@ -274,11 +276,11 @@ class StageSwitch(Callback):
     @property
     def state_key(self) -> str:
         """Key of this switch's state in a checkpoint: its position among the trainer's switches."""
-        # two switches of a list must differ before they know their trainer
+        # two switches must have different keys even before they have a trainer
         return f"StageSwitch[{id(self) if self._position is None else self._position}]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the switch can be made, and see to it that checkpoints find the right head."""
+        """Check that the switch is possible, and make checkpoints load into the right head."""
         switches = _switches(trainer)
         self._position = switches.index(self)
         self._looked_at = False
@@ -290,7 +292,7 @@ class StageSwitch(Callback):
             if not self.active:
                 self._first_epoch = None
             elif trainer.ckpt_path is None and (self._first_epoch or 0) > trainer.current_epoch:
-                # another trainer goes on with a module that is in this stage already, and counts from 0
+                # another trainer continues with a module that is already in this stage, and counts from 0
                 self._first_epoch = trainer.current_epoch if self.current else self._position - len(switches)
             self._check(trainer, pl_module)
             if self.active:
@@ -306,28 +308,28 @@ class StageSwitch(Callback):
             _enter_before_weights(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with stored features where a checkpoint was taken."""
+        """Store features again in a resumed stage."""
         several = len(trainer.optimizers) > 1
         if several or (self.training.scheduler is not None and not pl_module.automatic_optimization):
             what = f"{len(trainer.optimizers)} optimisers" if several else "manual optimisation"
             raise ValueError(
-                f"{type(pl_module).__name__} has {what}, but {type(self).__name__} puts one optimiser"
-                f"{'' if several else ' and a scheduler'} that Lightning steps: use a module with one optimiser"
-                f"{'.' if several else ', or leave the scheduler out.'}"
+                f"{type(pl_module).__name__} has {what}, but {type(self).__name__} installs a single "
+                f"optimiser{'' if several else ' and a scheduler'} that Lightning steps. Use a module with one "
+                f"optimiser{'.' if several else ', or omit the scheduler.'}"
             )
         if self.current:
             self._store_features(trainer, pl_module, resumed=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell of a switch that never came."""
+        """Warn if the switch never took place."""
         if not self.active:
             rank_zero_warn(
-                f"{type(self).__name__} was to switch at epoch {self._first(trainer)}, but training ended before it: "
-                "the module is in the stage before. Train on, without what has stopped the run early."
+                f"{type(self).__name__} should have switched at epoch {self._first(trainer)}, but training ended "
+                "earlier, in the previous stage. Continue training without whatever stopped the run early."
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the switch when its epoch has come."""
+        """Switch at the first epoch of the stage."""
         if self.active or trainer.current_epoch < self._first(trainer):
             return
         self._first_epoch = trainer.current_epoch
@@ -338,7 +340,7 @@ class StageSwitch(Callback):
         self.current = True
         _rebuild_training(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning does not declare it
-            if isinstance(callback, EarlyStopping):  # a new head begins below the old one
+            if isinstance(callback, EarlyStopping):  # a new head starts out worse than the old one
                 callback.wait_count, callback.stopped_epoch = 0, 0
                 callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
         if stored or can_change_loading(trainer):
@@ -348,17 +350,17 @@ class StageSwitch(Callback):
             steps = self.length(trainer) * trainer.num_training_batches // trainer.accumulate_grad_batches
             if steps < FEW_STEPS:
                 rank_zero_warn(
-                    f"The stage of {type(self).__name__} has only {steps} steps, in which a new head hardly learns: "
-                    "give it more epochs (at_epoch) or smaller batches (batch_size of its training)."
+                    f"The stage of {type(self).__name__} has only {steps} steps, too few for a new head. Use more "
+                    "epochs (at_epoch) or smaller batches (batch_size of its training)."
                 )
         rank_zero_info(
-            f"Epoch {trainer.current_epoch}: {type(self).__name__} has frozen all but {self.head!r}, which is now "
-            f"{type(self.module_head(pl_module)).__name__}."
+            f"Epoch {trainer.current_epoch}: {type(self).__name__} has frozen everything but {self.head!r}, which is "
+            f"now {type(self.module_head(pl_module)).__name__}."
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep what is frozen in evaluation mode, whoever has called ``train()`` on the module."""
-        if not self._looked_at:  # in the first step of a fit, whatever the stage: what the switch needs later
+        """Keep the frozen part in evaluation mode, even after ``train()`` calls."""
+        if not self._looked_at:  # in the first step of any fit, even before the switch
             self.look_at(batch)
             self._looked_at = True
         if not self.current:
@@ -370,12 +372,12 @@ class StageSwitch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let everything outside a training step see images again."""
+        """Use images again outside training steps."""
         if self._stored is not None:
             self._stored.in_use = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave module and data module as they are used outside of a fit."""
+        """Restore module and data module for use outside of a fit."""
         self._forget_features()
         for name in ("on_load_checkpoint", "configure_optimizers"):
             vars(pl_module).pop(name, None)
@@ -391,7 +393,7 @@ class StageSwitch(Callback):
         self.teardown(trainer, pl_module, "fit" if trainer.state.fn == TrainerFn.FITTING else "")
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the switch has happened, when, and which head it has put where; plain data."""
+        """Whether and when the switch took place, and which head it installed; plain data."""
         spec = None
         if self._entered is not None:
             head = self.module_head(self._entered.module)
@@ -407,7 +409,7 @@ class StageSwitch(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over when the switch happened; the head was put before the weights arrived."""
+        """Restore when the switch took place; the head was installed before the weights were loaded."""
         if state_dict["active"]:
             self._first_epoch = state_dict["first_epoch"]
             self.current = state_dict["current"]
@@ -419,20 +421,20 @@ class StageSwitch(Callback):
         if self._first_epoch is not None:
             return self._first_epoch
         epochs = trainer.max_epochs
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # one epoch: the new stage is tried
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a single epoch: try the new stage
             return 0
         if self.at_epoch >= 0:
             return self.at_epoch
         if epochs is None or epochs < 0:
             raise ValueError(
-                f"at_epoch is {self.at_epoch}, a stage after those of the run, but max_epochs of the trainer is "
-                f"{epochs}: set trainer.max_epochs, or give the epoch counted from the start."
+                f"at_epoch is {self.at_epoch}, which appends a stage, but max_epochs of the trainer is {epochs}. Set "
+                "trainer.max_epochs, or give the epoch counted from the start."
             )
         added = _added(trainer)
         return epochs + sum(switch.at_epoch for switch in added[added.index(self) :])
 
     def _enter(self, trainer: Trainer, module: LightningModule) -> None:
-        """Put the head, freeze the rest, take over optimiser and images; a second time changes nothing."""
+        """Install the head, freeze the rest, replace optimiser and images; a second call has no effect."""
         if self._entered is None:
             old = self.module_head(module)
             entered = _Entered(module, old)
@@ -460,7 +462,7 @@ class StageSwitch(Callback):
         self._forget_features()
 
     def _undo(self) -> None:
-        """Go back to the module before the switch: a checkpoint from before it is loaded."""
+        """Return to the module before the switch, to load a checkpoint from before it."""
         if self._entered is not None:
             _put(self._entered.module, self.head, self._entered.old)
             self._entered.undo()
@@ -503,30 +505,31 @@ class StageSwitch(Callback):
         if not self.active:
             if epochs is not None and 0 <= epochs <= first:
                 raise ValueError(
-                    f"at_epoch of {name} is {self.at_epoch}, beyond the last epoch of a run of {epochs}: the switch "
-                    f"would never happen. Set it to at most {epochs - 1}, train longer, or add a stage of T epochs to "
-                    "the run with at_epoch=-T."
+                    f"at_epoch of {name} is {self.at_epoch}; it must be at most {epochs - 1} in a run of {epochs} "
+                    "epochs, or the switch never takes place. Train longer, or append a stage of T epochs with "
+                    "at_epoch=-T."
                 )
             if first == 0 and self.init_from is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 rank_zero_warn(
-                    f"{name} freezes the module before its first step, and there is no init_from: right for a module "
-                    "that is trained already, useless for a new one."
+                    f"{name} freezes the module before its first step, and there is no init_from: this is right for a "
+                    "trained module and useless for a new one."
                 )
         for other in _switches(trainer):
             if other is not self and other._first(trainer) == first:
                 raise ValueError(
-                    f"{name} and {type(other).__name__} both switch at epoch {first}: give them different at_epoch."
+                    f"{name} and {type(other).__name__} both switch at epoch {first}. Give them different values of "
+                    "at_epoch."
                 )
         if self.init_from is not None and first > 0 and not self.active:
             raise ValueError(
-                f"init_from is {self.init_from!r}, but the switch comes at epoch {first}: trained weights are for a "
+                f"init_from is {self.init_from!r}, but the switch is at epoch {first}: trained weights are only for a "
                 f"run that begins with it. Set at_epoch to 0 (now {self.at_epoch}), or train stage 1 without init_from."
             )
         averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging | WeightAveraging)]  # type: ignore[attr-defined]
         if averaging:
             raise ValueError(
-                f"{type(averaging[0]).__name__} averages the weights of all stages, so that what {name} freezes would "
-                "move and two heads be mixed: leave it out, or average in a run of one stage."
+                f"{type(averaging[0]).__name__} averages the weights of all stages: it would change what {name} "
+                "freezes and mix two heads. Omit it, or average in a run with one stage."
             )
         self.module_head(module)
         encoder = submodule_of(module, self.encoder, "encoder")
@@ -536,20 +539,20 @@ class StageSwitch(Callback):
         elif (self.training.views or self.training.batch_size) and not can_change_loading(trainer):
             data = datamodule_in_use(trainer)
             said = (
-                f"{'views' if self.training.views else 'batch_size'} of {name}'s training cannot be had with "
+                f"{'views' if self.training.views else 'batch_size'} of {name}'s training is incompatible with "
                 f"{type(data).__name__ if data else 'plain loaders'}: only data modules of this package change their "
                 "images and batch size at a switch."
             )
             if self.training.views is None or not self.training.views.optional:
-                raise ValueError(f"{said} Leave it out, or use a BenchmarkDataModule.")
-            rank_zero_warn(f"{said} The stage is trained on the batches that the loader gives.")
+                raise ValueError(f"{said} Omit it, or use a BenchmarkDataModule.")
+            rank_zero_warn(f"{said} The stage uses the loader's batches.")
         elif self.training.views is not None:
             self._check_views(module, self.training.views)
         foreign = not isinstance(module, ClassificationModule)
         if self.training.criterion is not None and foreign and not hasattr(module, "criterion"):
             raise ValueError(
-                f"{name}'s training has a criterion, but {type(module).__name__} has no attribute 'criterion' that its "
-                "training step would call. Leave the criterion out, or let the module call self.criterion."
+                f"{name}'s training has a criterion, but {type(module).__name__} has no attribute 'criterion' for its "
+                "training step to call. Omit the criterion, or make the module call self.criterion."
             )
 
     def _check_schedule(self, trainer: Trainer, module: LightningModule) -> None:
@@ -557,10 +560,10 @@ class StageSwitch(Callback):
             return
         schedule: Any = self.training.scheduler(self.training.optimizer([nn.Parameter(torch.zeros(1))]))
         if isinstance(schedule, CosineToEnd):
-            self.length(trainer)  # which must be known
+            self.length(trainer)  # must be known
         elif isinstance(schedule, ReduceLROnPlateau) and not isinstance(module, ClassificationModule):
             raise ValueError(
-                f"ReduceLROnPlateau would watch val/nll, which {type(module).__name__} need not log: give "
+                f"ReduceLROnPlateau monitors val/nll, which {type(module).__name__} may not log. Give "
                 f"{type(self).__name__} a schedule that follows the epochs, such as CosineToEnd."
             )
 
@@ -569,23 +572,21 @@ class StageSwitch(Callback):
         own = transform is not None and type(transform).views is not BatchTransform.views
         if own and self.training.criterion is None:
             raise ValueError(
-                f"{type(transform).__name__} needs views of its own, but the stage has {type(views).__name__}: give "
-                "the stage a criterion, which takes the transform's place, or leave its views out."
+                f"{type(transform).__name__} needs its own views, but the stage has {type(views).__name__}. Give the "
+                "stage a criterion, which replaces the transform, or omit its views."
             )
         image = views.transform(_AsFloat(), None, 0)(torch.zeros(1, 3, 32, 32).byte(), torch.zeros(1).long(), 0)
         if image.ndim != 4:
             raise ValueError(
-                f"{type(views).__name__} makes {image.shape[1]} views of each image, but a stage that classifies sees "
-                "one: use CleanViews or ResizedCropFlip."
+                f"{type(views).__name__} makes {image.shape[1]} views of each image; a stage that classifies needs "
+                "exactly one. Use CleanViews or ResizedCropFlip."
             )
 
     def _load_start(self, module: LightningModule) -> None:
-        """Load the encoder, and the head where it fits, of a trained checkpoint."""
+        """Load the encoder of a trained checkpoint, and its head if it fits."""
         assert self.init_from is not None
         if not Path(self.init_from).is_file():
-            raise FileNotFoundError(
-                f"init_from of {type(self).__name__} is {self.init_from!r}, but there is no such file."
-            )
+            raise FileNotFoundError(f"init_from of {type(self).__name__} is {self.init_from!r}, which does not exist.")
         state: dict[str, Tensor] = load_checkpoint(self.init_from)["state_dict"]
         encoder, head = f"{self.encoder}." if self.encoder else "", f"{self.head}."
         own = {name: value for name, value in module.state_dict().items() if name.startswith((encoder, head))}
@@ -599,14 +600,14 @@ class StageSwitch(Callback):
             }
 
         mine, theirs = of(own, encoder), of(state, encoder)
-        if not self.encoder:  # of a whole module only what it knows: criteria and metrics stay behind
+        if not self.encoder:  # of a whole module, skip criteria and metrics
             theirs = {name: shape for name, shape in theirs.items() if name in mine}
         if mine != theirs:
             name = next(n for n in (*mine, *theirs) if mine.get(n) != theirs.get(n))
             raise ValueError(
                 f"init_from is {self.init_from!r}, which holds another encoder: {name!r} is "
                 f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} in this module. Build the module "
-                "with the encoder that the checkpoint was trained with, or give another checkpoint."
+                "with the encoder of the checkpoint, or give another checkpoint."
             )
         wanted = set(mine)
         self.head_loaded = of(own, head) == of(state, head)
@@ -616,7 +617,7 @@ class StageSwitch(Callback):
 
 
 class _Entered:
-    """What a module was before a switch."""
+    """The state of a module before a switch."""
 
     def __init__(self, module: LightningModule, old: nn.Module) -> None:
         self.module, self.old = module, old
@@ -635,60 +636,33 @@ class _Entered:
 
 
 class _AsFloat(nn.Module):
-    """Stands for a normalisation."""
+    """Stands in for a normalisation."""
 
     def forward(self, image: Tensor, index: Tensor, epoch: int) -> Tensor:
         return image.float()
 
 
 def own_switches(module: LightningModule, *switches: StageSwitch) -> list[Callback]:
-    """Return a method's own switches for ``configure_callbacks``, unless the trainer has one that they would push out.
-
-    Lightning drops a trainer's callback in favour of a module's of the same class, and says so in passing.
-
-    Args:
-        module: The method.
-        *switches: Its switches.
-
-    Returns:
-        The switches.
-
-    Raises:
-        ValueError: If the trainer was given a switch that would be dropped.
-
-    Example:
-        ``return own_switches(self, self.switch)``
-    """
+    """A method's own switches for ``configure_callbacks``; rejects a switch that Lightning would drop for them."""
     if getattr(module, "_trainer", None) is None:
         return list(switches)
     for callback in _switches(module.trainer):
         lost = any(issubclass(type(own), type(callback)) for own in switches)
         if lost and callback not in switches and not callback.brought:
             raise ValueError(
-                f"The trainer has a {type(callback).__name__}, but {type(module).__name__} brings one of its own, in "
-                "whose favour Lightning would drop it: give the method its switch as switch=..., or use a method "
-                "without, such as CrossEntropy."
+                f"The trainer has a {type(callback).__name__}, but {type(module).__name__} has its own, for which "
+                "Lightning would drop it. Pass the switch to the method as switch=..., or use a method without one, "
+                "such as CrossEntropy."
             )
     for own in switches:
         own.brought = True
-    # those that the trainer has from an earlier call stay where they are
+    # switches from an earlier call keep their place
     there = module.trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
     return [own for own in switches if own not in there]
 
 
 def head_size(module: LightningModule, head: nn.Module) -> tuple[int, int]:
-    """Return d and K of a head: what goes in, and the number of classes.
-
-    Args:
-        module: The module that it belongs to; its ``num_classes`` counts where it has one.
-        head: A `Head` with ``in_features``, or any module with linear layers.
-
-    Returns:
-        ``(d, K)``.
-
-    Raises:
-        ValueError: If the head does not tell.
-    """
+    """Return ``(d, K)`` of a head: the size of its input, and the number of classes."""
     arguments = head.spec["init_args"] if isinstance(head, Head) else {}
     linear = [part for part in head.modules() if isinstance(part, nn.Linear)]
     features = arguments.get("in_features", linear[0].in_features if linear else None)
@@ -697,17 +671,17 @@ def head_size(module: LightningModule, head: nn.Module) -> tuple[int, int]:
         classes = arguments.get("num_classes", linear[-1].out_features if linear else None)
     if features is None or classes is None:
         raise ValueError(
-            f"The head {type(head).__name__} does not tell how many features and classes it has: it is no Head and has "
-            "no nn.Linear. Name another submodule with head=..., or override StageSwitch.new_head."
+            f"The head is a {type(head).__name__}, whose numbers of features and classes are unknown: it is not a Head "
+            "and has no nn.Linear. Name another submodule with head=..., or override StageSwitch.new_head."
         )
     return features, classes
 
 
 def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
-    """Put the heads of a staged training into a module that is not of this package, and load its weights.
+    """Install the heads of a staged training in a module from outside this package, and load its weights.
 
-    Modules of this package come back with `load_module`. A head of your own must derive from `Head`, and the file that
-    defines it be imported.
+    Use `load_module` for modules of this package. Your own head classes must derive from `Head`, and the file that
+    defines them must be imported.
 
     Args:
         module: The module as it was built for training.
@@ -717,7 +691,7 @@ def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
         The module, with the weights of the checkpoint, in ``eval()`` mode.
 
     Raises:
-        ValueError: If a head in the file is none of this package's and so cannot be built from it.
+        ValueError: If a head in the file is not a `Head` and therefore cannot be rebuilt.
 
     Example:
         ``module = load_stages(MyModule(), "last.ckpt")``
@@ -727,8 +701,8 @@ def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
     for state in sorted(states, key=lambda state: int(state["first_epoch"])):
         if state["head_spec"] is None:
             raise ValueError(
-                f"{path} holds a head {state['head']!r} that is no Head of this package: it cannot be built from the "
-                "file. Test or resume with a trainer that has the same StageSwitch."
+                f"{path} holds a head {state['head']!r} that is not a calib_lightning.core.Head, so it cannot be "
+                "rebuilt from the file. Test or resume with a trainer that has the same StageSwitch."
             )
         if state["current"] or len(states) == 1:
             _put(module, state["head"], build_head(state["head_spec"]))
@@ -744,14 +718,14 @@ def _switches(trainer: Trainer) -> list[StageSwitch]:
 
 
 def _added(trainer: Trainer) -> list[StageSwitch]:
-    """Switches whose stages come after the trainer's epochs, in their order; a callback comes after the method."""
+    """Switches whose stages follow the trainer's epochs, in order: a method's own come before callbacks."""
     return sorted((s for s in _switches(trainer) if s._adds), key=lambda switch: not switch.brought)
 
 
 def _add_epochs(trainer: Trainer, switches: list[StageSwitch]) -> None:
-    """Let the trainer go on for the stages that are added to its epochs."""
+    """Extend the trainer by the appended stages."""
     for switch in switches:
-        # a module that is in the stage already goes on in it for the trainer's epochs
+        # a module that is already in the stage stays in it for the trainer's epochs
         switch._adds = switch.at_epoch < 0 and (not switch.active or trainer.ckpt_path is not None)
     epochs, added = trainer.max_epochs, _added(trainer)
     if not added or epochs is None or epochs < 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -762,7 +736,7 @@ def _add_epochs(trainer: Trainer, switches: list[StageSwitch]) -> None:
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute whether or not it is a submodule now, and is to be one."""
+    """Set an attribute regardless of whether it is or was a submodule."""
     module._modules.pop(name, None)
     setattr(module, name, value)
 
@@ -774,14 +748,14 @@ def _put(module: nn.Module, name: str, head: nn.Module) -> None:
 
 @contextmanager
 def _seeded(position: int) -> Iterator[None]:
-    """A new head is a function of the run's seed and the stage, the same on all processes."""
+    """Make a new head a function of the run's seed and the stage, identical on all processes."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(run_seed(), position, _HEAD))
         yield
 
 
 def _check_chain(switches: list[StageSwitch], module: LightningModule) -> None:
-    """Build all new heads once and run them: a width that does not fit is said before training starts."""
+    """Build and run all new heads once, to report a wrong width before training starts."""
     trainer = module.trainer
     head: dict[str, nn.Module] = {}
     for switch in sorted(switches, key=lambda switch: switch._first(trainer)):
@@ -793,11 +767,11 @@ def _check_chain(switches: list[StageSwitch], module: LightningModule) -> None:
             new = head[switch.head] = switch.new_head(module, old)
         name, parameter = type(new).__name__, next(new.parameters(), None)
         if not isinstance(new, Head):
-            told = f"The head {name} of {type(switch).__name__} is no calib_lightning.core.Head"
+            told = f"The head {name} of {type(switch).__name__} is not a calib_lightning.core.Head"
             if isinstance(module, ClassificationModule):
-                raise ValueError(f"{told}, so a checkpoint could not say how to build it: derive it from Head.")
+                raise ValueError(f"{told}, so a checkpoint could not rebuild it. Derive it from Head.")
             rank_zero_warn(
-                f"{told}, so load_stages cannot build it from a checkpoint: derive it from Head if it should."
+                f"{told}, so load_stages cannot rebuild it from a checkpoint. Derive it from Head if it should."
             )
         rows = torch.zeros(2, features) if parameter is None else parameter.new_zeros(2, features)
         try:
@@ -805,18 +779,18 @@ def _check_chain(switches: list[StageSwitch], module: LightningModule) -> None:
                 shape = tuple(new(rows).shape)
         except RuntimeError as error:
             raise ValueError(
-                f"The head {name} of {type(switch).__name__} does not fit: it cannot take {features} features "
-                f"({error}). Build it for as many as the encoder gives."
+                f"The head {name} of {type(switch).__name__} does not fit: it cannot process {features} features "
+                f"({error}). Build it for the encoder's number of features."
             ) from error
         if shape != (2, classes):
             raise ValueError(
-                f"The head {name} of {type(switch).__name__} does not fit: from 2 rows of {features} features it makes "
+                f"The head {name} of {type(switch).__name__} does not fit: it maps 2 rows of {features} features to "
                 f"{shape}, but {classes} classes need (2, {classes})."
             )
 
 
 def _enter_before_weights(trainer: Trainer, module: LightningModule) -> None:
-    """Let the stages of a checkpoint be entered before its weights arrive: a callback's own hook comes after them."""
+    """Enter a checkpoint's stages before its weights are loaded; a callback's own hook runs too late."""
     load = type(module).on_load_checkpoint.__get__(module)
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -827,9 +801,9 @@ def _enter_before_weights(trainer: Trainer, module: LightningModule) -> None:
             moved = state["active"] and state["at_epoch"] != switch.at_epoch
             if (known is not None and known != mine) or moved:
                 raise ValueError(
-                    f"The checkpoint was trained with a {known} at epoch {state['at_epoch']}, this trainer has a "
-                    f"{mine} at epoch {switch.at_epoch} in its place: give the switches that it was trained with, in "
-                    "their order."
+                    f"The checkpoint was trained with {known} at epoch {state['at_epoch']}, but this trainer has "
+                    f"{mine} at epoch {switch.at_epoch} in its place. Use the switches of the training, in the same "
+                    "order."
                 )
         # the latest first
         for switch in sorted(states, key=lambda s: -1 if s._first_epoch is None else s._first_epoch, reverse=True):
@@ -848,14 +822,7 @@ def _enter_before_weights(trainer: Trainer, module: LightningModule) -> None:
 
 
 def can_change_loading(trainer: Trainer) -> bool:
-    """Tell whether the data of a trainer can change its images and batch size at a switch.
-
-    Args:
-        trainer: The trainer, within ``fit``.
-
-    Returns:
-        True for data modules of this package.
-    """
+    """Return whether the trainer's data can change its images and batch size at a switch."""
     return hasattr(datamodule_in_use(trainer), "stage_views")
 
 

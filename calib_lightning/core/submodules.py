@@ -1,4 +1,4 @@
-"""Parts of a module: one by its name, and all of them in evaluation mode for a while."""
+"""Submodules by name, and temporary evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while; every part gets back the mode that it had."""
+    """Put a module into evaluation mode, then restore the mode of every submodule."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -21,28 +21,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def submodule_of(module: nn.Module, name: str, what: str) -> nn.Module:
-    """Find a submodule by its name.
-
-    Args:
-        module: The module.
-        name: Dotted name of the submodule; ``""`` for the module itself.
-        what: The argument that the name was given as, for the message.
-
-    Returns:
-        The submodule.
-
-    Raises:
-        ValueError: If there is none of that name.
-
-    Example:
-        >>> submodule_of(nn.Sequential(nn.ReLU()), "0", "encoder")
-        ReLU()
-    """
+    """Return the submodule called ``name`` (``""``: the module itself); ``what`` is the argument that gave it."""
     try:
         return module.get_submodule(name)
     except AttributeError:
         names = ", ".join(repr(own) for own, _ in module.named_children())
         raise ValueError(
-            f"{type(module).__name__} has no submodule {name!r}: give the name of its {what} as {what}=...; at the top "
-            f"it has {names or 'none'}."
+            f"{what} is {name!r}; it must be the name of a submodule of {type(module).__name__}. Its top-level "
+            f"submodules are {names or 'none'}."
         ) from None

@@ -87,7 +87,7 @@ def test_other_names_than_those_of_the_checkpoint_are_told_once(tmp_path):
     made = load_module(path)
     said = warned(lambda: trainer(tmp_path).test(made, datamodule=other, verbose=False))
     assert len(said) == 1
-    assert said[0].startswith("Class 1 of the data is 'cat', but the network has learnt it as 'bee'.")
+    assert said[0].startswith("Class 1 of the data is 'cat', but 'bee' in the network.")
     assert made.class_names == NAMES  # what the network says is as it was
     for command in ("validate", "predict"):
         assert len(warned(lambda command=command: getattr(trainer(tmp_path), command)(made, datamodule=other))) == 1
@@ -237,7 +237,7 @@ def test_wrong_names_in_a_file_are_refused(calib, tmp_path, predictions, names, 
     [
         (np.ones((60, 3)), "60 of 60 rows have invalid soft labels; row 0"),
         (np.full((60, 2), 0.5), "must have the shape (60, 3)"),
-        (np.ones((60, 3), dtype=np.int64), "soft labels must be floating point, got torch.int64"),
+        (np.ones((60, 3), dtype=np.int64), "soft labels are torch.int64; they must be floating point"),
     ],
 )
 def test_wrong_distributions_in_a_file_are_refused(calib, tmp_path, predictions, distribution, message):

@@ -119,7 +119,7 @@ def grey(name, **options):
 def test_images_that_are_too_small_end_the_run_before_it_begins(calib, tmp_path):
     done = calib("fit", *TOY, *NET, grey("vgg16_bn_cifar"), "--run_dir=runs/small", "--trainer.max_epochs=1")
     assert done.code == 1
-    assert "The encoder 'vgg16_bn_cifar' cannot take images of 8 x 8 pixels" in done.err
+    assert "The encoder 'vgg16_bn_cifar' cannot process images of 8 x 8 pixels" in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "runs" / "small").exists()
 
@@ -127,7 +127,7 @@ def test_images_that_are_too_small_end_the_run_before_it_begins(calib, tmp_path)
 def test_a_network_for_large_images_is_warned_of_and_ours_is_named(calib):
     done = calib("fit", *TOY, *NET, grey("resnet18"), "--trainer.max_epochs=0")
     assert done.code == 0, done.err
-    assert done.err.count("timm's resnet18 is made for images of 224 pixels and gets 8") == 1
+    assert done.err.count("The images have 8 pixels, but timm's resnet18 is designed for 224") == 1
     assert "--model.encoder=resnet18_cifar" in done.err
     assert "is made for images of" not in calib("fit", *TOY, *SMALL, "--trainer.max_epochs=0").err
 

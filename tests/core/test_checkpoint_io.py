@@ -241,10 +241,10 @@ class Empty(LightningModule):
 def test_payloads_never_run(name: str, tmp_path: Path) -> None:
     path, trace = tmp_path / "a.ckpt", tmp_path / "trace"
     torch.save({"state_dict": {}, "hyper_parameters": gadgets(trace)[name]}, path)
-    with pytest.raises(pickle.UnpicklingError, match=r"(?s)refused to load .*a\.ckpt.*somebody else"):
+    with pytest.raises(pickle.UnpicklingError, match=r"(?s)a\.ckpt is not a checkpoint of .*somebody else"):
         AtomicCheckpointIO().load_checkpoint(path)
     trainer = Trainer(accelerator="cpu", logger=False, max_epochs=1, plugins=[AtomicCheckpointIO()])
-    with pytest.raises(pickle.UnpicklingError, match="refused to load"):
+    with pytest.raises(pickle.UnpicklingError, match="so it was not loaded"):
         trainer.fit(Empty(), [0], ckpt_path=path)
     assert not trace.exists()
     if name == "os.system":  # the payload is a real one

@@ -324,7 +324,7 @@ def test_a_damaged_file_is_replaced(tmp_path, damage):
     else:
         other = {"other shape": good.features[:-1], "other values": good.features + 1, "no tensor": {"features": 1}}
         torch.save(other[damage], path)
-    with pytest.warns(UserWarning, match=r"features-\w+\.pt .*computed again"):
+    with pytest.warns(UserWarning, match=r"features-\w+\.pt .*recomputed"):
         again = brief(tmp_path, CachedFeatures(folder=str(keep)))
     assert torch.equal(again.features, good.features)
     assert again.stage == good.stage
@@ -710,8 +710,8 @@ def test_resuming_changes_no_bit(tmp_path, kind):
     ("views", "options", "message"),
     [
         (CachedFeatures(views=2), {"augment": False}, "views is 2, but ToyDataModule does not augment"),
-        (CachedFeatures(), {"batch_transform": MixupTransform()}, "cannot be used with MixupTransform"),
-        (CachedFeatures(), {"cls": Mixup, "batch_transform": None}, "cannot be used with MixupTransform"),
+        (CachedFeatures(), {"batch_transform": MixupTransform()}, "is incompatible with MixupTransform"),
+        (CachedFeatures(), {"cls": Mixup, "batch_transform": None}, "is incompatible with MixupTransform"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_before_training(tmp_path, views, options, message):
@@ -734,7 +734,7 @@ def test_a_criterion_takes_the_place_of_a_batch_transform(tmp_path):
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="views is -1"):
         CachedFeatures(views=-1)
-    with pytest.raises(ValueError, match="frozen_bn is 'train', but stored features"):
+    with pytest.raises(ValueError, match="frozen_bn is 'train', which is incompatible"):
         StageTraining(views=CachedFeatures(), frozen_bn="train")
 
 
@@ -746,7 +746,7 @@ def test_a_head_within_the_encoder_is_refused(tmp_path):
 
     seed_everything(0)
     switch = StageSwitch(1, encoder="classifier", head="classifier.2", training=StageTraining(views=CachedFeatures()))
-    with pytest.raises(ValueError, match="the head is part of it"):
+    with pytest.raises(ValueError, match="The head is part of the encoder"):
         trainer(tmp_path, 1, [switch], max_epochs=2).fit(Nested(), DataLoader(rows_of(), 16))
 
 
@@ -761,7 +761,7 @@ def test_training_below_the_head_is_refused(tmp_path):
             super().freeze(module, head)
             module.encoder.network[-2].requires_grad_(True)
 
-    with pytest.raises(ValueError, match="below the head of ClassificationModule is trained"):
+    with pytest.raises(ValueError, match="A part of ClassificationModule below the head is trained"):
         brief(tmp_path, CachedFeatures(), switch=Thaw)
 
 
@@ -773,7 +773,7 @@ def test_a_folder_needs_a_head_on_the_encoder_itself(tmp_path):
     images, features = (Run(tmp_path, views, cls=Scaled) for views in (CleanViews(), CachedFeatures()))
     assert features.stage == pytest.approx(images.stage, rel=1e-5)
     torch.testing.assert_close(features.features[:, 0].norm(dim=1), torch.ones(ROWS))
-    with pytest.raises(ValueError, match="does not get what its encoder gives"):
+    with pytest.raises(ValueError, match="does not receive the output of its encoder"):
         Run(tmp_path, CachedFeatures(folder=str(tmp_path / "kept")), cls=Scaled)
 
 
@@ -782,7 +782,7 @@ def test_an_encoder_that_is_passed_by_is_refused(tmp_path):
         def features(self, image):
             return self.encoder.network(image).flatten(1)
 
-    with pytest.raises(ValueError, match=r"gives NoneType or is not called itself"):
+    with pytest.raises(ValueError, match=r"returns NoneType or is not called itself"):
         brief(tmp_path, CachedFeatures(), cls=Around)
 
 
@@ -799,7 +799,7 @@ def test_an_encoder_that_gives_no_tensor_is_refused(tmp_path):
         def forward(self, x):
             return self.classifier(self.between(self.pair(self.body(x))[0]))
 
-    with pytest.raises(ValueError, match="Pair gives tuple"):
+    with pytest.raises(ValueError, match="Pair returns tuple"):
         fit_mine(tmp_path, Paired(), CachedFeatures(), encoder="pair")
 
 
@@ -830,7 +830,7 @@ class Reshaped(Mine):
 
 @pytest.mark.parametrize("cls", [Transferred, Normalised, NormalisedInStep, MixedInStep, Reshaped])
 def test_images_that_are_changed_on_their_way_are_refused(tmp_path, cls):
-    with pytest.raises(ValueError, match="is not what the loader holds"):
+    with pytest.raises(ValueError, match="differs from the loader's images"):
         fit_mine(tmp_path, cls(), CachedFeatures())
 
 
@@ -881,8 +881,8 @@ def _batches():
         (Mine, lambda: DataLoader(Flipped(_seldom, label=True), 16), "differ between two readings"),
         (Mine, lambda: DataLoader(Endless(), 16), "cannot read DataLoader in order"),
         (Mine, _batches, "cannot read ResumableLoader in order"),
-        (Mine, lambda: DataLoader(rows_of(), batch_sampler=[[0, 1], [2, 3]]), "batch size of its own"),
-        (Keyed, lambda: DataLoader(rows_of(), 16, collate_fn=_dict), "images first, not dict"),
+        (Mine, lambda: DataLoader(rows_of(), batch_sampler=[[0, 1], [2, 3]]), "not with a batch_sampler"),
+        (Keyed, lambda: DataLoader(rows_of(), 16, collate_fn=_dict), "batch is a dict; CachedFeatures needs tuples"),
     ],
 )
 def test_a_loader_that_cannot_be_stored_is_refused(tmp_path, cls, loader, message):
@@ -898,6 +898,6 @@ def test_a_loader_that_cannot_be_stored_is_refused(tmp_path, cls, loader, messag
     "views", [CachedFeatures(views=2), CachedFeatures(folder="kept"), CachedFeatures(on_device=True)]
 )
 def test_options_need_a_data_module_of_this_package(tmp_path, views):
-    with pytest.raises(ValueError, match="known of the images of plain loaders"):
+    with pytest.raises(ValueError, match="not plain loaders"):
         fit_mine(tmp_path, Mine(), views)
     assert not list(Path().glob("kept*"))

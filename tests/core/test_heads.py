@@ -119,9 +119,7 @@ def test_linear_head_is_an_affine_map():
     assert LinearHead(4, 3, bias=False).linear.bias is None
 
 
-@pytest.mark.parametrize(
-    "value", [{1: 2}, torch.tensor(1.0), print, nn.Linear(1, 1), [1, {"a": {2}}], b"x"]
-)
+@pytest.mark.parametrize("value", [{1: 2}, torch.tensor(1.0), print, nn.Linear(1, 1), [1, {"a": {2}}], b"x"])
 def test_an_argument_that_is_not_plain_is_named(value):
     with pytest.raises(TypeError, match=r"KeywordHead: argument value.* plain data"):
         KeywordHead(value)

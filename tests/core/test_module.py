@@ -297,7 +297,7 @@ def test_a_checkpoint_with_training_metrics_of_another_version_loads(tmp_path):
     checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
     del checkpoint["calib_lightning"]["train_state"]["num_classes"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    with pytest.warns(UserWarning, match="training metrics in the form of another version"):
+    with pytest.warns(UserWarning, match="training metrics in another version's format"):
         loaded = load_module(tmp_path / "old.ckpt")
     for name, value in module.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name

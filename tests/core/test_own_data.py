@@ -284,7 +284,7 @@ def test_a_stream_is_trained_on_and_numbered_as_it_comes(tmp_path):
 )
 def test_crl_refuses_data_without_positions(tmp_path, loader):
     run = trainer(tmp_path, max_epochs=1)
-    with pytest.raises(ValueError, match="does not say which sample a row is"):
+    with pytest.raises(ValueError, match="does not identify the sample of each row"):
         run.fit(_module(CRL), loader)
     assert run.global_step == 0
     with pytest.raises(TypeError, match="no data set with a length"):
@@ -379,7 +379,7 @@ IMAGES = torch.zeros(2, 1, 8, 8)
     ],
 )
 def test_other_batches_are_refused_in_a_sentence(batch, said):
-    with pytest.raises(TypeError, match=f"CrossEntropy needs batches .*, but this one is {said}"):
+    with pytest.raises(TypeError, match=f"CrossEntropy needs batches .*, but the batch is {said}"):
         _module().training_step(batch, 0)
 
 

@@ -385,7 +385,7 @@ def test_a_process_saves_on_sigusr1_and_leaves_with_the_code_of_the_signal(
         marked = file.stat().st_mtime_ns if file.exists() else 0
         os.kill(pid, signal.SIGUSR1)
         end = time.monotonic() + 60
-        while "training goes on" not in log.read_text():
+        while "training continues" not in log.read_text():
             assert process.is_alive(), log.read_text()
             assert time.monotonic() < end
             time.sleep(0.02)

@@ -108,8 +108,8 @@ def test_resumed_schedule_gives_the_same_rates_bit_for_bit(stop):
         ({"epochs": 10, "warmup_epochs": -1}, "warmup_epochs is -1"),
         ({"epochs": 20, "warmup_start": -0.1}, "warmup_start is -0.1"),
         ({"epochs": 20, "warmup_start": math.nan}, "warmup_start is nan"),
-        ({"epochs": 20, "warmup_start": 0.6}, "learning rate 0.5 is below warmup_start, 0.6"),
-        ({"epochs": 20, "decay": 0.0}, r"decay is 0.0; it must lie in \(0, 1\]"),
+        ({"epochs": 20, "warmup_start": 0.6}, r"warmup_start is 0.6; it must be at most the learning rate \(0.5\)"),
+        ({"epochs": 20, "decay": 0.0}, r"decay is 0.0; it must be in \(0, 1\]"),
         ({"epochs": 20, "decay": math.nan}, "decay is nan"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_cosine_without_an_end_is_refused():
     opt = optimizer(0.4)
     schedule = CosineToEnd(opt)
     opt.step()
-    with pytest.raises(RuntimeError, match="call set_epochs"):
+    with pytest.raises(RuntimeError, match="Call set_epochs"):
         schedule.step()
     with pytest.raises(ValueError, match="max_epochs is -1"):
         schedule.set_epochs(-1)
@@ -217,15 +217,15 @@ def test_resumed_steps_are_the_same_bit_for_bit(stop):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"milestones": []}, r"milestones is \[\]; it must be ascending"),
-        ({"milestones": [180, 160]}, r"milestones is \[180, 160\]; it must be ascending"),
+        ({"milestones": []}, r"milestones is \[\]; it must hold ascending"),
+        ({"milestones": [180, 160]}, r"milestones is \[180, 160\]; it must hold ascending"),
         ({"milestones": [160, 160]}, r"milestones is \[160, 160\]"),
-        ({"milestones": [0, 160], "warmup_epochs": 0}, r"milestones is \[0, 160\]; it must be ascending epochs from 1"),
-        ({"gamma": 0.0}, r"gamma is 0.0; it must lie in \(0, 1\]"),
+        ({"milestones": [0, 160], "warmup_epochs": 0}, r"milestones is \[0, 160\]; it must hold ascending epochs"),
+        ({"gamma": 0.0}, r"gamma is 0.0; it must be in \(0, 1\]"),
         ({"gamma": 1.5}, "gamma is 1.5"),
         ({"gamma": math.nan}, "gamma is nan"),
-        ({"warmup_epochs": -1}, "warmup_epochs is -1; it must lie between 0 and the first milestone"),
-        ({"warmup_epochs": 161}, r"warmup_epochs is 161; it must lie between 0 and the first milestone \(160\)"),
+        ({"warmup_epochs": -1}, "warmup_epochs is -1; it must be between 0 and the first milestone"),
+        ({"warmup_epochs": 161}, r"warmup_epochs is 161; it must be between 0 and the first milestone \(160\)"),
     ],
 )
 def test_bad_numbers_of_steps_are_refused(options, message):

@@ -280,7 +280,7 @@ def test_a_checkpoint_of_other_switches_is_refused(tmp_path):
         pass
 
     staged_run(tmp_path, 30)
-    with pytest.raises(ValueError, match="give the switches that it was trained with"):
+    with pytest.raises(ValueError, match="Use the switches of the training"):
         staged_run(tmp_path, resume=True, switches=[StageSwitch(2), Other(-2)])
 
 
@@ -430,14 +430,14 @@ def test_features_are_what_goes_into_the_head(tmp_path):
 @pytest.mark.parametrize(
     ("switches", "message"),
     [
-        ([StageSwitch(4)], "beyond the last epoch of a run of 4"),
+        ([StageSwitch(4)], "must be at most 3 in a run of 4 epochs"),
         ([StageSwitch(2), StageSwitch(2)], "both switch at epoch 2"),
-        ([StageSwitch(1, head="classifier")], "no submodule 'classifier'"),
-        ([StageSwitch(1, encoder="backbone")], "no submodule 'backbone'"),
-        ([StageSwitch(1, lambda d, k: LinearHead(d + 1, k))], "does not fit: it cannot take 96 features"),
-        ([StageSwitch(1, lambda d, k: LinearHead(d, k + 1))], r"makes \(2, 4\), but 3 classes need \(2, 3\)"),
+        ([StageSwitch(1, head="classifier")], "head is 'classifier'; it must be the name of a submodule"),
+        ([StageSwitch(1, encoder="backbone")], "encoder is 'backbone'; it must be the name of a submodule"),
+        ([StageSwitch(1, lambda d, k: LinearHead(d + 1, k))], "does not fit: it cannot process 96 features"),
+        ([StageSwitch(1, lambda d, k: LinearHead(d, k + 1))], r"to \(2, 4\), but 3 classes need \(2, 3\)"),
         ([StageSwitch(2, init_from="trained.ckpt")], "Set at_epoch to 0"),
-        ([StageSwitch(1), StageSwitch(2, lambda d, k: LinearHead(d, 7))], r"makes \(2, 7\)"),
+        ([StageSwitch(1), StageSwitch(2, lambda d, k: LinearHead(d, 7))], r"to \(2, 7\)"),
     ],
 )
 def test_a_switch_that_cannot_be_made_is_refused_before_training(tmp_path, switches, message):
@@ -466,7 +466,7 @@ def test_another_encoders_checkpoint_is_refused(tmp_path):
 def test_what_a_loader_of_somebody_elses_cannot_do_is_refused(tmp_path):
     train, _, _ = loaders()
     for training, message in (
-        (StageTraining(batch_size=8), "batch_size of StageSwitch's training cannot be had with plain loaders"),
+        (StageTraining(batch_size=8), "batch_size of StageSwitch's training is incompatible with plain loaders"),
         (StageTraining(views=ResizedCropFlip()), "views of StageSwitch's training"),
         (StageTraining(criterion=nn.CrossEntropyLoss()), "no attribute 'criterion'"),
     ):
@@ -476,14 +476,14 @@ def test_what_a_loader_of_somebody_elses_cannot_do_is_refused(tmp_path):
     # clean images are asked for by the configurations of methods: other loaders give what they have
     switch = StageSwitch(1, encoder="net", head="net.fc", training=StageTraining(views=CleanViews()))
     run = trainer(tmp_path, 1, [switch], max_epochs=2)
-    with pytest.warns(UserWarning, match="The stage is trained on the batches that the loader gives"):
+    with pytest.warns(UserWarning, match="The stage uses the loader's batches"):
         run.fit(Foreign(), train)
 
 
 def test_other_strategies_are_refused(tmp_path, monkeypatch):
     run = trainer(tmp_path, 1, [StageSwitch(1)], max_epochs=2)
     monkeypatch.setattr("calib_lightning.core.distributed.SingleDeviceStrategy", nn.Linear)
-    with pytest.raises(ValueError, match="StageSwitch cannot freeze parameters under the strategy"):
+    with pytest.raises(ValueError, match="under which StageSwitch cannot freeze parameters"):
         run.fit(module(), datamodule=toy())
 
 
@@ -520,7 +520,7 @@ def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
     assert torch.equal(load_module(tmp_path / "older.ckpt")(image), own.eval()(image))
     del checkpoint["calib_lightning"]["head"]
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="does not say which calib_lightning module"):
+    with pytest.raises(ValueError, match="does not name its calib_lightning module"):
         load_module(tmp_path / "other.ckpt")
 
 
@@ -615,7 +615,7 @@ def test_the_order_of_a_list_does_not_matter(tmp_path):
 
 def test_a_switch_beside_a_methods_own_is_not_dropped_in_silence(tmp_path):
     own = module(TwoStage, switch=StageSwitch(1))
-    with pytest.raises(ValueError, match="in whose favour Lightning would drop it"):
+    with pytest.raises(ValueError, match="for which Lightning would drop it"):
         fit(tmp_path, own, [StageSwitch(2)], 3)
     run = fit(tmp_path, module(TwoStage, switch=StageSwitch(1)), [], 3)
     # what an earlier method has left in the trainer may go
@@ -633,7 +633,7 @@ def test_early_stopping_begins_anew_and_a_switch_that_never_came_is_told_of(tmp_
 
     run = fit(tmp_path, module(), [StageSwitch(2)], 5, callbacks=[Score(), stopping(2)])
     assert run.current_epoch == 5
-    with pytest.warns(UserWarning, match="was to switch at epoch 4, but training ended before"):
+    with pytest.warns(UserWarning, match="should have switched at epoch 4, but training ended earlier"):
         fit(tmp_path, module(), [StageSwitch(4)], 5, callbacks=[Score(), stopping(1)])
 
 
@@ -654,7 +654,7 @@ def test_other_switches_than_those_of_the_checkpoint_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "training", "message"),
     [
-        ({"batch_transform": AugMixTransform()}, StageTraining(views=CleanViews()), "needs views of its own"),
+        ({"batch_transform": AugMixTransform()}, StageTraining(views=CleanViews()), "needs its own views"),
         ({}, StageTraining(views=ContrastiveViews()), "makes 2 views of each image"),
     ],
 )
@@ -694,7 +694,7 @@ def test_modules_and_batches_that_cannot_be_staged_are_refused_before_the_first_
 
 def test_a_stage_whose_length_must_be_known(tmp_path):
     for switch in (MaskedClassifier(1), StageSwitch(1, training=StageTraining(scheduler=CosineToEnd))):
-        with pytest.raises(ValueError, match=r"must know how long its stage lasts: set trainer\.max_epochs"):
+        with pytest.raises(ValueError, match=r"needs the length of its stage\. Set trainer\.max_epochs"):
             fit(tmp_path, module(), [switch], -1, max_steps=30)
 
 
@@ -710,15 +710,15 @@ def test_a_stage_before_which_nothing_is_trained_is_told_of(tmp_path):
 
 
 def test_a_stage_of_few_steps_is_told_of(tmp_path):
-    with pytest.warns(UserWarning, match="has only 10 steps, in which a new head hardly learns"):
+    with pytest.warns(UserWarning, match="has only 10 steps, too few for a new head"):
         fit(tmp_path, module(), [StageSwitch(1)], 3)
 
 
 def test_heads_that_no_checkpoint_could_build_are_refused_or_told_of(tmp_path):
-    with pytest.raises(ValueError, match="so a checkpoint could not say how to build it"):
+    with pytest.raises(ValueError, match="so a checkpoint could not rebuild it"):
         fit(tmp_path, module(), [StageSwitch(1, nn.Linear)], 2)
     train, _, _ = loaders()
-    with pytest.warns(UserWarning, match="so load_stages cannot build it"):
+    with pytest.warns(UserWarning, match="so load_stages cannot rebuild it"):
         trainer(tmp_path, 1, [StageSwitch(1, nn.Linear, encoder="net", head="net.fc")], max_epochs=2).fit(
             Foreign(), train
         )
