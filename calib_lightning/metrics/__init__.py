@@ -1,4 +1,4 @@
-"""Metrics of accuracy, calibration and refinement: `EvaluationState` for all in one pass, and one class for each."""
+"""Metrics of accuracy, calibration and ranking: `EvaluationState` for all in one pass, and a class for each."""
 
 from calib_lightning.metrics.calibration import (
     AdaptiveCalibrationError,

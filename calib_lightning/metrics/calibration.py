@@ -54,7 +54,7 @@ class RootMeanSquaredCalibrationError(SingleMetric):
 
 
 class OverconfidenceError(SingleMetric):
-    """Gaps of over-confident bins, weighed by confidence (Thulasidasan et al., 2019).
+    """Gaps of over-confident bins, weighted by confidence (Thulasidasan et al., 2019).
 
     See `functional.overconfidence_error`.
 
@@ -101,7 +101,7 @@ class UnderCalibrationError(SingleMetric):
 
 
 class SignedGap(SingleMetric):
-    """Mean confidence less accuracy; see `functional.signed_gap`.
+    """Mean confidence minus accuracy; see `functional.signed_gap`.
 
     The arguments are those of `SingleMetric`.
 
@@ -146,7 +146,7 @@ class KolmogorovSmirnovError(SingleMetric):
 
 
 class DebiasedL2Error(SingleMetric):
-    """L2 calibration error less its bias, equal-mass bins (Kumar et al., 2019); see `functional.debiased_l2`.
+    """Debiased L2 calibration error over equal-mass bins (Kumar et al., 2019); see `functional.debiased_l2`.
 
     The arguments are those of `SingleMetric`.
 
@@ -179,8 +179,8 @@ class AdaptiveCalibrationError(SingleMetric):
     """Calibration error over bins of equally many rows; see `functional.aece_split` and `functional.aece_official`.
 
     Args:
-        convention: ``"split"`` cuts the sorted rows in M parts that differ by at most one row; ``"official"`` is what
-            the code behind most published figures does, which leaves out the least confident row.
+        convention: ``"split"`` cuts the sorted rows into M parts that differ by at most one row; ``"official"`` is the
+            convention of most published results, which leaves out the least confident row.
         **kwargs: Arguments of `SingleMetric`.
 
     Raises:
@@ -197,16 +197,16 @@ class AdaptiveCalibrationError(SingleMetric):
 
     def __init__(self, convention: str = "split", **kwargs: Any) -> None:
         if convention not in ("split", "official"):
-            raise ValueError(f"convention={convention!r}: allowed are 'split' and 'official'")
+            raise ValueError(f"convention is {convention!r}; it must be 'split' or 'official'.")
         self.convention = convention
         super().__init__(**kwargs)
 
     @property
     def row(self) -> MetricRow:
-        """How the value is read from the state."""
+        """The row of the chosen convention."""
         return METRICS[f"aece_{self.convention}"]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers must know."""
+        """What a reader of the value must know."""
         return super().settings | {"convention": self.convention}

@@ -15,7 +15,7 @@ class TermsMetric(EvaluationState):
 
     Args:
         n_bins: Number of bins of the calibration errors.
-        rank_bins: Size of the histogram of log-odds that ranking metrics are read from; ``None`` keeps every row.
+        rank_bins: Size of the histogram of log-odds for ranking metrics; ``None`` keeps every row.
         input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
         **kwargs: Arguments of `torchmetrics.Metric`.
     """
@@ -81,9 +81,9 @@ class DarkSideTerms(TermsMetric):
 
 
 class VariationalSplit(TermsMetric):
-    """Negative log-likelihood split in calibration and refinement (Berta et al., 2025).
+    """Negative log-likelihood split into calibration and refinement (Berta et al., 2025).
 
-    It keeps all K scores of a row; see `functional.variational_split`.
+    It keeps all K scores per row; see `functional.variational_split`.
 
     The arguments are those of `TermsMetric`.
 

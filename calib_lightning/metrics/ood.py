@@ -1,4 +1,4 @@
-"""How well a score tells in-distribution rows from others, as metrics; in-distribution is the positive side."""
+"""How well a score tells in-distribution rows, the positive side, from others, as metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calib_lightning.metrics.table import METRICS
 
 
 class OODMetric(RowMetric):
-    """Base of the metrics of a score that is higher for in-distribution rows; it keeps 5 bytes a row (9 for float64).
+    """Base of the metrics of a score that is higher for in-distribution rows; it keeps 5 bytes per row (9 for float64).
 
     Args:
         **kwargs: Arguments of `torchmetrics.Metric`.
@@ -76,23 +76,20 @@ class OODMetric(RowMetric):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers must know."""
+        """What a reader of the value must know."""
         return {"rows": int(self.count), "ranking": "exact", "positive": "in-distribution"}
 
     def extra_repr(self) -> str:
-        """Nothing can be set.
-
-        Returns:
-            Text for ``repr``.
-        """
+        """Empty: nothing can be set."""
         return ""
 
     @property
     def _validity(self) -> tuple[tuple[str, ...], str]:
+        """The kind of faults, and what is allowed."""
         return ("scores", *FAULTS[1:]), "scores must not be NaN (inf is allowed)"
 
     def compute(self) -> Tensor:
-        """Read the metric.
+        """Compute the metric.
 
         Returns:
             0-d float64; nan, with a warning, unless there are rows of both kinds.
@@ -140,7 +137,7 @@ class OODAUPR(OODMetric):
 
 
 class OODFPR95(OODMetric):
-    """Share of other rows above the threshold that keeps 95 % of the in-distribution ones; see `functional.ood_fpr95`.
+    """Share of other rows above the threshold that 95 % of the in-distribution rows pass; see `functional.ood_fpr95`.
 
     Example:
         >>> metric = OODFPR95()

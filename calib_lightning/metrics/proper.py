@@ -24,7 +24,7 @@ class Accuracy(SingleMetric):
 
 
 class NegativeLogLikelihood(SingleMetric):
-    """Mean negative log-likelihood in nats, also of soft labels ``(N, K)``; see `functional.nll`.
+    """Mean negative log-likelihood in nats, also for soft labels ``(N, K)``; see `functional.nll`.
 
     The arguments are those of `SingleMetric`.
 
@@ -40,7 +40,7 @@ class NegativeLogLikelihood(SingleMetric):
 
 
 class BrierScore(SingleMetric):
-    """Brier score over all classes, in ``[0, 2]``, also of soft labels ``(N, K)``; see `functional.brier`.
+    """Brier score over all classes, in ``[0, 2]``, also for soft labels ``(N, K)``; see `functional.brier`.
 
     The arguments are those of `SingleMetric`.
 
@@ -56,7 +56,7 @@ class BrierScore(SingleMetric):
 
 
 class Entropy(SingleMetric):
-    """Mean entropy of the predicted probabilities in nats; it reads no labels. See `functional.entropy`.
+    """Mean entropy of the predicted probabilities in nats; labels do not matter. See `functional.entropy`.
 
     The arguments are those of `SingleMetric`.
 
@@ -75,7 +75,7 @@ class TopKAccuracy(SingleMetric):
     """Share of rows whose label is among the k largest scores; see `functional.top_k_accuracy`.
 
     Args:
-        k: How many classes may be named.
+        k: Number of classes that count.
         **kwargs: Arguments of `SingleMetric`.
 
     Raises:
@@ -92,16 +92,16 @@ class TopKAccuracy(SingleMetric):
 
     def __init__(self, k: int = 5, **kwargs: Any) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k={k!r}: give an integer >= 1")
+            raise ValueError(f"k is {k!r}; it must be an integer >= 1.")
         self.k = k
         super().__init__(**kwargs)
 
     @property
     def row(self) -> MetricRow:
-        """How the value is read from the state."""
+        """The row for this k."""
         return top_k_of(self.k)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers must know."""
+        """What a reader of the value must know."""
         return super().settings | {"k": self.k}

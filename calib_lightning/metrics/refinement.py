@@ -1,4 +1,4 @@
-"""How well the confidence ranks right above wrong answers, as metrics."""
+"""How well the confidence ranks correct above wrong predictions, as metrics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AUPRError(SingleMetric):
 
 
 class FPR95(SingleMetric):
-    """Share of wrong predictions above the threshold that keeps 95 % of the correct ones; see `functional.fpr95`.
+    """Share of wrong predictions above the threshold that 95 % of the correct ones pass; see `functional.fpr95`.
 
     The arguments are those of `SingleMetric`.
 
@@ -107,7 +107,7 @@ class AUGRC(SingleMetric):
 class OvOAUROC(SingleMetric):
     """One-versus-one AUROC of the classes (Hand and Till, 2001).
 
-    It keeps all K scores of a row; see `functional.ovo_auroc`.
+    It keeps all K scores per row; see `functional.ovo_auroc`.
 
     The arguments are those of `SingleMetric`.
 
@@ -123,10 +123,10 @@ class OvOAUROC(SingleMetric):
 
 
 class ExcessAURC(SingleMetric):
-    """AURC less that of a perfect ranking (Geifman et al., 2019); see `functional.e_aurc`.
+    """AURC minus that of a perfect ranking (Geifman et al., 2019); see `functional.e_aurc`.
 
     Args:
-        exact: Whether to subtract the optimum of this many rows in place of its limit.
+        exact: Whether to subtract the optimum for this number of rows instead of its limit.
         **kwargs: Arguments of `SingleMetric`.
 
     Example:
@@ -145,20 +145,20 @@ class ExcessAURC(SingleMetric):
 
     @property
     def row(self) -> MetricRow:
-        """How the value is read from the state."""
+        """The row for this optimum."""
         return excess_aurc_of(self.exact)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers must know."""
+        """What a reader of the value must know."""
         return super().settings | {"exact": self.exact}
 
 
 class CoverageAtRisk(SingleMetric):
-    """Largest share of rows that can be answered at an error rate; see `functional.coverage_at_risk`.
+    """Largest share of rows that can be accepted at an error rate; see `functional.coverage_at_risk`.
 
     Args:
-        risk: The error rate that is allowed, a fraction.
+        risk: The allowed error rate, a fraction.
         **kwargs: Arguments of `SingleMetric`.
 
     Raises:
@@ -176,18 +176,18 @@ class CoverageAtRisk(SingleMetric):
 
     def __init__(self, risk: float = 0.05, **kwargs: Any) -> None:
         if not 0.0 <= risk <= 1.0:
-            raise ValueError(f"risk={risk!r}: give a fraction in [0, 1]")
+            raise ValueError(f"risk is {risk!r}; it must be in [0, 1].")
         self.risk = risk
         super().__init__(**kwargs)
 
     @property
     def row(self) -> MetricRow:
-        """How the value is read from the state."""
+        """The row for this risk."""
         return coverage_at_risk_of(self.risk)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers must know."""
+        """What a reader of the value must know."""
         return super().settings | {"risk": self.risk}
 
 
@@ -195,7 +195,7 @@ class RiskAtCoverage(SingleMetric):
     """Error rate of the most confident share of the rows; see `functional.risk_at_coverage`.
 
     Args:
-        coverage: Share of the rows that are answered, a fraction.
+        coverage: Share of the rows to accept, a fraction.
         **kwargs: Arguments of `SingleMetric`.
 
     Raises:
@@ -213,16 +213,16 @@ class RiskAtCoverage(SingleMetric):
 
     def __init__(self, coverage: float = 0.8, **kwargs: Any) -> None:
         if not 0.0 < coverage <= 1.0:
-            raise ValueError(f"coverage={coverage!r}: give a fraction in (0, 1]")
+            raise ValueError(f"coverage is {coverage!r}; it must be in (0, 1].")
         self.coverage = coverage
         super().__init__(**kwargs)
 
     @property
     def row(self) -> MetricRow:
-        """How the value is read from the state."""
+        """The row for this coverage."""
         return risk_at_coverage_of(self.coverage)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers must know."""
+        """What a reader of the value must know."""
         return super().settings | {"coverage": self.coverage}

@@ -1,7 +1,6 @@
-"""Resamples and subsets of a set's rows: intervals, groups and paired tests for every metric, from one shared state.
+"""Resamples and subsets of the rows of a set: intervals, groups and paired tests for every metric.
 
-A resample or a subset is a row of weights over the rows of the set, so the same read-outs serve all of them, many at
-a time.
+A resample or a subset is a row of weights over the rows of the set, so the metrics read many of them at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from calib_lightning.metrics.table import METRICS
 from calib_lightning.metrics.view import View
 
 _AT_ONCE = 2**19
-"""How many weights are looked at together: large enough for vector code, small enough for the cache."""
+"""How many weights are processed together: enough for vector code, few enough for the cache."""
 
 _AT_ONCE_WITH_SCORES = 2**24
 
@@ -37,11 +36,11 @@ _CLASS_BINS_AT_ONCE = 2**22
 
 
 class Interval(NamedTuple):
-    """A figure and the interval around it.
+    """A value and the interval around it.
 
     Attributes:
-        value: The figure of the whole set.
-        low: Lower end; nan where the figure is not defined or not finite.
+        value: The value on the whole set.
+        low: Lower end; nan if the value is undefined or infinite.
         high: Upper end.
     """
 
@@ -54,8 +53,8 @@ class Difference(NamedTuple):
     """How two runs differ on the same rows.
 
     Attributes:
-        value: Figure of the first less figure of the second.
-        p_value: Share of random exchanges of the two runs' rows that give a difference at least as large.
+        value: Value of the first run minus that of the second.
+        p_value: Share of random exchanges of rows between the runs that give a difference at least as large.
     """
 
     value: float
@@ -67,8 +66,8 @@ class GroupTable(NamedTuple):
 
     Attributes:
         names: Names of the groups.
-        rows: Number of rows of each.
-        values: For each metric one value a group, ``(G,)`` float64, nan where it is not defined.
+        rows: Number of rows per group.
+        values: Per metric one value per group, ``(G,)`` float64; nan where it is undefined.
     """
 
     names: tuple[str, ...]
@@ -76,13 +75,13 @@ class GroupTable(NamedTuple):
     values: dict[str, Tensor]
 
     def worst(self, metric: str) -> tuple[str, float]:
-        """Find the group for which a metric is worst.
+        """Find the group with the worst value of a metric.
 
         Args:
             metric: Key of a metric that has a better direction.
 
         Returns:
-            Name and value; ``("", nan)`` if it is nowhere defined.
+            Name and value; ``("", nan)`` if the metric is undefined for every group.
 
         Raises:
             ValueError: The metric has no better direction, or was not computed.
@@ -90,7 +89,7 @@ class GroupTable(NamedTuple):
         better = METRICS[metric].better if metric in METRICS else "none"
         if metric not in self.values or better == "none":
             allowed = [key for key in self.values if METRICS[key].better != "none"]
-            raise ValueError(f"worst({metric!r}): allowed are {', '.join(allowed)}")
+            raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(allowed)}.")
         values = self.values[metric]
         badness = {"higher": -values, "lower": values, "zero": values.abs()}[better]
         if bool(badness.isnan().all()):
@@ -100,15 +99,15 @@ class GroupTable(NamedTuple):
 
 
 class RowTable:
-    """The rows that a state with ``details=True`` kept, and what can be prepared for all subsets of them.
+    """The rows kept by a state with ``details=True``, and what all their subsets share.
 
     Args:
-        columns: One value a row of each quantity ``(N,)``, by the name of the part.
+        columns: One value per row of each quantity ``(N,)``, by the name of the part.
         ranks: Log-odds of the confidence ``(N,)``.
         labels: Class labels ``(N,)``.
         scores: All scores ``(N, K)``, or ``None`` if no metric needs them.
         num_classes: Number of classes K.
-        settings: Number of bins, and what the scores are.
+        settings: Number of bins, and the kind of the scores.
     """
 
     def __init__(
@@ -129,19 +128,9 @@ class RowTable:
 
     @classmethod
     def of(cls, state: EvaluationState) -> RowTable:
-        """Take the rows out of a state, those of all processes.
-
-        Args:
-            state: A state that was made with ``details=True``.
-
-        Returns:
-            The table, on the CPU.
-
-        Raises:
-            ValueError: The state keeps no rows.
-        """
+        """The rows of a state made with ``details=True``, from all processes, on the CPU."""
         if not state.details:
-            raise ValueError("the state keeps only sums; make it with EvaluationState(..., details=True)")
+            raise ValueError("details is False; it must be True. Create EvaluationState(..., details=True).")
         with state.sync_context(should_sync=state.sync_on_compute):
             columns = {
                 name.removesuffix("_rows"): state.rows_of(name).cpu()
@@ -160,7 +149,7 @@ class RowTable:
 
     @property
     def settings(self) -> tuple[int, InputKind]:
-        """Number of bins, and what the scores are."""
+        """Number of bins, and the kind of the scores."""
         return self.n_bins, self.input
 
     def __len__(self) -> int:
@@ -168,14 +157,7 @@ class RowTable:
         return len(self.labels)
 
     def joined(self, other: RowTable) -> RowTable:
-        """Put the rows of another table below these.
-
-        Args:
-            other: A table with the same classes and settings.
-
-        Returns:
-            A table of the quantities that both have.
-        """
+        """These rows with those of another table below; quantities that only one of them has are dropped."""
         scores = None
         if self.scores is not None and other.scores is not None:
             scores = torch.cat([self.scores, other.scores])
@@ -209,24 +191,24 @@ class RowTable:
 
     @cached_property
     def ordered_correct(self) -> Tensor:
-        """Hits in that order, float64."""
+        """Whether each row is correct, in that order, float64."""
         return self.columns["correct"][self.order].double()
 
     @cached_property
     def column_matrix(self) -> Tensor:
-        """All columns side by side, ``(N, C)`` float64, with 0 in place of infinite values."""
+        """All columns side by side, ``(N, C)`` float64; infinite values are 0."""
         matrix = torch.stack([column.double() for column in self.columns.values()], dim=1)
         return matrix.masked_fill_(matrix.isinf(), 0.0)
 
     @cached_property
     def infinite(self) -> Tensor | None:
-        """Where `column_matrix` has 0 in place of infinity, as ones, ``(N, C)`` float64; ``None`` if nowhere."""
+        """Ones where `column_matrix` has 0 instead of infinity, ``(N, C)`` float64; ``None`` if nowhere."""
         lost = torch.stack([column.isinf() for column in self.columns.values()], dim=1)
         return lost.double() if bool(lost.any()) else None
 
     @cached_property
     def bin_matrix(self) -> Tensor:
-        """What each row adds to each sum of the bins, ``(N, 5 M)`` float64: count, c, hit, c^2, c hit."""
+        """What each row adds to each sum of the bins, ``(N, 5 M)`` float64: count, c, a, c^2, c a (a: correctness)."""
         confidence, correct = self.columns["confidence"], self.columns["correct"].double()
         wide = confidence.double()
         values = torch.stack([torch.ones_like(wide), wide, correct, wide * wide, wide * correct], dim=1)
@@ -240,7 +222,7 @@ class RowTable:
 
     @cached_property
     def class_ranks(self) -> Tensor:
-        """Scores that rank the rows for each class, ``(N, K)``."""
+        """Scores ``(N, K)`` that rank the rows for each class."""
         return self.all_scores if self.input == "probs" else class_log_odds(self.all_scores)
 
     @cached_property
@@ -252,7 +234,7 @@ class RowTable:
     def all_scores(self) -> Tensor:
         """Scores of all classes ``(N, K)``."""
         if self.scores is None:
-            raise ValueError("the state keeps no scores of all classes; ask for a metric that needs them")
+            raise ValueError("The state keeps no scores of all classes. Ask for a metric that needs them.")
         return self.scores
 
 
@@ -274,20 +256,13 @@ class WeightedView(View):
     def _means(self) -> dict[str, Tensor]:
         sums = self._weights @ self._table.column_matrix
         if self._table.infinite is not None:
-            # A product with all rows would make nan of 0 * inf, where a label without probability was not drawn.
+            # 0 * inf would be nan if a row with an infinite loss was not drawn.
             sums.masked_fill_(self._weights @ self._table.infinite > 0, torch.inf)
         means = sums / self.count.unsqueeze(-1)
         return dict(zip(self._table.columns, means.unbind(dim=-1), strict=True))
 
     def mean(self, name: str) -> Tensor:
-        """Read the mean of a quantity in each subset.
-
-        Args:
-            name: Name of its part.
-
-        Returns:
-            ``(B,)`` float64.
-        """
+        """The mean ``(B,)`` float64 of a part in each subset."""
         return self._means[name]
 
     @cached_property
@@ -328,26 +303,17 @@ class WeightedView(View):
 
     @cached_property
     def variational(self) -> VariationalSplit:  # type: ignore[override]
-        """Negative log-likelihood split in calibration and refinement ``(B,)``."""
+        """Calibration and refinement parts of the negative log-likelihood ``(B,)``."""
         return variational_from_table(self._table.variational, self._weights)
 
 
 Weights = Callable[[int], Iterator[Tensor]]
-"""Gives the weights of all subsets in pieces ``(b, N)`` of at most so many, the same ones each time."""
+"""Yields the weights of all subsets in pieces ``(b, N)`` of at most the given size, the same ones each time."""
 
 
 def read_weighted(table: RowTable, metrics: Sequence[str], weights: Weights) -> dict[str, Tensor]:
-    """Read metrics of many subsets.
-
-    Args:
-        table: The rows.
-        metrics: Keys of the metrics.
-        weights: The weights of the rows.
-
-    Returns:
-        For each metric ``(B,)`` float64, nan where it is not defined.
-    """
-    # What needs all scores prepares a lot for each piece, so it gets larger ones.
+    """Values ``(B,)`` float64 of each metric on many subsets; nan where it is undefined."""
+    # Metrics of all scores have a cost per piece, so their pieces are larger.
     from_scores = [key for key in metrics if "scores" in METRICS[key].parts]
     others = [key for key in metrics if key not in from_scores]
     parts: dict[str, list[Tensor]] = {key: [] for key in metrics}
@@ -363,16 +329,7 @@ def read_weighted(table: RowTable, metrics: Sequence[str], weights: Weights) -> 
 
 
 def resamples(rows: int, total: int, seed: int) -> Weights:
-    """Draw rows with replacement.
-
-    Args:
-        rows: Number of rows.
-        total: Number of resamples.
-        seed: Seed of the draws.
-
-    Returns:
-        The weights, which count how often each row was drawn.
-    """
+    """Draw rows with replacement; the weights count how often each row was drawn."""
 
     def pieces(at_once: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -387,14 +344,7 @@ def resamples(rows: int, total: int, seed: int) -> Weights:
 
 
 def subsets(member: Tensor) -> Weights:
-    """Weigh rows by whether they belong to a subset.
-
-    Args:
-        member: ``(B, N)`` bool.
-
-    Returns:
-        The weights.
-    """
+    """Weights 1 and 0 of the rows inside and outside of subsets ``(B, N)``."""
 
     def pieces(at_once: int) -> Iterator[Tensor]:
         for piece in torch.split(member, at_once):
@@ -404,15 +354,9 @@ def subsets(member: Tensor) -> Weights:
 
 
 def exchanges(rows: int, total: int, seed: int) -> Weights:
-    """Exchange the rows of two runs at random, for a table of both, the second below the first.
+    """Weights of random exchanges between two runs, for a table with the rows of the second below the first.
 
-    Args:
-        rows: Number of rows of each run.
-        total: Number of random exchanges.
-        seed: Seed of the exchanges.
-
-    Returns:
-        The weights, for each exchange two: of the first run and of the second. The first two leave all as it is.
+    Each exchange has two weightings, of the first and of the second run; the first exchange changes nothing.
     """
 
     def pieces(at_once: int) -> Iterator[Tensor]:
@@ -433,49 +377,49 @@ def exchanges(rows: int, total: int, seed: int) -> Weights:
 
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: give an integer >= {least}")
+        raise ValueError(f"{name} is {value!r}; it must be an integer >= {least}.")
 
 
 def bootstrap_intervals(
     state: EvaluationState, n_resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
-    """Estimate how far each figure would move on another test set of the same size, by the bootstrap (Efron, 1979).
+    """Estimate how each value would vary on another test set of the same size, by the bootstrap (Efron, 1979).
 
-    The rows are drawn with replacement and every metric is computed again from them. With ``v`` the figure, ``q`` and
-    ``m`` the quantiles and the mean of the resampled ones, ``MetricRow.interval`` says what a metric gets:
+    Rows are drawn with replacement, and every metric is computed again from them. With ``v`` the value, ``q`` and
+    ``m`` the quantiles and the mean of the resampled values, the kind of interval (``MetricRow.interval``) is:
 
-    - ``"percentile"``, ``[q_low, q_high]``: means and rank statistics, which resampling moves, but not to one side.
-    - ``"basic"``, ``[2 v - q_high, 2 v - q_low]``: terms of the Brier score. They are too large by chance alone, and
-      once more so in a resample; this takes ``m - v`` off.
-    - ``"hull"``: calibration errors. It reaches from the lowest to the highest end of the basic interval and of
-      ``[q_low - m + v, q_high - m + v]``, which takes nothing off. Large gaps make little bias and small ones much, so
-      ``m - v`` may be far from the bias of this very set, and an interval around either figure alone is too narrow.
+    - ``"percentile"``, ``[q_low, q_high]``: means and rank statistics, which resampling does not bias.
+    - ``"basic"``, ``[2 v - q_high, 2 v - q_low]``: terms of the Brier score. Chance alone makes them too large, and a
+      resample adds the same bias again; this interval subtracts it, ``m - v``.
+    - ``"hull"``: calibration errors. It spans the basic interval and ``[q_low - m + v, q_high - m + v]``, which
+      subtracts nothing. Large gaps have little bias and small ones much, so ``m - v`` may be far from the bias of
+      this set, and either interval alone is too narrow.
 
     All are cut to the possible values.
 
-    Of 500 simulated sets (five classes, 1000 rows, a network over-confident by a temperature of 1.25 or 1.6) the 95 %
-    intervals of nearly all metrics held the true figure in 92 to 97 %, such as 95 % for ECE, where the basic interval
-    alone did in 89 % and the percentile interval in 74 and 91 %; see ``tests/metrics/test_coverage.py``. Exceptions:
+    On 500 simulated sets (five classes, 1000 rows, a network over-confident by a temperature of 1.25 or 1.6) the 95 %
+    intervals of nearly all metrics contained the true value in 92 to 97 % of the sets; for ECE in 95 %, the basic
+    interval alone in 89 %, the percentile interval in 74 and 91 %; see ``tests/metrics/test_coverage.py``. Exceptions:
 
-    - ``mce``, 47 to 49 %: the largest gap is mostly that of a bin of a few rows, which no resample can mend.
+    - ``mce``, 47 to 49 %: the largest gap is mostly that of a bin with few rows, which resampling cannot correct.
     - ``classwise_ece``, 75 % at a temperature of 1.25 and 94 % at 1.6 (4000 rows: 93 % of 300 and 98 % of 150 sets).
-      With few rows for each class and bin the interval lies too high.
+      With few rows per class and bin the interval is too high.
     - ``under_ece`` of these over-confident networks, whose true value is 0: 99 %.
-    - A calibrated network (200 sets): its true errors are 0, and many intervals lie above that (ECE: some 40 %,
-      ``smece`` and ``classwise_ece``: most). So an interval above 0 does not show that a network is not calibrated.
+    - A calibrated network (200 sets): its true errors are 0, and many intervals lie above 0 (ECE: about 40 %,
+      ``smece`` and ``classwise_ece``: most). So an interval above 0 does not prove that a network is miscalibrated.
 
     Args:
-        state: A state made with ``details=True``; with several processes, of all their rows.
-        n_resamples: Number of resamples; 1000 is customary for 95 %.
+        state: A state made with ``details=True``; the rows of all processes count.
+        n_resamples: Number of resamples; 1000 is usual for 95 %.
         level: Coverage of the intervals, a fraction.
         seed: Seed of the draws; the same seed gives the same intervals.
 
     Returns:
-        For each metric of the state its value and interval; nan where it is not defined. Resamples in which a metric
-        is not defined (no wrong row, say) are left out.
+        Value and interval of each metric of the state; nan where it is undefined. Resamples in which a metric is
+        undefined (without wrong rows, say) are left out.
 
     Raises:
-        ValueError: The state keeps no rows, or a value that is not allowed.
+        ValueError: The state keeps no rows, or an argument is invalid.
 
     Example:
         >>> state = EvaluationState(["accuracy"], details=True)
@@ -485,7 +429,7 @@ def bootstrap_intervals(
     """
     _check_count("n_resamples", n_resamples, 2)
     if not 0.0 < level < 1.0:
-        raise ValueError(f"level={level!r}: give a fraction between 0 and 1, such as 0.95")
+        raise ValueError(f"level is {level!r}; it must be between 0 and 1, such as 0.95.")
     table = RowTable.of(state)
     values = state.compute()
     if len(table) == 0:
@@ -510,13 +454,13 @@ def _interval(key: str, value: float, drawn: Tensor, level: float) -> Interval:
 
 
 def by_class(state: EvaluationState) -> GroupTable:
-    """Read every metric of the rows of each class.
+    """Compute every metric on the rows of each class.
 
     Args:
         state: A state made with ``details=True``.
 
     Returns:
-        One group a class, named by its number.
+        One group per class, named by its number.
 
     Raises:
         ValueError: The state keeps no rows.
@@ -527,7 +471,7 @@ def by_class(state: EvaluationState) -> GroupTable:
 
 
 def by_frequency(state: EvaluationState, train_counts: Tensor, many: int = 100, few: int = 20) -> GroupTable:
-    """Read every metric of the rows whose class had many, a medium number of, or few training images.
+    """Compute every metric on the rows whose class has many, a medium number of, or few training images.
 
     Args:
         state: A state made with ``details=True``.
@@ -545,11 +489,11 @@ def by_frequency(state: EvaluationState, train_counts: Tensor, many: int = 100, 
     counts = torch.as_tensor(train_counts)
     if counts.shape != (table.num_classes,) or counts.is_floating_point() or bool((counts < 0).any()):
         raise ValueError(
-            f"train_counts must be {table.num_classes} integers >= 0, one a class, got {counts.dtype} of shape "
-            f"{tuple(counts.shape)}"
+            f"train_counts is {counts.dtype} of shape {tuple(counts.shape)}; it must be {table.num_classes} integers "
+            ">= 0, one per class."
         )
     if not 0 <= few <= many:
-        raise ValueError(f"few={few!r}, many={many!r}: give 0 <= few <= many")
+        raise ValueError(f"few is {few!r} and many is {many!r}; they must satisfy 0 <= few <= many.")
     of_row = counts.cpu()[table.labels]
     member = torch.stack([of_row > many, (of_row <= many) & (of_row >= few), of_row < few])
     return _groups(table, state.metrics, ("many", "medium", "few"), member)
@@ -568,8 +512,8 @@ def permutation_test(
 ) -> dict[str, Difference]:
     """Test whether two runs differ on the same samples, by exchanging their rows at random (Fisher, 1935).
 
-    If the runs did not differ, each row's two answers could be swapped. The two-sided p-value is
-    ``(1 + #{|d*| >= |d|}) / (1 + n)`` over those of n random swaps after which the metric is defined for both.
+    If the runs do not differ, the two predictions of a row can be exchanged. The two-sided p-value is
+    ``(1 + #{|d*| >= |d|}) / (1 + n)`` over those of n random exchanges after which the metric is defined for both.
 
     Args:
         first: State of a run, made with ``details=True``.
@@ -578,8 +522,7 @@ def permutation_test(
         seed: Seed of the exchanges.
 
     Returns:
-        For each metric that both states have, the difference of the figures and its p-value; nan where it is not
-        defined.
+        For each metric of both states the difference and its p-value; nan where it is undefined.
 
     Raises:
         ValueError: The samples, numbers of classes or settings differ, or a state keeps no rows.
@@ -588,13 +531,17 @@ def permutation_test(
     one, other = RowTable.of(first), RowTable.of(second)
     if len(one) != len(other) or not torch.equal(one.labels, other.labels):
         raise ValueError(
-            f"the runs must be evaluated on the same samples in the same order: {len(one)} and {len(other)} rows, "
-            "or their labels differ"
+            f"The runs have {len(one)} and {len(other)} rows, or different labels; they must be evaluated on the same "
+            "samples in the same order."
         )
     if one.num_classes != other.num_classes:
-        raise ValueError(f"the runs must have the same number of classes: {one.num_classes} and {other.num_classes}")
+        raise ValueError(
+            f"The runs have {one.num_classes} and {other.num_classes} classes; the number must be the same."
+        )
     if one.settings != other.settings:
-        raise ValueError(f"the runs must have the same n_bins and input, got {one.settings} and {other.settings}")
+        raise ValueError(
+            f"n_bins and input are {one.settings} and {other.settings}; they must be the same for both runs."
+        )
     metrics = [key for key in first.metrics if key in second.metrics]
     rows = len(one)
     if rows == 0:
@@ -605,7 +552,7 @@ def permutation_test(
         of_first, of_second = values.view(-1, 2).unbind(dim=1)
         drawn = of_first - of_second
         value = float(drawn[0])
-        # A rounding error must make neither equal runs nor equal differences unequal.
+        # Rounding must not make equal runs or equal differences unequal.
         if abs(value) <= 1e-15 * max(1.0, abs(float(of_first[0]))):
             value = 0.0
         defined = drawn[1:][~drawn[1:].isnan()]

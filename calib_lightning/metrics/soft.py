@@ -14,8 +14,7 @@ from calib_lightning.metrics.table import SOFT
 class SoftLabelScores(RowMetric):
     """`functional.soft_nll`, `functional.soft_brier` and `functional.label_entropy` of an evaluated set in one pass.
 
-    Labels are distributions ``(N, K)``, floating-point rows >= 0 that sum to 1 +- 1e-3; class numbers ``(N,)`` count as
-    certain.
+    Labels are distributions ``(N, K)``, floating-point rows >= 0 that sum to 1 +- 1e-3, or class numbers ``(N,)``.
 
     Args:
         input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
@@ -34,13 +33,13 @@ class SoftLabelScores(RowMetric):
         super().__init__([part for row in SOFT.values() for part in row.parts], input=input, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """Read the three.
+        """Compute all three.
 
         Returns:
             Each a 0-d float64 tensor; nan, with one warning, without rows.
 
         Raises:
-            ValueError: Batches on a device held invalid values; how many, of which kind and where first.
+            ValueError: Batches on a device held invalid values; their number, kind and first batch are named.
         """
         self.check_faults()
         view = StateView(self)

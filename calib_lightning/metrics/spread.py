@@ -1,4 +1,4 @@
-"""Mean, standard deviation and interval of a figure over runs that differ by their seed."""
+"""Mean, standard deviation and interval of a value over runs with different seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 
 class Spread(NamedTuple):
-    """A figure over several runs.
+    """A value over several runs.
 
     Attributes:
         mean: Mean over the runs.
@@ -33,34 +33,34 @@ class Spread(NamedTuple):
 
 
 def over_seeds(values: Iterable[float], level: float = 0.95) -> Spread:
-    """Summarise one figure of several runs: mean, sample standard deviation and Student's interval of the mean.
+    """Summarise one value of several runs: mean, sample standard deviation and Student's interval of the mean.
 
-    ``mean ± t_{(1 + level) / 2, n - 1} std / sqrt(n)``. It tells how the training varies; how a figure would move on
-    another test set is what `bootstrap_intervals` tells.
+    ``mean ± t_{(1 + level) / 2, n - 1} std / sqrt(n)``. It describes the variation of training; `bootstrap_intervals`
+    describes how a value would vary on another test set.
 
     Args:
-        values: The figure of each run; nan in one of them makes all results nan, so that no run is left out unseen.
+        values: The value of each run; if one is nan, all results are nan, so that no run is left out silently.
         level: Coverage of the interval, a fraction.
 
     Returns:
         The summary; standard deviation and interval are nan for a single run.
 
     Raises:
-        ValueError: No values, or a level that is not allowed.
+        ValueError: No values, or ``level`` is not in (0, 1).
 
     Example:
         >>> over_seeds([0.25, 0.5, 0.75])[:2]
         (0.5, 0.25)
     """
     if not 0.0 < level < 1.0:
-        raise ValueError(f"level={level!r}: give a fraction between 0 and 1, such as 0.95")
-    figures = np.asarray([float(value) for value in values], dtype=np.float64)
-    runs = len(figures)
+        raise ValueError(f"level is {level!r}; it must be between 0 and 1, such as 0.95.")
+    numbers = np.asarray([float(value) for value in values], dtype=np.float64)
+    runs = len(numbers)
     if runs == 0:
-        raise ValueError("no values: give the figure of at least one run")
-    mean = float(figures.mean())
+        raise ValueError("values is empty; it must hold the value of at least one run.")
+    mean = float(numbers.mean())
     if runs == 1:
         return Spread(mean, math.nan, math.nan, math.nan, 1)
-    std = float(figures.std(ddof=1))
+    std = float(numbers.std(ddof=1))
     reach = float(stdtrit(runs - 1, (1.0 + level) / 2.0)) * std / math.sqrt(runs)
     return Spread(mean, std, mean - reach, mean + reach, runs)

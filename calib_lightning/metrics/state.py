@@ -1,9 +1,8 @@
-"""One shared accumulator over an evaluated set, from which the metrics are read.
+"""One shared accumulator over an evaluated set, from which the metrics are computed.
 
-The state is made of *parts* (a count, sums, binned sums, ordered rows) and a metric is a *read-out*: one function of a
-view of the state, which names the parts it needs. `EvaluationState` holds the parts of all its read-outs and fills
-them in one pass; a single metric holds only those of its own. A new metric adds entries to `PARTS` and
-`table.METRICS` and leaves the existing ones alone.
+The state consists of *parts* (a count, sums, binned sums, ordered rows), and a metric is a function of a view of the
+state. Its row in `table.METRICS` names the parts it needs. `EvaluationState` holds the parts of all its metrics and
+fills them in one pass; a single metric holds only its own. A metric that needs a new sum adds an entry to `PARTS`.
 """
 
 from __future__ import annotations
@@ -55,26 +54,12 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether ``device`` can hold float64; where it cannot, the state stays on the CPU and batches are moved there.
-
-    Args:
-        device: Any device.
-
-    Returns:
-        False for Apple's MPS.
-    """
+    """Whether ``device`` can hold float64; Apple's MPS cannot, so the state stays on the CPU and batches move there."""
     return device.type != "mps"
 
 
 def checks_at_once(device: torch.device) -> bool:
-    """Whether invalid values on ``device`` are looked for in `update` itself, as reading them costs no wait.
-
-    Args:
-        device: Any device.
-
-    Returns:
-        True for the CPU; elsewhere faults are counted on the device and reported by `compute`.
-    """
+    """Whether `update` looks for invalid values on ``device`` itself: on the CPU; elsewhere `compute` reports them."""
     return device.type == "cpu"
 
 
@@ -83,9 +68,9 @@ class Part(NamedTuple):
 
     Attributes:
         declare: Adds the states of this part to a metric.
-        add: Adds the rows of a batch to them, out of place or by `_writable`: a state that was made under
+        add: Adds the rows of a batch to them, out of place or by `_writable`: a state created under
             `torch.inference_mode` cannot be changed in place later.
-        add_soft: Adds a batch of ``(logits, labels)`` whose labels are shares of the classes, or refuses it.
+        add_soft: Adds a batch of ``(logits, labels)`` with soft labels, or refuses it.
     """
 
     declare: Callable[[RowMetric], None]
@@ -97,16 +82,16 @@ class RowMetric(Metric):
     """Base of all metrics over rows of ``(logits, labels)``: checks, accumulation, synchronisation.
 
     Sums are float64 and counts int64, whatever the dtype of the enclosing module: ``half()``, ``to(dtype)`` and
-    `set_dtype` leave them alone. Invalid values raise in `update` on the CPU; on other devices they are counted there
-    without a wait and raise in `compute`. Small batches on the CPU are copied and wait, at most 4 MiB of them, to be
-    added together; whoever reads a state finds it up to date.
+    `set_dtype` do not change them. Invalid values raise in `update` on the CPU; on other devices they are counted
+    without a sync and raise in `compute`. Small batches on the CPU are copied and added together later, at most 4 MiB
+    of them; reading a state adds them first.
 
     Args:
         parts: Names of the needed `PARTS`.
         n_bins: Number of bins M of the binned parts.
-        rank_bins: Size of the histogram of log-odds that the ranking metrics are read from; ``None`` keeps the score
-            of every row, which is exact.
-        details: Whether to keep one value a row of every part, for intervals and groups.
+        rank_bins: Size of the histogram of log-odds for ranking metrics; ``None`` keeps the score of every row, which
+            is exact.
+        details: Whether to keep one value per row of every part, for intervals and groups.
         input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
         **kwargs: Arguments of `torchmetrics.Metric`.
     """
@@ -141,9 +126,7 @@ class RowMetric(Metric):
         self.parts = tuple(dict.fromkeys(parts))
         if details:
             if rank_bins is not None:
-                raise ValueError(
-                    f"rank_bins={rank_bins} with details=True: rows are kept one by one then; leave it out"
-                )
+                raise ValueError(f"rank_bins is {rank_bins}; it must be None with details=True, which keeps every row.")
             rows = ("confidence", "correct", "ranks", "labels")
             scores = ("scores",) if "classwise" in self.parts else ()
             self.parts = tuple(dict.fromkeys((*self.parts, *rows, *scores)))
@@ -163,29 +146,18 @@ class RowMetric(Metric):
             part_of(part).declare(self)
 
     def add_list(self, name: str, dtype: torch.dtype) -> None:
-        """Declare a state that keeps one value (or one row of K values) a row, see `append_rows`.
-
-        Args:
-            name: Name of the state.
-            dtype: dtype of the values; ranks agree on float64 if one of them holds float64.
-        """
+        """Declare a state that keeps one value (or K values) per row; ranks agree on float64 if one of them has it."""
         self.add_state(name, [], dist_reduce_fx="cat")
         self._list_dtypes[name] = dtype
 
     def append_rows(self, name: str, rows: Tensor) -> None:
-        """Copy rows to the end of a list state.
-
-        The list holds mostly one tensor, the used part of a buffer that doubles when it is full: a small tensor for
-        each batch would keep the memory between them from being used again, which cost a gigabyte in a million rows.
-
-        Args:
-            name: A name given to `add_list`.
-            rows: ``(n,)`` or ``(n, K)``.
-        """
+        """Copy rows ``(n,)`` or ``(n, K)`` to the end of a list state."""
+        # The list mostly holds one tensor, the used part of a buffer that doubles when full: a small tensor per batch
+        # would fragment the memory, which cost a gigabyte in a million rows.
         kept: list[Tensor] = getattr(self, name)
         buffer = self._buffers_of_rows.get(name)
         used = 0
-        # The list may hold what is not ours to write to: rows of a merged state, or of one that was put back.
+        # The list may hold rows that are not ours to overwrite: of a merged state, or of a restored one.
         if buffer is not None and kept and _is_start_of(kept[-1], buffer) and _fits(rows, buffer):
             used = len(kept[-1])
         else:
@@ -203,7 +175,7 @@ class RowMetric(Metric):
             kept.append(buffer[: len(rows)])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the unused ends of buffers; a copy makes its own."""
+        """Leave out the unused ends of buffers; a copy creates its own."""
         self._take_waiting()
         used = {name: [rows.clone() for rows in self._row_tensors(name)] for name in self._list_dtypes}
         return {**super().__getstate__(), **used, "_buffers_of_rows": {}, "_waiting": None}
@@ -213,28 +185,17 @@ class RowMetric(Metric):
         return [state] if isinstance(state, Tensor) else state
 
     def add_class_sums(self, name: str) -> None:
-        """Declare a state of sums ``(2, K, M)``; it is made with the first batch, which tells K.
-
-        Args:
-            name: Name of the state.
-        """
+        """Declare a state of sums ``(2, K, M)``; the first batch creates it, as it determines K."""
         self.add_state(name, torch.zeros(2, 0, self.n_bins, dtype=torch.float64), dist_reduce_fx="sum")
         self._class_sums.append(name)
 
     @property
     def lists(self) -> tuple[str, ...]:
-        """Names of the states that keep rows."""
+        """Names of the list states."""
         return tuple(self._list_dtypes)
 
     def rows_of(self, name: str) -> Tensor:
-        """Return all values of a list state.
-
-        Args:
-            name: A name given to `add_list`.
-
-        Returns:
-            ``(N,)`` or ``(N, K)``, empty where there are no rows.
-        """
+        """All values ``(N,)`` or ``(N, K)`` of a list state; empty without rows."""
         batches = [batch for batch in self._row_tensors(name) if len(batch)]
         if len(batches) == 1:
             return batches[0]
@@ -243,7 +204,7 @@ class RowMetric(Metric):
         return torch.empty(0, dtype=self._list_dtypes[name], device=self.count.device)
 
     def update(self, logits: Tensor, labels: Tensor, confidence: Tensor | None = None) -> None:
-        """Add a batch; none of its tensors is kept. A batch of no rows is fine.
+        """Add a batch; its tensors are not kept. A batch without rows is fine.
 
         Args:
             logits: Scores ``(N, K)``, floating point: logits, or probabilities with ``input="probs"``.
@@ -252,7 +213,7 @@ class RowMetric(Metric):
 
         Raises:
             TypeError: A wrong dtype.
-            ValueError: A wrong shape, another K than before, or (on the CPU) an invalid value.
+            ValueError: A wrong shape, a different K than before, or (on the CPU) an invalid value.
         """
         batch = self._update_count + (self._count_before_forward or 0)
         if self.takes_soft_labels and is_soft(labels):
@@ -266,7 +227,7 @@ class RowMetric(Metric):
             check_values(logits, labels, confidence, self.input, where)
         elif len(labels):
             self._count_faults(fault_masks(logits, labels, confidence, self.input), batch)
-            # An index outside the row would stop the device before `compute` can say what was wrong.
+            # An index outside the row would stop the device before `compute` can name the fault.
             labels = labels.clamp(0, logits.shape[1] - 1)
         self._begin(logits)
         if len(labels) == 0:
@@ -278,15 +239,16 @@ class RowMetric(Metric):
             self._let_wait(logits, labels, confidence)
 
     def __getattribute__(self, name: str) -> Any:
-        """Read an attribute; a state is brought up to date before."""
+        """Read an attribute; a state is brought up to date first."""
         inside = object.__getattribute__(self, "__dict__")
         if inside.get("_waiting_rows") and name in inside["_defaults"]:
             object.__getattribute__(self, "_take_waiting")()
         return object.__getattribute__(self, name)
 
     def _let_wait(self, logits: Tensor, labels: Tensor, confidence: Tensor | None) -> None:
-        # Some hundred operations on 1000 rows cost more by their number than by the rows, so small batches are copied
-        # behind each other, always to the same place, and added together.
+        """Copy a small batch to the waiting rows."""
+        # About a hundred operations on 1000 rows cost more by their number than by the rows, so small batches are
+        # copied behind each other, always to the same place, and added together.
         kind = (*logits.shape[1:], logits.dtype, None if confidence is None else confidence.dtype)
         room = self._waiting
         usable = room is not None and (torch.is_inference_mode_enabled() or not room[0].is_inference())
@@ -312,7 +274,7 @@ class RowMetric(Metric):
 
     def _add(self, logits: Tensor, labels: Tensor, confidence: Tensor | None) -> None:
         self.count = self.count + len(labels)
-        # On the CPU a large batch is taken in pieces whose intermediate results stay in the cache.
+        # On the CPU a large batch is processed in pieces whose intermediate results stay in the cache.
         step = max(1, _CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(labels)
         adders = [part_of(part).add for part in self.parts]
         for start in range(0, len(labels), step):
@@ -322,7 +284,7 @@ class RowMetric(Metric):
                 add(self, rows)
 
     def forward(self, logits: Tensor, labels: Tensor, confidence: Tensor | None = None) -> Any:
-        """Add a batch and return the metric of that batch alone; dearer than `update`.
+        """Add a batch and return the metric of that batch alone; slower than `update`.
 
         Args:
             logits: As in `update`.
@@ -336,8 +298,8 @@ class RowMetric(Metric):
             TypeError: As in `update`.
             ValueError: As in `update`.
         """
-        # The base class empties the state on the way. What is wrong must be found before, or the earlier batches
-        # would be lost with the error; and neither K nor the number of the batch may be forgotten.
+        # The base class empties the state on the way. Faults must be found before, or the error would lose the earlier
+        # batches; and neither K nor the number of the batch may be forgotten.
         if self.takes_soft_labels and is_soft(labels):
             self._check_soft(logits, labels, self._update_count + 1)
         else:
@@ -355,7 +317,7 @@ class RowMetric(Metric):
         try:
             return super().forward(*batch)
         except Exception:
-            # Values that only `compute` looks at: the base class is halfway, and would not even synchronise any more.
+            # A fault that only `compute` finds: the base class is halfway, and would not even synchronise any more.
             for name, state in before.items():
                 setattr(self, name, state)
             self._update_count = count
@@ -377,13 +339,13 @@ class RowMetric(Metric):
             self._num_classes = None
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric of this class has accumulated.
+        """Add the state of another metric of this class.
 
         Args:
             incoming_state: The other metric, or its ``metric_state``.
 
         Raises:
-            ValueError: It is of another class, has other settings, or saw logits of another number of classes.
+            ValueError: Its class, its settings or its number of classes differ.
             RuntimeError: The metric was made with ``dist_sync_on_step=True``.
         """
         state: Any = incoming_state.metric_state if isinstance(incoming_state, RowMetric) else incoming_state
@@ -391,17 +353,21 @@ class RowMetric(Metric):
             for name in ("parts", "n_bins", "rank_bins", "details", "input"):
                 ours, theirs = getattr(self, name), getattr(incoming_state, name)
                 if ours != theirs:
-                    raise ValueError(f"{type(self).__name__}: cannot merge {name}={theirs!r} into {name}={ours!r}")
+                    raise ValueError(
+                        f"{type(self).__name__}: {name} of the other state is {theirs!r}; it must be {ours!r}."
+                    )
         here, there = int(self.num_classes), int(state.get("num_classes", 0)) if isinstance(state, dict) else 0
         if here and there and here != there:
-            raise ValueError(f"{type(self).__name__}: cannot merge states of {here} and {there} classes")
+            raise ValueError(
+                f"{type(self).__name__}: the number of classes of the other state is {there}; it must be {here}."
+            )
         super().merge_state(incoming_state)
         self._num_classes = here or there or None
         self._computed = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers must know: conventions, kind of input, rows and classes seen by this process."""
+        """What a reader of the values must know: conventions, kind of input, rows and classes seen by this process."""
         known: dict[str, Any] = {"rows": int(self.count), "classes": int(self.num_classes) or None, "input": self.input}
         parts = set(self.parts)
         if parts & {"bins", "moments", "classwise", "ranks"}:
@@ -413,16 +379,12 @@ class RowMetric(Metric):
         return known
 
     def extra_repr(self) -> str:
-        """Name the settings that change results.
-
-        Returns:
-            Text for ``repr``.
-        """
+        """The settings that change results, for ``repr``."""
         ranks = "" if self.rank_bins is None else f", rank_bins={self.rank_bins}"
         return f"n_bins={self.n_bins}{ranks}, input={self.input!r}"
 
     def _begin(self, logits: Tensor) -> None:
-        # `forward` empties the states on the way but not what is remembered of K.
+        # `forward` empties the states on the way, but not `_num_classes`.
         if self._num_classes is None or self._count_before_forward is not None:
             self._num_classes = logits.shape[1]
             self.num_classes = torch.full((), logits.shape[1], device=self.num_classes.device)
@@ -464,13 +426,13 @@ class RowMetric(Metric):
     def _check_classes(self, logits: Tensor, where: str) -> None:
         if self._num_classes not in (None, logits.shape[1]):
             raise ValueError(
-                f"{where}: logits have {logits.shape[1]} classes but earlier batches had {self._num_classes}; "
-                "call reset() before another set"
+                f"{where}: logits have {logits.shape[1]} classes but earlier batches had {self._num_classes}. "
+                "Call reset() before another set."
             )
 
     @property
     def _validity(self) -> tuple[tuple[str, ...], str]:
-        """Names of what is counted in `faults`, and what is allowed."""
+        """The kinds of faults, and what is allowed."""
         kinds = (self.input, *FAULTS[1:])
         return kinds, (
             "logits must be finite, probs >= 0 with rows that sum to 1, labels in 0..K-1, confidence in [0, 1]"
@@ -480,7 +442,7 @@ class RowMetric(Metric):
         """Report invalid values that were only counted so far.
 
         Raises:
-            ValueError: How many, of which kind and where first.
+            ValueError: There are some; their number, kind and first batch are named.
         """
         if int(self.first_fault) != _NEVER:
             kinds, allowed = self._validity
@@ -494,7 +456,7 @@ class RowMetric(Metric):
             raise ValueError(message)
 
     def _warn_about(self, values: dict[str, Tensor]) -> None:
-        # Where `update` was never called the base class has warned already.
+        # If `update` was never called, the base class has warned already.
         undefined = undefined_keys(values)
         if not undefined or not self.update_called:
             return
@@ -504,17 +466,17 @@ class RowMetric(Metric):
         if "correct" in self.parts:
             correct = round(float(view.mean("correct") * view.count)) if rows else 0
         elif "ranks" in self.parts:
-            correct = int(view.ordered.hits.sum())
+            correct = int(view.ordered.correct.sum())
         names = undefined if rows and len(values) > 1 else ()
         warn_undefined(type(self).__name__, names, why_undefined(rows, correct), stacklevel=4)
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
     ) -> None:
-        # All sums travel as the bytes of one tensor, which is one exchange in place of one a state. A byte for each
-        # list says whether it is float64 here; the lists follow, in a dtype that all ranks know then, because a rank
-        # without rows, or with rows of another dtype, would break the exchange. Sums that have a row for each class
-        # come last: a rank without rows does not know K.
+        # All sums travel as the bytes of one tensor: one exchange instead of one per state. A byte per list says
+        # whether it is float64 here; the lists follow in a dtype that all ranks know by then, because a rank without
+        # rows, or with rows of another dtype, would break the exchange. Sums per class come last: a rank without rows
+        # does not know K.
         group = process_group or self.process_group
         lists = {name: self.rows_of(name) for name in self._list_dtypes}
         plain = [name for name in self._defaults if name not in lists and name not in self._class_sums]
@@ -527,7 +489,7 @@ class RowMetric(Metric):
             state = getattr(self, name)
             stop = start + state.nbytes
             of_ranks = torch.stack([rank[start:stop] for rank in gathered]).flatten().view(state.dtype)
-            if name == "num_classes":  # the first, so that nothing is changed yet
+            if name == "num_classes":  # the first state, so nothing has changed yet
                 self._agree_on_classes(of_ranks.tolist())
             self._set_reduced(name, of_ranks.reshape(-1, *state.shape))
             start = stop
@@ -549,7 +511,7 @@ class RowMetric(Metric):
     def _agree_on_classes(self, ranks: list[int]) -> None:
         seen = sorted(set(ranks) - {0})
         if len(seen) > 1:
-            raise ValueError(f"{type(self).__name__}: processes saw logits of different numbers of classes: {seen}")
+            raise ValueError(f"{type(self).__name__}: the processes saw {seen} classes; the number must be the same.")
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         for name in self._class_sums:
@@ -565,7 +527,7 @@ class RowMetric(Metric):
         setattr(self, name, reduction(ranks))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = ()) -> RowMetric:
-        # Only the device of a conversion is followed: float64 sums rounded to half precision would be worthless.
+        # Only the device of a conversion matters: float64 sums rounded to half precision would be worthless.
         def move(state: Tensor) -> Tensor:
             device = fn(torch.empty(0, device=state.device)).device
             return state.to(device if has_float64(device) else "cpu")
@@ -575,17 +537,10 @@ class RowMetric(Metric):
 
 
 def check_rank_bins(rank_bins: int) -> None:
-    """Refuse a histogram of log-odds that is too small to rank by.
-
-    Args:
-        rank_bins: Number of bins.
-
-    Raises:
-        ValueError: It is not an integer of at least 64.
-    """
+    """Refuse a histogram of log-odds that is too small to rank by."""
     if isinstance(rank_bins, bool) or not isinstance(rank_bins, int) or rank_bins < 64:
         raise ValueError(
-            f"rank_bins={rank_bins!r}: give an integer >= 64 ({RANK_BINS} is good), or None for exact ranks"
+            f"rank_bins is {rank_bins!r}; it must be an integer >= 64, such as {RANK_BINS}, or None for exact ranks."
         )
 
 
@@ -599,7 +554,7 @@ def _fits(rows: Tensor, buffer: Tensor) -> bool:
 
 
 def _writable(metric: RowMetric, name: str) -> Tensor:
-    # A state made under `torch.inference_mode` cannot be changed in place outside of it.
+    """The state ``name``, cloned first if it was created under `torch.inference_mode`."""
     state: Tensor = getattr(metric, name)
     if state.is_inference() and not torch.is_inference_mode_enabled():
         state = state.clone()
@@ -625,7 +580,7 @@ def _mean_part(
 
     def add_soft(metric: RowMetric, logits: Tensor, labels: Tensor) -> None:
         if soft is None:
-            raise TypeError(f"{type(metric).__name__}: soft labels have no {name}; give class numbers")
+            raise TypeError(f"{type(metric).__name__}: soft labels have no {name}. Pass class numbers.")
         add_values(metric, soft(logits, labels, metric.input))
 
     return Part(declare, lambda metric, rows: add_values(metric, values(rows)), add_soft)
@@ -636,7 +591,7 @@ def _entropy_rows(logits: Tensor, labels: Tensor, input: InputKind) -> Tensor:
 
 
 def _refuse_soft(metric: RowMetric, logits: Tensor, labels: Tensor) -> None:
-    raise TypeError(f"{type(metric).__name__}: give class numbers as labels, not shares of classes")
+    raise TypeError(f"{type(metric).__name__}: the labels are soft; they must be class numbers.")
 
 
 def _declare_confidence(metric: RowMetric) -> None:
@@ -651,7 +606,7 @@ def _add_confidence(metric: Any, rows: Rows) -> None:
     metric.confidence_sum = metric.confidence_sum + confidence.sum()
     if metric.details:
         metric.append_rows("confidence_rows", confidence)
-        # Of the confidence in its own dtype, as in the bins: its edges are of that dtype too.
+        # From the confidence in its own dtype, as in the bins: the edges have that dtype too.
         metric.append_rows("bin_rows", bin_index(rows.confidence, metric.n_bins).to(torch.int32))
 
 
@@ -682,9 +637,9 @@ def _add_classwise(metric: Any, rows: Rows) -> None:
 RANK_BINS = 16384
 """A good size for the histogram of log-odds: 384 KiB.
 
-On 40,000 rows of six shapes, over-confident ones included, AUROC and AURC were within 5e-6 of the exact figures,
-average precision and FPR95 within 5e-4. Rows in one bin count as tied, so scores that all lie within a few hundredths
-need exact ranks.
+On 40,000 rows from six distributions, over-confident ones included, AUROC and AURC were within 5e-6 of the exact
+values, average precision and FPR95 within 5e-4. Rows in one bin count as tied, so scores that all lie within a few
+hundredths need exact ranks.
 """
 
 _RANK_LIMIT = math.asinh(1e5)
@@ -703,9 +658,9 @@ def _add_ranks(metric: Any, rows: Rows) -> None:
         metric.append_rows("rank_scores", rows.log_odds)
         metric.append_rows("rank_correct", rows.correct)
         return
-    # asinh is even around 0 and logarithmic far out, where the scores of over-confident networks are.
+    # asinh is linear around 0 and logarithmic far out, where the scores of over-confident networks are.
     place = (torch.asinh(rows.log_odds) / _RANK_LIMIT + 1.0).mul_(0.5 * metric.rank_bins)
-    # Of a NaN that `compute` is to report, only the index must be valid.
+    # `compute` reports a NaN; here only its index must be valid.
     index = place.nan_to_num_(0.0).clamp_(0, metric.rank_bins - 1).long()
     correct = rows.correct.double()
     values = torch.stack([torch.ones_like(correct), correct, rows.confidence.double()])
@@ -733,7 +688,7 @@ PARTS: dict[str, Part] = {
     "entropy": _mean_part("entropy", lambda rows: rows.entropy, soft=_entropy_rows),
     "label_entropy": _mean_part(
         "label_entropy",
-        lambda rows: torch.zeros_like(rows.nll),  # a class number leaves no doubt
+        lambda rows: torch.zeros_like(rows.nll),  # a class number has no entropy
         soft=lambda logits, labels, input: label_entropy_rows(labels),
     ),
     "confidence": Part(_declare_confidence, _add_confidence, _refuse_soft),
@@ -744,18 +699,11 @@ PARTS: dict[str, Part] = {
     "labels": Part(lambda metric: metric.add_list("label_rows", torch.int32), _add_labels, _refuse_soft),
     "scores": Part(_declare_scores, _add_scores, _refuse_soft),
 }
-"""The pieces that a state can be made of; the last keeps K numbers a row, the two before it one."""
+"""The parts that a state can consist of; the last keeps K numbers per row, the two before it one."""
 
 
 def part_of(name: str) -> Part:
-    """Find a piece of the state by its name.
-
-    Args:
-        name: A key of `PARTS`, or ``top<k>`` for the hits among the k largest scores.
-
-    Returns:
-        The piece.
-    """
+    """The part with this name, a key of `PARTS`, or ``top<k>``: the label is among the k largest scores."""
     if name not in PARTS and name.startswith("top"):
         k = int(name[3:])
         PARTS[name] = _mean_part(name, lambda rows: top_k_rows(rows.scores, rows.labels, k), torch.int64)
@@ -763,10 +711,10 @@ def part_of(name: str) -> Part:
 
 
 class StateView(View):
-    """What the metrics of a whole set are read from.
+    """The view of a whole set.
 
     Args:
-        state: A metric that holds the parts that are asked for.
+        state: A metric that holds the needed parts.
     """
 
     def __init__(self, state: Any) -> None:
@@ -775,38 +723,31 @@ class StateView(View):
         self.count = state.count.double()
 
     def __getattr__(self, name: str) -> Any:
-        # Sums are what the state holds under the same name.
+        # The state holds sums under the same names.
         if name not in ("bins", "moments", "classwise"):
             raise AttributeError(name)
         return getattr(self._state, name)
 
     def mean(self, name: str) -> Tensor:
-        """Read the mean of a part that has one value a row.
-
-        Args:
-            name: Name of the part.
-
-        Returns:
-            0-d float64.
-        """
+        """The mean, 0-d float64, of a part with one value per row."""
         total: Tensor = getattr(self._state, f"{name}_sum").double()
         return total / self.count
 
     @cached_property
     def ordered(self) -> Ordered:  # type: ignore[override]
-        """Groups of equal confidence, or the bins of the histogram that are not empty."""
+        """Groups of equal confidence, or the non-empty bins of the histogram."""
         if self._state.rank_bins is None:
             return order_rows(self._state.rows_of("rank_scores"), self._state.rows_of("rank_correct"))
         sums = self._state.rank_sums
         ordered = Ordered(*sums[:, sums[0] > 0])
-        hits, misses = ordered.hits, ordered.misses
-        pairs = float(hits.sum() * misses.sum())
-        bound = float((hits * misses).sum()) / (2.0 * pairs) if pairs else 0.0
+        correct, wrong = ordered.correct, ordered.wrong
+        pairs = float(correct.sum() * wrong.sum())
+        bound = float((correct * wrong).sum()) / (2.0 * pairs) if pairs else 0.0
         if bound > _COARSE:
             warnings.warn(
-                f"{type(self._state).__name__}: the scores lie so close together that the histogram of "
+                f"{type(self._state).__name__}: the scores are so close together that the histogram of "
                 f"{self._state.rank_bins} bins leaves many of them tied; its AUROC may be off by up to {bound:.1g}. "
-                "Use rank_bins=None for exact ranks",
+                "Use rank_bins=None for exact ranks.",
                 stacklevel=5,
             )
         return ordered
@@ -815,13 +756,13 @@ class StateView(View):
     def ovo_auroc(self) -> Tensor:  # type: ignore[override]
         """One-versus-one AUROC."""
         scores, labels = self._scores
-        if bool((labels == labels[0]).all()):  # the metric itself warns about it
+        if bool((labels == labels[0]).all()):  # the metric itself warns
             return torch.full((), torch.nan, dtype=torch.float64, device=labels.device)
         return ovo_auroc(scores, labels, input=self._state.input)
 
     @cached_property
     def variational(self) -> VariationalSplit:  # type: ignore[override]
-        """Negative log-likelihood split in calibration and refinement."""
+        """Calibration and refinement parts of the negative log-likelihood."""
         return variational_split(*self._scores, input=self._state.input)
 
     @property
@@ -830,23 +771,23 @@ class StateView(View):
 
 
 class EvaluationState(RowMetric):
-    """All metrics of an evaluated set from one pass over its logits.
+    """All metrics of an evaluated set in one pass over its logits.
 
-    Per batch a maximum, an exponential and a few sums over ``(N, K)`` serve every read-out. The sums do not grow
-    with the set; the rows of the exact ranking metrics take 5 bytes each (9 for float64 logits).
+    Per batch a maximum, an exponential and a few sums over ``(N, K)`` serve every metric. The sums do not grow with
+    the set; the rows of the exact ranking metrics take 5 bytes each (9 for float64 logits).
 
     Args:
-        metrics: Keys of the metrics, see `DIRECTION`; ``metrics.REPORT`` is everything that keeps no K numbers a row.
+        metrics: Keys of `METRICS`; ``metrics.REPORT`` is everything that does not keep K numbers per row.
         n_bins: Number of bins of the calibration errors.
-        rank_bins: Size of the histogram of log-odds that the ranking metrics are read from (16384 is good); ``None``
-            keeps the score of every row, which is exact.
-        details: Whether to keep one value a row of every quantity, for `bootstrap_intervals` and `by_class`; for
-            ``"classwise_ece"`` all K scores are kept then.
+        rank_bins: Size of the histogram of log-odds for ranking metrics, such as 16384; ``None`` keeps the score of
+            every row, which is exact.
+        details: Whether to keep one value per row of every quantity, for `bootstrap_intervals` and `by_class`; for
+            ``"classwise_ece"`` all K scores are then kept.
         input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
         **kwargs: Arguments of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: An unknown metric, or a value that is not allowed.
+        ValueError: An unknown metric, or an invalid argument.
 
     Example:
         >>> state = EvaluationState()
@@ -869,22 +810,23 @@ class EvaluationState(RowMetric):
         **kwargs: Any,
     ) -> None:
         if isinstance(metrics, str):
-            raise ValueError(f"metrics={metrics!r}: give a list of keys, such as [{metrics!r}]")
+            raise ValueError(f"metrics is {metrics!r}; it must be a list of keys, such as [{metrics!r}].")
         unknown = [key for key in metrics if key not in METRICS]
         if unknown:
-            raise ValueError(f"metrics: unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(METRICS)}")
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"metrics contains {names}; it must contain only keys of {', '.join(METRICS)}.")
         self.metrics = tuple(dict.fromkeys(metrics))
         needed = [part for key in self.metrics for part in METRICS[key].parts]
         super().__init__(needed, n_bins, rank_bins, details, input, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """Read all metrics.
+        """Compute all metrics.
 
         Returns:
-            Each a 0-d float64 tensor; nan, with one warning, where it is not defined.
+            Each a 0-d float64 tensor; nan, with one warning, where it is undefined.
 
         Raises:
-            ValueError: Batches on a device held invalid values; how many, of which kind and where first.
+            ValueError: Batches on a device held invalid values; their number, kind and first batch are named.
         """
         self.check_faults()
         view = StateView(self)
@@ -894,21 +836,21 @@ class EvaluationState(RowMetric):
 
 
 def _read(row: MetricRow, view: StateView) -> Tensor:
-    # Not every function of an empty set has a shape to start from.
+    # Not every function can handle an empty set.
     if int(view.count) == 0:
         return torch.full((), torch.nan, dtype=torch.float64)
     return row.value(view)
 
 
 class SingleMetric(RowMetric):
-    """A single metric: the parts of the state that one read-out needs.
+    """A single metric, with only the parts of the state that it needs.
 
-    Subclasses set ``key``, a key of `METRICS`, or a ``row`` of their own.
+    Subclasses set ``key``, a key of `METRICS`, or override ``row``.
 
     Args:
         n_bins: Number of bins of the calibration errors.
-        rank_bins: Size of the histogram of log-odds that ranking metrics are read from; ``None`` keeps the score of
-            every row, which is exact.
+        rank_bins: Size of the histogram of log-odds for ranking metrics; ``None`` keeps the score of every row, which
+            is exact.
         input: Whether the scores given to `update` are ``"logits"`` or ``"probs"``.
         **kwargs: Arguments of `torchmetrics.Metric`.
     """
@@ -926,17 +868,17 @@ class SingleMetric(RowMetric):
 
     @property
     def row(self) -> MetricRow:
-        """How the value is read from the state."""
+        """The row of the metric in the table."""
         return METRICS[self.key]
 
     def compute(self) -> Tensor:
-        """Read the metric.
+        """Compute the metric.
 
         Returns:
-            0-d float64; nan, with a warning, where it is not defined.
+            0-d float64; nan, with a warning, where it is undefined.
 
         Raises:
-            ValueError: Batches on a device held invalid values; how many, of which kind and where first.
+            ValueError: Batches on a device held invalid values; their number, kind and first batch are named.
         """
         self.check_faults()
         value = _read(self.row, StateView(self))

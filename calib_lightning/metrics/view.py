@@ -20,17 +20,17 @@ from calib_lightning.metrics.functional.variational import VariationalSplit
 
 
 class View(ABC):
-    """What metrics are read from; every tensor may have leading dimensions ``(...)``, one entry for each subset.
+    """What metrics read; every tensor may have leading dimensions ``(...)``, one entry per subset.
 
     Attributes:
         n_bins: Number of bins M.
         count: Number of rows ``(...)``, float64.
-        bins: Equal-width bins ``(..., M, 3)``: count, sum of confidences, sum of hits.
-        moments: Equal-width bins ``(..., M, 2)``: sums of squared confidences and of confidence times hit.
-        classwise: Equal-width bins of every class ``(..., 2, K, M)``: sums of probabilities and of hits.
+        bins: Equal-width bins ``(..., M, 3)``: count, sum of the confidences, number of correct rows.
+        moments: Equal-width bins ``(..., M, 2)``: sum of the squared confidences, sum of those of correct rows.
+        classwise: Equal-width bins of every class ``(..., 2, K, M)``: sum of the probabilities, rows with that label.
         ordered: Groups of equal confidence, ascending.
-        ovo_auroc: One-versus-one AUROC ``(...)``; it needs the scores of all classes.
-        variational: Negative log-likelihood split in calibration and refinement; it needs the scores of all classes.
+        ovo_auroc: One-versus-one AUROC ``(...)``; needs the scores of all classes.
+        variational: Calibration and refinement parts of the NLL ``(...)``; needs the scores of all classes.
     """
 
     n_bins: int
@@ -44,14 +44,7 @@ class View(ABC):
 
     @abstractmethod
     def mean(self, name: str) -> Tensor:
-        """Read the mean of one of the quantities that have one value a row.
-
-        Args:
-            name: Name of its part.
-
-        Returns:
-            ``(...)`` float64; nan without rows.
-        """
+        """The mean ``(...)`` float64 of a part with one value per row; nan without rows."""
 
     @cached_property
     def auroc(self) -> Tensor:
@@ -70,6 +63,6 @@ class View(ABC):
 
     @cached_property
     def dark_side(self) -> DarkSideTerms:
-        """Terms of eq. 9."""
+        """Terms of eq. 9 of "On the Dark Side of Calibration"."""
         ece = calibration.ece_from_bins(self.bins)
         return dark_side_from(self.mean("confidence"), self.mean("correct"), self.auroc, ece)

@@ -1,4 +1,4 @@
-"""Figures of an evaluated set, without pyplot and without the trainer, and giving them to files and loggers."""
+"""Figures of an evaluated set, without pyplot and Lightning, and how files and loggers get them."""
 
 from calib_lightning.plots.evaluated import figures
 from calib_lightning.plots.histogram import confidence_histogram

@@ -12,19 +12,19 @@ from calib_lightning.plots.risk_coverage import risk_coverage_curve
 
 
 def figures(state: EvaluationState, title: str | None = None) -> dict[str, Figure]:
-    """Draw the figures of a set from the state that its metrics are read from.
+    """Draw the figures of a set from the state of its metrics.
 
-    With several processes all of them must call it: the figures show the rows of all.
+    With several processes, all must call it: the figures show the rows of all.
 
     Args:
         state: A state with the parts of ``"ece"`` and ``"correctness_auroc"``, as both are by default.
-        title: What stands above each figure.
+        title: Title of each figure.
 
     Returns:
-        ``"reliability"``, ``"confidence"`` and ``"risk_coverage"``; what the state does not hold is left out.
+        ``"reliability"``, ``"confidence"`` and ``"risk_coverage"``; those without a part in the state are left out.
 
     Raises:
-        ValueError: Batches on a device held invalid values; how many, of which kind and where first.
+        ValueError: Batches on a device held invalid values; their number, kind and first batch are named.
 
     Example:
         >>> state = EvaluationState()

@@ -1,4 +1,4 @@
-"""Where the confidences of right and of wrong answers lie."""
+"""The distribution of the confidence of correct and of wrong predictions."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ _LINES: dict[str, dict[str, Any]] = {
 
 
 def confidence_histogram(ordered: Ordered, *, n_bins: int = 20, title: str | None = None) -> Figure:
-    """Draw how the confidences of the right and of the wrong answers are distributed, each as shares of its group.
+    """Draw the distribution of the confidence of correct and of wrong predictions, each as shares of its group.
 
-    Two panels with the same rows: bins of equal width in the confidence, with the means of both groups, and bins of
-    equal width in its log-odds, ``log c - log(1 - c)``, which keep apart what crowds at 1 in an over-confident
-    network. A group of ``ordered`` stands at its mean confidence, so exact rows and histograms both work. Bins are
-    ``(lo, hi]``; log-odds below -10 or above 20 are counted in the outermost bins.
+    Two panels show the same rows: bins of equal width in the confidence, with the means of both groups, and bins of
+    equal width in its log-odds, ``log c - log(1 - c)``, which separate the values near 1 of an over-confident network.
+    A group of ``ordered`` is drawn at its mean confidence, so exact rows and histograms both work. Bins are
+    ``(lo, hi]``; log-odds below -10 or above 20 count in the outermost bins.
 
     Args:
-        ordered: Groups ``(G,)`` of rows in ascending order of the score, of
+        ordered: Groups ``(G,)`` of rows in ascending order of the score, from
             `calib_lightning.metrics.functional.ordered.order_rows`.
         n_bins: Number of bins of each panel.
-        title: What stands above the figure.
+        title: Title of the figure.
 
     Returns:
-        A figure of 3.3 x 3.6 inches; for a set without rows it says so.
+        A figure of 3.3 x 3.6 inches; without rows it says so.
 
     Raises:
         ValueError: ``n_bins`` < 1, or ``ordered`` is not one set.
@@ -64,13 +64,13 @@ def confidence_histogram(ordered: Ordered, *, n_bins: int = 20, title: str | Non
         'accuracy 50.00 %   N 2'
     """
     check_n_bins(n_bins)
-    count, hits, confidence = (field.numpy() for field in groups_with_rows(ordered, "confidence_histogram"))
+    count, correct, confidence = (field.numpy() for field in groups_with_rows(ordered, "confidence_histogram"))
     if len(count) == 0:
         return empty_figure(_HEIGHT, title)
     mean = np.minimum(confidence / count, 1.0)
     with np.errstate(divide="ignore"):
         log_odds = np.log(mean) - np.log1p(-mean)
-    weights = {"correct": hits, "wrong": count - hits}
+    weights = {"correct": correct, "wrong": count - correct}
 
     figure = new_figure(_HEIGHT, title)
     plain, logarithmic = figure.subplots(2, 1)
@@ -86,7 +86,7 @@ def confidence_histogram(ordered: Ordered, *, n_bins: int = 20, title: str | Non
     logarithmic.set_xticks(list(ticks), list(ticks.values()))
     finish_axes(logarithmic, "confidence, log-odds scale", "share of group")
 
-    numbers = f"accuracy {percent(hits.sum() / count.sum())}   N {count.sum():,.0f}"
+    numbers = f"accuracy {percent(correct.sum() / count.sum())}   N {count.sum():,.0f}"
     finish_figure(figure, numbers, handles)
     return figure
 
@@ -117,7 +117,7 @@ def _range_of_log_odds(log_odds: FloatArray) -> tuple[float, float]:
 
 
 def _confidence_ticks(low: float, high: float) -> dict[float, str]:
-    # Only a few fit on the axis: over a wide range every second power of ten.
+    # Only a few fit on the axis: for a wide range every second power of ten.
     step = 1 if high - low <= 12 else 2
     ticks = {0.0: "0.5"}
     for power in range(1, 10, step):

@@ -1,4 +1,4 @@
-"""The reliability diagram, and the interval of an observed share."""
+"""The reliability diagram, and the interval of an observed accuracy."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ _LOG_FROM_RATIO = 20.0
 _ROUNDING = 1 + 1e-9
 
 
-def wilson_interval(hits: Tensor, count: Tensor, level: float = 0.95) -> Tensor:
-    """Interval of a share from the number of hits (Wilson, 1927), which stays in [0, 1] also for few rows.
+def wilson_interval(correct: Tensor, count: Tensor, level: float = 0.95) -> Tensor:
+    """Interval of an accuracy from the number of correct rows (Wilson, 1927), within [0, 1] even for few rows.
 
-    With ``p = hits / count`` and z the normal quantile of ``(1 + level) / 2``, its ends are
+    With ``p = correct / count`` and z the normal quantile of ``(1 + level) / 2``, its ends are
     ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``.
 
     Args:
-        hits: Number of hits ``(...)``, in ``0..count``.
-        count: Number of trials ``(...)``.
-        level: The share of intervals that hold the true value, in (0, 1).
+        correct: Number of correct rows ``(...)``, in ``0..count``.
+        count: Number of rows ``(...)``.
+        level: The share of intervals that contain the true value, in (0, 1).
 
     Returns:
-        ``(..., 2)`` float64: the lower and the upper ends; nan without trials.
+        ``(..., 2)`` float64: the lower and the upper ends; nan without rows.
 
     Raises:
-        ValueError: ``level`` is not in (0, 1), or there are more hits than trials.
+        ValueError: ``level`` is not in (0, 1), or ``correct`` is not in ``0..count``.
 
     Example:
         >>> wilson_interval(torch.tensor([5.0]), torch.tensor([10.0]))
         tensor([[0.2366, 0.7634]], dtype=torch.float64)
     """
     if not 0 < level < 1:
-        raise ValueError(f"level={level!r}: the level of an interval is a fraction in (0, 1), such as 0.95")
-    hits, count = hits.double(), count.double()
-    impossible = (hits < 0) | (hits > count * _ROUNDING)
+        raise ValueError(f"level is {level!r}; it must be a fraction in (0, 1), such as 0.95.")
+    correct, count = correct.double(), count.double()
+    impossible = (correct < 0) | (correct > count * _ROUNDING)
     if bool(impossible.any()):
-        raise ValueError(f"wilson_interval: hits {hits[impossible].tolist()[:3]} do not lie between 0 and count")
+        raise ValueError(f"correct is {correct[impossible].tolist()[:3]}; it must be in 0..count.")
     z = NormalDist().inv_cdf((1 + level) / 2)
-    share = (hits / count).clamp(max=1.0)
+    share = (correct / count).clamp(max=1.0)
     centre = share + z**2 / (2 * count)
     half = z * torch.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    # Rounding must not leave the share outside, nor an end outside [0, 1]: with no hits the lower end is 0.
+    # Rounding must not move the share out of the interval, nor an end out of [0, 1].
     lower, upper = torch.minimum((centre - half) / scale, share), torch.maximum((centre + half) / scale, share)
     return torch.stack([lower, upper], dim=-1).clamp(0.0, 1.0)
 
@@ -73,23 +73,22 @@ def wilson_interval(hits: Tensor, count: Tensor, level: float = 0.95) -> Tensor:
 def reliability_diagram(bins: Tensor, *, intervals: Tensor | None = None, title: str | None = None) -> Figure:
     """Draw the accuracy of each bin of confidence against its mean confidence (Niculescu-Mizil and Caruana, 2005).
 
-    A bar is the accuracy of a bin, a hatched box the gap between it and the mean confidence, a dot stands at (mean
-    confidence, accuracy) with the interval of the accuracy: a dot below the line of equality is over-confident. The
-    panel below has the share of the rows in each bin, on a logarithmic scale where the shares differ 20-fold. Bins
-    without rows are left out.
+    A bar is the accuracy of a bin, a hatched box its gap to the mean confidence, a dot marks (mean confidence,
+    accuracy) with the interval of the accuracy: a dot below the diagonal is over-confident. The panel below shows the
+    share of the rows in each bin, on a logarithmic scale if the shares differ 20-fold. Empty bins are left out.
 
     Args:
-        bins: ``(M, 3)`` float64 of `calib_lightning.metrics.functional.calibration.bin_sums`: count, sum of the
-            confidences, sum of correct.
-        intervals: ``(M, 2)`` lower and upper ends of each bin's accuracy, fractions, such as those of a bootstrap;
+        bins: ``(M, 3)`` float64 from `calib_lightning.metrics.functional.calibration.bin_sums`: count, sum of the
+            confidences, number of correct rows.
+        intervals: ``(M, 2)`` lower and upper ends of the accuracy of each bin, fractions, for example of a bootstrap;
             ``None``: 95 % Wilson intervals.
-        title: What stands above the figure.
+        title: Title of the figure.
 
     Returns:
-        A figure of 3.3 x 4 inches; for a set without rows it says so.
+        A figure of 3.3 x 4 inches; without rows it says so.
 
     Raises:
-        ValueError: A wrong shape, or values that are no sums of bins.
+        ValueError: A wrong shape, or values that are not sums of bins.
 
     Example:
         >>> figure = reliability_diagram(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
@@ -99,7 +98,7 @@ def reliability_diagram(bins: Tensor, *, intervals: Tensor | None = None, title:
     sums = _checked_bins(bins)
     ends = wilson_interval(sums[:, 2], sums[:, 0]) if intervals is None else intervals.detach().cpu().double()
     if ends.shape != (len(sums), 2):
-        raise ValueError(f"intervals must have shape ({len(sums)}, 2) to go with bins, got {tuple(ends.shape)}")
+        raise ValueError(f"intervals has shape {tuple(ends.shape)}; it must have shape ({len(sums)}, 2) to match bins.")
     total = float(sums[:, 0].sum())
     if total == 0:
         return empty_figure(_HEIGHT, title)
@@ -151,14 +150,15 @@ def reliability_diagram(bins: Tensor, *, intervals: Tensor | None = None, title:
 
 
 def _checked_bins(bins: Tensor) -> Tensor:
+    """The bins as float64 on the CPU, if they are sums of bins."""
     if bins.ndim != 2 or bins.shape[1] != 3 or len(bins) < 1:
-        raise ValueError(f"bins must have shape (M, 3) with M >= 1, got {tuple(bins.shape)}; make it with `bin_sums`")
+        raise ValueError(f"bins has shape {tuple(bins.shape)}; it must have shape (M, 3) with M >= 1. Use `bin_sums`.")
     sums = bins.detach().cpu().double()
-    # A given probability may exceed 1 by the tolerance of the sums of rows.
+    # A given probability may exceed 1 by the tolerance for sums of rows.
     most = sums[:, :1] * sums.new_tensor([1.0, 1 + PROBS_TOLERANCE, _ROUNDING])
     if not bool((sums.isfinite() & (sums >= 0) & (sums <= most)).all()):
         raise ValueError(
-            "bins must hold count, sum of confidences and sum of correct of each bin, the sums in 0..count; "
-            f"got {sums.tolist()[:3]} at its head"
+            f"bins begins with {sums.tolist()[:3]}; it must hold count, sum of the confidences and number of correct "
+            "rows of each bin, both in 0..count. Use `bin_sums`."
         )
     return sums

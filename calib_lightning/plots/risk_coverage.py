@@ -27,22 +27,22 @@ _SETTLED = 0.02
 def risk_coverage_curve(ordered: Ordered, *, title: str | None = None) -> Figure:
     """Draw the error rate of the most confident rows over their share (Geifman and El-Yaniv, 2017).
 
-    At coverage x the share x of the rows with the highest scores is answered, and the risk is the share of wrong
-    answers among them, read at the ends of groups of equal scores. Below it the optimum, ``max(0, 1 - a / x)`` with
-    accuracy a, of a score that puts all wrong answers last; the grey area between them is the cost of the ranking.
-    The two areas under the curves are AURC of these rows and of the optimum, expected over the orders of tied rows.
+    At coverage x the share x of the rows with the highest scores is accepted, and the risk is the share of wrong
+    predictions among them, at the ends of groups of equal scores. Below it is the optimum, ``max(0, 1 - a / x)`` with
+    accuracy a, of a score that ranks all wrong predictions last; the grey area between them is the cost of the ranking.
+    The two areas under the curves are the AURC of these rows and of the optimum, expected over the orders of tied rows.
 
-    Curves of more than 2000 groups are thinned without a visible change: in each of 499 equal parts of the coverage
-    the first, the lowest, the highest and the last point are kept. The risk axis ends a little above the highest risk
-    at a coverage of 2 % or more, so that the jumps of the first few rows do not set the scale.
+    Curves of more than 2000 groups are thinned without a visible change: in each of 499 equal parts of the coverage the
+    first, the lowest, the highest and the last point are kept. The risk axis ends slightly above the highest risk at a
+    coverage of 2 % or more, so that the jumps of the first few rows do not set the scale.
 
     Args:
-        ordered: Groups ``(G,)`` of rows in ascending order of the score, of
+        ordered: Groups ``(G,)`` of rows in ascending order of the score, from
             `calib_lightning.metrics.functional.ordered.order_rows`.
-        title: What stands above the figure.
+        title: Title of the figure.
 
     Returns:
-        A figure of 3.3 x 3 inches; for a set without rows it says so.
+        A figure of 3.3 x 3 inches; without rows it says so.
 
     Raises:
         ValueError: ``ordered`` is not one set.
@@ -57,9 +57,9 @@ def risk_coverage_curve(ordered: Ordered, *, title: str | None = None) -> Figure
     held = groups_with_rows(ordered, "risk_coverage_curve")
     if len(held.count) == 0:
         return empty_figure(_HEIGHT, title)
-    answered, errors = (field.flip(0).cumsum(0).numpy() for field in (held.count, held.misses))
+    answered, errors = (field.flip(0).cumsum(0).numpy() for field in (held.count, held.wrong))
     total, accuracy = answered[-1], 1 - errors[-1] / answered[-1]
-    # Within the first group the expected risk is constant, so the curve starts at its risk.
+    # The expected risk is constant within the first group, so the curve starts at its risk.
     coverage = np.concatenate([[0.0], answered / total])
     risk = np.concatenate([[errors[0] / answered[0]], errors / answered])
     kept = _thinned(coverage, risk)

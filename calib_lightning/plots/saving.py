@@ -1,4 +1,4 @@
-"""Figures into files and to loggers."""
+"""Figures for files and loggers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ _svg_lock = threading.Lock()
 
 
 def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
-    """Write a figure as PNG (300 dots per inch) or SVG; the file is either whole or as it was.
+    """Write a figure as PNG (300 dots per inch) or SVG; a failed write leaves an existing file unchanged.
 
-    The same figure gives the same bytes again with the same version of matplotlib: an SVG holds no date and no random
-    names.
+    The same figure gives the same bytes with the same version of matplotlib: an SVG holds no date and no random names.
 
     Args:
         figure: The figure.
-        path: The file; its suffix, ``.png`` or ``.svg``, says the format. Missing folders are made.
+        path: The file; its suffix, ``.png`` or ``.svg``, sets the format. Missing folders are created.
 
     Returns:
         The path.
@@ -44,7 +43,7 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
     target = Path(path)
     suffix = target.suffix.lower()
     if suffix not in _SUFFIXES:
-        raise ValueError(f"cannot save a figure as {target.name!r}: the name must end in {' or '.join(_SUFFIXES)}")
+        raise ValueError(f"The file name is {target.name!r}; it must end in {' or '.join(_SUFFIXES)}.")
     buffer = io.BytesIO()
     if suffix == ".svg":
         with _fixed_svg_names():
@@ -57,8 +56,8 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
 
 @contextmanager
 def _fixed_svg_names() -> Iterator[None]:
-    # The names inside an SVG have no other switch than this setting. Only this one is put back afterwards:
-    # `rc_context` would also undo what another thread sets meanwhile.
+    # Only this setting controls the names inside an SVG. It is restored by itself: `rc_context` would also undo what
+    # another thread sets meanwhile.
     with _svg_lock:
         before = matplotlib.rcParams["svg.hashsalt"]
         matplotlib.rcParams["svg.hashsalt"] = "calib_lightning"
@@ -71,18 +70,19 @@ def _fixed_svg_names() -> Iterator[None]:
 def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
     """Give a figure to a Lightning logger, or to each of several.
 
-    A logger with ``log_image`` (Weights & Biases) and one whose ``experiment`` has ``add_image`` (TensorBoard) get
-    the image under ``name`` at ``step``. For any other with a folder (``log_dir``, else ``save_dir``; CSV) it becomes
-    a file for each name and step, ``<folder>/figures/<name>_step<step>.png``, with ``_`` for what does not belong into
-    a file name and the step in eight digits, so that the files sort by step. Only the process of rank 0 logs.
+    A logger with ``log_image`` (Weights & Biases) and one whose ``experiment`` has ``add_image`` (TensorBoard) get the
+    image under ``name`` at ``step``. For any other with a folder (``log_dir``, else ``save_dir``; CSV) it becomes a
+    file per name and step, ``<folder>/figures/<name>_step<step>.png``, with ``_`` for characters that do not belong in
+    a file name and eight digits for the step, so that the files sort by step. Only rank 0 logs.
 
-    A figure must never cost the run: what a logger raises becomes a warning, and so does a logger of another kind.
+    A figure must never stop a run: an error of a logger, or a logger of another kind, gives a warning.
 
     Args:
-        loggers: A logger, or a list or tuple of them such as ``trainer.loggers``; ``None`` or empty: nothing to do.
+        loggers: A logger, or a list or tuple of them such as ``trainer.loggers``; nothing happens if it is ``None`` or
+            empty.
         name: Key of the image, such as ``val/reliability``.
         figure: The figure.
-        step: The step it belongs to, mostly ``trainer.global_step``.
+        step: The step of the figure, usually ``trainer.global_step``.
 
     Example:
         >>> from calib_lightning.plots import reliability_diagram
@@ -96,17 +96,18 @@ def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
         try:
             taken = _give(logger, name, figure, step)
         except Exception as error:
-            warnings.warn(f"{type(logger).__name__} did not take figure {name!r}: {error!r}", stacklevel=2)
+            warnings.warn(f"{type(logger).__name__} rejected figure {name!r}: {error!r}", stacklevel=2)
             continue
         if not taken:
             warnings.warn(
                 f"{type(logger).__name__} has neither log_image, nor experiment.add_image, nor a folder (log_dir, "
-                f"save_dir): it gets no figures, such as {name!r}; add a CSVLogger to keep them",
+                f"save_dir), so figures such as {name!r} are lost. Add a CSVLogger to keep them.",
                 stacklevel=2,
             )
 
 
 def _give(logger: object, name: str, figure: Figure, step: int) -> bool:
+    """Give a figure to one logger; False if it cannot take any."""
     log_image = getattr(logger, "log_image", None)
     if callable(log_image):
         log_image(key=name, images=[_image_of(figure)], step=step)

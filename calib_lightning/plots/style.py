@@ -1,4 +1,4 @@
-"""What all figures share: size, fonts, colours that stay apart in grey, and the figure of an empty set."""
+"""What all figures share: size, fonts, colours that differ even in grey, and the figure of an empty set."""
 
 from __future__ import annotations
 
@@ -19,22 +19,14 @@ WIDTH = 3.3
 """Width of a figure in inches: one column of a two-column page."""
 
 TEXT, SMALL = 8.0, 7.0
-"""Font sizes in points. They are given to every text, as the settings of matplotlib belong to the user."""
+"""Font sizes in points. Every text gets one, as the settings of matplotlib belong to the user."""
 
 LIGHT, DARK, GREY = "#a6cee3", "#99000d", "#555555"
 """A light fill, a dark line and the grey of reference lines."""
 
 
 def new_figure(height: float, title: str | None) -> Figure:
-    """Make an empty figure that no global list of figures knows.
-
-    Args:
-        height: In inches.
-        title: What stands above it, or ``None``.
-
-    Returns:
-        The figure; its layout leaves room for all labels.
-    """
+    """An empty figure outside of any global list, with a layout that makes room for all labels."""
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=TEXT)
@@ -42,15 +34,7 @@ def new_figure(height: float, title: str | None) -> Figure:
 
 
 def empty_figure(height: float, title: str | None) -> Figure:
-    """Make the figure of a set without rows.
-
-    Args:
-        height: In inches.
-        title: What stands above it, or ``None``.
-
-    Returns:
-        A figure that says so.
-    """
+    """The figure of a set without rows, which says so."""
     figure = new_figure(height, title)
     axes = figure.subplots()
     axes.set_axis_off()
@@ -59,13 +43,7 @@ def empty_figure(height: float, title: str | None) -> Figure:
 
 
 def finish_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
-    """Label axes in the font size of the figures and take the frame off above and on the right.
-
-    Args:
-        axes: The axes.
-        xlabel: What the x axis shows; empty where the axes below share it.
-        ylabel: What the y axis shows.
-    """
+    """Label axes in the font size of the figures and remove the frame above and on the right."""
     axes.set_xlabel(xlabel, fontsize=TEXT)
     axes.set_ylabel(ylabel, fontsize=TEXT)
     axes.tick_params(labelsize=SMALL, width=0.6, length=2.5)
@@ -74,50 +52,25 @@ def finish_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def finish_figure(figure: Figure, numbers: str, handles: Sequence[Artist]) -> None:
-    """Write the numbers above the first axes and the legend below the last, where they cover nothing, and lay it out.
-
-    Args:
-        figure: The figure.
-        numbers: One line of text.
-        handles: What the legend explains.
-    """
+    """Write the numbers above the first axes and the legend below the last, and fix the layout."""
     figure.axes[0].set_title(numbers, fontsize=SMALL, loc="left")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
-    # The layout moves a little at each drawing; once is enough, and every file of the figure is then the same.
+    # The layout shifts slightly with every drawing. It is computed once, so all files of a figure are the same.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
 def percent(value: float, signed: bool = False) -> str:
-    """Write a fraction in percent.
-
-    Args:
-        value: The fraction.
-        signed: Whether a plus sign is written.
-
-    Returns:
-        Text such as ``3.90 %``.
-    """
+    """A fraction in percent, such as ``3.90 %``."""
     return f"{100 * value:+.2f} %" if signed else f"{100 * value:.2f} %"
 
 
 def groups_with_rows(ordered: Ordered, who: str) -> Ordered:
-    """Take the groups of one set that hold rows.
-
-    Args:
-        ordered: Groups ``(G,)`` in ascending order of the score.
-        who: Name of the function, for the message.
-
-    Returns:
-        Those of them that hold rows, float64 on the CPU.
-
-    Raises:
-        ValueError: The fields have leading dimensions, differ in shape, or hold negative or infinite numbers.
-    """
+    """The groups ``(G,)`` of one set that hold rows, float64 on the CPU."""
     shapes = [tuple(field.shape) for field in ordered]
     if len(shapes[0]) != 1 or len(set(shapes)) != 1:
-        raise ValueError(f"{who}: the fields of ordered have shapes {shapes}; give one set, three fields (G,)")
+        raise ValueError(f"{who}: the fields of ordered have shapes {shapes}; they must be those of one set, (G,).")
     fields = torch.stack([field.detach().cpu().double() for field in ordered])
     if not bool((fields.isfinite() & (fields >= 0)).all()):
-        raise ValueError(f"{who}: a field of ordered holds negative or infinite numbers or NaN; use `order_rows`")
+        raise ValueError(f"{who}: a field of ordered holds negative or infinite numbers or NaN. Use `order_rows`.")
     return Ordered(*fields[:, fields[0] > 0])

@@ -91,7 +91,7 @@ def test_a_confidence_that_is_not_a_number_abstains():
 
 @pytest.mark.parametrize(
     ("labels", "risk", "message"),
-    [([], 0.05, "no rows"), ([0, 2], 0.05, "row 1 has label 2"), ([0, 1], 1.5, r"risk=1\.5.*\[0, 1\]")],
+    [([], 0.05, "no rows"), ([0, 2], 0.05, "row 1 has label 2"), ([0, 1], 1.5, r"risk is 1\.5.*\[0, 1\]")],
 )
 def test_bad_input_is_named(labels, risk, message):
     labels = torch.tensor(labels, dtype=torch.int64)

@@ -69,7 +69,7 @@ def test_entropy_of_extreme_rows():
         assert math.isnan(entropy(NO_ROWS[0]))
     with pytest.raises(ValueError, match="row 0 has nan for class 0"):
         entropy(torch.tensor([[torch.nan, 0.0]]))
-    with pytest.raises(TypeError, match="got list"):
+    with pytest.raises(TypeError, match="is list"):
         entropy([[0.0, 1.0]])
 
 
@@ -93,7 +93,7 @@ def test_top_k_limits():
     with pytest.warns(UserWarning, match="no rows"):
         assert math.isnan(top_k_accuracy(*NO_ROWS))
     for k in (0, 1.0, True):
-        with pytest.raises(ValueError, match="k="):
+        with pytest.raises(ValueError, match="k is "):
             top_k_accuracy(logits, labels, k=k)
 
 
@@ -128,22 +128,22 @@ def test_wrong_soft_labels():
     for metric in (nll, brier):
         bad = good.clone()
         bad[1] = torch.tensor([-0.1, 1.1])
-        with pytest.raises(ValueError, match=r"1 of 3 rows have invalid soft labels; row 1 .* -0\.1 and sums to 1,"):
+        with pytest.raises(ValueError, match=r"1 of 3 rows have invalid soft labels; row 1 .* -0\.1 and sums to 1;"):
             metric(logits, bad)
-        with pytest.raises(ValueError, match=r"3 of 3 rows .*row 0 .*sums to 100.*divide counts"):
+        with pytest.raises(ValueError, match=r"3 of 3 rows .*row 0 .*sums to 100.*Divide counts"):
             metric(logits, 100 * good)
         with pytest.raises(ValueError, match="1 of 3 rows"):
             metric(logits, bad.fill_(0.5).index_fill_(0, torch.tensor([2]), torch.nan))
-        with pytest.raises(ValueError, match=r"shape \(3, 2\) of the logits, got \(3, 3\)"):
+        with pytest.raises(ValueError, match=r"shape \(3, 3\); they must have the shape \(3, 2\) of the logits"):
             metric(logits, torch.full((3, 3), 1 / 3))
         with pytest.raises(ValueError, match="row 0 has inf for class 0"):
             metric(logits.index_fill(0, torch.tensor([0]), torch.inf), good)
-        with pytest.raises(ValueError, match="input='auto'"):
+        with pytest.raises(ValueError, match="input is 'auto'"):
             metric(logits, good, input="auto")
-        with pytest.raises(TypeError, match="logits must be a tensor"):
+        with pytest.raises(TypeError, match=r"logits is .*; it must be a tensor"):
             metric([[0.0, 0.0]], good)
     for metric in (accuracy, top_k_accuracy, classwise_ece, ovo_auroc, optimal_inverse_temperature, dark_side_terms):
-        with pytest.raises(TypeError, match="labels must be class numbers"):
+        with pytest.raises(TypeError, match=r"labels is .*; it must be class numbers"):
             metric(logits, good)
 
 
@@ -157,7 +157,7 @@ def test_votes_of_people(real_data):
     soft = torch.from_numpy(y)
     assert nll(logits, soft).item() == pytest.approx(-(y * log_p).sum(1).mean(), abs=1e-9)
     assert brier(logits, soft).item() == pytest.approx(((p - y) ** 2).sum(1).mean(), abs=1e-9)
-    with pytest.raises(ValueError, match="labels must have shape"):
+    with pytest.raises(ValueError, match=r"labels has shape .* must have shape"):
         nll(logits, torch.from_numpy(counts))
 
 
@@ -248,7 +248,7 @@ def test_classwise_of_an_absent_last_class_and_of_nothing():
     with pytest.warns(UserWarning, match="classwise_ece: no rows") as caught:
         assert math.isnan(classwise_ece(*NO_ROWS))
     assert len(caught) == 1
-    with pytest.raises(ValueError, match="n_bins=0"):
+    with pytest.raises(ValueError, match="n_bins is 0"):
         classwise_ece(logits, labels, n_bins=0)
 
 

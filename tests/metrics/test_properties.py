@@ -155,7 +155,7 @@ def test_merging_remembers_the_number_of_classes():
     state.merge_state(fed(4))
     with pytest.raises(ValueError, match="logits have 5 classes but earlier batches had 4"):
         state.update(torch.eye(5), torch.arange(5))
-    with pytest.raises(ValueError, match="states of 4 and 5 classes"):
+    with pytest.raises(ValueError, match="classes of the other state is"):
         state.merge_state(fed(5))
     assert state.settings["rows"] == 4
 
@@ -163,7 +163,7 @@ def test_merging_remembers_the_number_of_classes():
 @pytest.mark.parametrize("options", [{"n_bins": 1}, {"rank_bins": 64}, {"input": "probs"}])
 def test_states_of_other_settings_are_not_merged(options):
     name, value = next(iter(options.items()))
-    with pytest.raises(ValueError, match=f"cannot merge {name}={value!r} into {name}="):
+    with pytest.raises(ValueError, match=f"{name} of the other state is {value!r}; it must be "):
         EvaluationState().merge_state(EvaluationState(**options))
 
 

@@ -445,7 +445,7 @@ def test_the_missing_side_is_named(right):
     logits, _ = random_set(40, 3)
     labels = logits.argmax(1) if right else logits.argmin(1)
     present, missing = ("positive", "negative") if right else ("negative", "positive")
-    with pytest.warns(UserWarning, match=f"fpr95: all 40 rows are {present} and it needs {missing} ones"):
+    with pytest.warns(UserWarning, match=f"fpr95: all 40 rows are {present}; {missing} rows are needed"):
         fpr95(logits, labels)
 
 
@@ -478,12 +478,12 @@ def test_perfect_order_has_no_excess():
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, 0.0])
 def test_rates_outside_their_range_are_refused(value):
     ordered = ordered_of([0, 1], [0, 1])
-    with pytest.raises(ValueError, match=f"tpr={value}.*\\(0, 1\\]"):
+    with pytest.raises(ValueError, match=f"tpr is {value}.*\\(0, 1\\]"):
         fpr_at_tpr_from_ordered(ordered, value)
-    with pytest.raises(ValueError, match=f"coverage={value}.*\\(0, 1\\]"):
+    with pytest.raises(ValueError, match=f"coverage is {value}.*\\(0, 1\\]"):
         risk_at_coverage_from_ordered(ordered, value)
     if value != 0.0:
-        with pytest.raises(ValueError, match=f"risk={value}.*\\[0, 1\\]"):
+        with pytest.raises(ValueError, match=f"risk is {value}.*\\[0, 1\\]"):
             coverage_at_risk_from_ordered(ordered, value)
     else:
         assert coverage_at_risk_from_ordered(ordered, 0.0).item() == 0.5
@@ -561,13 +561,13 @@ def test_ood_refuses_bad_input(function):
     yes = torch.tensor([True, False])
     name = function.__name__
     for scores in (torch.tensor([1, 2]), [0.1, 0.2]):
-        with pytest.raises(TypeError, match=f"{name}: scores must be a floating-point tensor"):
+        with pytest.raises(TypeError, match=f"{name}: scores is .*; it must be a floating-point tensor"):
             function(scores, yes)
     for is_id in (torch.tensor([1, 0]), [True, False]):
-        with pytest.raises(TypeError, match=f"{name}: is_id must be a bool tensor"):
+        with pytest.raises(TypeError, match=f"{name}: is_id is .*; it must be a bool tensor"):
             function(torch.zeros(2), is_id)
     for scores in (torch.zeros(3), torch.zeros(2, 1)):
-        with pytest.raises(ValueError, match=f"{name}: scores .* must both be"):
+        with pytest.raises(ValueError, match=f"{name}: the shapes of scores and is_id are .*; both must be"):
             function(scores, yes)
     with pytest.raises(ValueError, match=f"{name}: 1 of 2 scores are NaN"):
         function(torch.tensor([0.0, torch.nan]), yes)

@@ -326,7 +326,7 @@ def test_conventions_are_named_and_differ():
         assert expected is None or found[-1] == pytest.approx(expected, abs=1e-12)
     assert found[2] != pytest.approx(found[3], abs=1e-3)
     assert next(iter(by_hand)).settings["bins"] == "(lo, hi]"
-    with pytest.raises(ValueError, match="convention='other'"):
+    with pytest.raises(ValueError, match="convention is 'other'"):
         metrics.AdaptiveCalibrationError(convention="other")
 
 

@@ -105,7 +105,7 @@ def test_all_processes_read_what_one_reads(request, world):
     ("change", "error", "message"),
     [
         (lambda z, p: (z, p[:, :5]), ValueError, r"must have the shape \(57, 6\)"),
-        (lambda z, p: (z, (20 * p).long()), TypeError, "floating point, got torch.int64"),
+        (lambda z, p: (z, (20 * p).long()), TypeError, "torch.int64; they must be floating point"),
         (lambda z, p: (z, 20 * p), ValueError, "57 of 57 rows have invalid soft labels; row 0 .* sums to 20"),
         (lambda z, p: (z, p - 0.1 * (torch.arange(57) == 3)[:, None]), ValueError, "row 3 has a smallest entry of"),
         (lambda z, p: (z, torch.where(torch.arange(57)[:, None] == 4, torch.nan, p)), ValueError, "row 4 .* nan"),
@@ -127,7 +127,7 @@ def test_what_is_no_distribution_is_refused(change, error, message):
 
 
 def test_the_entropy_of_what_is_no_distribution_is_refused():
-    with pytest.raises(TypeError, match=r"floating point of shape \(N, K\), got torch.int64 of shape \(2, 3\)"):
+    with pytest.raises(TypeError, match=r"torch.int64 of shape \(2, 3\); it must be floating point of shape \(N, K\)"):
         label_entropy(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"of shape \(3,\)"):
         label_entropy(torch.ones(3) / 3)

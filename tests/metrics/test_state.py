@@ -140,9 +140,9 @@ def test_bins_and_kind_are_settings():
         reference(logits, labels, 4)["ece"], abs=1e-12
     )
     for metric in EVERY:
-        with pytest.raises(ValueError, match="input='probabilities'"):
+        with pytest.raises(ValueError, match="input is 'probabilities'"):
             metric(input="probabilities")
-    with pytest.raises(ValueError, match="n_bins=0"):
+    with pytest.raises(ValueError, match="n_bins is 0"):
         EvaluationState(n_bins=0)
 
 
@@ -254,7 +254,7 @@ def test_states_that_do_not_go_together_are_not_merged(other):
     logits, labels = random_set(40, 5)
     state = feed(EvaluationState(["accuracy"]), logits, labels)
     before = numbers(state)
-    with pytest.raises(ValueError, match="EvaluationState: cannot merge"):
+    with pytest.raises(ValueError, match=r"EvaluationState: .* of the other state is"):
         state.merge_state(feed(EvaluationState(**other), logits, labels))
     assert numbers(state) == before
     assert int(state.count) == 40
@@ -607,13 +607,13 @@ def test_wrong_shapes_and_dtypes_raise_at_once_everywhere(metric, deferred):
     bad = metric()
     bad.update(logits, labels)
     name = name_of(metric)
-    with pytest.raises(TypeError, match=f"{name}, batch 2: labels must be class numbers.*float32"):
+    with pytest.raises(TypeError, match=f"{name}, batch 2: labels is torch.float32.*must be class numbers"):
         bad.update(logits, labels.float())
-    with pytest.raises(ValueError, match=rf"{name}, batch 3: labels must have shape \(10,\)"):
+    with pytest.raises(ValueError, match=rf"{name}, batch 3: labels has shape .* must have shape \(10,\)"):
         bad.update(logits, labels[:9])
     with pytest.raises(ValueError, match=f"{name}, batch 4: logits have 3 classes but earlier batches had 4"):
         bad.update(logits[:, :3], labels)
-    with pytest.raises(ValueError, match=rf"{name}, batch 5: confidence must have shape \(10,\)"):
+    with pytest.raises(ValueError, match=rf"{name}, batch 5: confidence has shape .* must have shape \(10,\)"):
         bad.update(logits, labels, torch.zeros(10, 1))
 
 

@@ -57,17 +57,17 @@ def luminance(colour):
     return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))
 
 
-def wilson(hits, count):
+def wilson(correct, count):
     """Both roots of (p - share)^2 = z^2 p (1 - p) / n in p."""
     z2 = 1.959963984540054**2
-    return np.sort(np.roots([1 + z2 / count, -2 * hits / count - z2 / count, (hits / count) ** 2]))
+    return np.sort(np.roots([1 + z2 / count, -2 * correct / count - z2 / count, (correct / count) ** 2]))
 
 
-@pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (1, 1), (5, 10), (81, 263), (9_999, 10_000), (0.5, 2.5)])
-def test_wilson_interval_solves_its_equation(hits, count):
-    ends = wilson_interval(torch.tensor(float(hits)), torch.tensor(float(count)))
-    np.testing.assert_allclose(ends.numpy(), wilson(hits, count), atol=1e-7)
-    assert 0 <= ends[0] <= hits / count <= ends[1] <= 1
+@pytest.mark.parametrize(("correct", "count"), [(0, 5), (5, 5), (1, 1), (5, 10), (81, 263), (9999, 10_000), (0.5, 2.5)])
+def test_wilson_interval_solves_its_equation(correct, count):
+    ends = wilson_interval(torch.tensor(float(correct)), torch.tensor(float(count)))
+    np.testing.assert_allclose(ends.numpy(), wilson(correct, count), atol=1e-7)
+    assert 0 <= ends[0] <= correct / count <= ends[1] <= 1
 
 
 def test_wilson_interval_of_published_example():
@@ -86,12 +86,12 @@ def test_wilson_interval_of_another_level_and_without_trials():
 
 @pytest.mark.parametrize("level", [0, 1, 95, float("nan")])
 def test_wilson_interval_refuses_levels(level):
-    with pytest.raises(ValueError, match=r"level=.*fraction in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"level is .*fraction in \(0, 1\)"):
         wilson_interval(torch.tensor(1.0), torch.tensor(2.0), level)
 
 
-def test_wilson_interval_refuses_more_hits_than_trials():
-    with pytest.raises(ValueError, match=r"hits \[3.0\] do not lie between 0 and count"):
+def test_wilson_interval_refuses_more_correct_rows_than_rows():
+    with pytest.raises(ValueError, match=r"correct is \[3.0\]; it must be in 0\.\.count"):
         wilson_interval(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]))
 
 
@@ -166,20 +166,20 @@ def test_over_and_under_confidence_are_told_apart_in_grey(golden):
     ("bins", "message"),
     [
         (torch.zeros(3), r"shape \(M, 3\)"),
-        (torch.zeros(0, 3), r"got \(0, 3\)"),
-        (torch.zeros(4, 2), r"got \(4, 2\)"),
-        (torch.tensor([[1.0, 0.5, float("nan")]]), "sums in 0..count"),
-        (torch.tensor([[1.0, 0.5, 2.0]]), r"got \[\[1.0, 0.5, 2.0\]\]"),
-        (torch.tensor([[1.0, -0.5, 1.0]]), "sums in 0..count"),
+        (torch.zeros(0, 3), r"has shape \(0, 3\)"),
+        (torch.zeros(4, 2), r"has shape \(4, 2\)"),
+        (torch.tensor([[1.0, 0.5, float("nan")]]), "both in 0..count"),
+        (torch.tensor([[1.0, 0.5, 2.0]]), r"begins with \[\[1.0, 0.5, 2.0\]\]"),
+        (torch.tensor([[1.0, -0.5, 1.0]]), "both in 0..count"),
     ],
 )
-def test_reliability_diagram_refuses_what_are_no_bins(bins, message):
+def test_reliability_diagram_refuses_values_that_are_not_bins(bins, message):
     with pytest.raises(ValueError, match=message):
         reliability_diagram(bins)
 
 
 def test_reliability_diagram_refuses_intervals_of_other_bins(golden):
-    with pytest.raises(ValueError, match=r"intervals must have shape \(15, 2\).*got \(10, 2\)"):
+    with pytest.raises(ValueError, match=r"intervals has shape \(10, 2\); it must have shape \(15, 2\)"):
         reliability_diagram(bins_of(golden, 15), intervals=torch.zeros(10, 2))
 
 
@@ -325,7 +325,7 @@ def test_jumps_of_the_first_rows_do_not_set_the_scale():
 
 @pytest.mark.parametrize("figure_of", [confidence_histogram, risk_coverage_curve])
 def test_only_one_set_is_drawn(figure_of):
-    with pytest.raises(ValueError, match=r"\(2, 3\).*give one set"):
+    with pytest.raises(ValueError, match=r"\(2, 3\).*of one set"):
         figure_of(Ordered(*torch.ones(3, 2, 3)))
     with pytest.raises(ValueError, match="negative or infinite"):
         figure_of(Ordered(*torch.tensor([[1.0], [float("nan")], [0.5]])))

@@ -66,7 +66,7 @@ def test_svg_is_valid_and_the_same_each_time(kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["figure.pdf", "figure", "figure.jpg", "png"])
 def test_other_formats_are_refused(name, figure, tmp_path):
-    with pytest.raises(ValueError, match=rf"cannot save a figure as '{re.escape(name)}'.*\.png or \.svg"):
+    with pytest.raises(ValueError, match=rf"file name is '{re.escape(name)}'.*\.png or \.svg"):
         save_figure(figure, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -173,7 +173,7 @@ class Broken:
 
 
 def test_a_broken_logger_costs_a_warning_and_not_the_run_nor_the_other_loggers(figure, tmp_path):
-    with pytest.warns(UserWarning, match=r"Broken did not take figure 'val/risk'.*no network") as caught:
+    with pytest.warns(UserWarning, match=r"Broken rejected figure 'val/risk'.*no network") as caught:
         log_figure((Broken(), CSVLogger(tmp_path, name="", version="")), "val/risk", figure, step=2)
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -186,13 +186,13 @@ def test_a_logger_that_breaks_when_looked_at_is_a_warning(figure):
         def experiment(self):
             raise RuntimeError("server is down")
 
-    with pytest.warns(UserWarning, match="Unreachable did not take.*server is down"):
+    with pytest.warns(UserWarning, match="Unreachable rejected.*server is down"):
         log_figure(Unreachable(), "risk", figure, step=0)
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(figure, tmp_path):
     (tmp_path / "figures").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="CSVLogger did not take"):
+    with pytest.warns(UserWarning, match="CSVLogger rejected"):
         log_figure(CSVLogger(tmp_path, name="", version=""), "risk", figure, step=0)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from calib_lightning import posthoc as P
 from calib_lightning.metrics import functional as metrics
-from tests.posthoc.table import ROWS, features_of, the_set
+from tests.posthoc.table import ROWS, evidence_of, features_of, the_set
 
 ALL = pytest.mark.parametrize("name", ROWS)
 
@@ -20,15 +20,17 @@ ALL = pytest.mark.parametrize("name", ROWS)
 def fitted(name, logits=None, labels=None, features=None):
     if logits is None:
         logits, labels, features = the_set()
-    calibrator = ROWS[name].new()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return calibrator.fit(logits, labels, features if calibrator.needs_features else None)
+        return ROWS[name].new().fit(labels=labels, **evidence_of(logits, features)._asdict())
 
 
 def applied(calibrator, logits, features=None):
-    features = features_of(logits).to(logits.dtype) if features is None else features
-    return calibrator(logits, features) if calibrator.needs_features else calibrator(logits)
+    return calibrator(*evidence_of(logits, features))
+
+
+def predicted(calibrator, logits, features=None):
+    return calibrator.predict(*evidence_of(logits, features))
 
 
 def test_every_exported_calibrator_has_a_row():
@@ -70,9 +72,11 @@ def test_gives_log_probabilities(name, dtype):
 def test_report_says_what_the_rows_say(name):
     logits, labels, features = the_set()
     calibrator = fitted(name)
-    report, prediction = calibrator.report, calibrator.predict(logits, features)
-    if name == "DensityRatio":  # there a row must not find itself among the rows of the fit
-        prediction = calibrator.of_fitted_rows(logits, features, torch.arange(500))
+    report, prediction = calibrator.report, predicted(calibrator, logits, features)
+    if ROWS[name].looks_up:
+        of_fit = calibrator.of_fitted_rows(logits, features, torch.arange(500))
+        assert not torch.equal(of_fit.confidence, prediction.confidence), "a row finds itself"
+        prediction = of_fit
     assert report.rows == 500
     assert report.calibrator == calibrator.name
     assert report.converged
@@ -155,29 +159,41 @@ def test_state_dict_copies_and_pickles(name):
     fresh.load_state_dict(calibrator.state_dict())
     assert torch.equal(applied(fresh, logits, features), wanted)
     assert torch.equal(applied(copy.deepcopy(calibrator), logits, features), wanted)
-    refitted = fresh.fit(*_other_classes(fresh))  # what was loaded does not stand in the way of another K
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        refitted = fresh.fit(**_other_classes())  # what was loaded does not stand in the way of another K
     assert refitted.num_classes == 3
-    if "lambda" not in repr(calibrator):
-        assert torch.equal(applied(pickle.loads(pickle.dumps(calibrator)), logits, features), wanted)
+    assert torch.equal(applied(pickle.loads(pickle.dumps(calibrator)), logits, features), wanted)
 
 
-def _other_classes(calibrator):
+def _other_classes():
     logits, labels, features = the_set()
     rows = labels < 3
-    parts = (logits[rows, :3], labels[rows], features[rows])
-    return parts if calibrator.needs_features else parts[:2]
+    return {"labels": labels[rows], **evidence_of(logits[rows, :3], features[rows])._asdict()}
+
+
+class _WithNetwork(torch.nn.Module):
+    """A calibrator behind the network that it may ask: what is exported."""
+
+    def __init__(self, calibrator):
+        super().__init__()
+        self.calibrator, self.network = calibrator, torch.nn.Flatten()
+
+    def forward(self, logits, features):
+        evidence = evidence_of(logits, features)._replace(network=self.network)
+        return self.calibrator(*evidence)
 
 
 @ALL
 def test_can_be_exported(name):
     logits, _, features = the_set(torch.float32)
     calibrator = fitted(name)
-    arguments = (logits, features) if calibrator.needs_features else (logits,)
     rows = torch.export.Dim("rows", min=2)
-    program = torch.export.export(calibrator, arguments, dynamic_shapes=({0: rows},) * len(arguments))
-    for n in (2, 77, 500):
-        some = [argument[:n] for argument in arguments]
-        torch.testing.assert_close(program.module()(*some), calibrator(*some), atol=1e-6, rtol=1e-6)
+    shapes = ({0: rows}, {0: rows})
+    program = torch.export.export(_WithNetwork(calibrator), (logits, features), dynamic_shapes=shapes)
+    for n in (2, 77, 500, 1200):  # the last is more than one batch
+        some = [argument.repeat(3, 1)[:n] for argument in (logits, features)]
+        torch.testing.assert_close(program.module()(*some), applied(calibrator, *some), atol=1e-6, rtol=1e-6)
 
 
 @ALL
@@ -197,7 +213,7 @@ def test_autocast_changes_nothing(name):
     with torch.autocast("cpu", torch.bfloat16):
         calibrator = fitted(name, logits, labels, features)
         assert torch.equal(applied(calibrator, logits, features), wanted)
-        assert torch.equal(calibrator.predict(logits, features).logits, wanted)
+        assert torch.equal(predicted(calibrator, logits, features).logits, wanted)
 
 
 @ALL
@@ -216,7 +232,7 @@ def test_fitted_in_inference_mode_it_has_gradients_all_the_same(name):
 def test_a_row_that_is_no_number_has_no_confidence(name):
     logits, _, features = the_set()
     broken = logits.index_fill(0, torch.tensor([3]), math.nan)
-    log_probs, confidence = fitted(name).predict(broken, features)
+    log_probs, confidence = predicted(fitted(name), broken, features)
     confidence = log_probs.exp().amax(1) if confidence is None else confidence
     assert confidence.isnan().nonzero().flatten().tolist() == [3]
     assert log_probs.isnan().all(dim=1).nonzero().flatten().tolist() == [3]
@@ -311,10 +327,9 @@ def test_what_was_not_fitted_cannot_be_used_or_saved(name, tmp_path):
 def test_wrong_input_is_named(name):
     logits, labels, features = the_set()
     calibrator = ROWS[name].new()
-    features = features if calibrator.needs_features else None
 
     def fit(logits=logits, labels=labels, features=features):
-        return calibrator.fit(logits, labels, features)
+        return calibrator.fit(labels=labels, **evidence_of(logits, features)._asdict())
 
     bad = logits.clone()
     bad[17, 2] = math.nan
@@ -324,33 +339,74 @@ def test_wrong_input_is_named(name):
     with pytest.raises(ValueError, match="row 17 has inf for class 2"):
         fit(bad)
     with pytest.raises(ValueError, match="no rows were given"):
-        fit(logits[:0], labels[:0], None if features is None else features[:0])
+        fit(logits[:0], labels[:0], features[:0])
     with pytest.raises(ValueError, match=r"has label 5, allowed: 0..4"):
         fit(labels=labels + 1)
     with pytest.raises(TypeError, match="integer dtype"):
         fit(labels=labels.float())
     with pytest.raises(ValueError, match="must have shape"):
         fit(labels=labels[:-1])
+    with pytest.raises(TypeError, match="labels"):
+        fit(labels=labels.numpy())
     with pytest.warns(UserWarning, match="as_logits"):
         fit(logits.softmax(1))
-    fit()
-    with pytest.raises(ValueError, match="fitted to 5 classes"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        fit()
+    with pytest.raises(ValueError, match="was fitted to"):
         applied(calibrator, torch.randn(3, 4))
-    if calibrator.needs_features:
-        with pytest.raises(ValueError, match="needs features"):
-            calibrator(logits)
-        for wrong in (features[:9], features[0], features.long()):
-            with pytest.raises(ValueError, match=r"floating point of shape \(500, d\)"):
-                calibrator(logits, wrong)
-        with pytest.raises(ValueError, match="features are missing"):
-            calibrator.fit(logits, labels)
-        with pytest.raises(ValueError, match="not finite; the first is row 4"):
-            fit(features=features.index_fill(0, torch.tensor([4]), math.nan))
-    with pytest.raises(TypeError, match="must be a tensor, got ndarray"):
-        calibrator(logits.numpy(), features)
+    with pytest.raises(TypeError, match="must be a tensor.*ndarray|ndarray.*must be a tensor"):
+        calibrator(logits.numpy(), features, torch.nn.Flatten(), logits[:, :, None, None].numpy())
     with pytest.raises(ValueError, match="row 17"):
         fit(bad)
     assert not calibrator.fitted or torch.equal(applied(calibrator, logits), applied(fitted(name), logits))
+
+
+@ALL
+def test_what_is_needed_and_missing_is_named(name):
+    logits, labels, features = the_set()
+    calibrator, whole = fitted(name), evidence_of(logits, features)._asdict()
+    words = {"logits": "logits=", "features": "features=", "network": "network= and images="}
+    for need in calibrator.needs:
+        for part in ("network", "images") if need == "network" else (need,):
+            lacking = {**whole, part: None}
+            with pytest.raises(ValueError, match=words[need]):
+                calibrator.predict(**lacking)
+            with pytest.raises(ValueError, match=words[need]):
+                ROWS[name].new().fit(labels=labels, **lacking)
+    with pytest.raises((TypeError, ValueError), match="labels"):
+        ROWS[name].new().fit(**whole)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if "features" in row.new().needs])
+def test_wrong_features_are_named(name):
+    logits, labels, features = the_set()
+    calibrator = fitted(name)
+    for wrong in (features[:9], features[0], features.long()):
+        with pytest.raises(ValueError, match=r"floating point of shape \(500, d\)"):
+            applied(calibrator, logits, wrong)
+        with pytest.raises(ValueError, match=r"floating point of shape \(500, d\)"):
+            fitted(name, logits, labels, wrong)
+    with pytest.raises(ValueError, match="fitted to 8 features, .*3"):
+        applied(calibrator, logits, features[:, :3])
+    with pytest.raises(ValueError, match="not finite; the first is row 4"):
+        fitted(name, logits, labels, features.index_fill(0, torch.tensor([4]), math.nan))
+
+
+@ALL
+def test_what_is_not_needed_is_not_looked_at(name):
+    logits, labels, features = the_set()
+    calibrator = ROWS[name].new()
+    rubbish = {"logits": None, "features": "nothing of use", "network": 1, "images": object()}
+    kept = {*calibrator.needs, *(("images",) if "network" in calibrator.needs else ())}
+    bare = {part: value if part in kept else rubbish[part] for part, value in evidence_of(logits)._asdict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        calibrator.fit(labels=labels, **bare)
+    assert calibrator.report == pytest.approx(fitted(name).report, nan_ok=True)
+    wanted = applied(fitted(name), logits, features)
+    assert torch.equal(calibrator(**bare), wanted)
+    assert torch.equal(calibrator.predict(**bare).logits, wanted)
 
 
 def test_probabilities_become_logits():
@@ -427,23 +483,3 @@ def test_numbers_of_numpy_are_written_as_plain_ones(tmp_path):
     calibrator = P.TopLabel(P.Beta(np.str_("am"))).fit(logits, labels)
     P.save_calibrator(calibrator, tmp_path / "c.pt")
     assert P.load_calibrator(tmp_path / "c.pt").name == calibrator.name == "TopLabel(Beta(variant='am'))"
-
-
-def test_files_of_neural_clamping_are_read_apart(tmp_path):
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
-    images = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        clamping = P.NeuralClamping(np.array([1.0]), P.FixedWeight(np.float64(0.1)), descent=P.ClampDescent(2)).fit(
-            network, images, torch.arange(64) % 3, progress=False
-        )
-    path = tmp_path / "clamping.pt"
-    P.save_calibrator(clamping, path)
-    loaded = P.load_clamping(path)
-    assert torch.equal(loaded.delta, clamping.delta)
-    assert loaded.temperature == clamping.temperature
-    with pytest.raises(ValueError, match="read it with load_clamping"):
-        P.load_calibrator(path)
-    P.save_calibrator(fitted("Temperature"), path)
-    with pytest.raises(ValueError, match="is that of a Temperature, not of a NeuralClamping"):
-        P.load_clamping(path)

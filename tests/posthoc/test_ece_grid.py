@@ -133,5 +133,5 @@ def test_invalid_arguments_are_named():
             ECETemperature(**arguments)
     with pytest.raises(ValueError, match="at most 100,000"):
         ECETemperature(step=1e-6)
-    with pytest.raises(ValueError, match="n_bins=0"):
+    with pytest.raises(ValueError, match="n_bins is 0"):
         ECETemperature(n_bins=0)

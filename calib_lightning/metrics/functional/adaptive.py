@@ -1,4 +1,4 @@
-"""Calibration errors of the predicted class that are read from rows in the order of their confidence."""
+"""Calibration errors of the predicted class, from rows sorted by confidence."""
 
 from __future__ import annotations
 
@@ -12,25 +12,14 @@ from calib_lightning.metrics.functional.undefined import checked_result
 
 
 def with_a_group(ordered: Ordered) -> Ordered:
-    """Turn no groups at all into one empty group, so that there always is a last one.
-
-    Args:
-        ordered: Groups ``(..., G)``.
-
-    Returns:
-        The same, or empty groups ``(..., 1)`` if G = 0.
-    """
+    """``ordered``, with one empty group ``(..., 1)`` if it has no groups, so that there is always a last one."""
     if ordered.count.shape[-1]:
         return ordered
     return Ordered(*(torch.nn.functional.pad(x, (0, 1)) for x in ordered))
 
 
 class _EqualSplit:
-    """Inner borders of equal-mass bins: for sums up to a border, the group it cuts counts by the cut share.
-
-    Attributes:
-        size: ``(..., M)`` number of rows of each bin.
-    """
+    """Equal-mass bins; a group cut by a border is shared. ``size`` is the number of rows per bin ``(..., M)``."""
 
     def __init__(self, count: Tensor, n_bins: int) -> None:
         check_n_bins(n_bins)
@@ -45,14 +34,7 @@ class _EqualSplit:
         self.size = self._differences(borders, total)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Sum up in each bin.
-
-        Args:
-            values: Sums ``(..., G)`` of the groups.
-
-        Returns:
-            ``(..., M)``.
-        """
+        """Sums ``(..., M)`` per bin of the sums ``(..., G)`` per group."""
         running = values.cumsum(dim=-1)
         total = running[..., -1:]
         return self._differences(running.gather(-1, self._group) - self._share * values.gather(-1, self._group), total)
@@ -63,100 +45,40 @@ class _EqualSplit:
 
 
 def aece_split_from_ordered(ordered: Ordered, n_bins: int = 15) -> Tensor:
-    """Adaptive calibration error with bins of equal size; see `aece_split`.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the confidence; the counts are numbers of rows (of a
-            resample, say) and may differ in total between replicates.
-        n_bins: Number of bins M.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Raises:
-        ValueError: ``n_bins`` < 1.
-
-    Example:
-        >>> ordered = order_rows(torch.zeros(4), torch.tensor([True, True, True, False]))
-        >>> aece_split_from_ordered(ordered, n_bins=3)
-        tensor(0.2500, dtype=torch.float64)
-    """
-    count, hits, confidence = with_a_group(ordered)
+    """`aece_split` ``(...)`` of groups ``(..., G)``."""
+    count, correct, confidence = with_a_group(ordered)
     split = _EqualSplit(count, n_bins)
-    return split(hits - confidence).abs_().sum(dim=-1) / count.sum(dim=-1)
+    return split(correct - confidence).abs_().sum(dim=-1) / count.sum(dim=-1)
 
 
 def aece_official_from_ordered(ordered: Ordered, n_bins: int = 15) -> Tensor:
-    """Adaptive calibration error in the convention of published tables; see `aece_official`.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the confidence; the counts are numbers of rows.
-        n_bins: Number of bins M.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Raises:
-        ValueError: ``n_bins`` < 1.
-
-    Example:
-        >>> ordered = order_rows(torch.tensor([-1.0, 0.0, 0.0, 0.0]), torch.tensor([True, True, True, False]))
-        >>> aece_official_from_ordered(ordered, n_bins=3)
-        tensor(0.1250, dtype=torch.float64)
-    """
+    """`aece_official` ``(...)`` of groups ``(..., G)``."""
     check_n_bins(n_bins)
-    count, hits, confidence = with_a_group(ordered)
+    count, correct, confidence = with_a_group(ordered)
     below = count.cumsum(dim=-1)
     total = below[..., -1:]
-    # The edge at the fractional rank r = N m / M lies on the value of row floor(r) or between it and the next one, so
-    # the rows up to it are those up to the end of the group of row floor(r). N m is exact, so its quotient never
-    # rounds across a whole number.
+    # The edge at the fractional rank r = N m / M lies at row floor(r) or between it and the next row, so the rows up to
+    # the edge end with the group of row floor(r). N m is exact, so N m / M never rounds across a whole number.
     ranks = torch.floor(total * torch.arange(n_bins, dtype=torch.float64, device=count.device) / n_bins)
     cuts = torch.searchsorted(below, ranks, right=True).clamp_(max=count.shape[-1] - 1)
-    running = (hits - confidence).cumsum(dim=-1)
+    running = (correct - confidence).cumsum(dim=-1)
     sums = torch.diff(running.gather(-1, cuts), append=running[..., -1:])
     return sums.abs_().sum(dim=-1) / total.squeeze(-1)
 
 
 def ks_from_ordered(ordered: Ordered) -> Tensor:
-    """Kolmogorov-Smirnov calibration error; see `ks`.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the confidence; empty groups and weights are fine.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> ks_from_ordered(order_rows(torch.tensor([0.0, 0.0]), torch.tensor([True, True])))
-        tensor(0.5000, dtype=torch.float64)
-    """
-    count, hits, confidence = with_a_group(ordered)
-    return (hits - confidence).cumsum(dim=-1).abs_().amax(dim=-1) / count.sum(dim=-1)
+    """`ks` ``(...)`` of groups ``(..., G)``; empty groups and weights are fine."""
+    count, correct, confidence = with_a_group(ordered)
+    return (correct - confidence).cumsum(dim=-1).abs_().amax(dim=-1) / count.sum(dim=-1)
 
 
 def debiased_l2_from_ordered(ordered: Ordered, n_bins: int = 15) -> Tensor:
-    """Debiased L2 calibration error; see `debiased_l2`.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the confidence; the counts are numbers of rows.
-        n_bins: Number of bins M.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Raises:
-        ValueError: ``n_bins`` < 1.
-
-    Example:
-        >>> debiased_l2_from_ordered(order_rows(torch.full((2,), 40.0), torch.tensor([False, False])), n_bins=1)
-        tensor(1., dtype=torch.float64)
-    """
-    count, hits, confidence = with_a_group(ordered)
+    """`debiased_l2` ``(...)`` of groups ``(..., G)``."""
+    count, correct, confidence = with_a_group(ordered)
     split = _EqualSplit(count, n_bins)
-    size, correct = split.size, split(hits)
-    gap = (split(confidence) - correct) / at_least_tiny(size)
-    accuracy = correct / at_least_tiny(size)
+    size, correct_sum = split.size, split(correct)
+    gap = (split(confidence) - correct_sum) / at_least_tiny(size)
+    accuracy = correct_sum / at_least_tiny(size)
     bias = accuracy * (1.0 - accuracy) / (size - 1.0)
     terms = torch.where(size >= 2, size * (gap.square() - bias), 0.0)
     return (terms.sum(dim=-1) / count.sum(dim=-1)).clamp_min_(0.0).sqrt_()
@@ -175,8 +97,8 @@ def aece_split(
     ``AECE = sum_m n_m / N |acc_m - conf_m|`` over the rows in order of their confidence, cut into M parts whose sizes
     differ by at most one, larger ones first; with fewer rows than bins each row is a bin.
 
-    Deviations: rows of equal confidence on both sides of a cut are shared out evenly, which is the expected value of
-    the sums over all orders of them. So the result does not depend on the order of the rows.
+    Deviations: rows of equal confidence on both sides of a cut count with their average, the expectation over all
+    their orders, so the result does not depend on the order of the rows.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
@@ -209,11 +131,11 @@ def aece_official(
     confidence: Tensor | None = None,
     input: InputKind = "logits",
 ) -> Tensor:
-    """Adaptive calibration error of the predicted class as the code of Mukhoti et al. (2020) and its successors has it.
+    """Adaptive calibration error of the predicted class as in the code of Mukhoti et al. (2020) and its successors.
 
     ``AECE = sum_m n_m / N |acc_m - conf_m|`` over bins ``(e_m, e_{m+1}]`` with ``e_m`` the sorted confidences,
-    interpolated linearly at rank ``N m / M``. The rows with the smallest confidence fall in no bin, so the weights do
-    not quite add up to one; rows of equal confidence stay together. Use it to compare with published tables, and
+    interpolated linearly at rank ``N m / M``. The rows with the smallest confidence are in no bin, so the weights sum
+    to slightly less than one; rows of equal confidence stay together. Use it to compare with published tables, and
     `aece_split` otherwise.
 
     Args:
@@ -243,8 +165,8 @@ def ks(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, inpu
     """Kolmogorov-Smirnov calibration error of the predicted class (Gupta et al., 2021), without bins.
 
     ``KS = max_j |sum_{i <= j} (c_i - a_i)| / N`` over the rows in order of their confidence; j runs over the last rows
-    of groups of equal confidence, so the order of the rows does not matter. It is never below
-    ``|signed_gap|`` (of probabilities that sum to exactly 1; the order is that of normalised ones).
+    of groups of equal confidence, so the order of the rows does not matter. It is at least ``|signed_gap|`` (if
+    probabilities sum to exactly 1; rows are ordered by normalised ones).
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
@@ -278,7 +200,7 @@ def debiased_l2(
     """Debiased L2 calibration error of the predicted class (Kumar et al., 2019) with M bins of equal size.
 
     ``sqrt(max(0, sum_m n_m / N [(acc_m - conf_m)^2 - acc_m (1 - acc_m) / (n_m - 1)]))`` over the bins of `aece_split`;
-    what is subtracted is the expected share of noise in the squared gap. Bins with fewer than two rows count as 0.
+    the subtracted term is the expected noise of the squared gap. Bins with fewer than two rows count as 0.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.

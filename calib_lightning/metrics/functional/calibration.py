@@ -1,4 +1,4 @@
-"""Calibration errors of the predicted class that are read from equal-width bins, and the signed gap."""
+"""Calibration errors of the predicted class over equal-width bins, and the signed gap."""
 
 from __future__ import annotations
 
@@ -15,21 +15,14 @@ from calib_lightning.metrics.functional.undefined import checked_result
 
 
 def check_n_bins(n_bins: int) -> None:
-    """Refuse a number of bins below one.
-
-    Args:
-        n_bins: Number of bins M.
-
-    Raises:
-        ValueError: It is not a positive integer.
-    """
+    """Refuse a number of bins that is not a positive integer."""
     if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
-        raise ValueError(f"n_bins={n_bins!r}: the number of bins must be an integer >= 1 (15 is customary)")
+        raise ValueError(f"n_bins is {n_bins!r}; it must be an integer >= 1. The usual value is 15.")
 
 
 @lru_cache(maxsize=64)
 def _inner_edges(n_bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # m / M rounded once: `torch.linspace` is off by a bit of the last place at some edges.
+    # m / M, rounded once: some edges of `torch.linspace` are off in the last bit.
     edges = torch.arange(1, n_bins, dtype=torch.float64, device=device) / n_bins
     return edges.to(dtype).double()
 
@@ -45,8 +38,8 @@ def _host_index(confidence: Tensor, n_bins: int) -> NDArray[np.int64]:
     edges = _host_edges(n_bins, confidence.dtype)
     if n_bins > 1024 or confidence.dtype not in (torch.float32, torch.float64):
         return np.searchsorted(edges[1:-1], wide)
-    # The edge below c M is m / M or its rounding, so one comparison tells the bin, without the branches of a search,
-    # which random numbers make slow. What is not in [0, 1] (nan, a probability above 1 by rounding) stays in range.
+    # The edge below c M is m / M or its rounding, so one comparison finds the bin. A search branches, which is slow on
+    # random numbers. Values outside [0, 1] (nan, a probability above 1 by rounding) stay in range.
     with np.errstate(invalid="ignore"):
         index = (wide * n_bins).astype(np.int64)
     np.maximum(np.minimum(index, n_bins, out=index), 0, out=index)  # np.clip takes twice as long to start
@@ -55,44 +48,18 @@ def _host_index(confidence: Tensor, n_bins: int) -> NDArray[np.int64]:
 
 
 def bin_index(confidence: Tensor, n_bins: int) -> Tensor:
-    """Find the equal-width bin ``(lo, hi]`` of each confidence.
-
-    Bin m holds ``m / M < c <= (m + 1) / M``, and the first holds 0 too. The edges are rounded to the dtype of
-    ``confidence``, so a confidence written as ``k / M`` always falls in the bin that ends there. This reads no values
-    on the host.
-
-    Args:
-        confidence: ``(N,)`` in ``[0, 1]``, floating point.
-        n_bins: Number of bins M.
-
-    Returns:
-        ``(N,)`` int64 in ``0..M-1``.
-
-    Raises:
-        ValueError: ``n_bins`` < 1.
-
-    Example:
-        >>> bin_index(torch.tensor([0.0, 0.2, 0.3, 1.0]), 5)
-        tensor([0, 0, 1, 4])
-    """
+    """Number ``(N,)`` int64 of the equal-width bin ``(lo, hi]`` of each confidence ``(N,)``, without a host sync."""
+    # Bin m holds m / M < c <= (m + 1) / M, and the first holds 0 too. The edges are rounded to the dtype of the
+    # confidence, so a confidence written as k / M always falls in the bin that ends there.
     check_n_bins(n_bins)
     if confidence.device.type != "cpu":
         return torch.bucketize(confidence.double(), _inner_edges(n_bins, confidence.dtype, confidence.device))
-    # numpy's calls cost a fraction of torch's where there are only some 1000 rows.
+    # On 1000 rows or so, calls of numpy cost a fraction of those of torch.
     return torch.from_numpy(_host_index(confidence.detach(), n_bins))
 
 
 def sums_in_bins(index: Tensor, n_bins: int, values: list[Tensor]) -> Tensor:
-    """Sum up columns of values bin by bin.
-
-    Args:
-        index: ``(N,)`` of `bin_index`.
-        n_bins: Number of bins M.
-        values: V tensors, each ``(N,)``, of float32, float64 or bool.
-
-    Returns:
-        ``(M, V)`` float64; bins without rows hold zeros.
-    """
+    """Sums ``(M, V)`` float64 per bin of V columns ``(N,)``; empty bins hold zeros."""
     if index.device.type == "cpu":
         bins = index.numpy()
         columns = [np.bincount(bins, weights=column.detach().numpy(), minlength=n_bins) for column in values]
@@ -102,9 +69,9 @@ def sums_in_bins(index: Tensor, n_bins: int, values: list[Tensor]) -> Tensor:
 
 
 def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """Sum up confidences and hits in the equal-width bins ``(lo, hi]`` of `bin_index`.
+    """Sum up count, confidence and correctness in equal-width bins ``(lo, hi]``, see `bin_index`.
 
-    This reads no values on the host.
+    It causes no host sync.
 
     Args:
         confidence: ``(N,)`` in ``[0, 1]``.
@@ -112,7 +79,7 @@ def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
         n_bins: Number of bins M.
 
     Returns:
-        ``(M, 3)`` float64: count, sum of the confidences, sum of ``correct``. Sums of parts of a set add up.
+        ``(M, 3)`` float64: count, sum of the confidences, sum of ``correct``. The sums of two parts of a set add up.
 
     Raises:
         ValueError: ``n_bins`` < 1.
@@ -131,14 +98,7 @@ def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
 
 
 def at_least_tiny(count: Tensor) -> Tensor:
-    """Make counts safe to divide by: what is summed over nothing is 0, and stays 0 when divided by the result.
-
-    Args:
-        count: Numbers >= 0, float64.
-
-    Returns:
-        The same, with zeros replaced by the smallest normal number.
-    """
+    """``count`` with its zeros replaced by the smallest normal number, so that 0 / count is 0."""
     return count.clamp_min(torch.finfo(count.dtype).tiny)
 
 
@@ -160,89 +120,34 @@ def ece_from_bins(sums: Tensor) -> Tensor:
 
 
 def mce_from_bins(sums: Tensor) -> Tensor:
-    """Maximum calibration error of binned sums, ``max_m |S_correct,m - S_confidence,m| / n_m`` over bins with rows.
-
-    Args:
-        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> mce_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
-        tensor(0.2500, dtype=torch.float64)
-    """
+    """``max_m |S_correct,m - S_confidence,m| / n_m`` over bins with rows ``(..., M, 3)``."""
     count, confidence, correct = sums.double().unbind(dim=-1)
     largest = (correct - confidence).abs_().div_(at_least_tiny(count)).amax(dim=-1)
     return largest.masked_fill_(count.sum(dim=-1) == 0, torch.nan)
 
 
 def rmsce_from_bins(sums: Tensor) -> Tensor:
-    """Root mean square calibration error of binned sums, ``sqrt(sum_m (S_correct,m - S_confidence,m)^2 / n_m / N)``.
-
-    Args:
-        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> rmsce_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
-        tensor(0.2500, dtype=torch.float64)
-    """
+    """``sqrt(sum_m (S_correct,m - S_confidence,m)^2 / n_m / N)`` of bins ``(..., M, 3)``."""
     count, confidence, correct = sums.double().unbind(dim=-1)
     squares = (correct - confidence).square_().div_(at_least_tiny(count))
     return (squares.sum(dim=-1) / count.sum(dim=-1)).sqrt_()
 
 
 def overconfidence_error_from_bins(sums: Tensor) -> Tensor:
-    """Overconfidence error of binned sums, ``sum_m S_confidence,m max(S_confidence,m - S_correct,m, 0) / n_m / N``.
-
-    Args:
-        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> overconfidence_error_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
-        tensor(0.0938, dtype=torch.float64)
-    """
+    """``sum_m S_confidence,m max(S_confidence,m - S_correct,m, 0) / n_m / N`` of bins ``(..., M, 3)``."""
     count, confidence, correct = sums.double().unbind(dim=-1)
     products = (confidence - correct).clamp_min_(0.0).mul_(confidence).div_(at_least_tiny(count))
     return products.sum(dim=-1) / count.sum(dim=-1)
 
 
 def over_ece_from_bins(sums: Tensor) -> Tensor:
-    """Over-confident part of the expected calibration error, ``sum_m max(S_confidence,m - S_correct,m, 0) / N``.
-
-    Args:
-        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> over_ece_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
-        tensor(0.1250, dtype=torch.float64)
-    """
+    """``sum_m max(S_confidence,m - S_correct,m, 0) / N`` of bins ``(..., M, 3)``."""
     count, confidence, correct = sums.double().unbind(dim=-1)
     return (confidence - correct).clamp_min_(0.0).sum(dim=-1) / count.sum(dim=-1)
 
 
 def under_ece_from_bins(sums: Tensor) -> Tensor:
-    """Under-confident part of the expected calibration error, ``sum_m max(S_correct,m - S_confidence,m, 0) / N``.
-
-    Args:
-        sums: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> under_ece_from_bins(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
-        tensor(0.1250, dtype=torch.float64)
-    """
+    """``sum_m max(S_correct,m - S_confidence,m, 0) / N`` of bins ``(..., M, 3)``."""
     count, confidence, correct = sums.double().unbind(dim=-1)
     return (correct - confidence).clamp_min_(0.0).sum(dim=-1) / count.sum(dim=-1)
 
@@ -292,8 +197,8 @@ def mce(
 ) -> Tensor:
     """Maximum calibration error of the predicted class (Guo et al., 2017) with M equal-width bins ``(lo, hi]``.
 
-    ``MCE = max_m |acc_m - conf_m|`` over the bins that hold rows, a fraction. One row in a bin is enough, so it says
-    little on small sets.
+    ``MCE = max_m |acc_m - conf_m|`` over the bins that hold rows, a fraction. A single row in a bin can decide it,
+    so it says little about small sets.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
@@ -365,7 +270,7 @@ def overconfidence_error(
 ) -> Tensor:
     """Overconfidence error of the predicted class (Thulasidasan et al., 2019) with M equal-width bins ``(lo, hi]``.
 
-    ``OE = sum_m n_m / N conf_m max(conf_m - acc_m, 0)``, a fraction: being sure and wrong costs most.
+    ``OE = sum_m n_m / N conf_m max(conf_m - acc_m, 0)``, a fraction: confident mistakes cost most.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
@@ -400,8 +305,8 @@ def over_ece(
 ) -> Tensor:
     """Part of the expected calibration error that comes from over-confident bins.
 
-    ``ECE+ = sum_m n_m / N max(conf_m - acc_m, 0)``, a fraction. With `under_ece` it adds up to `ece`, and less
-    `under_ece` it is `signed_gap`. The M bins are of equal width, ``(lo, hi]``.
+    ``ECE+ = sum_m n_m / N max(conf_m - acc_m, 0)``, a fraction. ``over_ece + under_ece`` is `ece`, and
+    ``over_ece - under_ece`` is `signed_gap`. The M bins are of equal width, ``(lo, hi]``.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
@@ -436,8 +341,8 @@ def under_ece(
 ) -> Tensor:
     """Part of the expected calibration error that comes from under-confident bins.
 
-    ``ECE- = sum_m n_m / N max(acc_m - conf_m, 0)``, a fraction. With `over_ece` it adds up to `ece`, and taken from
-    `over_ece` it leaves `signed_gap`. The M bins are of equal width, ``(lo, hi]``.
+    ``ECE- = sum_m n_m / N max(acc_m - conf_m, 0)``, a fraction. ``over_ece + under_ece`` is `ece`, and
+    ``over_ece - under_ece`` is `signed_gap`. The M bins are of equal width, ``(lo, hi]``.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
@@ -465,7 +370,7 @@ def under_ece(
 def signed_gap(
     logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits"
 ) -> Tensor:
-    """Mean confidence less accuracy, ``E[c] - E[correct]``: positive means over-confident.
+    """Mean confidence minus accuracy, ``E[c] - E[correct]``: positive means over-confident.
 
     Its absolute value never exceeds the expected calibration error.
 

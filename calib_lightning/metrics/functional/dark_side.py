@@ -1,4 +1,4 @@
-"""Diagnostics that relate calibration error, accuracy and the ranking of the confidence."""
+"""Terms that relate calibration error, accuracy and the ranking by confidence."""
 
 from __future__ import annotations
 
@@ -33,22 +33,7 @@ class DarkSideTerms(NamedTuple):
 
 
 def dark_side_from(mean_confidence: Tensor, accuracy: Tensor, auroc: Tensor, ece: Tensor) -> DarkSideTerms:
-    """Compute the terms of `dark_side_terms` from the four numbers that they are made of.
-
-    Args:
-        mean_confidence: ``(...)``.
-        accuracy: ``(...)``.
-        auroc: Area under the ROC curve of correctness, ``(...)``.
-        ece: Expected calibration error, ``(...)``.
-
-    Returns:
-        Each ``(...)``; nan where an argument is.
-
-    Example:
-        >>> half = torch.tensor(0.5, dtype=torch.float64)
-        >>> [round(term.item(), 4) for term in dark_side_from(2 * half, half, half, half)]
-        [1.0, 0.25, 0.25, 0.0]
-    """
+    """The terms, each ``(...)``, from mean confidence, accuracy, AUROC of correctness and ECE."""
     beta = 2.0 * auroc * accuracy * (1.0 - accuracy)
     gamma = 0.5 * (accuracy.square() + (1.0 - accuracy).square())
     return DarkSideTerms(mean_confidence, beta, gamma, ece - (mean_confidence - beta - gamma))
@@ -57,14 +42,14 @@ def dark_side_from(mean_confidence: Tensor, accuracy: Tensor, auroc: Tensor, ece
 def dark_side_terms(
     logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits"
 ) -> DarkSideTerms:
-    """Diagnostic terms that tie the mean confidence to accuracy and ranking; **their difference is not the ECE**.
+    """Diagnostic terms of mean confidence, accuracy and ranking; **their difference is not the ECE**.
 
     ``alpha = E[c]``, ``beta = 2 r pi (1 - pi)`` and ``gamma = (pi^2 + (1 - pi)^2) / 2`` with the accuracy pi and the
     area r under the ROC curve of "the prediction is correct" (`correctness_auroc`). ``beta + gamma`` is the accuracy
     of *detecting correct predictions* by a threshold on the confidence, averaged over thresholds that accept uniform
     shares of the rows. It is not the accuracy pi of the classifier, so ``alpha - beta - gamma`` is neither the
-    expected calibration error nor the signed gap ``E[c] - pi``, although it has been presented as the former;
-    ``residual`` says by how much it misses the former. What does hold is ``ECE >= |E[c] - pi|``.
+    expected calibration error, as has been claimed, nor the signed gap ``E[c] - pi``; ``residual`` is its distance
+    from the former. What does hold is ``ECE >= |E[c] - pi|``.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.

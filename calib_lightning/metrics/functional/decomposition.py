@@ -1,4 +1,4 @@
-"""The Brier score of the confidence, taken apart into calibration and discrimination."""
+"""The Brier score of the confidence, split into calibration and discrimination."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CORPDecomposition(NamedTuple):
 
     Attributes:
         brier: Mean of ``(c - a)^2``, in ``[0, 1]``.
-        miscalibration: What isotonic recalibration would save; smaller is better.
+        miscalibration: What isotonic recalibration would remove; smaller is better.
         discrimination: What the recalibrated confidence gains over the constant accuracy; larger is better.
         uncertainty: ``acc (1 - acc)`` of the whole set.
     """
@@ -56,49 +56,19 @@ class CORPDecomposition(NamedTuple):
 
 
 def moment_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:
-    """Sum up, in the bins of `bin_sums`, the second moments that `murphy_from_bins` needs beside them.
-
-    Args:
-        confidence: ``(N,)`` in ``[0, 1]``.
-        correct: ``(N,)`` bool.
-        n_bins: Number of bins M.
-
-    Returns:
-        ``(M, 2)`` float64: sums of ``c^2`` and of ``c a``. Sums of parts of a set add up.
-
-    Raises:
-        ValueError: ``n_bins`` < 1.
-
-    Example:
-        >>> moment_sums(torch.tensor([0.5, 1.0]), torch.tensor([False, True]), 2)
-        tensor([[0.2500, 0.0000],
-                [1.0000, 1.0000]], dtype=torch.float64)
-    """
+    """Sums ``(M, 2)`` float64 of ``c^2`` and ``c a`` in the bins of `bin_sums`."""
     wide = confidence.double()
     return sums_in_bins(bin_index(confidence, n_bins), n_bins, [wide.square(), wide * correct])
 
 
 def murphy_from_bins(bins: Tensor, moments: Tensor) -> MurphyDecomposition:
-    """Decompose the Brier score of binned sums; see `murphy_decomposition`.
-
-    Args:
-        bins: ``(..., M, 3)`` of `bin_sums`, or weighted sums of that form.
-        moments: ``(..., M, 2)`` of `moment_sums` with the same bins and weights.
-
-    Returns:
-        The terms, each ``(...)`` float64; nan without rows.
-
-    Example:
-        >>> confidence, correct = torch.tensor([0.25, 0.75]), torch.tensor([False, True])
-        >>> murphy_from_bins(bin_sums(confidence, correct, 2), moment_sums(confidence, correct, 2)).reliability
-        tensor(0.0625, dtype=torch.float64)
-    """
+    """`murphy_decomposition`, terms ``(...)``, of bins ``(..., M, 3)`` and their moments ``(..., M, 2)``."""
     count, confidence, correct = bins.double().unbind(dim=-1)
     squares, products = moments.double().unbind(dim=-1)
     total = count.sum(dim=-1)
     safe = at_least_tiny(count)
     accuracy = correct.sum(dim=-1) / total
-    # Sums over the rows of a bin; each divided by the number of all rows below.
+    # Sums over the rows of a bin; below, each is divided by the number of all rows.
     excess = correct - count * accuracy.unsqueeze(-1)
     return MurphyDecomposition(
         brier=(squares - 2.0 * products + correct).sum(dim=-1) / total,
@@ -111,25 +81,11 @@ def murphy_from_bins(bins: Tensor, moments: Tensor) -> MurphyDecomposition:
 
 
 def corp_from_ordered(ordered: Ordered) -> CORPDecomposition:
-    """Decompose the Brier score of groups of rows; see `corp_decomposition`.
-
-    The isotonic regression runs on the CPU, one replicate after the other.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the confidence, of `order_rows`; empty groups are fine.
-
-    Returns:
-        The terms, each ``(...)`` float64; nan without rows.
-
-    Example:
-        >>> terms = corp_from_ordered(order_rows(torch.tensor([-1.0, 1.0]), torch.tensor([False, True])))
-        >>> terms.discrimination, terms.uncertainty
-        (tensor(0.2500, dtype=torch.float64), tensor(0.2500, dtype=torch.float64))
-    """
+    """`corp_decomposition`, terms ``(...)``, of groups ``(..., G)``; isotonic regression runs on the CPU."""
     from sklearn.isotonic import isotonic_regression  # this import takes a second
 
-    count, hits, confidence = with_a_group(ordered)
-    weights, positives = (x.reshape(-1, x.shape[-1]).cpu().numpy() for x in (count, hits))
+    count, correct, confidence = with_a_group(ordered)
+    weights, positives = (x.reshape(-1, x.shape[-1]).cpu().numpy() for x in (count, correct))
     recalibrated = np.zeros_like(weights)
     for row, (weight, positive) in enumerate(zip(weights, positives, strict=True)):
         present = weight > 0
@@ -137,11 +93,11 @@ def corp_from_ordered(ordered: Ordered) -> CORPDecomposition:
             frequency = positive[present] / weight[present]
             recalibrated[row, present] = isotonic_regression(frequency, sample_weight=weight[present])
     total = count.sum(dim=-1)
-    accuracy = hits.sum(dim=-1) / total
+    accuracy = correct.sum(dim=-1) / total
 
     def score(position: Tensor) -> Tensor:
-        # Mean of (x - a)^2 where all rows of a group share x.
-        return (position * (position * count - 2.0 * hits) + hits).sum(dim=-1) / total
+        # Mean of (x - a)^2, with one x per group.
+        return (position * (position * count - 2.0 * correct) + correct).sum(dim=-1) / total
 
     brier = score(confidence / at_least_tiny(count))
     best = score(torch.from_numpy(recalibrated).reshape(count.shape).to(count.device))

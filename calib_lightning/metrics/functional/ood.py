@@ -1,4 +1,4 @@
-"""How well a score tells in-distribution rows from others; in-distribution is the positive side throughout."""
+"""How well a score tells in-distribution rows, the positive side, from others."""
 
 from __future__ import annotations
 
@@ -17,60 +17,35 @@ from calib_lightning.metrics.functional.undefined import warn_undefined, why_und
 
 
 def check_ood_shapes(scores: Tensor, is_id: Tensor, where: str) -> None:
-    """Refuse inputs of the wrong type or shape; this reads no values.
-
-    Args:
-        scores: Should be ``(N,)`` floating point.
-        is_id: Should be ``(N,)`` bool.
-        where: Who asks, for the message.
-
-    Raises:
-        TypeError: Not a tensor, or a wrong dtype.
-        ValueError: A wrong shape.
-    """
+    """Refuse inputs of the wrong type or shape, without reading values."""
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"{where}: scores must be a floating-point tensor (N,), got {found}; convert with .float()")
+        raise TypeError(f"{where}: scores is {found}; it must be a floating-point tensor (N,). Convert with .float().")
     if not isinstance(is_id, Tensor) or is_id.dtype != torch.bool:
         found = is_id.dtype if isinstance(is_id, Tensor) else type(is_id).__name__
-        raise TypeError(f"{where}: is_id must be a bool tensor (N,), true for in-distribution rows, got {found}")
+        raise TypeError(f"{where}: is_id is {found}; it must be a bool tensor (N,), true for in-distribution rows.")
     if scores.ndim != 1 or scores.shape != is_id.shape:
-        raise ValueError(f"{where}: scores {tuple(scores.shape)} and is_id {tuple(is_id.shape)} must both be (N,)")
+        shapes = f"{tuple(scores.shape)} and {tuple(is_id.shape)}"
+        raise ValueError(f"{where}: the shapes of scores and is_id are {shapes}; both must be (N,).")
 
 
 def check_ood_values(scores: Tensor, where: str) -> None:
-    """Refuse scores that are NaN; it reads them, so it is for tensors on the CPU.
-
-    Args:
-        scores: ``(N,)``.
-        where: Who asks, for the message.
-
-    Raises:
-        ValueError: Names how many are NaN and the first row of them.
-    """
+    """Refuse NaN scores; it reads them, so it is for tensors on the CPU."""
     wrong = scores.isnan()
     if bool(wrong.any()):
         first = int(wrong.int().argmax())
         raise ValueError(
             f"{where}: {int(wrong.sum())} of {len(scores)} scores are NaN, the first in row {first}; "
-            "give comparable numbers (inf is allowed)"
+            "they must not be NaN (inf is allowed)."
         )
 
 
 def why_one_sided(total: int, inside: int) -> str:
-    """Say what is missing where all rows are of one kind.
-
-    Args:
-        total: Number of rows.
-        inside: Number of in-distribution rows.
-
-    Returns:
-        A clause for a warning.
-    """
+    """The clause of a warning that names the missing kind of rows."""
     if total == 0:
         return why_undefined(0)
     side, other = ("in", "out-of") if inside else ("out-of", "in")
-    return f"all {total} rows are {side}-distribution and {other}-distribution ones are needed too"
+    return f"all {total} rows are {side}-distribution; {other}-distribution rows are needed too"
 
 
 def _checked_ood(name: str, scores: Tensor, is_id: Tensor, value: Callable[[Ordered], Tensor]) -> Tensor:
@@ -86,7 +61,7 @@ def _checked_ood(name: str, scores: Tensor, is_id: Tensor, value: Callable[[Orde
 def ood_auroc(scores: Tensor, is_id: Tensor) -> Tensor:
     """Area under the ROC curve of "the row is in-distribution" (Hendrycks and Gimpel, 2017); higher is better.
 
-    It is the chance that an in-distribution row outranks another, a tie counting one half.
+    It is the chance that an in-distribution row outranks an out-of-distribution one; a tie counts one half.
 
     Args:
         scores: ``(N,)``, floating point, any score that is higher in-distribution (a confidence, or an entropy with
@@ -111,7 +86,7 @@ def ood_aupr(scores: Tensor, is_id: Tensor) -> Tensor:
     """Area under the precision-recall curve of "the row is in-distribution"; higher is better.
 
     ``sum_t (recall_t - recall_{t-1}) precision_t`` over the falling thresholds t of the score (Hendrycks and Gimpel,
-    2017). It depends on the share of in-distribution rows, which it equals without skill.
+    2017). Without skill it equals the share of in-distribution rows.
 
     Args:
         scores: ``(N,)``, floating point, any score that is higher in-distribution; infinite scores are allowed.
@@ -132,7 +107,7 @@ def ood_aupr(scores: Tensor, is_id: Tensor) -> Tensor:
 
 
 def ood_fpr95(scores: Tensor, is_id: Tensor) -> Tensor:
-    """Share of out-of-distribution rows that pass where 95 % of the others do (Liang et al., 2018); lower is better.
+    """Share of other rows that pass if 95 % of in-distribution rows do (Liang et al., 2018); lower is better.
 
     ``FPR(t)`` at the highest threshold t of the score with ``TPR(t) >= 0.95``, without interpolation.
 

@@ -1,4 +1,4 @@
-"""Rows in the order of their score: what every ranking, selective and equal-mass metric is read from."""
+"""Rows grouped by score: what ranking, selective and equal-mass metrics read."""
 
 from __future__ import annotations
 
@@ -11,34 +11,27 @@ from torch import Tensor
 class Ordered(NamedTuple):
     """Groups of rows with equal scores, in ascending order of the score.
 
-    One form for three sources: the exact rows of a set (a group is a distinct score), a histogram of scores (a group
-    is a bin), and resamples or subsets of rows (leading dimensions; a group may be empty then, or hold a weight).
+    One form for three sources: the rows of a set (a group is a distinct score), a histogram of scores (a group is a
+    bin), and resamples or subsets (leading dimensions; groups may be empty or weighted).
 
     Attributes:
-        count: Number of rows of each group, ``(..., G)`` float64.
-        hits: Number of them that are positive (mostly: correct), ``(..., G)`` float64.
-        confidence: Sum of their confidences, ``(..., G)`` float64.
+        count: Rows per group, ``(..., G)`` float64.
+        correct: Correct (in general, positive) rows per group, ``(..., G)`` float64.
+        confidence: Sum of the confidences per group, ``(..., G)`` float64.
     """
 
-    count: Tensor  # type: ignore[assignment]  # it hides tuple.count, which nobody needs here
-    hits: Tensor
+    count: Tensor  # type: ignore[assignment]  # it hides tuple.count, which is not needed here
+    correct: Tensor
     confidence: Tensor
 
     @property
-    def misses(self) -> Tensor:
-        """Number of rows of each group that are not positive, ``(..., G)`` float64."""
-        return self.count - self.hits
+    def wrong(self) -> Tensor:
+        """Rows per group that are not correct, ``(..., G)`` float64."""
+        return self.count - self.correct
 
 
 def group_ends(ordered: Tensor) -> Tensor:
-    """Find where groups of equal values end.
-
-    Args:
-        ordered: ``(N,)`` sorted.
-
-    Returns:
-        ``(G,)`` int64: for each group the position just after its last row; the last is N.
-    """
+    """The position ``(G,)`` after the last row of each group of equal values; the rows ``(N,)`` are sorted."""
     if len(ordered) == 0:
         return torch.empty(0, dtype=torch.int64, device=ordered.device)
     last = torch.ones(len(ordered), dtype=torch.bool, device=ordered.device)
@@ -47,15 +40,7 @@ def group_ends(ordered: Tensor) -> Tensor:
 
 
 def sums_of_groups(values: Tensor, ends: Tensor) -> Tensor:
-    """Sum up consecutive groups.
-
-    Args:
-        values: ``(..., N)`` in the order of the groups.
-        ends: ``(G,)`` of `group_ends`.
-
-    Returns:
-        ``(..., G)`` float64.
-    """
+    """Sums ``(..., G)`` float64 of values ``(..., N)`` over consecutive groups with these ends."""
     if len(ends) == values.shape[-1]:
         return values.double()
     sums = values.double().cumsum(-1)[..., ends - 1]
@@ -63,7 +48,7 @@ def sums_of_groups(values: Tensor, ends: Tensor) -> Tensor:
 
 
 def order_rows(scores: Tensor, positive: Tensor) -> Ordered:
-    """Sort rows by score and join those with equal scores; the result does not depend on the order of the rows.
+    """Sort rows by score and group equal scores; the result does not depend on the order of the rows.
 
     Args:
         scores: Log-odds of the confidence ``(N,)``, floating point; infinite scores are allowed. The confidence is
@@ -77,29 +62,32 @@ def order_rows(scores: Tensor, positive: Tensor) -> Ordered:
         ValueError: The shapes differ, or a score is NaN.
 
     Example:
-        >>> order_rows(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([True, False, False])).hits
+        >>> order_rows(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([True, False, False])).correct
         tensor([0., 1.], dtype=torch.float64)
     """
     if scores.ndim != 1 or scores.shape != positive.shape:
-        raise ValueError(f"scores {tuple(scores.shape)} and positive {tuple(positive.shape)} must both be (N,)")
+        shapes = f"{tuple(scores.shape)} and {tuple(positive.shape)}"
+        raise ValueError(f"The shapes of scores and positive are {shapes}; both must be (N,).")
     if bool(scores.isnan().any()):
-        raise ValueError(f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN; give comparable numbers")
-    ordered, hit = _sorted(scores, positive.bool())
+        raise ValueError(
+            f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN; they must not be NaN (inf is allowed)."
+        )
+    ordered, sorted_positive = _sorted(scores, positive.bool())
     ends = group_ends(ordered)
     count = torch.diff(ends, prepend=ends.new_zeros(1)).double()
     # Whole numbers below 2^53: their float64 sums are exact in any order.
-    return Ordered(count, sums_of_groups(hit, ends), count * torch.sigmoid(ordered[ends - 1].double()))
+    return Ordered(count, sums_of_groups(sorted_positive, ends), count * torch.sigmoid(ordered[ends - 1].double()))
 
 
 def _sorted(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         ordered, order = scores.sort()
         return ordered, positive[order]
-    # A float32 and its flag fit into one integer of the same order, and whole numbers are sorted in half the time and
-    # memory of numbers with their positions. Of a negative number all bits but the sign are turned; -0 becomes 0.
+    # A float32 and its flag fit into one integer of the same order, and sorting integers takes half the time and memory
+    # of sorting numbers with their positions. Negative numbers have all bits but the sign flipped; -0 becomes 0.
     bits = (scores + 0.0).view(torch.int32)
     keys = bits.bitwise_xor((bits >> 31) & 0x7FFFFFFF).long().bitwise_left_shift_(1).add_(positive)
     keys.numpy().sort()
-    hit = (keys & 1).bool()
+    sorted_positive = (keys & 1).bool()
     bits = keys.bitwise_right_shift_(1).int()
-    return bits.bitwise_xor_((bits >> 31) & 0x7FFFFFFF).view(torch.float32), hit
+    return bits.bitwise_xor_((bits >> 31) & 0x7FFFFFFF).view(torch.float32), sorted_positive

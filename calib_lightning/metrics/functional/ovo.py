@@ -15,18 +15,7 @@ _REPLICATES = 64
 
 
 def class_log_odds(logits: Tensor) -> Tensor:
-    """Log-odds of every class, ``z_k - logsumexp(z without k)``, which rise with ``p_k`` and never saturate.
-
-    Args:
-        logits: ``(N, K)``, floating point.
-
-    Returns:
-        ``(N, K)`` float64; ``inf`` for K = 1.
-
-    Example:
-        >>> class_log_odds(torch.tensor([[100.0, 0.0]]))
-        tensor([[ 100., -100.]], dtype=torch.float64)
-    """
+    """Log-odds ``z_k - logsumexp(z without k)`` ``(N, K)`` float64: they rise with ``p_k`` and never saturate."""
     rows, classes = logits.shape
     result = torch.empty(rows, classes, dtype=torch.float64, device=logits.device)
     step = max(1, _BLOCK // max(1, classes))
@@ -35,9 +24,8 @@ def class_log_odds(logits: Tensor) -> Tensor:
         top, index = scores.max(dim=-1, keepdim=True)
         others = scores.scatter(-1, index, -torch.inf)
         second = others.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(others.dtype).min)
-        # The sums without class k are written as 1 + something, and with two classes this is exactly 1, so that
-        # equal probabilities have equal scores. The top class is taken relative to the runner-up, or it would
-        # underflow.
+        # The sums without class k have the form 1 + something, exactly 1 with two classes, so equal probabilities have
+        # equal scores. The top class is taken relative to the runner-up; otherwise it would underflow.
         of_top = top - second - torch.log1p((others - second).exp_().sum(dim=-1, keepdim=True) - 1.0)
         shifted = scores.sub_(top)
         odds = shifted.exp().scatter_(-1, index, 0.0)
@@ -47,26 +35,10 @@ def class_log_odds(logits: Tensor) -> Tensor:
 
 
 def weighted_ovo_auroc(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """One-vs-one area under the ROC curve (see `ovo_auroc`) for several weightings of the rows at once (resamples).
-
-    For each class i the rows of i are sorted by their score of i, every row is looked up among them, and the weight
-    of the rows of i above it (a tie counting one half) is summed up by label: ``O(N log N)`` a class for the order and
-    ``O(B N)`` for the sums.
-
-    Args:
-        scores: ``(N, K)``, not NaN: probabilities, or other scores that rise with the probability of the class, such
-            as `class_log_odds`.
-        labels: Class labels ``(N,)`` in ``0..K-1``.
-        weights: Weight >= 0 of each row in each of B resamples, ``(B, N)``: mostly how often it was drawn.
-
-    Returns:
-        ``(B,)`` float64, the mean over the pairs of classes that both have weight; nan where there are none.
-
-    Example:
-        >>> scores = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
-        >>> weighted_ovo_auroc(scores, torch.tensor([0, 0, 1, 1]), torch.tensor([[1, 1, 1, 1], [2, 0, 1, 1]]))
-        tensor([0.7500, 1.0000], dtype=torch.float64)
-    """
+    """`ovo_auroc` ``(B,)`` for B weightings ``(B, N)`` of the rows; ``scores`` rank like probabilities."""
+    # For each class i its rows are sorted by their score of i, every row is looked up among them, and the weight of the
+    # rows of i above it (a tie counts one half) is summed by label: O(N log N) per class for the order, O(B N) for the
+    # sums.
     scores, labels = scores.detach(), labels.long()
     replicates, classes = len(weights), scores.shape[1]
     total = torch.zeros(replicates, dtype=torch.float64, device=scores.device)
@@ -100,11 +72,11 @@ def ovo_auroc(logits: Tensor, labels: Tensor, *, input: InputKind = "logits") ->
     """One-vs-one area under the ROC curve of the classes (Hand and Till, 2001), averaged over pairs of classes.
 
     ``mean_{i<j} (A(i|j) + A(j|i)) / 2``, where ``A(i|j)`` is the chance that a row of class i has a larger ``p_i``
-    than a row of class j, a tie counting one half. With two classes it is the area of ``p_1``. It is a statement about
-    classes; how well the confidence separates correct from wrong predictions is `correctness_auroc`.
+    than a row of class j; a tie counts one half. With two classes it is the AUROC of ``p_1``. It is about classes; how
+    well the confidence separates correct from wrong predictions is `correctness_auroc`.
 
     From logits the rows are ranked by the log-odds ``z_i - logsumexp(z without i)`` in float64, which keep the order
-    of probabilities that round to 0 or 1. It takes 8 bytes for each of the ``N K`` scores and ``K`` sorts.
+    of probabilities that round to 0 or 1. It takes ``8 N K`` bytes and ``K`` sorts.
 
     Deviations: classes without rows are left out, with a warning, instead of making the result undefined.
 
@@ -129,7 +101,7 @@ def ovo_auroc(logits: Tensor, labels: Tensor, *, input: InputKind = "logits") ->
     classes = logits.shape[1]
     present = int((torch.bincount(rows.labels, minlength=classes) > 0).sum())
     if present < 2:
-        reason = why_undefined(0) if present == 0 else "all rows have the same label, and it compares two classes"
+        reason = why_undefined(0) if present == 0 else "all rows have the same label; rows of two classes are needed"
         warn_undefined("ovo_auroc", (), reason, stacklevel=2)
     elif present < classes:
         message = f"ovo_auroc: {classes - present} of {classes} classes have no rows; their pairs are left out"

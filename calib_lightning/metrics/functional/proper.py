@@ -19,85 +19,46 @@ from calib_lightning.metrics.functional.rows import (
 
 
 def mean_of_rows(name: str, values: Tensor) -> Tensor:
-    """Mean of one value a row in float64; nan and one warning where there are no rows.
-
-    Args:
-        name: Name of the metric, for the warning.
-        values: ``(N,)``.
-
-    Returns:
-        0-d float64.
-    """
+    """Mean, 0-d float64, of values ``(N,)``; nan with a warning without rows."""
     if values.numel() == 0:
-        warnings.warn(f"{name}: no rows were given, the result is nan", stacklevel=3)
+        warnings.warn(f"{name}: no rows were given; the result is nan", stacklevel=3)
     return values.mean(dtype=torch.float64)
 
 
 def is_soft(labels: Tensor) -> bool:
-    """Tell soft labels from class numbers by their shape and dtype.
-
-    Args:
-        labels: ``(N,)`` integer or ``(N, K)`` floating point; anything else counts as not soft.
-
-    Returns:
-        Whether they are a floating-point matrix.
-    """
+    """Whether labels are soft: a floating-point matrix."""
     return isinstance(labels, Tensor) and labels.ndim == 2 and labels.is_floating_point()
 
 
 def _any_labels(logits: Tensor) -> Tensor:
-    # Class numbers that pass, for checks of the scores alone.
+    """Valid class numbers, for checks of the scores alone."""
     rows = logits.shape[0] if isinstance(logits, Tensor) and logits.ndim else 0
     return torch.zeros(rows, dtype=torch.int64, device=logits.device if rows else None)
 
 
 def check_soft_labels(logits: Tensor, labels: Tensor, where: str) -> None:
-    """Refuse scores and soft labels of the wrong type or shape; this reads no values.
-
-    Args:
-        logits: Scores, should be ``(N, K)`` floating point.
-        labels: Should be ``(N, K)`` floating point.
-        where: Who asks, for the message.
-
-    Raises:
-        TypeError: Not a tensor, or a wrong dtype.
-        ValueError: A wrong shape.
-    """
+    """Refuse scores and soft labels of the wrong type or shape, without reading values."""
     check_shapes(logits, _any_labels(logits), None, where)
     if not isinstance(labels, Tensor) or not labels.is_floating_point():
         found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(
-            f"{where}: soft labels must be floating point, got {found}; divide counts of votes by their sum"
+            f"{where}: soft labels are {found}; they must be floating point. Divide counts of votes by their sum."
         )
     if labels.shape != logits.shape:
         raise ValueError(
-            f"{where}: soft labels must have the shape {tuple(logits.shape)} of the logits, got {tuple(labels.shape)}"
+            f"{where}: soft labels have shape {tuple(labels.shape)}; they must have the shape {tuple(logits.shape)} "
+            "of the logits."
         )
 
 
 def soft_label_faults(labels: Tensor) -> Tensor:
-    """Mark the rows that are no distribution over the classes.
-
-    Args:
-        labels: ``(N, K)`` floating point.
-
-    Returns:
-        ``(N,)`` bool: an entry is negative or NaN, or the row does not sum to 1 +- 1e-3.
-    """
+    """Mask ``(N,)`` of the rows that are not distributions: an entry is negative or NaN, or the sum is not 1."""
     wide = at_least_float32(labels.detach())
     return ~(((wide.sum(dim=-1) - 1.0).abs() <= PROBS_TOLERANCE) & (wide >= 0).all(dim=-1))
 
 
 def check_soft_values(labels: Tensor, where: str) -> None:
-    """Refuse soft labels that are no distributions; it reads them, so it is for tensors on the CPU.
-
-    Args:
-        labels: ``(N, K)`` floating point.
-        where: Who asks, for the message.
-
-    Raises:
-        ValueError: Names how many rows are invalid, the first of them, its values and what is allowed.
-    """
+    """Refuse soft labels that are not distributions; it reads them, so it is for tensors on the CPU."""
     faults = soft_label_faults(labels)
     count = int(faults.sum())
     if count:
@@ -105,22 +66,13 @@ def check_soft_values(labels: Tensor, where: str) -> None:
         values = labels[row].double()
         raise ValueError(
             f"{where}: {count} of {len(labels)} rows have invalid soft labels; row {row} has a smallest entry of "
-            f"{float(values.min()):.6g} and sums to {float(values.sum()):.6g}, allowed: numbers >= 0 that sum to 1 "
-            f"+- {PROBS_TOLERANCE}; divide counts of votes by their sum"
+            f"{float(values.min()):.6g} and sums to {float(values.sum()):.6g}; it must be >= 0 and sum to 1 "
+            f"+- {PROBS_TOLERANCE}. Divide counts of votes by their sum."
         )
 
 
 def soft_nll_rows(logits: Tensor, labels: Tensor, input: InputKind = "logits") -> Tensor:
-    """Cross-entropy ``-sum_k y_k log p_k`` of each row in nats, with ``0 log 0 = 0``.
-
-    Args:
-        logits: Scores ``(N, K)``: logits, or probabilities with ``input="probs"``.
-        labels: Soft labels ``(N, K)``.
-        input: ``"logits"`` or ``"probs"``.
-
-    Returns:
-        ``(N,)`` float64.
-    """
+    """Cross-entropy ``-sum_k y_k log p_k`` ``(N,)`` float64 in nats, with ``0 log 0 = 0``."""
     scores, targets = logits.detach().double(), labels.detach().double()
     if input == "probs":
         return -torch.xlogy(targets, scores).sum(dim=-1)
@@ -128,47 +80,20 @@ def soft_nll_rows(logits: Tensor, labels: Tensor, input: InputKind = "logits") -
 
 
 def soft_brier_rows(logits: Tensor, labels: Tensor, input: InputKind = "logits") -> Tensor:
-    """Squared distance ``sum_k (p_k - y_k)^2`` of each row.
-
-    Args:
-        logits: Scores ``(N, K)``: logits, or probabilities with ``input="probs"``.
-        labels: Soft labels ``(N, K)``.
-        input: ``"logits"`` or ``"probs"``.
-
-    Returns:
-        ``(N,)`` float64.
-    """
+    """Squared distance ``sum_k (p_k - y_k)^2`` ``(N,)`` float64."""
     scores = logits.detach().double()
     probs = scores if input == "probs" else scores.softmax(dim=-1)
     return (probs - labels.detach().double()).square_().sum(dim=-1)
 
 
 def label_entropy_rows(labels: Tensor) -> Tensor:
-    """Entropy ``-sum_k y_k log y_k`` of each row of soft labels in nats, with ``0 log 0 = 0``.
-
-    Args:
-        labels: Soft labels ``(N, K)``.
-
-    Returns:
-        ``(N,)`` float64.
-    """
+    """Entropy ``-sum_k y_k log y_k`` ``(N,)`` float64 of soft labels in nats, with ``0 log 0 = 0``."""
     entropy: Tensor = torch.special.entr(labels.detach().double()).sum(dim=-1)
     return entropy
 
 
 def check_soft(name: str, logits: Tensor, labels: Tensor, input: InputKind) -> None:
-    """Check everything about scores and soft labels; it reads them, so it is for tensors on the CPU.
-
-    Args:
-        name: Name of the function, for messages.
-        logits: Scores ``(N, K)``.
-        labels: Soft labels ``(N, K)``.
-        input: ``"logits"`` or ``"probs"``.
-
-    Raises:
-        TypeError: A wrong dtype.
-        ValueError: A wrong shape or an invalid value.
-    """
+    """Check type, shape and values of scores and soft labels; it reads them, so it is for tensors on the CPU."""
     check_kind(input)
     check_soft_labels(logits, labels, name)
     check_values(logits, _any_labels(logits), None, input, name)
@@ -176,29 +101,21 @@ def check_soft(name: str, logits: Tensor, labels: Tensor, input: InputKind) -> N
 
 
 def top_k_rows(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Tell for each row whether its label is among the k largest scores; of equal scores the first class comes first.
-
-    Args:
-        scores: ``(N, K)``, logits or probabilities.
-        labels: Class labels ``(N,)`` in ``0..K-1``.
-        k: Number of classes that count; from K on every row is a hit.
-
-    Returns:
-        ``(N,)`` bool.
-    """
+    """Whether each label is among the k largest scores, ``(N,)`` bool; among equal scores the first class wins."""
     scores, column = scores.detach(), labels.long().unsqueeze(-1)
-    # Counting is several times faster than sorting. With its ties the label has at most this rank, which settles
-    # nearly all hits; a device would have to wait for the number of the others, so it looks at every row again.
+    # Counting is several times faster than sorting. This is the worst rank of the label among its ties, which settles
+    # nearly all rows; a device would have to wait for the number of the others, so it checks every row again.
     at_most = (scores >= scores.gather(-1, column)).sum(dim=-1, dtype=torch.int32)
     if scores.device.type != "cpu":
         return at_most - _later_ties(scores, column) <= k
-    hits = at_most <= k
-    unsure = (~hits).nonzero().squeeze(-1)
-    hits[unsure] = at_most[unsure] - _later_ties(scores[unsure], column[unsure]) <= k
-    return hits
+    among = at_most <= k
+    unsure = (~among).nonzero().squeeze(-1)
+    among[unsure] = at_most[unsure] - _later_ties(scores[unsure], column[unsure]) <= k
+    return among
 
 
 def _later_ties(scores: Tensor, column: Tensor) -> Tensor:
+    """How many later classes have the score of the label."""
     later = torch.arange(scores.shape[-1], device=scores.device) > column
     return (later & (scores == scores.gather(-1, column))).sum(dim=-1, dtype=torch.int32)
 
@@ -327,6 +244,6 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, *, k: int = 5, input: InputKi
         tensor(0.5000, dtype=torch.float64)
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k={k!r}: the number of classes that count must be an integer >= 1 (1 and 5 are customary)")
+        raise ValueError(f"k is {k!r}; it must be an integer >= 1. The usual values are 1 and 5.")
     rows = checked_rows("top_k_accuracy", logits, labels, input=input)
     return mean_of_rows("top_k_accuracy", top_k_rows(rows.scores, rows.labels, k))

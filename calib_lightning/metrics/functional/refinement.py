@@ -1,4 +1,4 @@
-"""How well the confidence ranks correct above incorrect predictions."""
+"""How well the confidence ranks correct above wrong predictions."""
 
 from __future__ import annotations
 
@@ -10,111 +10,57 @@ from calib_lightning.metrics.functional.rows import InputKind, checked_rows
 from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
 
 SLACK = 1e-12
-"""Relative slack of a comparison with a given rate: sums of fractional weights are rounded. Counts below 1e11 are
-never that near to a rate of two digits without being equal to it."""
+"""Relative slack of a comparison with a given rate, as sums of fractional weights are rounded. Counts below 1e11 never
+come that near to a rate of two digits without being equal to it."""
 
 
 def auroc_from_ordered(ordered: Ordered) -> Tensor:
-    """Area under the ROC curve, ``sum_g hits_g (misses below g + misses_g / 2) / (P N)``.
-
-    It is the chance that a positive row outranks a negative one, a tie counting one half (Mann and Whitney, 1947).
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score; counts may be weights.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan unless there are both hits and misses.
-
-    Example:
-        >>> auroc_from_ordered(order_rows(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([False, False, True])))
-        tensor(0.7500, dtype=torch.float64)
-    """
-    misses = ordered.misses
+    """`auroc` ``(...)`` of groups ``(..., G)``: ``sum_g correct_g (wrong below g + wrong_g / 2) / (P N)``."""
+    wrong = ordered.wrong
     # Twice the area in pairs: whole numbers for counts, so the result does not depend on the order of the sums.
-    below = misses.cumsum(-1).mul_(2.0).sub_(misses)
-    pairs = ordered.hits.sum(-1) * misses.sum(-1)
-    return below.mul_(ordered.hits).sum(-1) / (2.0 * pairs)
+    below = wrong.cumsum(-1).mul_(2.0).sub_(wrong)
+    pairs = ordered.correct.sum(-1) * wrong.sum(-1)
+    return below.mul_(ordered.correct).sum(-1) / (2.0 * pairs)
 
 
 def _average_precision(positives: Tensor, count: Tensor) -> Tensor:
-    # Groups in the order in which a falling threshold takes them in. Where none is taken in yet the precision is
-    # 0 / tiny, and weighs nothing.
+    """Average precision of groups in the order in which a threshold accepts them."""
+    # Until one is accepted the precision is 0 / tiny, with weight 0.
     precision = positives.cumsum(-1).div_(count.cumsum(-1).clamp_min_(torch.finfo(count.dtype).tiny))
     return precision.mul_(positives).sum(-1) / positives.sum(-1)
 
 
 def average_precision_from_ordered(ordered: Ordered) -> Tensor:
-    """Average precision of the hits, ``sum_t (recall_t - recall_{t-1}) precision_t`` over falling thresholds t.
-
-    This is the area under the step-wise precision-recall curve, as in scikit-learn; a group is one threshold.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score; counts may be weights.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without hits.
-
-    Example:
-        >>> average_precision_from_ordered(order_rows(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, False, True])))
-        tensor(0.8333, dtype=torch.float64)
-    """
-    return _average_precision(ordered.hits.flip(-1), ordered.count.flip(-1))
+    """`aupr_success` ``(...)`` of groups ``(..., G)``: the average precision of correct rows, as in scikit-learn."""
+    return _average_precision(ordered.correct.flip(-1), ordered.count.flip(-1))
 
 
 def aupr_error_from_ordered(ordered: Ordered) -> Tensor:
-    """Average precision of the misses, with the score reversed: the lowest score is the likeliest miss.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score; counts may be weights.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without misses.
-
-    Example:
-        >>> aupr_error_from_ordered(order_rows(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, False, True])))
-        tensor(0.5000, dtype=torch.float64)
-    """
-    return _average_precision(ordered.misses, ordered.count)
+    """`aupr_error` ``(...)`` of groups ``(..., G)``: the average precision of wrong rows, lowest score first."""
+    return _average_precision(ordered.wrong, ordered.count)
 
 
 def fpr_at_tpr_from_ordered(ordered: Ordered, tpr: float = 0.95) -> Tensor:
-    """Share of misses that pass the highest threshold which at least ``tpr`` of the hits pass.
-
-    Rows with equal scores pass together, and there is no interpolation between thresholds.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score; counts may be weights.
-        tpr: Least share of the hits that must pass, in ``(0, 1]``.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan unless there are both hits and misses.
-
-    Raises:
-        ValueError: ``tpr`` is outside ``(0, 1]``.
-
-    Example:
-        >>> fpr_at_tpr_from_ordered(order_rows(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([False, True, False])))
-        tensor(0.5000, dtype=torch.float64)
-    """
+    """Share ``(...)`` of wrong rows above the highest threshold that at least ``tpr`` of the correct rows pass."""
     if not 0.0 < tpr <= 1.0:
-        raise ValueError(f"tpr={tpr!r}: the true positive rate must be in (0, 1] (0.95 is customary)")
-    hits, misses = ordered.hits, ordered.misses
-    positives = hits.sum(-1, keepdim=True)
-    # A group is needed if the groups above it have too few hits. A quotient is compared, as 0.95 * 20 rounds above 19.
-    passed_above = positives - hits.cumsum(-1)
+        raise ValueError(f"tpr is {tpr!r}; it must be in (0, 1]. The usual value is 0.95.")
+    correct, wrong = ordered.correct, ordered.wrong
+    positives = correct.sum(-1, keepdim=True)
+    # A group is needed if too few correct rows lie above it. Quotients are compared, as 0.95 * 20 rounds above 19.
+    passed_above = positives - correct.cumsum(-1)
     needed = passed_above.div_(positives) < tpr * (1.0 - SLACK)
-    rate = torch.where(needed, misses, 0.0).sum(-1) / misses.sum(-1)
+    rate = torch.where(needed, wrong, 0.0).sum(-1) / wrong.sum(-1)
     return torch.where(positives.squeeze(-1) > 0, rate, torch.nan)
 
 
 def _checked(name: str, value: Tensor, positive: Tensor) -> Tensor:
-    # The reader of a ranking has to know which of its two sides is missing.
+    """The value; if it is nan, with a warning that names the missing side."""
     if bool(torch.isnan(value)):
         total, positives = len(positive), int(positive.sum())
         reason = why_undefined(total)
         if total and positives in (0, total):
             present, missing = ("positive", "negative") if positives else ("negative", "positive")
-            reason = f"all {total} rows are {present} and it needs {missing} ones too"
+            reason = f"all {total} rows are {present}; {missing} rows are needed too"
         warn_undefined(name, (), reason, stacklevel=3)
     return value
 
@@ -122,7 +68,7 @@ def _checked(name: str, value: Tensor, positive: Tensor) -> Tensor:
 def auroc(scores: Tensor, positive: Tensor) -> Tensor:
     """Exact area under the ROC curve, ``(R - P (P + 1) / 2) / (P N)`` with R the sum of the midranks of positives.
 
-    It is the chance that a positive row outranks a negative one, a tie counting one half (Mann and Whitney, 1947).
+    It is the chance that a positive row outranks a negative one; a tie counts one half (Mann and Whitney, 1947).
     One sort; the counts are integers, so the result does not depend on the order of the rows.
 
     Args:
@@ -236,7 +182,7 @@ def aupr_error(
 
 
 def fpr95(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits") -> Tensor:
-    """Share of incorrect predictions that pass where 95 % of the correct ones do (after Liang et al., 2018).
+    """Share of wrong predictions above the threshold that 95 % of the correct ones pass (after Liang et al., 2018).
 
     ``FPR(t)`` at the highest threshold t of the confidence with ``TPR(t) >= 0.95``; correct is positive.
 

@@ -1,4 +1,4 @@
-"""What one batch says row by row: input checks, and the few quantities that every metric is made of."""
+"""The rows of one batch: input checks, and the few quantities that every metric is made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from calib_lightning.functional import at_least_float32
 
 InputKind = Literal["logits", "probs"]
-"""What the scores ``(N, K)`` are; the caller says so, it is never guessed from the values."""
+"""What the scores ``(N, K)`` are; it is never guessed from the values."""
 
 PROBS_TOLERANCE = 1e-3
 """How far the sum of a row of probabilities may be from one."""
@@ -22,16 +22,16 @@ FAULTS = ("logits", "labels", "confidence")
 
 
 class Rows:
-    """The rows of one batch, with every derived quantity computed once and only when asked for.
+    """The rows of one batch; each derived quantity is computed once, on demand.
 
     With ``w`` the probabilities up to a factor and ``w_top`` that of the predicted class, the odds against it are
     ``q = sum_{k != top} w_k / w_top``, and all quantities follow without cancellation or saturation:
-    ``c = 1 / (1 + q)``, ``log c / (1 - c) = -log q`` and ``-log p_y = log(1 + q) + z_top - z_y``. What has K entries a
-    row stays in the dtype of the logits (at least float32); sums over a row are float64, so that they do not depend on
-    how the rows were cut into batches.
+    ``c = 1 / (1 + q)``, ``log c / (1 - c) = -log q`` and ``-log p_y = log(1 + q) + z_top - z_y``. Matrices ``(N, K)``
+    keep the dtype of the logits (at least float32); sums over a row are float64, so they do not depend on how the rows
+    were cut into batches.
 
-    On the CPU, where reading a value costs no wait, odds too small for a difference are summed up by themselves for the
-    rows that need it; elsewhere for all rows.
+    On the CPU, where reading a value needs no sync, odds too small for a difference are summed separately for the rows
+    that need it; elsewhere for all rows.
 
     Args:
         logits: Scores ``(N, K)`` that passed `check_shapes`: logits, or probabilities with ``input="probs"``.
@@ -46,12 +46,12 @@ class Rows:
         self.is_probs = input == "probs"
         self._given = None if confidence is None else confidence.detach()
         self._on_host = self.scores.device.type == "cpu"
-        # Below some 64 classes torch's softmax kernel is slower than its steps.
+        # Below 64 classes or so torch's softmax kernel is slower than its steps.
         self._by_steps = self._on_host and not self.is_probs and self.scores.shape[1] < 64
 
     @cached_property
     def _index(self) -> Tensor:
-        # numpy finds the position of the maximum some ten times as fast as torch does on the CPU.
+        # On the CPU numpy finds the maximum about ten times faster than torch.
         if self._on_host:
             return torch.from_numpy(self.scores.numpy().argmax(axis=-1))
         return self.scores.argmax(dim=-1)
@@ -83,7 +83,7 @@ class Rows:
 
     @cached_property
     def _wide_weights(self) -> Tensor:
-        # float64 also because squares of small float32 numbers are subnormal, which processors are slow with.
+        # float64 also because squares of small float32 numbers are subnormal, and processors are slow on them.
         return self._weights.double()
 
     @cached_property
@@ -92,14 +92,14 @@ class Rows:
 
     @cached_property
     def _odds(self) -> tuple[Tensor, Tensor]:
-        # The odds against the top class and their negative logarithm, float64.
+        """The odds against the top class and their negative logarithm, float64."""
         if not self._on_host:
             log_odds = self._exact_log_odds(slice(None))
             return torch.exp(-log_odds), log_odds
         top = self._top_weight.double()
         rest = self._total - top
         odds = rest / top
-        # The difference is good to some 1e-16: where that is not enough, the other classes are summed up by themselves.
+        # The difference is accurate to about 1e-16; where that is not enough, the other classes are summed separately.
         small = (rest < (1e-8 if self.scores.dtype == torch.float32 else 1e-3)).nonzero().squeeze(-1)
         if not len(small):
             return odds, -torch.log(odds)
@@ -108,7 +108,7 @@ class Rows:
         return odds, (-torch.log(odds)).index_copy_(0, small, exact)
 
     def _exact_log_odds(self, rows: Tensor | slice) -> Tensor:
-        # Relative to the runner-up the sum of the others cannot underflow; the clamp is for K = 1, which has none.
+        # Relative to the runner-up the sum of the others cannot underflow; the clamp is for K = 1, without a runner-up.
         scores = self.scores[rows]
         top, index = self._top[rows], self._index[rows].unsqueeze(-1)
         if self.is_probs:
@@ -155,12 +155,12 @@ class Rows:
 
     @property
     def class_totals(self) -> Tensor | None:
-        """Sums ``(K,)`` of the probabilities of each class, float64, where they cost little."""
+        """Sum of the probabilities of each class, ``(K,)`` float64; ``None`` where it is expensive."""
         return None if self._by_steps else self._wide_weights.sum(dim=0)
 
     @cached_property
     def _scale(self) -> Tensor:
-        # What divides the weights to make them probabilities, to more digits than a float32 softmax has.
+        # Divides the weights into probabilities, with more digits than a float32 softmax has.
         return self._top_weight.double() * (1.0 + self._odds[0])
 
     @cached_property
@@ -179,7 +179,7 @@ class Rows:
         if self.is_probs:
             entropy: Tensor = torch.special.entr(self._wide_weights).sum(dim=-1)
             return entropy
-        # Far below the largest logit the difference may overflow, and 0 * inf would be nan.
+        # Far below the largest logit the difference may overflow, and 0 * inf is nan.
         least = torch.finfo(self.scores.dtype).min
         below = (self.scores - self._top).clamp_min_(least).mul_(self._weights).sum(dim=-1, dtype=torch.float64)
         entropy = torch.log1p(self._odds[0]) - below / self._scale
@@ -187,65 +187,37 @@ class Rows:
 
 
 def check_kind(input: str) -> None:
-    """Refuse an ``input`` other than ``"logits"`` and ``"probs"``.
-
-    Args:
-        input: What the caller says the scores are.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """Refuse an ``input`` other than ``"logits"`` and ``"probs"``."""
     if input not in ("logits", "probs"):
-        raise ValueError(f"input={input!r}: say input='logits' or input='probs'; the kind is never guessed")
+        raise ValueError(f"input is {input!r}; it must be 'logits' or 'probs'.")
 
 
 def check_shapes(logits: Tensor, labels: Tensor, confidence: Tensor | None, where: str) -> None:
-    """Refuse inputs of the wrong type or shape; this reads no values, so it costs no device synchronisation.
-
-    Args:
-        logits: Scores, should be ``(N, K)`` floating point with K >= 1.
-        labels: Should be ``(N,)`` of an integer dtype.
-        confidence: Should be ``None`` or ``(N,)`` floating point.
-        where: Who asks, for the message.
-
-    Raises:
-        TypeError: Not a tensor, or a wrong dtype.
-        ValueError: A wrong shape.
-    """
+    """Refuse inputs of the wrong type or shape, without reading values."""
     named = {"logits": logits, "labels": labels} | ({} if confidence is None else {"confidence": confidence})
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{where}: {name} is {type(tensor).__name__}; it must be a tensor.")
         is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
         if name == "labels" and not is_integer:
             raise TypeError(
-                f"{where}: labels must be class numbers of an integer dtype, got {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}; give the hard labels of mixed or soft targets"
+                f"{where}: labels is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be class numbers of an "
+                "integer dtype. Pass the hard labels of mixed or soft targets."
             )
         if name != "labels" and not tensor.is_floating_point():
-            raise TypeError(f"{where}: {name} must be floating point, got {tensor.dtype}; convert with .float()")
+            raise TypeError(f"{where}: {name} is {tensor.dtype}; it must be floating point. Convert it with .float().")
     if logits.ndim != 2 or logits.shape[1] < 1:
-        raise ValueError(f"{where}: logits must have shape (N, K) with K >= 1, got {tuple(logits.shape)}")
+        raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}; it must have shape (N, K) with K >= 1.")
     for name in named.keys() - {"logits"}:
         if named[name].shape != logits.shape[:1]:
             raise ValueError(
-                f"{where}: {name} must have shape ({logits.shape[0]},) to go with logits of shape "
-                f"{tuple(logits.shape)}, got {tuple(named[name].shape)}"
+                f"{where}: {name} has shape {tuple(named[name].shape)}; it must have shape ({logits.shape[0]},) to "
+                f"match logits of shape {tuple(logits.shape)}."
             )
 
 
 def fault_masks(logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind) -> Tensor:
-    """Mark the rows with invalid values.
-
-    Args:
-        logits: Scores ``(N, K)``.
-        labels: ``(N,)``.
-        confidence: ``(N,)`` or ``None``.
-        input: ``"logits"`` or ``"probs"``.
-
-    Returns:
-        ``(3, N)`` bool on the device of the inputs, one row for each of `FAULTS`.
-    """
+    """Masks ``(3, N)`` of the rows with invalid values, one for each of `FAULTS`."""
     if input == "probs":
         wide = at_least_float32(logits)
         bad_scores = ~(((wide.sum(dim=-1) - 1.0).abs() <= PROBS_TOLERANCE) & (wide >= 0).all(dim=-1))
@@ -257,18 +229,7 @@ def fault_masks(logits: Tensor, labels: Tensor, confidence: Tensor | None, input
 
 
 def check_values(logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind, where: str) -> None:
-    """Refuse invalid values at once; it reads them, so it is for tensors on the CPU (or outside of loops).
-
-    Args:
-        logits: Scores ``(N, K)``: finite logits, or non-negative rows that sum to one.
-        labels: ``(N,)`` in ``0..K-1``.
-        confidence: ``(N,)`` in ``[0, 1]``, or ``None``.
-        input: ``"logits"`` or ``"probs"``.
-        where: Who asks, for the message.
-
-    Raises:
-        ValueError: Names the kind of fault, how many rows have it, the first of them, its value and what is allowed.
-    """
+    """Refuse invalid values and name the first; it reads them, so it is for tensors on the CPU."""
     if len(labels) == 0 or _seem_valid(logits, labels, confidence, input):
         return
     for kind, mask in zip(FAULTS, fault_masks(logits, labels, confidence, input), strict=True):
@@ -278,27 +239,20 @@ def check_values(logits: Tensor, labels: Tensor, confidence: Tensor | None, inpu
             found, allowed = _describe(kind, row, logits, labels, confidence, input)
             raise ValueError(
                 f"{where}: {count} of {len(labels)} rows have invalid {input if kind == 'logits' else kind}; "
-                f"row {row} {found}, allowed: {allowed}"
+                f"row {row} {found}; it must {allowed}"
             )
 
 
 def seem_probs(scores: Tensor) -> bool:
-    """Tell whether scores could well be probabilities: all in [0, 1], each row with sum 1.
-
-    Args:
-        scores: ``(N, K)``.
-
-    Returns:
-        Whether they look so; False without rows.
-    """
+    """Whether scores ``(N, K)`` look like probabilities: all in [0, 1], every row sums to 1; False without rows."""
     if len(scores) == 0 or bool((scores < 0).any()):
         return False
     return bool(((scores.double().sum(dim=1) - 1.0).abs() <= PROBS_TOLERANCE).all())
 
 
 def _seem_valid(logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind) -> bool:
-    # A few whole-tensor reductions that no invalid value passes; only where they object are the rows looked at.
-    # Comparisons are written such that NaN fails them.
+    # Comparisons are written so that NaN fails them.
+    """Whether no value is invalid, by a few reductions of whole tensors; False may be a false alarm."""
     logits, confidence = logits.detach(), None if confidence is None else confidence.detach()
     if input == "probs":
         wide = at_least_float32(logits)
@@ -322,41 +276,27 @@ class _Finding(NamedTuple):
 def _describe(
     kind: str, row: int, logits: Tensor, labels: Tensor, confidence: Tensor | None, input: InputKind
 ) -> _Finding:
+    """What is wrong with a row, and what it must be."""
     if kind == "labels":
-        hint = "; a set without labels (-1) has no such metrics" if int(labels[row]) == -1 else ""
-        return _Finding(f"has label {int(labels[row])}", f"0..{logits.shape[1] - 1}{hint}")
+        hint = " A set without labels (-1) has no such metrics." if int(labels[row]) == -1 else ""
+        return _Finding(f"has label {int(labels[row])}", f"be in 0..{logits.shape[1] - 1}.{hint}")
     if kind == "confidence" and confidence is not None:
-        return _Finding(f"has confidence {float(confidence[row])}", "numbers in [0, 1]")
+        return _Finding(f"has confidence {float(confidence[row])}", "be in [0, 1].")
     scores = logits[row].double()
     if input == "logits":
         column = int((~scores.isfinite()).int().argmax())
-        return _Finding(f"has {float(scores[column])} for class {column}", "finite numbers")
+        return _Finding(f"has {float(scores[column])} for class {column}", "be finite.")
     total = float(scores.sum())
     lowest = int(scores.argmin())
     found = f"has {float(scores[lowest])} for class {lowest} and sums to {total:.6g}"
-    hint = "; pass input='logits' if these are logits"
-    return _Finding(found, f"numbers >= 0 that sum to 1 +- {PROBS_TOLERANCE}{hint}")
+    hint = "Pass input='logits' if these are logits."
+    return _Finding(found, f"be >= 0 and sum to 1 +- {PROBS_TOLERANCE}. {hint}")
 
 
 def checked_rows(
     name: str, logits: Tensor, labels: Tensor, confidence: Tensor | None = None, input: InputKind = "logits"
 ) -> Rows:
-    """Check everything about the inputs of a function and return their rows.
-
-    Args:
-        name: Name of the function, for messages.
-        logits: Scores ``(N, K)``.
-        labels: Class labels ``(N,)``.
-        confidence: Confidence ``(N,)``, or ``None``.
-        input: ``"logits"`` or ``"probs"``.
-
-    Returns:
-        The rows.
-
-    Raises:
-        TypeError: A wrong dtype.
-        ValueError: A wrong shape or an invalid value.
-    """
+    """Check type, shape and values of the inputs of a function and return their rows."""
     check_kind(input)
     check_shapes(logits, labels, confidence, name)
     check_values(logits, labels, confidence, input, name)

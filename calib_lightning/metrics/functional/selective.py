@@ -1,4 +1,4 @@
-"""What is gained by abstaining where the confidence is low: risk against coverage."""
+"""What abstaining at low confidence gains: risk against coverage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from calib_lightning.metrics.functional.refinement import SLACK
 from calib_lightning.metrics.functional.rows import InputKind, checked_rows
 from calib_lightning.metrics.functional.undefined import checked_result, warn_undefined, why_undefined
 
-# digamma(x + 1/2) - log(x) as a continued fraction in x^2, (numerator, constant) from the outermost level on. At the
-# argument that `_tail` shifts to, four levels are right to 1e-13 from one row on, and better the more rows there are.
+# digamma(x + 1/2) - log(x) as a continued fraction in x^2, (numerator, constant) from the outermost level inwards. At
+# the argument of `_tail` four levels are accurate to 1e-13 for one row, and more accurate for more rows.
 _FRACTION = (
     (1 / 24, 7 / 40),
     (0.0616369047619047619, 1.17277885079671656),
@@ -22,8 +22,8 @@ _SHIFT = 3.5
 
 
 def _tail(m: Tensor) -> Tensor:
-    # digamma(m + 1) - log(m + 3.5), smooth and small for large m: 1 / (m + 1) + 1 / (m + 2) + 1 / (m + 3) lead from
-    # digamma(m + 1) to digamma(m + 4), which the fraction serves.
+    """``digamma(m + 1) - log(m + 3.5)``, smooth and small for large m."""
+    # 1 / (m + 1) + 1 / (m + 2) + 1 / (m + 3) lead from digamma(m + 1) to digamma(m + 4), which the fraction gives.
     x = m + _SHIFT
     square = x.square()
     fraction = torch.zeros_like(m)
@@ -35,154 +35,77 @@ def _tail(m: Tensor) -> Tensor:
 
 
 def _harmonic(m: Tensor, n: Tensor) -> Tensor:
-    # 1 / (m + 1) + ... + 1 / (m + n) = digamma(m + n + 1) - digamma(m + 1). The difference of two digammas has lost
-    # as many digits as m / n has; the logarithm of the quotient has not.
+    """``1 / (m + 1) + ... + 1 / (m + n) = digamma(m + n + 1) - digamma(m + 1)``."""
+    # The difference of two digammas loses as many digits as m / n has; the logarithm of the quotient does not.
     return torch.log1p(n / (m + _SHIFT)) + _tail(m + n) - _tail(m)
 
 
 def aurc_from_ordered(ordered: Ordered) -> Tensor:
-    """Area under the risk-coverage curve, ``mean_j (errors among the j most confident rows) / j``, a fraction.
-
-    Within a group of n rows with e errors, after m rows with E errors, the j-th row has the expected risk
-    ``(E + j e / n) / (m + j)`` over all orders of the group; these sum to ``e + (E - m e / n) (H(m + n) - H(m))``
-    with the harmonic numbers H.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score, hits being correct rows. Counts may be weights;
-            a weight of w stands for w rows.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> aurc_from_ordered(order_rows(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([False, True, False, True])))
-        tensor(0.3333, dtype=torch.float64)
-    """
-    count, misses = ordered.count.flip(-1), ordered.misses.flip(-1)
+    """`aurc` ``(...)`` of groups ``(..., G)``; a weight of w stands for w rows."""
+    # Within a group of n rows with e errors, after m rows with E errors, the j-th row has the expected risk (E + j e /
+    # n) / (m + j) over all orders of the group; these sum to e + (E - m e / n) (H(m + n) - H(m)) with the harmonic
+    # numbers H.
+    count, wrong = ordered.count.flip(-1), ordered.wrong.flip(-1)
     upto = count.cumsum(-1)
     above = upto - count
     tail = _tail(upto)
-    # The first group would need the tail at 0, but its sum is weighed with E - m e / n = 0.
+    # The first group would need the tail at 0, but its weight E - m e / n is 0.
     harmonic = (count / (above + _SHIFT)).log1p_().add_(tail)
     harmonic[..., 1:] -= tail[..., :-1]
-    share = misses / count.clamp_min(torch.finfo(count.dtype).tiny)
-    excess = misses.cumsum(-1).sub_(misses).sub_(above.mul_(share))
-    return (misses.sum(-1) + excess.mul_(harmonic).sum(-1)) / count.sum(-1)
+    share = wrong / count.clamp_min(torch.finfo(count.dtype).tiny)
+    excess = wrong.cumsum(-1).sub_(wrong).sub_(above.mul_(share))
+    return (wrong.sum(-1) + excess.mul_(harmonic).sum(-1)) / count.sum(-1)
 
 
 def e_aurc_from_ordered(ordered: Ordered, exact: bool = False) -> Tensor:
-    """Excess of the AURC over that of the best order at the same error rate r.
-
-    The best AURC is ``r + (1 - r) log(1 - r)`` in the limit of many rows; exactly, with all W errors among N rows
-    last, it is ``(W - (N - W) (H(N) - H(N - W))) / N``.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score, hits being correct rows; counts may be weights.
-        exact: Take the optimum for N rows in place of the limit, which is below it.
-
-    Returns:
-        ``(...)`` float64; 0 where all rows are correct, and where all are wrong; nan without rows.
-
-    Example:
-        >>> ordered = order_rows(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([False, True, False, True]))
-        >>> e_aurc_from_ordered(ordered, exact=True)
-        tensor(0.1250, dtype=torch.float64)
-    """
-    total, right = ordered.count.sum(-1), ordered.hits.sum(-1)
-    wrong = total - right
+    """`e_aurc` ``(...)`` of groups ``(..., G)``; it is 0 if all rows are correct, or all wrong."""
+    # The best AURC at the error rate r is r + (1 - r) log(1 - r) in the limit of many rows; exactly, with all W errors
+    # among N rows last, it is (W - (N - W) (H(N) - H(N - W))) / N.
+    total, correct = ordered.count.sum(-1), ordered.correct.sum(-1)
+    wrong = total - correct
     if exact:
-        best = (wrong - right * _harmonic(right, wrong)) / total
+        best = (wrong - correct * _harmonic(correct, wrong)) / total
     else:
         rate = wrong / total
-        best = rate + torch.special.xlog1py(right / total, -rate)
+        best = rate + torch.special.xlog1py(correct / total, -rate)
     return aurc_from_ordered(ordered) - best
 
 
 def augrc_from_ordered(ordered: Ordered) -> Tensor:
-    """Area under the generalised risk-coverage curve, ``mean_j (errors among the j most confident rows) / N``.
-
-    Within a group of equal scores this is the expectation over all orders of the group.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score, hits being correct rows. Counts may be weights;
-            a weight of w stands for w rows.
-
-    Returns:
-        ``(...)`` float64, at most ``(1 + 1 / N) / 2``; nan without rows.
-
-    Example:
-        >>> augrc_from_ordered(order_rows(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([False, True, False, True])))
-        tensor(0.2500, dtype=torch.float64)
-    """
-    # An error at rank j counts in the sums from j to N; within its group it is at rank m + (n + 1) / 2 on average,
-    # and N + 1 less that is (rows below the group) + (n + 1) / 2.
+    """`augrc` ``(...)`` of groups ``(..., G)``; a weight of w stands for w rows."""
+    # An error at rank j counts in the sums from j to N. Within its group its mean rank is m + (n + 1) / 2, and N + 1
+    # minus that is (rows below the group) + (n + 1) / 2.
     ranks = ordered.count.cumsum(-1).sub_(ordered.count, alpha=0.5).add_(0.5)
-    return ranks.mul_(ordered.misses).sum(-1) / ordered.count.sum(-1).square()
+    return ranks.mul_(ordered.wrong).sum(-1) / ordered.count.sum(-1).square()
 
 
 def coverage_at_risk_from_ordered(ordered: Ordered, risk: float = 0.05) -> Tensor:
-    """Largest share of rows that a threshold on the score can accept with an error rate of at most ``risk``.
-
-    Rows with equal scores are accepted together.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score, hits being correct rows; counts may be weights.
-        risk: Largest error rate of the accepted rows, in ``[0, 1]``.
-
-    Returns:
-        ``(...)`` float64 in ``(0, 1]``; nan without rows, and where every threshold exceeds the risk.
-
-    Raises:
-        ValueError: ``risk`` is outside ``[0, 1]``.
-
-    Example:
-        >>> ordered = order_rows(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([False, True, False, True]))
-        >>> coverage_at_risk_from_ordered(ordered, risk=0.4)
-        tensor(0.7500, dtype=torch.float64)
-    """
+    """`coverage_at_risk` ``(...)`` of groups ``(..., G)``; nan where every threshold exceeds the risk."""
     if not 0.0 <= risk <= 1.0:
-        raise ValueError(f"risk={risk!r}: the error rate must be in [0, 1], a fraction (0.05 is customary)")
+        raise ValueError(f"risk is {risk!r}; it must be in [0, 1]. The usual value is 0.05.")
     accepted = ordered.count.flip(-1).cumsum(-1)
-    errors = ordered.misses.flip(-1).cumsum(-1)
-    # Without rows the quotient is nan, which is not within the risk. A quotient is compared, as products round.
+    errors = ordered.wrong.flip(-1).cumsum(-1)
+    # Without rows the quotient is nan, which is not within the risk. Quotients are compared, as products round.
     within = errors.div_(accepted) <= risk * (1.0 + SLACK)
-    # A sentinel column serves sets without groups.
+    # A sentinel column for sets without groups.
     largest = torch.nn.functional.pad(torch.where(within, accepted, 0.0), (1, 0)).amax(-1)
     return torch.where(largest > 0, largest / ordered.count.sum(-1), torch.nan)
 
 
 def risk_at_coverage_from_ordered(ordered: Ordered, coverage: float = 0.8) -> Tensor:
-    """Error rate of the ``k = ceil(coverage N)`` most confident rows.
-
-    Where k falls within a group of n rows with e errors, of which i are accepted, these have ``i e / n`` errors: the
-    expectation over all orders of the group. With weights N is their sum, and k at most N.
-
-    Args:
-        ordered: Groups ``(..., G)`` in ascending order of the score, hits being correct rows. Counts may be weights;
-            a weight of w stands for w rows.
-        coverage: Share of the rows to accept, in ``(0, 1]``.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Raises:
-        ValueError: ``coverage`` is outside ``(0, 1]``.
-
-    Example:
-        >>> ordered = order_rows(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([False, True, False, True]))
-        >>> risk_at_coverage_from_ordered(ordered, coverage=0.5)
-        tensor(0.5000, dtype=torch.float64)
-    """
+    """`risk_at_coverage` ``(...)`` of groups ``(..., G)``; a weight of w stands for w rows."""
+    # If k falls within a group of n rows with e errors and i of them are accepted, these have i e / n errors, the
+    # expectation over all orders of the group.
     if not 0.0 < coverage <= 1.0:
-        raise ValueError(f"coverage={coverage!r}: the share of accepted rows must be in (0, 1], a fraction")
+        raise ValueError(f"coverage is {coverage!r}; it must be in (0, 1].")
     total = ordered.count.sum(-1)
-    # 0.07 * 100 rounds above 7: the slack keeps such products from reaching for another row.
+    # 0.07 * 100 rounds above 7: the slack keeps such products from including another row.
     rows = torch.minimum(torch.ceil(total * (coverage * (1.0 - SLACK))), total)
-    count, misses = ordered.count.flip(-1), ordered.misses.flip(-1)
+    count, wrong = ordered.count.flip(-1), ordered.wrong.flip(-1)
     above = count.cumsum(-1).sub_(count)
-    # The share of each group that is accepted; an empty group has no errors to weigh it with.
+    # The accepted share of each group; an empty group has no errors, so its share does not matter.
     share = (rows.unsqueeze(-1) - above).div_(count.clamp_min(torch.finfo(count.dtype).tiny)).clamp_(0.0, 1.0)
-    return share.mul_(misses).sum(-1) / rows
+    return share.mul_(wrong).sum(-1) / rows
 
 
 def aurc(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits") -> Tensor:
@@ -191,7 +114,7 @@ def aurc(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, in
     ``AURC = mean_j (errors among the j most confident rows) / j`` over j = 1..N. Tables often print it times 1000.
 
     Deviations: As in Moon et al. (2020) this is the mean over all rows, not a trapezoid rule. Rows with equal
-    confidence enter with their expectation over all orders; a stable sort makes it depend on the order of the rows.
+    confidence count with their expectation over all orders; with a stable sort it would depend on their order.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
@@ -223,19 +146,19 @@ def e_aurc(
     confidence: Tensor | None = None,
     input: InputKind = "logits",
 ) -> Tensor:
-    """Excess AURC (Geifman et al., 2019): what the order of the rows costs beyond the error rate r; lower is better.
+    """Excess AURC (Geifman et al., 2019): the cost of the ranking beyond the error rate r; lower is better.
 
-    ``E-AURC = AURC - (r + (1 - r) log(1 - r))``, or less the AURC of the N rows with all errors last.
+    ``E-AURC = AURC - (r + (1 - r) log(1 - r))``, or with ``exact`` minus the AURC of the N rows with all errors last.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
         labels: Class labels ``(N,)``, integer, in ``0..K-1``.
-        exact: Take the optimum for N rows in place of its limit for many rows, which is below it.
+        exact: Use the optimum for N rows instead of its limit for many rows, which is lower.
         confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
         input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
 
     Returns:
-        0-d float64, 0 where all rows are correct, and where all are wrong; nan, with a warning, without rows.
+        0-d float64; 0 if all rows are correct, or all wrong; nan, with a warning, without rows.
 
     Raises:
         TypeError: A wrong dtype.
@@ -256,7 +179,7 @@ def augrc(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, i
     ``AUGRC = mean_j (errors among the j most confident rows) / N`` over j = 1..N: the mean chance that a row is
     accepted and wrong.
 
-    Deviations: Rows with equal confidence enter with their expectation over all orders.
+    Deviations: Rows with equal confidence count with their expectation over all orders.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
@@ -293,7 +216,7 @@ def coverage_at_risk(
     ``max_t {coverage(t) : risk(t) <= risk}`` over the thresholds t of the confidence that accept at least one row;
     rows with equal confidence are accepted together.
 
-    Deviations: This is the rate on the given rows, without the paper's bound for new ones.
+    Deviations: This is the rate on the given rows, without the paper's bound for new rows.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
@@ -332,8 +255,8 @@ def risk_at_coverage(
 ) -> Tensor:
     """Error rate of the ``ceil(coverage N)`` most confident rows (Geifman and El-Yaniv, 2017); lower is better.
 
-    It is one less the selective accuracy. Where the last accepted row is one of several with equal confidence, it is
-    the expectation over their orders.
+    It is one minus the selective accuracy. If the last accepted row is one of several with equal confidence, it is the
+    expectation over their orders.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.

@@ -1,4 +1,4 @@
-"""The smooth calibration error: kernel smoothing in place of bins."""
+"""The smooth calibration error: kernel smoothing instead of bins."""
 
 from __future__ import annotations
 
@@ -16,26 +16,11 @@ _INTERVALS = 1024
 
 
 def residual_grid(ordered: Ordered, points: int = 4097) -> Tensor:
-    """Place the residuals of groups of rows on an even grid over the confidences ``[0, 1]``.
-
-    Each group's mass ``sum(a - c)`` is shared between the two grid points beside its confidence, in proportion to how
-    near they are.
-
-    Args:
-        ordered: Groups ``(..., G)`` in any order; empty groups and weights are fine.
-        points: Number of grid points P >= 2, the first at 0 and the last at 1.
-
-    Returns:
-        ``(..., P)`` float64, in rows. Grids of parts of a set add up.
-
-    Example:
-        >>> residual_grid(order_rows(torch.zeros(1), torch.tensor([True])), points=3)
-        tensor([0.0000, 0.5000, 0.0000], dtype=torch.float64)
-    """
-    count, hits, confidence = ordered
+    """Residuals ``sum(a - c)`` of groups ``(..., G)``, each split between its two neighbours on a grid ``(..., P)``."""
+    count, correct, confidence = ordered
     position = (confidence / at_least_tiny(count)).mul_(points - 1)
     left = position.long().clamp_(max=points - 2)
-    residual = hits - confidence
+    residual = correct - confidence
     right_share = position.sub_(left).mul_(residual)
     grid = residual.new_zeros(*residual.shape[:-1], points)
     grid.scatter_add_(-1, left, residual.sub_(right_share))
@@ -43,14 +28,13 @@ def residual_grid(ordered: Ordered, points: int = 4097) -> Tensor:
 
 
 class _Spectrum:
-    """Cosine coefficients of a residual grid; with the reflected Gaussian, smoothing scales each of them.
+    """Cosine coefficients of a residual grid; smoothing with the reflected Gaussian scales each of them."""
 
-    Only the lowest are kept, and the smoothed curve is read at as many points: a kernel of width 3e-3 or more shrinks
-    all others by 1e-20, and the integral changes by less than 1e-5.
-    """
+    # Only the lowest are kept, and the smoothed curve is read at as many points: a kernel of width 3e-3 or more shrinks
+    # all others by 1e-20, and the integral changes by less than 1e-5.
 
     def __init__(self, grid: Tensor, count: Tensor) -> None:
-        # Mass on a border coincides with its own image, so it counts twice there.
+        # Mass on a border coincides with its mirror image, so it counts twice.
         inner = grid[..., 1:-1]
         even = torch.cat([2.0 * grid[..., :1], inner, 2.0 * grid[..., -1:], inner.flip(-1)], dim=-1)
         coefficients = torch.fft.rfft(even).real[..., : _INTERVALS + 1]
@@ -61,48 +45,21 @@ class _Spectrum:
     def integral(self, sigma: Tensor) -> Tensor:
         damped = torch.exp(self.decay * sigma.square().unsqueeze(-1)).mul_(self.coefficients)
         smooth: Tensor = torch.fft.irfft(damped.to(torch.complex128))
-        # Trapezoids over [0, 1]: half of the sum over the whole even period.
+        # Trapezoids over [0, 1]: half the sum over the whole even period.
         return smooth.abs_().sum(dim=-1).mul_(0.5)
 
 
 def smece_at_from_grid(grid: Tensor, count: Tensor, sigma: Tensor | float) -> Tensor:
-    """Smooth calibration error at a given width, ``integral |1/N sum_i (a_i - c_i) K_sigma(t, c_i)| dt``.
-
-    Args:
-        grid: Residuals ``(..., P)`` of `residual_grid`.
-        count: Numbers of rows N, ``(...)``.
-        sigma: Width of the reflected Gaussian kernel K, ``(...)`` or a number; the result is
-            exact to 1e-5 from 5e-3 on, to 1e-3 from 1e-3 on.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> ordered = order_rows(torch.zeros(1), torch.tensor([True]))
-        >>> smece_at_from_grid(residual_grid(ordered), ordered.count.sum(-1), 0.1)
-        tensor(0.5000, dtype=torch.float64)
-    """
+    """Smooth calibration error ``(...)`` of a grid ``(..., P)`` at a given kernel width."""
+    # It is exact to 1e-5 for widths from 5e-3, to 1e-3 from 1e-3.
     width = torch.as_tensor(sigma, dtype=torch.float64, device=grid.device)
     return _Spectrum(grid.double(), count.double()).integral(width)
 
 
 def smece_from_grid(grid: Tensor, count: Tensor) -> Tensor:
-    """Smooth calibration error of a grid of residuals; see `smece`.
-
-    Args:
-        grid: Residuals ``(..., P)`` of `residual_grid`.
-        count: Numbers of rows N, ``(...)``.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> ordered = order_rows(torch.zeros(2), torch.tensor([True, False]))
-        >>> smece_from_grid(residual_grid(ordered), ordered.count.sum(-1))
-        tensor(0., dtype=torch.float64)
-    """
+    """`smece` ``(...)`` of a grid ``(..., P)`` of residuals."""
     spectrum = _Spectrum(grid.double(), count.double())
-    # The error falls with the width, so the two are equal at one width; it lies in [upper - step, upper].
+    # The error falls with the width, so they are equal at one width, which lies in [upper - step, upper].
     upper = torch.ones_like(count, dtype=torch.float64)
     step = 1.0
     for _ in range(_HALVINGS):
@@ -117,18 +74,7 @@ def smece_from_grid(grid: Tensor, count: Tensor) -> Tensor:
 
 
 def smece_from_ordered(ordered: Ordered) -> Tensor:
-    """Smooth calibration error of groups of rows; see `smece`.
-
-    Args:
-        ordered: Groups ``(..., G)``; empty groups and weights are fine.
-
-    Returns:
-        ``(...)`` float64 in ``[0, 1]``; nan without rows.
-
-    Example:
-        >>> smece_from_ordered(order_rows(torch.zeros(2), torch.tensor([True, False])))
-        tensor(0., dtype=torch.float64)
-    """
+    """`smece` ``(...)`` of groups ``(..., G)``; empty groups and weights are fine."""
     return smece_from_grid(residual_grid(ordered), ordered.count.sum(dim=-1))
 
 
@@ -138,9 +84,9 @@ def smece(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, i
     ``smECE_s = integral_0^1 |1/N sum_i (a_i - c_i) K_s(t, c_i)| dt`` with K_s the Gaussian kernel of width s, reflected
     at 0 and 1; smECE is its value where it equals its own width, ``smECE_s = s``.
 
-    Deviations: the integral is taken as defined, up to 1e-5, where the authors' code divides by a smoothed density on a
+    Deviations: the integral is computed as defined, up to 1e-5; the authors' code divides by a smoothed density on a
     mesh (0.4 % lower on our examples). They stop after ten halvings of ``[0, 1]``; here the last step is interpolated,
-    so the result has no jumps. As there, errors below 1e-3 are read at a width of 1e-3.
+    so the result has no jumps. As there, errors below 1e-3 are computed at a width of 1e-3.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.

@@ -19,7 +19,7 @@ from calib_lightning.metrics.functional.rows import InputKind
 def soft_nll(logits: Tensor, probs_of_labels: Tensor, *, input: InputKind = "logits") -> Tensor:
     """Cross-entropy to the distribution of labels (Peterson et al., 2019): mean over rows of ``-sum_k p_k log q_k``.
 
-    `label_entropy` is the least that is possible; what is above it is the divergence of the predictions q from p.
+    `label_entropy` is its minimum; the rest is the divergence of the predictions q from p.
 
     Args:
         logits: Scores ``(N, K)``, floating point.
@@ -66,7 +66,7 @@ def soft_brier(logits: Tensor, probs_of_labels: Tensor, *, input: InputKind = "l
 
 
 def label_entropy(probs_of_labels: Tensor) -> Tensor:
-    """Mean entropy of the distributions of labels in nats: the least `soft_nll` that is possible.
+    """Mean entropy of the distributions of labels in nats: the smallest possible `soft_nll`.
 
     Args:
         probs_of_labels: Distributions p ``(N, K)``, floating-point rows >= 0 that sum to 1 +- 1e-3.
@@ -76,7 +76,7 @@ def label_entropy(probs_of_labels: Tensor) -> Tensor:
 
     Raises:
         TypeError: Not floating point, or of another shape.
-        ValueError: A row is no distribution; the first bad one is named.
+        ValueError: A row is not a distribution; the first bad row is named.
 
     Example:
         >>> label_entropy(torch.tensor([[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]))
@@ -84,6 +84,6 @@ def label_entropy(probs_of_labels: Tensor) -> Tensor:
     """
     if not is_soft(probs_of_labels):
         found = f"{probs_of_labels.dtype} of shape {tuple(probs_of_labels.shape)}"
-        raise TypeError(f"label_entropy: distributions must be floating point of shape (N, K), got {found}")
+        raise TypeError(f"label_entropy: probs_of_labels is {found}; it must be floating point of shape (N, K).")
     check_soft_values(probs_of_labels, "label_entropy")
     return mean_of_rows("label_entropy", label_entropy_rows(probs_of_labels))

@@ -1,4 +1,4 @@
-"""The inverse temperature with the least negative log-likelihood."""
+"""The inverse temperature with the smallest negative log-likelihood."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from calib_lightning.metrics.functional.rows import checked_rows
 
 LOG_BETA_BOUND = 16.0
-"""The logarithm of the inverse temperature is looked for between minus this and this."""
+"""The search for the logarithm of the inverse temperature is limited to plus and minus this value."""
 
 _BLOCK = 2**16
 _ENOUGH = 3e-7
@@ -28,7 +28,7 @@ class OptimalTemperature(NamedTuple):
     Attributes:
         beta: Inverse temperature.
         nll: Mean negative log-likelihood in nats at ``beta``.
-        at_bound: Whether ``beta`` is ``exp(-16)`` or ``exp(16)``, because the likelihood rises up to there.
+        at_bound: Whether ``beta`` is at its bound, ``exp(-16)`` or ``exp(16)``, because the likelihood rises up to it.
     """
 
     beta: float
@@ -41,9 +41,9 @@ class TemperatureSearch(NamedTuple):
 
     Attributes:
         optimum: The result.
-        slope: Derivative of the mean negative log-likelihood by ``beta`` at the last point that was looked at, from
-            which a last step was taken: by a relative 3e-7 at most, after which it is smaller still.
-        passes: How often the rows were gone through.
+        slope: Derivative of the mean negative log-likelihood by ``beta`` at the last evaluated point. The final step
+            from there is a relative 3e-7 at most, and the slope after it is smaller still.
+        passes: Number of passes over the rows.
     """
 
     optimum: OptimalTemperature
@@ -54,18 +54,9 @@ class TemperatureSearch(NamedTuple):
 def tempered_rows(
     logits: Tensor, labels: Tensor, beta: float, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-likelihood ``logsumexp(beta z) - beta z_y`` of each row, and its derivatives by ``beta``.
-
-    Args:
-        logits: ``(N, K)``, floating point.
-        labels: Class labels ``(N,)`` in ``0..K-1``.
-        beta: Inverse temperature.
-        dtype: In what the sums over classes are taken.
-
-    Returns:
-        Three ``(N,)`` float64: the value, the slope ``E_q[z] - z_y`` and the curvature ``Var_q[z]``, with
-        ``q = softmax(beta z)``.
-    """
+    """Value, slope and curvature by beta, each ``(N,)`` float64, of ``logsumexp(beta z) - beta z_y`` per row."""
+    # With q = softmax(beta z) the slope is E_q[z] - z_y and the curvature Var_q[z]. Sums over classes have the given
+    # dtype.
     parts = []
     step = max(1, _BLOCK // logits.shape[1])
     for some, own in zip(torch.split(logits.detach(), step), torch.split(labels.long(), step), strict=True):
@@ -82,21 +73,13 @@ def tempered_rows(
 
 
 def _below_largest(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits minus the largest one of their row."""
     wide = logits.to(torch.promote_types(logits.dtype, dtype))  # float64 logits are rounded after the subtraction
     return (wide - wide.amax(dim=-1, keepdim=True)).to(dtype)
 
 
 def search_inverse_temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> TemperatureSearch:
-    """Find the inverse temperature as `optimal_inverse_temperature` does, without checks and warnings.
-
-    Args:
-        logits: ``(N, K)``, finite; N >= 1.
-        labels: Class labels ``(N,)`` in ``0..K-1``.
-        weights: Weight >= 0 of each row, ``(N,)``, not all zero; ``None`` means one each.
-
-    Returns:
-        The optimum, and how it was found.
-    """
+    """`optimal_inverse_temperature` of rows with weights ``(N,)``, unchecked, with how it was found."""
     if weights is None:
         share = torch.full((len(labels),), 1.0 / len(labels), dtype=torch.float64, device=logits.device)
     else:
@@ -113,17 +96,17 @@ def search_inverse_temperature(logits: Tensor, labels: Tensor, weights: Tensor |
     low, high = -LOG_BETA_BOUND, LOG_BETA_BOUND
     below, slope, curvature = (torch.stack(_of_uniform(logits, labels)) @ share).tolist()
     passes += 1
-    if curvature == 0.0:  # constant rows: every temperature gives the same, so none is applied
+    if curvature == 0.0:  # constant rows: every temperature gives the same
         return TemperatureSearch(OptimalTemperature(1.0, math.log(logits.shape[1]), False), 0.0, passes)
     # The slope rises with beta, at first by about this much.
     if slope + math.exp(low) * curvature >= 0.0:
         value, slope_there, _ = at(low)
         if slope >= 0.0 or slope_there >= 0.0:
             return TemperatureSearch(OptimalTemperature(math.exp(low), value, True), slope_there, passes)
-    # Newton's step from beta = 0 is a start that fits the scale of the logits.
+    # Newton's step from beta = 0 suits the scale of the logits.
     start = min(max(math.log(-slope / curvature), low), high) if slope < 0.0 else low
-    # A row's E_q[z] is less than (K - 1) / (e beta) below its largest logit. Only where the labels are no further than
-    # that below it on average can the slope be below zero up to the upper bound; with rounding it may be zero there.
+    # A row's E_q[z] is less than (K - 1) / (e beta) below its largest logit. The slope can be negative up to the upper
+    # bound only if the labels are no further below it on average; rounding may make it zero there.
     if below <= (logits.shape[1] - 1) * math.exp(-high):
         value, slope, _ = at(high)
         if slope <= 0.0:
@@ -152,8 +135,9 @@ def _of_uniform(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _root(at: Callable[[float], tuple[float, float, float]], here: float, enough: float) -> tuple[float, float, float]:
+    """The root of the slope: log beta, value and slope."""
     # The slope rises with beta, so its sign says on which side the root is. Newton steps on log beta are taken while
-    # they stay inside and the last two at least halve the slope; else the bracket is halved.
+    # they stay inside and the last two at least halve the slope; otherwise the bracket is halved.
     low, high, last = -LOG_BETA_BOUND, LOG_BETA_BOUND, math.inf
     value = slope = math.nan
     for _ in range(_MOST_PASSES):
@@ -175,34 +159,25 @@ def _root(at: Callable[[float], tuple[float, float, float]], here: float, enough
 
 
 def fit_inverse_temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> OptimalTemperature:
-    """Find the inverse temperature as `optimal_inverse_temperature` does, without checks and warnings.
-
-    Args:
-        logits: ``(N, K)``, finite; N >= 1.
-        labels: Class labels ``(N,)`` in ``0..K-1``.
-        weights: Weight >= 0 of each row, ``(N,)``, not all zero; ``None`` means one each.
-
-    Returns:
-        The optimum.
-    """
+    """`optimal_inverse_temperature` of rows with weights ``(N,)``, without checks and warnings."""
     return search_inverse_temperature(logits, labels, weights).optimum
 
 
 def optimal_inverse_temperature(logits: Tensor, labels: Tensor) -> OptimalTemperature:
-    """Inverse temperature ``beta = 1/T`` with the least mean negative log-likelihood (Guo et al., 2017).
+    """Inverse temperature ``beta = 1/T`` with the smallest mean negative log-likelihood (Guo et al., 2017).
 
     The root of ``mean_i (sum_k q_ik z_ik - z_iy)``, ``q = softmax(beta z)``, in float64 by Newton steps on
     ``log beta`` inside a shrinking bracket that starts as ``[-16, 16]``. The slope rises with beta, so the root is the
-    only minimum. Where all labels are the largest logits the likelihood rises for ever, and the result is the upper
-    bound; where labels have less than the average logit the uniform distribution is best, and it is the lower bound.
-    Rows that are constant give 1.
+    only minimum. If all labels have the largest logit, the likelihood rises without end and the result is the upper
+    bound; if labels have less than the mean logit, the uniform distribution is best and the result is the lower bound.
+    Constant rows give 1.
 
     Args:
         logits: ``(N, K)``, floating point.
         labels: Class labels ``(N,)``, integer, in ``0..K-1``.
 
     Returns:
-        The inverse temperature, the mean negative log-likelihood there in nats, and whether a bound was hit, which
+        The inverse temperature, the mean negative log-likelihood there in nats, and whether a bound was reached, which
         also warns.
 
     Raises:
@@ -217,13 +192,13 @@ def optimal_inverse_temperature(logits: Tensor, labels: Tensor) -> OptimalTemper
     """
     rows = checked_rows("optimal_inverse_temperature", logits, labels)
     if len(labels) == 0:
-        raise ValueError("optimal_inverse_temperature: no rows were given; a fit needs at least one")
+        raise ValueError("optimal_inverse_temperature: no rows were given; a fit needs at least one.")
     fit = fit_inverse_temperature(rows.scores, rows.labels)
     if fit.at_bound:
         side = "labels are all the largest logits" if fit.beta > 1 else "labels have less than the mean logit"
         warnings.warn(
-            f"optimal_inverse_temperature: the {side}, so that the likelihood rises up to the bound "
-            f"beta = {fit.beta:.3g}; use rows that were not trained on",
+            f"optimal_inverse_temperature: the {side}, so the likelihood rises up to the bound "
+            f"beta = {fit.beta:.3g}. Use rows that were not trained on.",
             stacklevel=2,
         )
     return fit

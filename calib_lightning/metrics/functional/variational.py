@@ -1,4 +1,4 @@
-"""The negative log-likelihood as a part that recalibration removes and a part that it cannot."""
+"""The negative log-likelihood, split into a part that recalibration removes and a part that it cannot."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class VariationalSplit(NamedTuple):
 
     Attributes:
         nll: Mean negative log-likelihood.
-        calibration: What the recalibration takes off it; slightly negative where nothing is to be gained.
-        refinement: Mean negative log-likelihood after the recalibration.
+        calibration: What recalibration removes; slightly negative if there is nothing to gain.
+        refinement: Mean negative log-likelihood after recalibration.
     """
 
     nll: Tensor
@@ -34,12 +34,12 @@ class VariationalSplit(NamedTuple):
 
 
 def _logits(rows: Rows) -> Tensor:
-    # A probability of zero has no logit to scale; the smallest normal number stands for it.
+    """Logits of the rows; the smallest normal number replaces a probability of zero, which has no logit."""
     return torch.log(rows.scores.double().clamp_min(torch.finfo(torch.float64).tiny)) if rows.is_probs else rows.scores
 
 
 def _mixed(value: Tensor, classes: int, total: float) -> tuple[Tensor, Tensor]:
-    # -log((1 - w) q + w / K) with w = 1 / (n + 1) and q = exp(-value), and the share of the first term.
+    """``-log((1 - w) q + w / K)`` with ``w = 1 / (n + 1)`` and ``q = exp(-value)``, and the share of its first term."""
     own = math.log(total / (total + 1.0)) - value
     loss = -torch.logaddexp(own, own.new_full((), -math.log(classes * (total + 1.0))))
     return loss, torch.exp(own + loss)
@@ -50,17 +50,17 @@ def variational_split(logits: Tensor, labels: Tensor, *, input: InputKind = "log
 
     ``refinement = min_g NLL(g(p))`` and ``calibration = NLL(p) - refinement``, where g is temperature scaling with
     smoothing: ``q = softmax(beta z)`` with the beta of `optimal_inverse_temperature`, then ``(1 - w) q + w / K`` with
-    ``w = 1 / (N + 1)``, which keeps the result finite where the likelihood rises up to beta = inf. g is fitted on the
+    ``w = 1 / (N + 1)``, which keeps the result finite if the likelihood rises up to beta = inf. g is fitted on the
     same rows. "Refinement" here is a likelihood, not a ranking: see `correctness_auroc` and `ovo_auroc` for those.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
         labels: Class labels ``(N,)``, integer, in ``0..K-1``.
         input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3); a probability of
-            0 is recalibrated as if it were 2e-308.
+            0 is treated as 2e-308.
 
     Returns:
-        The three numbers, each 0-d float64; nan, with a warning, without rows.
+        The three terms, each 0-d float64; nan, with a warning, without rows.
 
     Raises:
         TypeError: A wrong dtype.
@@ -84,7 +84,7 @@ def variational_split(logits: Tensor, labels: Tensor, *, input: InputKind = "log
 
 
 class VariationalTable(NamedTuple):
-    """What `variational_from_table` needs to know of a set, made once by `variational_table`.
+    """The input of `variational_from_table`, computed once by `variational_table`.
 
     Attributes:
         logits: ``(N, K)``, finite.
@@ -105,43 +105,16 @@ class VariationalTable(NamedTuple):
 def weighted_variational(
     logits: Tensor, labels: Tensor, weights: Tensor, *, input: InputKind = "logits"
 ) -> VariationalSplit:
-    """Do what `variational_split` does, for several weightings of the rows at once (resamples).
-
-    The losses of the rows and their derivatives by ``log beta`` are tabulated around the optimum of all rows. Their
-    weighted means are taken for piecewise polynomials through the table (of degree 3 for the slope, whose root is the
-    optimum of a resample, and of degree 5 for the loss), within 1e-6 of fitting each resample. A resample whose
-    optimum lies outside of the table is fitted itself.
-
-    Args:
-        logits: Scores ``(N, K)`` as in `variational_split`, valid; N >= 1.
-        labels: Class labels ``(N,)`` in ``0..K-1``.
-        weights: Weight >= 0 of each row in each of B resamples, ``(B, N)``: mostly how often it was drawn. The
-            smoothing ``w`` of a resample uses its total weight as N.
-        input: ``"logits"`` or ``"probs"``.
-
-    Returns:
-        The three numbers, each ``(B,)`` float64; nan where a resample has no weight.
-
-    Example:
-        >>> logits = torch.tensor([[1.0, 0.0]]).repeat(2, 1)
-        >>> split = weighted_variational(logits, torch.tensor([0, 1]), torch.tensor([[75, 25]]))
-        >>> [round(part.item(), 4) for part in split]
-        [0.5633, 0.0009, 0.5624]
-    """
+    """`variational_split`, each ``(B,)``, for B weightings ``(B, N)`` of the rows at once (resamples)."""
+    # The losses of the rows and their derivatives by log beta are tabulated around the optimum of all rows. Their
+    # weighted means give piecewise polynomials (of degree 3 for the slope, whose root is the optimum of a resample, and
+    # of degree 5 for the loss), within 1e-6 of fitting each resample. A resample whose optimum lies outside the table
+    # is fitted itself. The smoothing w of a resample uses its total weight as N.
     return variational_from_table(variational_table(logits, labels, input=input), weights)
 
 
 def variational_table(logits: Tensor, labels: Tensor, *, input: InputKind = "logits") -> VariationalTable:
-    """Tabulate the tempered losses of the rows at 9 to 17 values around the optimum of all rows.
-
-    Args:
-        logits: Scores ``(N, K)`` as in `variational_split`, valid; N >= 1.
-        labels: Class labels ``(N,)`` in ``0..K-1``.
-        input: ``"logits"`` or ``"probs"``.
-
-    Returns:
-        The table, some 400 bytes a row.
-    """
+    """The tempered losses of the rows at 9 to 17 values around the optimum of all rows, about 400 bytes per row."""
     rows = Rows(logits, labels, None, input)
     scores = _logits(rows)
     nodes = _nodes(scores, rows.labels)
@@ -155,18 +128,10 @@ def variational_table(logits: Tensor, labels: Tensor, *, input: InputKind = "log
 
 
 def variational_from_table(table: VariationalTable, weights: Tensor) -> VariationalSplit:
-    """Read `weighted_variational` from a table, which several groups of resamples can share.
-
-    Args:
-        table: Of `variational_table`.
-        weights: ``(B, N)`` as in `weighted_variational`.
-
-    Returns:
-        The three numbers, each ``(B,)`` float64; nan where a resample has no weight.
-    """
+    """`weighted_variational` from a table, which several groups of resamples can share."""
     weights = weights.double()
     total = weights.sum(dim=1)
-    # A product would make nan of 0 * inf, where a label without probability was not drawn.
+    # 0 * inf would be nan if a row with an infinite loss was not drawn.
     lost = table.nll.isinf()
     nll = weights @ table.nll.masked_fill(lost, 0.0)
     nll = nll.masked_fill(weights @ lost.double() > 0, torch.inf) / total
@@ -178,11 +143,12 @@ def variational_from_table(table: VariationalTable, weights: Tensor) -> Variatio
 
 
 def _refinements(table: VariationalTable, weights: Tensor, total: Tensor) -> Tensor:
+    """The refinement ``(B,)`` of resamples with weight."""
     classes, nodes, (value, slope, bend) = table.logits.shape[1], table.nodes, table.losses
     mean_slope, mean_bend = weights @ slope.T / total[:, None], weights @ bend.T / total[:, None]
     cell, at = _root(nodes, mean_slope, mean_bend)
     result = torch.empty_like(total)
-    # All resamples of a set mostly have the same total, and so the same smoothing.
+    # Resamples of a set mostly have the same total, and so the same smoothing.
     for size in torch.unique(total).tolist():
         some = (total == size).nonzero().squeeze(-1)
         loss, share = _mixed(value, classes, size)
@@ -200,7 +166,7 @@ def _refinements(table: VariationalTable, weights: Tensor, total: Tensor) -> Ten
 
 
 def _nodes(scores: Tensor, labels: Tensor) -> Tensor:
-    # Evenly spaced over some standard errors of the optimal log beta (of an M-estimator) to both sides.
+    """Values of log beta, evenly spaced over a few standard errors (of an M-estimator) around the optimum."""
     fit = fit_inverse_temperature(scores, labels)
     _, slope, curvature = tempered_rows(scores, labels, fit.beta)
     spread = float(slope.square().sum().sqrt() / (fit.beta * curvature.sum()))
@@ -212,7 +178,7 @@ def _nodes(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _root(nodes: Tensor, slope: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
-    # The slope rises through zero once: its cell, and the position 0..1 in it on the cubic through the table.
+    """The cell in which the slope rises through zero, and the position 0..1 in it on the cubic through the table."""
     cell = ((slope[:, 1:-1] < 0).cumprod(dim=1).sum(dim=1)).unsqueeze(1)
     width = nodes[1] - nodes[0]
     left, right = slope.gather(1, cell), slope.gather(1, cell + 1)
@@ -227,7 +193,7 @@ def _root(nodes: Tensor, slope: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quintic(nodes: Tensor, means: Tensor, cell: Tensor, t: Tensor) -> Tensor:
-    # Value at position t of a cell of the quintic with the tabulated values, slopes and bends at both its ends.
+    """Value at position t of a cell of the quintic with the tabulated values, slopes and bends at both ends."""
     width = nodes[1] - nodes[0]
 
     def end(offset: int, t: Tensor, sign: float) -> Tensor:
