@@ -27,11 +27,11 @@ def acls_loss(
     """Adaptive and conditional label smoothing (Park et al., 2023): ``L = CE + a (w_p P + w_n Q)``.
 
     ``P = mean_n relu(l_nj - m)^2`` and ``Q = 1/(N (K-1)) sum_n sum_{k != j} relu(sg(l_nj) - l_nk - m)^2``, where j is
-    the predicted class, which need not be the true one, m the margin and sg stops the gradient.
+    the predicted class, not necessarily the true one, m is the margin and sg stops the gradient.
 
     Args:
         logits: ``(N, K)``.
-        labels: ``(N,)`` int64, or soft targets ``(N, K)`` for the cross-entropy; the rest does not look at them.
+        labels: ``(N,)`` int64, or soft targets ``(N, K)`` for the cross-entropy; the penalties ignore them.
         margin: ``m``, at least 0.
         strength: ``a``, at least 0.
         positive_weight: ``w_p``, at least 0.
@@ -43,9 +43,8 @@ def acls_loss(
         Scalar, in nats.
 
     Deviations:
-        ``P`` follows the official code, which takes the logit itself, and not a reading of the paper in which it is
-        measured from the smallest one; ``positive_reference="min"`` is that. Of several largest logits the first counts
-        as predicted.
+        ``P`` follows the official code, which uses the logit itself; ``positive_reference="min"`` is the reading of
+        the paper that measures it from the smallest logit. Among equal largest logits, the first is the prediction.
 
     Example:
         >>> import torch
@@ -57,7 +56,7 @@ def acls_loss(
     largest = logits.max(dim=-1, keepdim=True).values
     height = largest - logits.amin(dim=-1, keepdim=True) if positive_reference == "min" else largest
     positive = F.relu(height - margin).square().mean()
-    # the predicted class itself is within the margin, so the sum over all classes is the sum over the others
+    # the predicted class is within the margin, so the sum over all classes equals that over the others
     negative = F.relu(largest.detach() - logits - margin).square().sum() / (rows * max(classes - 1, 1))
     penalty = positive_weight * positive + negative_weight * negative
     return F.cross_entropy(logits, labels) + strength * penalty
@@ -67,14 +66,14 @@ class ACLSLoss(Described, nn.Module):
     """Criterion of `acls_loss`.
 
     Args:
-        margin: Distance that costs nothing, at least 0.
+        margin: Distance without penalty, at least 0.
         strength: Weight of both penalties, at least 0.
         positive_weight: Weight of the penalty on the predicted class, at least 0.
         negative_weight: Weight of the penalty on the other classes, at least 0.
-        positive_reference: ``"zero"`` or ``"min"``: what the predicted class's logit is measured from.
+        positive_reference: ``"zero"`` or ``"min"``: the reference point of the predicted class's logit.
 
     Raises:
-        ValueError: If a number is negative or ``positive_reference`` is neither of the two.
+        ValueError: If a value is negative or ``positive_reference`` is unknown.
     """
 
     def __init__(
@@ -87,16 +86,16 @@ class ACLSLoss(Described, nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= margin < float("inf"):
-            raise ValueError(f"margin is {margin}; it must be at least 0 and finite (6 to 10 in the literature).")
+            raise ValueError(f"margin is {margin}; it must be at least 0 and finite. Usual values are 6 to 10.")
         if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (0.1 in the authors' code).")
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite. The authors' code uses 0.1.")
         if not 0 <= positive_weight < float("inf"):
             raise ValueError(
-                f"positive_weight is {positive_weight}; it must be at least 0 and finite (1 in the authors' code)."
+                f"positive_weight is {positive_weight}; it must be at least 0 and finite. The authors' code uses 1."
             )
         if not 0 <= negative_weight < float("inf"):
             raise ValueError(
-                f"negative_weight is {negative_weight}; it must be at least 0 and finite (0.1 in the authors' code)."
+                f"negative_weight is {negative_weight}; it must be at least 0 and finite. The authors' code uses 0.1."
             )
         if positive_reference not in ("zero", "min"):
             raise ValueError(f"positive_reference is {positive_reference!r}; it must be 'zero' or 'min'.")
@@ -123,16 +122,16 @@ class ACLS(ClassificationModule):
     """Train with adaptive and conditional label smoothing (Park et al., ICCV 2023).
 
     Paper: Park et al. 2023.
-    Mechanism: the predicted class's logit and logits far below it are penalised quadratically beyond a margin.
+    Mechanism: penalises the predicted class's logit and logits far below it quadratically beyond a margin.
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        margin: Distance that costs nothing; 10 in the authors' code, 6 in others' runs on CIFAR.
+        margin: Distance without penalty; 10 in the authors' code, 6 in other published runs on CIFAR.
         strength: Weight of both penalties.
         positive_weight: Weight of the penalty on the predicted class.
         negative_weight: Weight of the penalty on the other classes.
-        positive_reference: ``"zero"`` or ``"min"``: what the predicted class's logit is measured from.
+        positive_reference: ``"zero"`` or ``"min"``: the reference point of the predicted class's logit.
         **options: See `ClassificationModule`.
 
     Example:

@@ -15,11 +15,11 @@ from calib_lightning.utils.described import Described
 
 
 def ada_focal_loss(logits: Tensor, labels: Tensor, *, edges: Tensor, gammas: Tensor) -> Tensor:
-    """AdaFocal loss (Ghosh et al., 2022), with the gamma of the bin that holds ``p_y``.
+    """AdaFocal loss (Ghosh et al., 2022), with the gamma of the bin that contains ``p_y``.
 
     ``-mean_n (1 - p_y)^g log p_y`` where ``g >= 0``, ``-mean_n (1 + p_y)^|g| log p_y`` (inverse focal) where ``g < 0``.
-    Bins are ``[lo, hi)``; the first one also holds what is below it, the last one what is above. The choice of the bin
-    carries no gradient.
+    Bins are ``[lo, hi)``; the first also holds smaller values, the last larger ones. The choice of the bin carries no
+    gradient.
 
     Args:
         logits: ``(N, K)``.
@@ -31,7 +31,7 @@ def ada_focal_loss(logits: Tensor, labels: Tensor, *, edges: Tensor, gammas: Ten
         Scalar, in nats.
 
     Deviations:
-        The mean over the batch; the authors sum and clip the gradient. ``1 - p`` is kept at or above 1e-12.
+        The batch mean is used; the authors sum, and clip the gradient. ``1 - p`` is clamped to at least 1e-12.
 
     Example:
         >>> bins = {"edges": torch.tensor([0.0, 0.5, 1.0]), "gammas": torch.tensor([0.0, 1.0])}
@@ -48,14 +48,14 @@ def ada_focal_loss(logits: Tensor, labels: Tensor, *, edges: Tensor, gammas: Ten
 
 
 def equal_mass_edges(confidence: Tensor, n_bins: int) -> Tensor:
-    """Bounds of bins that hold equally many confidences (Ghosh et al., 2022), by linear interpolation of the ranks.
+    """Bounds of equal-mass confidence bins (Ghosh et al., 2022), by linear interpolation of the ranks.
 
     Args:
         confidence: ``(N,)``, N at least 1.
         n_bins: B.
 
     Returns:
-        ``(B + 1,)`` float64, ascending, from the least to the largest confidence.
+        ``(B + 1,)`` float64, ascending, from the smallest to the largest confidence.
 
     Example:
         >>> equal_mass_edges(torch.tensor([0.5, 0.75, 1.0]), 1)
@@ -70,25 +70,25 @@ def equal_mass_edges(confidence: Tensor, n_bins: int) -> Tensor:
 
 
 class AdaFocalLoss(Described, nn.Module):
-    """Criterion of `ada_focal_loss`; its bins and gammas are buffers that `adapt` moves.
+    """Criterion of `ada_focal_loss`; its bins and gammas are buffers that `adapt` updates.
 
     Args:
         n_bins: B.
-        rate: How strongly a bin's gap moves its gamma, above 0.
+        rate: How strongly a bin's gap changes its gamma, above 0.
         gamma_max: Largest gamma.
-        gamma_min: Least gamma, below 0.
+        gamma_min: Smallest gamma, below 0.
         switch: Magnitude below which a gamma changes sign, above 0.
 
     Raises:
-        ValueError: If a setting lies outside its range.
+        ValueError: If a setting is out of range.
 
     Attributes:
-        edges: ``(B + 1,)`` float64, at first of equal width.
-        gammas: ``(B,)`` float64, at first 1.
+        edges: ``(B + 1,)`` float64, initially of equal width.
+        gammas: ``(B,)`` float64, initially 1.
 
     Example:
         >>> criterion = AdaFocalLoss(n_bins=1)
-        >>> criterion.adapt(torch.tensor([0.5, 1.0]), torch.tensor([False, False]))  # overconfident
+        >>> criterion.adapt(torch.tensor([0.5, 1.0]), torch.tensor([False, False]))  # over-confident
         >>> criterion.gammas.item() > 1
         True
     """
@@ -106,13 +106,13 @@ class AdaFocalLoss(Described, nn.Module):
     ) -> None:
         super().__init__()
         if n_bins < 1:
-            raise ValueError(f"n_bins is {n_bins}; it must be at least 1 (15 in the paper).")
+            raise ValueError(f"n_bins is {n_bins}; it must be at least 1. The paper uses 15.")
         if not 0 < rate < float("inf"):
-            raise ValueError(f"rate is {rate}; it must be above 0 and finite (1 in the paper).")
+            raise ValueError(f"rate is {rate}; it must be above 0 and finite. The paper uses 1.")
         if not (0 < switch <= gamma_max < float("inf") and -float("inf") < gamma_min <= -switch):
             raise ValueError(
-                f"gamma_min={gamma_min}, switch={switch}, gamma_max={gamma_max}: they must satisfy "
-                "0 < switch <= gamma_max and gamma_min <= -switch (-2, 0.2 and 20 in the paper)."
+                f"gamma_min is {gamma_min}, switch {switch} and gamma_max {gamma_max}; they must satisfy 0 < switch <= "
+                "gamma_max and gamma_min <= -switch. The paper uses -2, 0.2 and 20."
             )
         self.rate, self.gamma_max, self.gamma_min, self.switch = rate, gamma_max, gamma_min, switch
         self.register_buffer("edges", torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
@@ -123,15 +123,15 @@ class AdaFocalLoss(Described, nn.Module):
         return ada_focal_loss(logits, labels, edges=self.edges, gammas=self.gammas)
 
     def adapt(self, confidence: Tensor, correct: Tensor) -> None:
-        """Move bins and gammas after an epoch (Ghosh et al., 2022).
+        """Update bins and gammas after an epoch (Ghosh et al., 2022).
 
         ``g <- g exp(rate E_b)`` where ``g > 0``, ``g exp(-rate E_b)`` where ``g < 0``; ``E_b`` is mean confidence minus
-        accuracy in the equal-mass bin ``(lo, hi]``, 0 in an empty one. A gamma that comes nearer to 0 than ``switch``
-        goes to the other side; all stay within ``[gamma_min, gamma_max]``. The single least confidence is in no bin.
+        accuracy in the equal-mass bin ``(lo, hi]``, 0 in an empty one. A gamma that gets closer to 0 than ``switch``
+        changes sign; all are clamped to ``[gamma_min, gamma_max]``. The smallest confidence is in no bin.
 
         Args:
-            confidence: Validation confidences ``(N,)``; with N = 0 nothing changes.
-            correct: ``(N,)``, whether each is right.
+            confidence: Validation confidences ``(N,)``; N = 0 changes nothing.
+            correct: ``(N,)``, whether each prediction is correct.
         """
         if not len(confidence):
             return
@@ -140,7 +140,7 @@ class AdaFocalLoss(Described, nn.Module):
         edges = equal_mass_edges(confidence, n_bins).to(self.edges.device)
         bins = torch.searchsorted(edges, confidence, right=False) - 1
         inside = bins >= 0
-        # float64 whatever the buffers became in a run of lower precision
+        # float64 even if a run of lower precision has cast the buffers
         gaps = torch.zeros(n_bins, dtype=torch.float64, device=confidence.device)
         gaps.index_add_(0, bins[inside], (confidence - correct.double())[inside])
         gaps /= torch.bincount(bins[inside], minlength=n_bins).clamp_min(1)
@@ -148,7 +148,7 @@ class AdaFocalLoss(Described, nn.Module):
         gammas = gammas * torch.exp(self.rate * gaps * gammas.sign())
         crossed = gammas.abs() < self.switch
         gammas = torch.where(crossed, -self.switch * gammas.sign(), gammas).clamp(self.gamma_min, self.gamma_max)
-        # in place: DDP holds on to the buffers
+        # in place: DDP keeps references
         self.edges.copy_(edges)
         self.gammas.copy_(gammas)
 
@@ -160,15 +160,15 @@ class AdaFocal(ClassificationModule):
     Mechanism: focal loss whose gamma follows the validation gap of each confidence bin.
     Extra cost: none beyond validation.
 
-    After each validation within the fit, the confidences of the whole validation split move bins and gammas
-    (`AdaFocalLoss.adapt`); the sanity check does not. They travel in the checkpoint.
+    After each validation within the fit, except the sanity check, the confidences of the whole validation split update
+    bins and gammas (`AdaFocalLoss.adapt`), which are saved in checkpoints.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        n_bins: Bins of confidence.
-        rate: How strongly a bin's gap moves its gamma.
+        n_bins: Number of confidence bins.
+        rate: How strongly a bin's gap changes its gamma.
         gamma_max: Largest gamma.
-        gamma_min: Least gamma, below 0.
+        gamma_min: Smallest gamma, below 0.
         switch: Magnitude below which a gamma changes sign.
         **options: See `ClassificationModule`.
 
@@ -192,24 +192,24 @@ class AdaFocal(ClassificationModule):
         self._validated: list[tuple[Tensor, Tensor]] = []
 
     def on_train_start(self) -> None:
-        """Refuse to train without validation.
+        """Reject a fit without validation.
 
         Raises:
-            ValueError: If there is nothing to validate on.
+            ValueError: If there are no validation batches.
         """
         if not sum(self.trainer.num_val_batches):
             raise ValueError(
-                "AdaFocal moves its gammas by what it sees in validation, but there is no validation batch. Give the "
-                "data a validation split (data.init_args.split.val above 0) and leave limit_val_batches alone."
+                "There are no validation batches; AdaFocal needs them to update its gammas. Give the data a validation "
+                "split (data.init_args.split.val above 0), and do not set limit_val_batches to 0."
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Start from nothing."""
+        """Reset the validation metrics and predictions."""
         super().on_validation_epoch_start()
         self._validated.clear()
 
     def validation_step(self, batch: Any, batch_idx: int) -> Prediction:  # type: ignore[override]
-        """Add one batch to the validation metrics, and to what moves the gammas."""
+        """Add one batch to the validation metrics, and keep its confidences for the gammas."""
         prediction = super().validation_step(batch, batch_idx)
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and not self.plain_loss:
             confidence, predicted = at_least_float32(prediction.logits).softmax(dim=-1).max(dim=-1)
@@ -217,7 +217,7 @@ class AdaFocal(ClassificationModule):
         return prediction
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics; move bins and gammas."""
+        """Log the validation metrics; update bins and gammas."""
         super().on_validation_epoch_end()
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking or self.plain_loss:
             return

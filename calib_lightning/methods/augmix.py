@@ -17,11 +17,11 @@ from calib_lightning.types import Batch
 def jsd_consistency(logits_clean: Tensor, logits_1: Tensor, logits_2: Tensor) -> Tensor:
     """Jensen-Shannon divergence of three predictions (Hendrycks et al., 2020), ``mean_n (1/3) sum_v KL(p_nv || M_n)``.
 
-    ``M = (p_clean + p_1 + p_2) / 3``, clamped to ``[1e-7, 1]``. It is 0 where all views agree, at most ``log 3``.
+    ``M = (p_clean + p_1 + p_2) / 3``, clamped to ``[1e-7, 1]``. It is 0 if all views agree, and at most ``log 3``.
 
     Args:
-        logits_clean: ``(N, K)``, of the images themselves.
-        logits_1: ``(N, K)``, of a first view of them.
+        logits_clean: ``(N, K)``, of the clean images.
+        logits_1: ``(N, K)``, of a first view.
         logits_2: ``(N, K)``, of a second view.
 
     Returns:
@@ -29,7 +29,7 @@ def jsd_consistency(logits_clean: Tensor, logits_1: Tensor, logits_2: Tensor) ->
 
     Raises:
         TypeError: If logits are not floating point.
-        ValueError: If they are not all of one shape (N, K), N and K above 0.
+        ValueError: If they do not all have the same shape (N, K), N and K above 0.
 
     Example:
         >>> same = torch.zeros(1, 2)
@@ -39,12 +39,13 @@ def jsd_consistency(logits_clean: Tensor, logits_1: Tensor, logits_2: Tensor) ->
     for logits in (logits_clean, logits_1, logits_2):
         if not logits.is_floating_point():
             raise TypeError(
-                f"The logits are {logits.dtype}; they must be floating point: give what the network returns."
+                f"The logits have dtype {logits.dtype}; it must be floating point. Pass the network's output."
             )
         if logits.ndim != 2 or 0 in logits.shape or logits.shape != logits_clean.shape:
             shapes = ", ".join(str(tuple(view.shape)) for view in (logits_clean, logits_1, logits_2))
             raise ValueError(
-                f"The logits of the three views have the shapes {shapes}; all must be the same (N, K), N and K above 0."
+                f"The logits of the three views have the shapes {shapes}; all must have the same shape (N, K), N and K "
+                "above 0."
             )
     log_probs = torch.stack([at_least_float32(x) for x in (logits_clean, logits_1, logits_2)]).log_softmax(dim=-1)
     probs = log_probs.exp()
@@ -55,15 +56,15 @@ def jsd_consistency(logits_clean: Tensor, logits_1: Tensor, logits_2: Tensor) ->
 class AugMixTransform(BatchTransform):
     """AugMix around any criterion (Hendrycks et al., 2020): ``L = L(clean) + strength JSD(clean, mixed 1, mixed 2)``.
 
-    One forward pass of 3 N images, so BatchNorm sees all views together. The data module makes the views; a data set
-    of one's own returns images ``(3, C, H, W)``, the clean one first.
+    One forward pass of 3 N images, so BatchNorm sees all views together. The data module makes the views; your own data
+    set must return images ``(3, C, H, W)``, the clean one first.
 
     Args:
         strength: Weight of `jsd_consistency`, at least 0.
-        severity: Largest level of the operations, in ``[0.1, 10]``; see `AugMixViews`.
+        severity: Maximum level of the operations, in ``[0.1, 10]``; see `AugMixViews`.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> AugMixTransform(strength=6.0).strength
@@ -73,13 +74,13 @@ class AugMixTransform(BatchTransform):
     def __init__(self, strength: float = 12.0, severity: float = 3.0) -> None:
         super().__init__()
         if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (12 in the paper).")
-        AugMixViews(nn.Identity(), severity)  # refuses a severity here, not when training starts
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite. The paper uses 12.")
+        AugMixViews(nn.Identity(), severity)  # rejects a bad severity here rather than when training starts
         self.strength = strength
         self.severity = severity
 
     def views(self, normalize: nn.Module, seed: int) -> nn.Module:
-        """The transform that turns uint8 images into a clean and two mixed views."""
+        """Return the transform of uint8 images into one clean and two mixed views."""
         return AugMixViews(normalize, self.severity, seed=seed)
 
     def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -91,9 +92,9 @@ class AugMixTransform(BatchTransform):
         image = batch.image
         if image.ndim != 5 or image.shape[1] != 3:
             raise ValueError(
-                f"AugMix needs three views of each image, (N, 3, C, H, W), but got images {tuple(image.shape)}. Data "
-                "modules of calib_lightning make them while a trainer fits the module; let a data set of your own "
-                "return (3, C, H, W): the clean image, then two views made by calib_lightning.data.AugMixViews."
+                f"The images have shape {tuple(image.shape)}; AugMix needs three views of each, (N, 3, C, H, W). Data "
+                "modules of calib_lightning make them during a fit of the module; your own data set must return (3, C, "
+                "H, W): the clean image, then two views from calib_lightning.data.AugMixViews."
             )
         logits = module(image.transpose(0, 1).flatten(0, 1))
         clean, first, second = logits.chunk(3)
@@ -101,18 +102,18 @@ class AugMixTransform(BatchTransform):
 
 
 class AugMix(ClassificationModule):
-    """Train with cross-entropy and equal predictions for augmented views, AugMix (Hendrycks et al., ICLR 2020).
+    """Train with cross-entropy and consistent predictions for augmented views, AugMix (Hendrycks et al., ICLR 2020).
 
     Paper: Hendrycks et al. 2020.
-    Mechanism: equal predictions for an image and two random mixtures of its augmentations.
-    Extra cost: 3 x the forward and backward pass; the views.
+    Mechanism: consistent predictions for an image and two random mixtures of its augmentations.
+    Extra cost: 3 x the forward and backward passes; the views.
 
-    Give `AugMixTransform` as ``batch_transform`` to another method to use its criterion on the clean images.
+    To use another method's criterion on the clean images, pass `AugMixTransform` as its ``batch_transform``.
 
     Args:
         num_classes: K; the command line takes it from the data.
         strength: Weight of the consistency loss.
-        severity: Largest level of the operations, in ``[0.1, 10]``.
+        severity: Maximum level of the operations, in ``[0.1, 10]``.
         **options: See `ClassificationModule`.
 
     Example:

@@ -19,10 +19,10 @@ def brier_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: ``(N,)`` int64, or soft targets ``(N, K)``.
 
     Returns:
-        Scalar: the sum over classes, the mean over samples.
+        Scalar: sum over classes, mean over samples.
 
     Deviations:
-        None. It converges slowly: published recipes train up to 550 instead of 350 epochs.
+        None. Convergence is slow: published recipes train for up to 550 epochs instead of 350.
 
     Example:
         >>> import torch

@@ -21,14 +21,14 @@ def effective_number_weights(class_counts: Sequence[int], beta: float = 0.9999) 
     ``w_k`` proportional to ``(1 - beta) / (1 - beta^{n_k})``, scaled to sum to K.
 
     Args:
-        class_counts: ``n_k``, training samples of each class, at least 1 each.
-        beta: In ``[0, 1)``; 0 weighs all classes alike, towards 1 the weights become ``1 / n_k``.
+        class_counts: ``n_k``, training samples per class, at least 1 each.
+        beta: In ``[0, 1)``; 0 weights all classes equally, towards 1 the weights approach ``1 / n_k``.
 
     Returns:
         ``(K,)`` float64.
 
     Raises:
-        ValueError: If a class has no sample or ``beta`` lies outside ``[0, 1)``.
+        ValueError: If a class has no sample or ``beta`` is outside ``[0, 1)``.
 
     Example:
         >>> effective_number_weights([10, 10], beta=0.9)
@@ -36,50 +36,25 @@ def effective_number_weights(class_counts: Sequence[int], beta: float = 0.9999) 
     """
     counts = checked_counts(class_counts)
     if not 0 <= beta < 1:
-        raise ValueError(f"beta is {beta}; it must lie in [0, 1) (0.9999 in the paper).")
+        raise ValueError(f"beta is {beta}; it must be in [0, 1). The paper uses 0.9999.")
     weights = (1.0 - beta) / (1.0 - beta**counts)
     return weights * len(weights) / weights.sum()
 
 
 def checked_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
-    """Check training samples by class.
-
-    Args:
-        class_counts: ``n_k``, one for each class.
-
-    Returns:
-        ``(K,)`` float64.
-
-    Raises:
-        ValueError: If there is none, or a class has less than one sample.
-
-    Example:
-        >>> checked_counts([3, 2])
-        tensor([3., 2.], dtype=torch.float64)
-    """
+    """Return training samples per class as ``(K,)`` float64; reject counts that are not integers from 1 on."""
     counts = torch.as_tensor(class_counts).double()
     whole = counts.isfinite() & (counts == counts.round())
     if counts.ndim != 1 or not len(counts) or not bool(((counts >= 1) & whole).all()):
         raise ValueError(
-            f"class_counts are {counts.tolist()}; give the number of training samples of each class, whole numbers, "
-            "all at least 1."
+            f"class_counts is {counts.tolist()}; it must hold the number of training samples of each class, integers "
+            "of at least 1."
         )
     return counts
 
 
 def counts_for(module: ClassificationModule, class_counts: Sequence[int] | None) -> Tensor:
-    """Class counts of a method that needs them: those given to it, else those of the data that it is fitted on.
-
-    Args:
-        module: The method, attached to a trainer.
-        class_counts: What it was given.
-
-    Returns:
-        ``(K,)`` float64.
-
-    Raises:
-        ValueError: If there are none, not K of them, or a class has no sample.
-    """
+    """Class counts ``(K,)`` float64 of a method with a trainer: those passed to it, else those of its data."""
     data = datamodule_in_use(module.trainer)
     given: Sequence[int] | Tensor | None = class_counts
     if given is None:
@@ -90,12 +65,14 @@ def counts_for(module: ClassificationModule, class_counts: Sequence[int] | None)
             given = torch.bincount(labels, minlength=module.num_classes)
     if given is None:
         raise ValueError(
-            f"{type(module).__name__} needs the number of training samples of each class: give class_counts=[...], or "
-            "train with a data module that has class_counts, or a data set that has its labels as targets or labels."
+            f"{type(module).__name__} needs the number of training samples per class. Pass class_counts=[...], or "
+            "train with a data module that has class_counts or a data set that has its labels as targets or labels."
         )
     counts = checked_counts(given)
     if len(counts) != module.num_classes:
-        raise ValueError(f"There are {len(counts)} class_counts for {module.num_classes} classes; give one for each.")
+        raise ValueError(
+            f"class_counts has {len(counts)} entries; it must have one for each of the {module.num_classes} classes."
+        )
     return counts
 
 
@@ -105,7 +82,7 @@ def class_balanced_loss(logits: Tensor, labels: Tensor, *, class_weights: Tensor
     Args:
         logits: ``(N, K)``.
         labels: ``(N,)`` int64, or soft targets ``(N, K)``: then ``-mean_n sum_k w_k t_nk log p_nk``.
-        class_weights: ``w``, ``(K,)``, as `effective_number_weights` gives them.
+        class_weights: ``w``, ``(K,)``, as returned by `effective_number_weights`.
 
     Returns:
         Scalar, in nats.
@@ -126,18 +103,18 @@ class ClassBalancedLoss(Described, nn.Module):
     """Criterion of `class_balanced_loss`.
 
     Args:
-        class_counts: Training samples of each class, at least 1 each.
+        class_counts: Training samples per class, at least 1 each.
         beta: See `effective_number_weights`.
 
     Raises:
-        ValueError: If a class has no sample or ``beta`` lies outside ``[0, 1)``.
+        ValueError: If a class has no sample or ``beta`` is outside ``[0, 1)``.
     """
 
     class_weights: Tensor
 
     def __init__(self, class_counts: Sequence[int], beta: float = 0.9999) -> None:
         super().__init__()
-        # not saved: the data gives them again
+        # not saved: derived from the data
         self.register_buffer("class_weights", effective_number_weights(class_counts, beta), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -146,20 +123,20 @@ class ClassBalancedLoss(Described, nn.Module):
 
 
 class ClassBalanced(ClassificationModule):
-    """Train with cross-entropy weighed by the effective number of samples of a class (Cui et al., CVPR 2019).
+    """Train with cross-entropy weighted by the effective number of samples per class (Cui et al., CVPR 2019).
 
     Paper: Cui et al. 2019.
-    Mechanism: rare classes weigh more.
+    Mechanism: gives rare classes more weight.
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        class_counts: Training samples of each class; ``None`` takes those of the data.
-        beta: In ``[0, 1)``; 0 is cross-entropy, towards 1 the weights become ``1 / n_k``.
+        class_counts: Training samples per class; ``None`` counts those of the data.
+        beta: In ``[0, 1)``; 0 is cross-entropy, towards 1 the weights approach ``1 / n_k``.
         **options: See `ClassificationModule`.
 
     Raises:
-        ValueError: If a setting lies outside its range; at the start of a fit, if there are no class counts.
+        ValueError: If a setting is out of range; at the start of a fit, if there are no class counts.
 
     Example:
         >>> ClassBalanced(2, class_counts=[90, 10], encoder="digits_cnn").hparams.beta
@@ -173,14 +150,14 @@ class ClassBalanced(ClassificationModule):
         beta: float = 0.9999,
         **options: Unpack[ModuleOptions],
     ) -> None:
-        # plain data, since it is saved with the hyper-parameters
+        # plain data: saved with the hyper-parameters
         class_counts = None if class_counts is None else checked_counts(class_counts).long().tolist()
-        ClassBalancedLoss(class_counts or [1] * num_classes, beta)  # refuses what is wrong
+        ClassBalancedLoss(class_counts or [1] * num_classes, beta)  # rejects bad values
         super().__init__(num_classes, **options)
         self.class_counts, self.beta = class_counts, beta
 
     def setup(self, stage: str) -> None:
-        """Build the criterion once the data is known."""
+        """Build the criterion from the class counts."""
         super().setup(stage)
         if stage == "fit":
             self.criterion = ClassBalancedLoss(counts_for(self, self.class_counts).long().tolist(), self.beta)

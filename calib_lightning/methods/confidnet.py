@@ -33,21 +33,21 @@ def tcp_loss(confidence: Tensor, logits: Tensor, labels: Tensor, *, error_weight
     """Squared distance of a confidence from the true class probability, TCP (Corbiere et al., 2019).
 
     ``L = mean_n w_n (c_n - p_{n, y_n})^2`` with ``p = softmax(logits)``, ``w_n = error_weight`` where the prediction is
-    wrong and 1 where it is right. No gradient flows through ``p``.
+    wrong and 1 where it is correct. No gradient flows through ``p``.
 
     Args:
         confidence: ``c``, ``(N,)`` in ``[0, 1]``.
         logits: ``(N, K)`` of the classifier.
         labels: ``(N,)`` int64, or soft targets ``(N, K)``: then the expected TCP ``sum_k t_nk p_nk``, and a prediction
-            is right where it is the largest of the targets.
+            is correct if it is the largest target.
         error_weight: Weight of a misclassified row, above 0.
 
     Returns:
-        Scalar, without unit.
+        Scalar.
 
     Raises:
         TypeError: If a dtype is wrong (see `calib_lightning.functional.checked_batch`).
-        ValueError: If shapes do not fit, there is no row, or a label is outside ``0..K-1``.
+        ValueError: If shapes do not match, there are no rows, or a label is outside ``0..K-1``.
 
     Example:
         >>> tcp_loss(torch.tensor([1.0]), torch.zeros(1, 2), torch.tensor([0])).item()
@@ -56,7 +56,7 @@ def tcp_loss(confidence: Tensor, logits: Tensor, labels: Tensor, *, error_weight
     logits, labels = checked_batch(logits.detach(), labels, soft=True)
     if confidence.shape != logits.shape[:1]:
         raise ValueError(
-            f"The confidence has the shape {tuple(confidence.shape)}; it must be one number a row, ({len(logits)},)."
+            f"confidence has shape {tuple(confidence.shape)}; it must be ({len(logits)},), one value per row."
         )
     probs = logits.softmax(dim=-1)
     if labels.ndim == 2:
@@ -68,16 +68,16 @@ def tcp_loss(confidence: Tensor, logits: Tensor, labels: Tensor, *, error_weight
 
 
 class ConfidenceHead(Head):
-    """A trained classifier that stays as it is, and a branch that says how far to trust it.
+    """A frozen classifier, and a branch that estimates how far to trust it.
 
-    Logits are those of the classifier; the confidence is
+    Logits come from the classifier; the confidence is
     ``sigmoid(Linear(400, 1)(f(f(f(f(h))))))`` with ``f = relu(Linear(., 400))``.
 
     Args:
         in_features: d, the number of features.
         num_classes: K.
         classifier: The trained classifier. Default: a new `LinearHead`.
-        width: Width of the layers of the branch.
+        width: Width of the branch's layers.
 
     Raises:
         ValueError: If ``width`` is below 1.
@@ -91,7 +91,7 @@ class ConfidenceHead(Head):
     def __init__(self, in_features: int, num_classes: int, classifier: Head | None = None, width: int = 400) -> None:
         super().__init__()
         if width < 1:
-            raise ValueError(f"width is {width}; it must be at least 1 (400 in the paper).")
+            raise ValueError(f"width is {width}; it must be at least 1. The paper uses 400.")
         self.classifier = LinearHead(in_features, num_classes) if classifier is None else classifier
         layers: list[nn.Module] = []
         for inputs in (in_features, width, width, width):
@@ -99,8 +99,8 @@ class ConfidenceHead(Head):
         self.branch = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of features ``(N, d)``; those of evaluation, also in training."""
-        if self.classifier.training:  # a stage puts all of its head into training mode
+        """Logits ``(N, K)`` of features ``(N, d)``, computed in evaluation mode even in training."""
+        if self.classifier.training:  # stages put the whole head into training mode
             self.classifier.eval()
         logits: Tensor = self.classifier(features)
         return logits
@@ -117,22 +117,22 @@ def _adam(learning_rate: float) -> StageTraining:
 def _checked_module(switch: StageSwitch, module: LightningModule) -> ConfidNet:
     if not isinstance(module, ConfidNet):
         raise TypeError(
-            f"{type(switch).__name__} trains a branch with a loss of its own, which {type(module).__name__} does not "
-            "have: give it to a ConfidNet."
+            f"The module is a {type(module).__name__}; {type(switch).__name__} only works with ConfidNet, which has "
+            "the loss of the branch."
         )
     return module
 
 
 class ConfidenceSwitch(StageSwitch):
-    """Keeps the classifier, frozen, and trains the branch of a `ConfidenceHead` (Corbiere et al., 2019).
+    """Freezes the classifier and trains the branch of a `ConfidenceHead` (Corbiere et al., 2019).
 
     Args:
-        at_epoch: First epoch of the stage; -T adds T epochs to the trainer's, for this stage.
-        width: Width of the layers of the branch.
+        at_epoch: First epoch of the stage; -T appends a stage of T epochs.
+        width: Width of the branch's layers.
         **options: See `StageSwitch`; the default of ``training`` is Adam with lr 1e-4 and batches of 128.
 
     Raises:
-        TypeError: Before training starts, if the module is no `ConfidNet`.
+        TypeError: Before training starts, if the module is not a `ConfidNet`.
         ValueError: If ``width`` is below 1; before training starts, if ``init_from`` holds another classifier.
 
     Example:
@@ -142,25 +142,25 @@ class ConfidenceSwitch(StageSwitch):
 
     def __init__(self, at_epoch: int, width: int = 400, **options: Unpack[SwitchOptions]) -> None:
         if width < 1:
-            raise ValueError(f"width is {width}; it must be at least 1 (400 in the paper).")
+            raise ValueError(f"width is {width}; it must be at least 1. The paper uses 400.")
         if options.get("training") is None:
             options["training"] = _adam(1e-4)
         super().__init__(at_epoch, **options)
         self.width = width
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a start from a checkpoint that has no classifier for this module."""
+        """Reject an ``init_from`` whose classifier does not fit this module."""
         super().setup(trainer, pl_module, stage)
         starts = stage == "fit" and not self.active and trainer.ckpt_path is None
         if starts and self.init_from is not None and not self.head_loaded:
             raise ValueError(
-                f"init_from is {self.init_from!r}, but the classifier in it does not fit that of this module, and the "
-                "branch learns the confidence of a trained classifier: give the checkpoint of a linear classifier for "
+                f"init_from is {self.init_from!r}, whose classifier does not fit this module, but the branch learns "
+                "the confidence of a trained classifier. Use the checkpoint of a linear classifier for "
                 f"{_checked_module(self, pl_module).num_classes} classes."
             )
 
     def new_head(self, module: LightningModule, old: nn.Module) -> nn.Module:
-        """Put the branch beside the classifier, with its weights."""
+        """Add the branch to the trained classifier."""
         if isinstance(old, ConfidenceHead):
             return old
         module = _checked_module(self, module)
@@ -170,22 +170,22 @@ class ConfidenceSwitch(StageSwitch):
         return head
 
     def freeze(self, module: LightningModule, head: nn.Module) -> None:
-        """Leave only the branch to be trained."""
+        """Train only the branch."""
         assert isinstance(head, ConfidenceHead)
         module.requires_grad_(False)
         head.branch.requires_grad_(True)
 
 
 class ConfidenceTuning(StageSwitch):
-    """Goes on with the branch and an encoder of its own, a copy of the frozen one (Corbiere et al., 2019).
+    """Continues training the branch with a copy of the frozen encoder (Corbiere et al., 2019).
 
     Args:
-        at_epoch: First epoch of the stage, after that of the `ConfidenceSwitch`; -T adds T epochs to the run.
+        at_epoch: First epoch of the stage, after that of the `ConfidenceSwitch`; -T appends a stage of T epochs.
         **options: See `StageSwitch`; the default of ``training`` is Adam with lr 1e-7 and batches of 128.
 
     Raises:
-        TypeError: Before training starts, if the module is no `ConfidNet`.
-        ValueError: Before training starts, if it comes before the `ConfidenceSwitch`.
+        TypeError: Before training starts, if the module is not a `ConfidNet`.
+        ValueError: Before training starts, if it precedes the `ConfidenceSwitch`.
 
     Example:
         >>> ConfidenceTuning(-20).at_epoch
@@ -202,13 +202,13 @@ class ConfidenceTuning(StageSwitch):
         _checked_module(self, module)
         if not isinstance(old, ConfidenceHead):
             raise ValueError(
-                f"at_epoch of ConfidenceTuning is {self.at_epoch}, before there is a branch to go on with: it must be "
-                "later than that of the ConfidenceSwitch."
+                f"at_epoch of ConfidenceTuning is {self.at_epoch}; it must be later than that of the ConfidenceSwitch, "
+                "which creates the branch."
             )
         return old
 
     def freeze(self, module: LightningModule, head: nn.Module) -> None:
-        """Give the branch its encoder, and leave the two to be trained; the statistics of BatchNorm stay."""
+        """Copy the encoder for the branch and train both; BatchNorm statistics stay fixed."""
         assert isinstance(head, ConfidenceHead)
         module = _checked_module(self, module)
         if module.confidence_encoder is None:
@@ -224,42 +224,39 @@ class ConfidNet(ClassificationModule):
 
     Paper: Corbiere et al. 2019.
     Mechanism: a branch on the frozen encoder learns the probability of the true class.
-    Extra cost: none; in the second stage the forward pass and five small layers, in the third a copy of the encoder.
+    Extra cost: none; stage 2 only needs the forward pass and five small layers, stage 3 a copy of the encoder.
 
     The first stage is cross-entropy. In the second the encoder and the classifier are frozen, and a branch of five
-    layers learns the probability that the classifier gives to the true class (`tcp_loss`, `ConfidenceHead`). The third,
-    which is optional, goes on with a copy of the encoder for the branch (`ConfidenceTuning`). What the classifier
-    predicts stays as it was after the first stage, bit for bit. The confidence of the branch takes the place of the
-    largest softmax probability in all metrics of an evaluation that need one.
+    layers learns the probability that the classifier assigns to the true class (`tcp_loss`, `ConfidenceHead`). The
+    optional third stage continues with a copy of the encoder for the branch (`ConfidenceTuning`). The classifier's
+    predictions stay bit-identical after the first stage. The confidence of the branch replaces the largest softmax
+    probability in all evaluation metrics that need a confidence.
 
     Few training images are misclassified, so the probability of the true class is near 1 for most of them and the
-    branch learns slowly. The command line takes the last checkpoint unless told otherwise (``val/correctness_auroc``,
-    say): ``val/nll`` does not change after the first stage.
+    branch learns slowly. The command line selects the last checkpoint by default (``val/correctness_auroc`` is an
+    alternative): ``val/nll`` does not change after the first stage.
 
     Args:
         num_classes: K; the command line takes it from the data.
         error_weight: Weight of a misclassified row in the loss of the branch, above 0.
         switch: When and how the branch is trained. Default: 200 more epochs, Adam with lr 1e-4, batches of 128.
         tuning: When and how the branch and its copy of the encoder are trained. Default: never.
-        **options: See `ClassificationModule`; they are those of the first stage. No batch transform.
+        **options: See `ClassificationModule`; they apply to the first stage. No batch transform.
 
     Attributes:
         switch: The switch to the second stage.
         tuning: The switch to the third stage, or ``None``.
-        confidence_encoder: The encoder of the branch in the third stage, else ``None``: then it is that of the
-            classifier.
+        confidence_encoder: The branch's encoder in the third stage; ``None`` if it shares the classifier's.
 
     Raises:
-        TypeError: If ``switch`` is no `ConfidenceSwitch` or ``tuning`` no `ConfidenceTuning`.
+        TypeError: If ``switch`` is not a `ConfidenceSwitch` or ``tuning`` is not a `ConfidenceTuning`.
         ValueError: If ``error_weight`` is not above 0 and finite, there is a batch transform, or the training of a
-            switch has a criterion, lets BatchNorm statistics go on, or stores features that the third stage is to
-            change.
+            switch has a criterion, updates BatchNorm statistics, or stores features that the third stage changes.
 
     Deviations:
-        Dropout of the frozen network is off in all of its stages; the authors leave it on in the second, where the
-        target is then a draw itself. Their second stage may last 500 epochs. With soft targets, which the paper does
-        not have, the branch learns the expected probability of the true class. The training metrics are those of the
-        classifier alone.
+        Dropout of the frozen network is always off; the authors leave it on in the second stage, which makes the target
+        random. Their second stage may last 500 epochs. With soft targets, which the paper does not consider, the branch
+        learns the expected probability of the true class. Training metrics only describe the classifier.
 
     Example:
         >>> module = ConfidNet(10, encoder="digits_cnn", tuning=ConfidenceTuning(-20))
@@ -279,12 +276,12 @@ class ConfidNet(ClassificationModule):
         **options: Unpack[ModuleOptions],
     ) -> None:
         if not 0 < error_weight < math.inf:
-            raise ValueError(f"error_weight is {error_weight}; it must be above 0 and finite (1 in the paper).")
+            raise ValueError(f"error_weight is {error_weight}; it must be above 0 and finite. The paper uses 1.")
         if options.get("batch_transform") is not None:
             raise ValueError(
-                "ConfidNet takes no batch_transform: the loss of its branch is no criterion on logits that a transform "
-                "could mix. Train the classifier with the transform in a run of its own, and give its checkpoint as "
-                "ConfidenceSwitch(0, init_from=...)."
+                "ConfidNet does not support batch_transform: the loss of its branch is not a criterion on logits that "
+                "a transform could mix. Train the classifier with the transform in a separate run, and pass its "
+                "checkpoint as ConfidenceSwitch(0, init_from=...)."
             )
         super().__init__(num_classes, criterion=CrossEntropyLoss(), **options)
         self.error_weight = error_weight
@@ -296,11 +293,11 @@ class ConfidNet(ClassificationModule):
                 _check_switch(name, given, wanted)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring the switches."""
+        """Add the switches."""
         return own_switches(self, self.switch, *(() if self.tuning is None else (self.tuning,)))
 
     def copy_encoder(self) -> None:
-        """Give the branch an encoder of its own, equal to that of the classifier."""
+        """Give the branch a copy of the classifier's encoder."""
         self.confidence_encoder = copy.deepcopy(self.encoder)
 
     def outputs(self, image: Tensor) -> Prediction:
@@ -311,7 +308,7 @@ class ConfidNet(ClassificationModule):
         return Prediction(self.head(features), self.head.confidence(self._branch_features(image, features)))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss (scalar), from the second stage on that of the branch, and logits ``(N, K)`` of one batch."""
+        """Loss (scalar) and logits ``(N, K)`` of one batch; from the second stage on, the branch's loss."""
         if not isinstance(self.head, ConfidenceHead):
             return super().loss(batch)
         features = self.features(batch.image)
@@ -321,7 +318,7 @@ class ConfidNet(ClassificationModule):
             return tcp_loss(confidence, logits, batch.label, error_weight=self.error_weight), logits
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Have an encoder of the branch if the checkpoint has one; before its weights arrive."""
+        """Create the branch's encoder if the checkpoint has one, before the weights are loaded."""
         super().on_load_checkpoint(checkpoint)
         if any(name.startswith("confidence_encoder.") for name in checkpoint["state_dict"]):
             if self.confidence_encoder is None:
@@ -330,7 +327,7 @@ class ConfidNet(ClassificationModule):
             self.confidence_encoder = None
 
     def _branch_features(self, image: Tensor, features: Tensor) -> Tensor:
-        """Features ``(N, d)`` for the branch, given those of the classifier."""
+        """Features ``(N, d)`` for the branch; ``features`` are the classifier's."""
         if self.confidence_encoder is None:
             return features
         own: Tensor = self.confidence_encoder(image)
@@ -339,20 +336,20 @@ class ConfidNet(ClassificationModule):
 
 def _check_switch(name: str, switch: StageSwitch, wanted: type[StageSwitch]) -> None:
     if not isinstance(switch, wanted):
-        raise TypeError(f"The {name} of ConfidNet is {switch!r}; it must be an object such as {wanted.__name__}(-20).")
+        raise TypeError(f"{name} of ConfidNet is {switch!r}; it must be an object such as {wanted.__name__}(-20).")
     training = switch.training
     if training.criterion is not None:
         raise ValueError(
-            f"The {name} of ConfidNet has the criterion {training.criterion!r}, but the branch has a loss of its own: "
-            "leave the criterion out."
+            f"The {name} of ConfidNet has the criterion {training.criterion!r}; it must have none, because the branch "
+            "has its own loss. Omit the criterion."
         )
     if training.frozen_bn != "eval":
         raise ValueError(
-            f"frozen_bn of ConfidNet's {name} is {training.frozen_bn!r}, which would change what the classifier "
-            "predicts: leave it at 'eval'."
+            f"frozen_bn of ConfidNet's {name} is {training.frozen_bn!r}; it must be 'eval', or the classifier's "
+            "predictions would change."
         )
     if wanted is ConfidenceTuning and isinstance(training.views, CachedFeatures):
         raise ValueError(
-            "The tuning of ConfidNet has CachedFeatures, but it changes the encoder of the branch, and with it the "
-            "features: leave the cache to the switch."
+            "The tuning of ConfidNet is incompatible with CachedFeatures, because it changes the encoder of the "
+            "branch. Use the cache in the switch only."
         )

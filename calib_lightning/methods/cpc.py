@@ -14,18 +14,18 @@ from calib_lightning.functional import checked_batch
 from calib_lightning.utils.described import Described
 
 PAIRS_AT_ONCE = 2**22
-"""Pairs of classes that are held in memory at the same time: 16 MiB in float32."""
+"""Maximum number of class pairs in memory at once: 16 MiB in float32."""
 
 _BLOCK = 32
-"""Factors of one product, each in [1/2, 1]: float32 holds 2^-126."""
+"""Factors per product, each in [1/2, 1]: float32 represents 2^-126."""
 
 
 class _PairwiseLogCosh(torch.autograd.Function):
     """``sum_n sum_{i<j} log(2 cosh((x_ni - x_nj) / 2))`` of x ``(N, M)``, and its gradient ``1/2 sum_j tanh(...)``.
 
-    Both come from one sigmoid for each pair, in the forward pass, piece by piece; only the gradient ``(N, M)`` is kept.
-    With the larger entry first, d >= 0 and ``s = sigmoid(d)``, the value of a pair is ``d/2 - log s`` and its slope
-    ``s - 1/2``. The sum of d needs the ranks alone, and one logarithm of a product does for many s.
+    The forward pass computes both blockwise from one sigmoid per pair and keeps only the gradient ``(N, M)``. With the
+    larger entry first, d >= 0 and ``s = sigmoid(d)``, a pair's value is ``d/2 - log s`` and its slope ``s - 1/2``. The
+    sum of d only needs the ranks, and one logarithm of a product serves many s.
     """
 
     @staticmethod
@@ -41,8 +41,8 @@ class _PairwiseLogCosh(torch.autograd.Function):
                 smaller = part[:, start:]
                 larger = smaller[:, :_BLOCK]
                 block, rest = larger.shape[1], smaller.shape[1]
-                # a pair that is met twice within the block, or an entry with itself, counts as two equal entries would:
-                # it has no slope, and log(1/2) for each is taken back
+                # a pair that occurs twice within the block, or an entry paired with itself, is clamped to d = 0: it has
+                # no slope, and its log(1/2) is subtracted
                 pair = (larger.unsqueeze(2) - smaller.unsqueeze(1)).clamp_min_(0.0).sigmoid_()
                 twice = len(part) * block * (block + 1) / 2
                 total = total - pair.prod(dim=1).log().sum() - twice * math.log(2.0)
@@ -54,8 +54,8 @@ class _PairwiseLogCosh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # create_graph=True: the slope would count as a constant
-            raise RuntimeError("The gradient of CPC cannot be differentiated once more: leave create_graph out.")
+        if torch.is_grad_enabled():  # create_graph=True: the slope would be treated as a constant
+            raise RuntimeError("The gradient of CPC cannot be differentiated again. Omit create_graph.")
         (slope,) = ctx.saved_tensors
         gradient: Tensor = gradients[0] * slope
         return gradient
@@ -66,9 +66,9 @@ def cpc_loss(
 ) -> Tensor:
     """Cross-entropy with pairwise constraints (Cheng and Vasconcelos, 2022): ``L = CE + a BDC + b BEC``.
 
-    ``BDC = -1/(N (K-1)) sum_n sum_{k != y} log s(l_ny - l_nk)`` sets the true class apart from every other one;
+    ``BDC = -1/(N (K-1)) sum_n sum_{k != y} log s(l_ny - l_nk)`` separates the true class from every other one;
     ``BEC = -1/(N (K-1) (K-2)) sum_n sum_{i != j, both != y} 1/2 log s(l_ni - l_nj)`` keeps the others together; s is
-    the logistic function. Time is O(N K^2); memory does not grow with the number of pairs.
+    the logistic function. Time is O(N K^2); memory is independent of the number of pairs.
 
     Args:
         logits: ``(N, K)`` with K at least 3.
@@ -83,9 +83,8 @@ def cpc_loss(
         ValueError: If K is below 3.
 
     Deviations:
-        There is no official code; the defaults of a and b are those of a published comparison. Pairs ``i = j``, which
-        would add a constant, are left out. The gradient of BEC cannot be differentiated once more: that is an
-        error.
+        There is no official code; the defaults of a and b come from a published comparison. Pairs ``i = j``, which
+        would add a constant, are omitted. The gradient of BEC cannot be differentiated again; trying to is an error.
 
     Example:
         >>> loss = cpc_loss(torch.zeros(1, 3), torch.tensor([0]), discrimination_strength=0.0, exclusion_strength=1.0)
@@ -109,8 +108,8 @@ def cpc_loss(
 def _check_classes(classes: int) -> None:
     if classes < 3:
         raise ValueError(
-            f"There are {classes} classes; pairwise constraints need at least 3, so that two wrong ones make a pair. "
-            "Train on two classes with another method, such as focal or label smoothing."
+            f"num_classes is {classes}; it must be at least 3 for CPC, which needs pairs of wrong classes. Use another "
+            "method for two classes, such as focal loss or label smoothing."
         )
 
 
@@ -118,11 +117,11 @@ class CPCLoss(Described, nn.Module):
     """Criterion of `cpc_loss`.
 
     Args:
-        discrimination_strength: Weight of the pairs of the true class with the others, at least 0.
-        exclusion_strength: Weight of the pairs of the others, at least 0.
+        discrimination_strength: Weight of pairs with the true class, at least 0.
+        exclusion_strength: Weight of pairs of other classes, at least 0.
 
     Raises:
-        ValueError: If one of them is negative.
+        ValueError: If a weight is negative.
     """
 
     def __init__(self, discrimination_strength: float = 0.1, exclusion_strength: float = 1.0) -> None:
@@ -132,7 +131,7 @@ class CPCLoss(Described, nn.Module):
             ("exclusion_strength", exclusion_strength),
         ):
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value}; it must be at least 0 and finite (0.1 to 1 in the literature).")
+                raise ValueError(f"{name} is {value}; it must be at least 0 and finite. Usual values are 0.1 to 1.")
         self.discrimination_strength = discrimination_strength
         self.exclusion_strength = exclusion_strength
 
@@ -150,13 +149,13 @@ class CPC(ClassificationModule):
     """Train with cross-entropy and pairwise constraints (Cheng and Vasconcelos, CVPR 2022).
 
     Paper: Cheng and Vasconcelos 2022.
-    Mechanism: the true class is set apart from every other one, and the others are kept together.
+    Mechanism: separates the true class from all others and keeps the others together.
     Extra cost: O(N K^2).
 
     Args:
         num_classes: K, at least 3; the command line takes it from the data.
-        discrimination_strength: Weight of the pairs of the true class with the others.
-        exclusion_strength: Weight of the pairs of the others.
+        discrimination_strength: Weight of pairs with the true class.
+        exclusion_strength: Weight of pairs of other classes.
         **options: See `ClassificationModule`.
 
     Raises:

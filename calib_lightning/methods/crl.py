@@ -27,8 +27,8 @@ def ranking_confidence(logits: Tensor, kind: Confidence = "softmax") -> Tensor:
 
     Args:
         logits: ``(N, K)``.
-        kind: ``"softmax"``, the largest probability; ``"margin"``, the two largest ones' difference; ``"entropy"``,
-            ``1 - H(p) / log K``, which ranks as the authors' ``-H(p) / log K`` does.
+        kind: ``"softmax"``, the largest probability; ``"margin"``, the difference of the two largest; ``"entropy"``,
+            ``1 - H(p) / log K``, which ranks like the authors' ``-H(p) / log K``.
 
     Returns:
         ``(N,)`` in ``[0, 1]``, with gradient.
@@ -72,18 +72,18 @@ def correctness_ranking_loss(confidence: Tensor, rate: Tensor) -> Tensor:
 
 
 def correctness_rate(counts: Tensor, index: Tensor, epochs: int) -> Tensor:
-    """Share of right answers (Moon et al., 2020), ``c = (count - m) / (T - m)``, m the least count of all samples.
+    """Fraction of correct predictions (Moon et al., 2020), ``c = (count - m) / (T - m)``, m the smallest count.
 
     Args:
         counts: ``(n,)``, how often each training sample was classified correctly.
-        index: Samples ``(N,)`` whose rate is asked.
+        index: Samples ``(N,)`` to return the rate of.
         epochs: ``T``, finished epochs, at least 1.
 
     Returns:
-        ``(N,)`` float32 in ``[0, 1]``; 0 where every sample was always right (``T = m``).
+        ``(N,)`` float32 in ``[0, 1]``; 0 if every sample was always correct (``T = m``).
 
     Deviations:
-        Kept within ``[0, 1]``: a sampler that repeats rows counts some of them twice.
+        Clamped to ``[0, 1]``: a sampler that repeats rows counts some of them twice.
 
     Example:
         >>> correctness_rate(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2]), 3)
@@ -97,12 +97,12 @@ class CRL(ClassificationModule):
     """Train with cross-entropy and the correctness ranking loss, CRL (Moon et al., ICML 2020).
 
     Paper: Moon et al. 2020.
-    Mechanism: samples that were right more often are ranked higher.
-    Extra cost: 32 bytes a training sample.
+    Mechanism: ranks samples by how often they were classified correctly.
+    Extra cost: 32 bytes per training sample.
 
-    ``L = CE + w R``, with `correctness_ranking_loss` over `correctness_rate`. ``Batch.index`` says which sample a row
-    is; the data must be shuffled, since neighbours of a batch are compared. Within an epoch a process knows its own
-    rows, at its end those of all.
+    ``L = CE + w R``, with `correctness_ranking_loss` over `correctness_rate`. ``Batch.index`` identifies the sample
+    of each row; the data must be shuffled, since neighbours in a batch are compared. Within an epoch a process knows
+    its own rows, at the end those of all processes.
 
     Args:
         num_classes: K; the command line takes it from the data.
@@ -122,15 +122,15 @@ class CRL(ClassificationModule):
         self, num_classes: int, strength: float = 1.0, ranked: Confidence = "softmax", **options: Unpack[ModuleOptions]
     ) -> None:
         if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (1 in the paper).")
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite. The paper uses 1.")
         if ranked not in ("softmax", "margin", "entropy"):
             raise ValueError(f"ranked is {ranked!r}; it must be 'softmax', 'margin' or 'entropy'.")
         if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; CRL ranks the confidence in one of at least 2 classes.")
+            raise ValueError(f"num_classes is {num_classes}; it must be at least 2 for CRL.")
         if options.get("batch_transform") is not None:
             raise ValueError(
-                "CRL compares the confidence of single training samples and cannot work on mixed ones: leave "
-                "batch_transform out."
+                "CRL does not support batch_transform: it compares the confidence of individual training samples, not "
+                "mixtures. Omit batch_transform."
             )
         super().__init__(num_classes, criterion=CrossEntropyLoss(), **options)
         self.strength = strength
@@ -144,19 +144,19 @@ class CRL(ClassificationModule):
         logits = self(batch.image)
         wide, labels = checked_batch(logits, batch.label, soft=False)
         loss = self.criterion_value(wide, labels)
-        if len(self.history.count):  # none before the first training step
+        if len(self.history.count):  # empty before the first training step
             rate = correctness_rate(self.history.counts, batch.index, max(1, self.current_epoch))
             loss = loss + self.strength * correctness_ranking_loss(ranking_confidence(wide, self.ranked), rate)
         self._seen = batch.index, wide.detach().argmax(dim=-1) == labels
         return loss, logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step; its answers count from the next one on."""
+        """One step; its predictions count from the next step on."""
         if not self.plain_loss and not has_index(batch):
             raise ValueError(
-                "CRL keeps a history of every training sample, but the training loader does not say which sample a row "
-                "is. Use a DataLoader with a batch size over a data set that can be indexed, or batches "
-                "(image, label, index) where index is the sample's position in its set."
+                "CRL keeps a history of every training sample, but the training loader does not identify the sample of "
+                "each row. Use a DataLoader with a batch size over a map-style data set, or batches (image, label, "
+                "index), where index is the sample's position in its set."
             )
         loss = super().training_step(batch, batch_idx)
         if self._seen is not None and len(self.history.count) and not self.plain_loss:
@@ -164,41 +164,41 @@ class CRL(ClassificationModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Make room for every training sample, or check that the checkpoint's history is of this set."""
+        """Allocate the history, or check that the checkpoint's history fits the training set."""
         loader = self.trainer.train_dataloader
         if getattr(loader, "shuffle", None) is False or isinstance(getattr(loader, "sampler", None), SequentialSampler):
             rank_zero_warn(
-                "CRL compares neighbours of a batch, but the training data is not shuffled, so that they are the same "
-                "in every epoch. Use shuffle=True."
+                "The training data is not shuffled, but CRL compares neighbours in a batch, which are then the same in "
+                "every epoch. Use shuffle=True."
             )
         size = _train_size(loader)
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             _check_positions(loader.dataset, size)
         known = len(self.history.count)
         fresh = self.trainer.global_step == 0 and self.trainer.ckpt_path is None
-        if fresh or not known:  # a module that was trained before is in its first epoch, too
+        if fresh or not known:  # a module that was trained before also starts at its first epoch
             self.history.resize(size)
         elif known != size:
             raise ValueError(
-                f"The history of the checkpoint is of {known} training samples, but the training set has {size}. "
-                "Resume on the data that the checkpoint was trained on."
+                f"The checkpoint's history has {known} training samples, but the training set has {size}. Resume with "
+                "the data that the checkpoint was trained on."
             )
 
     def on_train_epoch_end(self) -> None:
-        """Log the training metrics; let every process know the answers of all."""
+        """Log the training metrics; share the predictions with all processes."""
         super().on_train_epoch_end()
         self.history.settle()
 
     def epoch_rows(self) -> dict[str, Tensor]:
-        """The answers of the begun epoch."""
+        """The predictions of the current epoch."""
         return {"history": self.history.rows()}
 
     def restore_epoch_rows(self, rows: dict[str, Tensor]) -> None:
-        """Take back the answers of the begun epoch."""
+        """Restore the predictions of the current epoch."""
         self.history.restore(rows["history"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for the history before it arrives."""
+        """Resize the history before it is loaded."""
         count = checkpoint["state_dict"].get("history.count")
         if count is not None and len(count) != len(self.history.count):
             self.history.resize(len(count))
@@ -207,28 +207,28 @@ class CRL(ClassificationModule):
     def _check_index(self, index: Tensor) -> None:
         if index.dtype != torch.int64 or index.ndim != 1:
             raise TypeError(
-                f"Batch.index is {index.dtype} of shape {tuple(index.shape)}; CRL needs the position (N,), int64, of "
+                f"Batch.index is {index.dtype} of shape {tuple(index.shape)}; it must be int64 (N,), the position of "
                 "each sample in the training set."
             )
-        # elsewhere a look would wait for the device in every step; the first and the last sample were looked at
+        # elsewhere the check would synchronise every step; the first and the last sample have been checked
         if index.device.type != "cpu" or not len(self.history.count):
             return
         low, high = (int(value) for value in index.aminmax())
         if low < 0 or high >= len(self.history.count):
             wrong = low if low < 0 else high
             raise ValueError(
-                f"Batch.index holds {wrong}, but the training set has the positions 0..{len(self.history.count) - 1}. "
-                "Let the data set return each sample's own position in it."
+                f"Batch.index holds {wrong}; it must be in 0..{len(self.history.count) - 1}. Let the data set return "
+                "each sample's position in it."
             )
         if low == high and len(index) > 1:
             raise ValueError(
-                f"Every sample of a batch says that its position is {low}. CRL keeps a history of each sample: let the "
-                "data set return each sample's own position in it."
+                f"Batch.index is {low} for every sample of a batch, but CRL keeps a history of each sample. Let the "
+                "data set return each sample's position in it."
             )
 
 
 def _check_positions(data: Any, size: int) -> None:
-    """Compare what the first and the last sample of somebody's data set say of their position with where they are."""
+    """Check the index that the first and last sample of a data set return."""
     for position in {0, size - 1}:
         sample = data[position]
         said = sample[2] if isinstance(sample, list | tuple) and len(sample) == 3 else None
@@ -236,8 +236,8 @@ def _check_positions(data: Any, size: int) -> None:
         said = said.item() if isinstance(said, Tensor) and said.ndim == 0 else said
         if isinstance(said, int | np.integer) and said != position:
             raise ValueError(
-                f"Sample {position} of the training set says that its position is {said!r}. CRL keeps a history of "
-                "each sample: let the data set return each sample's own position in it, or no index at all."
+                f"Sample {position} of the training set has the index {said!r}, but CRL keeps a history of each "
+                "sample. Let the data set return each sample's position in it, or no index at all."
             )
 
 
@@ -246,6 +246,6 @@ def _train_size(loader: Any) -> int:
     if not isinstance(source, Sized):
         raise TypeError(
             f"CRL keeps a history of every training sample, but the training loader, a {type(loader).__name__}, has no "
-            "data set with a length. Use one loader over a data set that has one."
+            "data set with a length. Use a single loader over a data set that has one."
         )
     return len(source)

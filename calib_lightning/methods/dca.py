@@ -1,4 +1,4 @@
-"""Difference of confidence and accuracy, DCA (Liang et al., 2020)."""
+"""Difference between confidence and accuracy, DCA (Liang et al., 2020)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from calib_lightning.utils.described import Described
 
 
 def dca_penalty(logits: Tensor, labels: Tensor) -> Tensor:
-    """Difference of the batch's mean confidence and accuracy (Liang et al., 2020).
+    """Difference between the batch's mean confidence and its accuracy (Liang et al., 2020).
 
     ``DCA = |mean_n max_k p_nk - mean_n 1[argmax_k p_nk = y_n]|``; the accuracy carries no gradient.
 
     Args:
         logits: ``(N, K)``.
-        labels: ``(N,)`` int64, or soft targets ``(N, K)``: then a row is right to the degree ``t_nk`` of its predicted
-            class k.
+        labels: ``(N,)`` int64, or soft targets ``(N, K)``: then a row is correct to the degree ``t_nk`` of its
+            predicted class k.
 
     Returns:
         Scalar in ``[0, 1]``.
@@ -43,7 +43,7 @@ class DCALoss(Described, nn.Module):
     """A criterion with `dca_penalty` added: ``L = criterion + b DCA``.
 
     Args:
-        criterion: Loss of the classification. Default: cross-entropy.
+        criterion: Classification loss. Default: cross-entropy.
         strength: ``b``, at least 0.
 
     Raises:
@@ -53,12 +53,12 @@ class DCALoss(Described, nn.Module):
     def __init__(self, criterion: nn.Module | None = None, strength: float = 1.0) -> None:
         super().__init__()
         if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (1 is usual).")
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite. The usual value is 1.")
         self.criterion = CrossEntropyLoss() if criterion is None else criterion
         self.strength = strength
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)``, or ``(N, K)`` if the criterion takes them."""
+        """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)``, or ``(N, K)`` if the criterion accepts them."""
         logits, labels = checked_batch(logits, labels, soft=True)
         classification: Tensor = self.criterion(logits, labels)
         return classification + self.strength * dca_penalty(logits, labels)
@@ -68,13 +68,13 @@ class DCA(ClassificationModule):
     """Train with a criterion and the DCA penalty (Liang et al., 2020).
 
     Paper: Liang et al. 2020.
-    Mechanism: mean confidence drawn to the accuracy of the batch.
+    Mechanism: pulls the mean confidence towards the accuracy of the batch.
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        criterion: Loss of the classification, cross-entropy by default. Checkpoints do not hold it: give it again to
-            train on.
+        criterion: Classification loss, cross-entropy by default. Checkpoints do not store it: pass it again to
+            continue training.
         strength: Weight of the penalty.
         **options: See `ClassificationModule`.
 

@@ -16,18 +16,18 @@ def dual_focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 5.0) -> Te
     """Dual focal loss (Tao et al., 2023), ``L = -mean_n (1 - p_y + p_j)^gamma log p_y``.
 
     ``p_j = max {p_k : p_k < p_y}``, 0 if there is none: the largest probability below that of the true class, which is
-    not the strongest competitor where the prediction is wrong. The gradient flows through ``p_j``.
+    not the strongest competitor when the prediction is wrong. The gradient flows through ``p_j``.
 
     Args:
         logits: ``(N, K)``.
         labels: ``(N,)`` int64.
-        gamma: Focusing parameter, at least 0; 0 is cross-entropy, 5 the authors' value for CIFAR-10.
+        gamma: Focusing parameter, at least 0; 0 is cross-entropy, the authors use 5 for CIFAR-10.
 
     Returns:
         Scalar, in nats.
 
     Deviations:
-        ``1 - p_y + p_j`` is kept at or above 1e-12, because the gradient of ``x^gamma`` at 0 is not finite for
+        ``1 - p_y + p_j`` is clamped to at least 1e-12, because the gradient of ``x^gamma`` at 0 is not finite for
         ``0 < gamma < 1``.
 
     Example:
@@ -36,7 +36,7 @@ def dual_focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 5.0) -> Te
     """
     logits, labels = checked_batch(logits, labels, soft=False)
     column = labels.unsqueeze(-1)
-    # logits rank as probabilities do, also where those round to 0 or 1
+    # logits rank like probabilities, even where those round to 0 or 1
     below = logits < logits.gather(-1, column)
     log_probs = logits.log_softmax(dim=-1)
     next_below = torch.where(below, log_probs.exp(), 0.0).amax(dim=-1, keepdim=True)
@@ -59,7 +59,7 @@ class DualFocalLoss(Described, nn.Module):
         super().__init__()
         if not 0 <= gamma < float("inf"):
             raise ValueError(
-                f"gamma is {gamma}; it must be at least 0 and finite (0 is cross-entropy, 5 the authors' value)."
+                f"gamma is {gamma}; it must be at least 0 and finite. 0 is cross-entropy; the authors use 5."
             )
         self.gamma = gamma
 
@@ -72,7 +72,7 @@ class DualFocal(ClassificationModule):
     """Train with the dual focal loss (Tao, Dong and Xu, ICML 2023).
 
     Paper: Tao et al. 2023.
-    Mechanism: focal loss that also widens the gap to the next class below the true one.
+    Mechanism: focal loss that also widens the gap to the class ranked just below the true one.
     Extra cost: none.
 
     Args:

@@ -25,8 +25,8 @@ def entropy_regularization_loss(
         logits: ``(N, K)``.
         labels: ``(N,)`` int64, or soft targets ``(N, K)``.
         strength: ``b``, 0.1 in the literature on calibration.
-        entropy_reduction: ``"sum"`` over the classes (the paper), or ``"mean"`` over them: some published code does
-            that, so that its ``b`` equals ``b / K`` here.
+        entropy_reduction: ``"sum"`` over the classes (the paper), or ``"mean"``, as in some published code, whose
+            ``b`` equals ``b / K`` here.
 
     Returns:
         Scalar, in nats.
@@ -55,13 +55,13 @@ class EntropyRegularizationLoss(Described, nn.Module):
         entropy_reduction: ``"sum"`` or ``"mean"`` over the classes.
 
     Raises:
-        ValueError: If ``strength`` is negative or ``entropy_reduction`` is neither of the two.
+        ValueError: If ``strength`` is negative or ``entropy_reduction`` is unknown.
     """
 
     def __init__(self, strength: float = 0.1, entropy_reduction: EntropyReduction = "sum") -> None:
         super().__init__()
         if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (0.1 in the literature).")
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite. The usual value is 0.1.")
         if entropy_reduction not in ("sum", "mean"):
             raise ValueError(f"entropy_reduction is {entropy_reduction!r}; it must be 'sum' or 'mean'.")
         self.strength = strength
@@ -75,7 +75,7 @@ class EntropyRegularizationLoss(Described, nn.Module):
 
 
 class EntropyRegularization(ClassificationModule):
-    """Train with cross-entropy and an entropy reward, ERL (Pereyra et al., 2017).
+    """Train with cross-entropy and a reward for entropy, ERL (Pereyra et al., 2017).
 
     Paper: Pereyra et al. 2017.
     Mechanism: cross-entropy minus entropy (ERL, confidence penalty).

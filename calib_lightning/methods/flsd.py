@@ -27,8 +27,8 @@ def flsd_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
         Scalar, in nats.
 
     Deviations:
-        ``1 - p`` is computed as ``-expm1(log p)`` and kept at or above 1e-12, because the gradient of ``x^gamma`` at 0
-        is not finite for ``0 < gamma < 1``.
+        ``1 - p`` is computed as ``-expm1(log p)`` and clamped to at least 1e-12, because the gradient of ``x^gamma`` at
+        0 is not finite for ``0 < gamma < 1``.
 
     Example:
         >>> round(flsd_loss(torch.zeros(1, 2), torch.tensor([0])).item(), 4)
@@ -54,7 +54,7 @@ class FLSDLoss(Described, nn.Module):
     def __init__(self, gamma: float = 3.0) -> None:
         super().__init__()
         if not 0 <= gamma < float("inf"):
-            raise ValueError(f"gamma is {gamma}; it must be at least 0 and finite (3 gives FLSD-53).")
+            raise ValueError(f"gamma is {gamma}; it must be at least 0 and finite. 3 gives FLSD-53.")
         self.gamma = gamma
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

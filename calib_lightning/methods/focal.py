@@ -20,13 +20,13 @@ def focal_loss(logits: Tensor, labels: Tensor, *, gamma: float = 3.0) -> Tensor:
     Args:
         logits: ``(N, K)``.
         labels: ``(N,)`` int64, or soft targets ``(N, K)``: then ``-mean_n sum_k t_nk (1 - p_nk)^gamma log p_nk``.
-        gamma: Focusing parameter, at least 0; 3 is the usual baseline of calibration papers.
+        gamma: Focusing parameter, at least 0; 3 is the usual baseline in calibration papers.
 
     Returns:
         Scalar, in nats.
 
     Deviations:
-        No class weights alpha. ``1 - p`` is computed as ``-expm1(log p)`` and kept at or above 1e-12, because the
+        No class weights alpha. ``1 - p`` is computed as ``-expm1(log p)`` and clamped to at least 1e-12, because the
         gradient of ``x^gamma`` at 0 is not finite for ``0 < gamma < 1``.
 
     Example:
@@ -59,7 +59,7 @@ class FocalLoss(Described, nn.Module):
         super().__init__()
         if not 0 <= gamma < float("inf"):
             raise ValueError(
-                f"gamma is {gamma}; it must be at least 0 and finite (0 is cross-entropy, 3 the usual value)."
+                f"gamma is {gamma}; it must be at least 0 and finite. 0 is cross-entropy; the usual value is 3."
             )
         self.gamma = gamma
 
@@ -72,12 +72,12 @@ class Focal(ClassificationModule):
     """Train with the focal loss (Mukhoti et al., NeurIPS 2020).
 
     Paper: Lin et al. 2017; Mukhoti et al. 2020.
-    Mechanism: easy samples weigh less (FL-3).
+    Mechanism: gives easy samples less weight (FL-3).
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        gamma: Focusing parameter; 3 is the usual baseline of calibration papers.
+        gamma: Focusing parameter; 3 is the usual baseline in calibration papers.
         **options: See `ClassificationModule`.
 
     Example:

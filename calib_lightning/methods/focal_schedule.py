@@ -1,4 +1,4 @@
-"""Focal loss whose gamma falls during training, FLSc-531 (Mukhoti et al., NeurIPS 2020)."""
+"""Focal loss with a decreasing gamma, FLSc-531 (Mukhoti et al., NeurIPS 2020)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from calib_lightning.methods.focal import FocalLoss
 
 
 def scheduled_gamma(epoch: int, gammas: Sequence[float], milestones: Sequence[int]) -> float:
-    """Gamma of an epoch (Mukhoti et al., 2020): ``gammas[i]`` with i the number of milestones that are reached.
+    """Gamma of an epoch (Mukhoti et al., 2020): ``gammas[i]`` where i is the number of milestones reached.
 
     Args:
         epoch: Counted from 0.
-        gammas: One more than there are milestones.
-        milestones: First epoch of each gamma but the first, ascending.
+        gammas: One more than ``milestones``.
+        milestones: First epoch of each gamma except the first, ascending.
 
     Returns:
         The focusing parameter.
@@ -29,22 +29,22 @@ def scheduled_gamma(epoch: int, gammas: Sequence[float], milestones: Sequence[in
 
 
 class FocalSchedule(ClassificationModule):
-    """Train with the focal loss and a falling gamma, FLSc-531 (Mukhoti et al., NeurIPS 2020).
+    """Train with the focal loss and a decreasing gamma, FLSc-531 (Mukhoti et al., NeurIPS 2020).
 
     Paper: Mukhoti et al. 2020.
-    Mechanism: focal loss whose gamma falls (FLSc-531).
+    Mechanism: focal loss with decreasing gamma (FLSc-531).
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        gammas: Focusing parameters, one more than there are milestones; 5, 3, 1 or 5, 3, 2 in the paper.
-        milestones: Epochs, counted from 0, from which the next gamma holds; 100 and 250 of 350 epochs in the paper,
-            30 and 70 of 100 on Tiny-ImageNet.
+        gammas: Focusing parameters, one more than ``milestones``; 5, 3, 1 or 5, 3, 2 in the paper.
+        milestones: Epochs, counted from 0, at which the next gamma takes effect; 100 and 250 of 350 epochs in the
+            paper, 30 and 70 of 100 on Tiny-ImageNet.
         **options: See `ClassificationModule`.
 
     Raises:
-        ValueError: If the numbers of gammas and milestones do not fit, a gamma is negative, or the milestones do not
-            ascend.
+        ValueError: If the numbers of gammas and milestones do not match, a gamma is negative, or the milestones are not
+            ascending.
 
     Example:
         >>> FocalSchedule(10, gammas=[5.0, 3.0], milestones=[2], encoder="digits_cnn").gamma
@@ -60,13 +60,13 @@ class FocalSchedule(ClassificationModule):
     ) -> None:
         if len(gammas) != len(milestones) + 1:
             raise ValueError(
-                f"{len(gammas)} gammas and {len(milestones)} milestones do not fit: give one gamma more, the first "
-                "holds from epoch 0."
+                f"There are {len(gammas)} gammas for {len(milestones)} milestones; there must be one gamma more than "
+                "milestones. The first applies from epoch 0."
             )
         if any(not 0 <= gamma < float("inf") for gamma in gammas):
-            raise ValueError(f"gammas are {list(gammas)}; each must be at least 0 and finite.")
+            raise ValueError(f"gammas is {list(gammas)}; each must be at least 0 and finite.")
         if not all(isinstance(m, int) for m in milestones) or any(b <= a for a, b in pairwise([0, *milestones])):
-            raise ValueError(f"milestones are {list(milestones)}; they must be whole numbers above 0 and ascend.")
+            raise ValueError(f"milestones is {list(milestones)}; they must be ascending integers above 0.")
         super().__init__(num_classes, criterion=FocalLoss(gammas[0]), **options)
         self.gammas, self.milestones = tuple(gammas), tuple(milestones)
 
@@ -76,7 +76,7 @@ class FocalSchedule(ClassificationModule):
         return scheduled_gamma(self.current_epoch, self.gammas, self.milestones)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set gamma; before each step, since a run that is resumed within an epoch does not start it again."""
+        """Set gamma before each step, since a run resumed within an epoch does not restart the epoch."""
         if not self.plain_loss:
             assert isinstance(self.criterion, FocalLoss)
             self.criterion.gamma = self.gamma

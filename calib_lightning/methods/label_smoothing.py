@@ -13,20 +13,20 @@ from calib_lightning.utils.described import Described
 
 
 def label_smoothing_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.05) -> Tensor:
-    """Label smoothing (Szegedy et al., CVPR 2016): the targets share a part with the uniform distribution.
+    """Label smoothing (Szegedy et al., CVPR 2016): targets mixed with the uniform distribution.
 
     ``L = (1 - a) * (-mean_n log p_{n, y_n}) + a * (-mean_n (1/K) sum_k log p_nk)`` with ``a = smoothing``.
 
     Args:
         logits: ``(N, K)``.
-        labels: ``(N,)`` int64, or soft targets ``(N, K)``, which are smoothed in the same way.
+        labels: ``(N,)`` int64, or soft targets ``(N, K)``, which are smoothed likewise.
         smoothing: ``a`` in ``[0, 1]``, spread uniformly over all K classes.
 
     Returns:
         Scalar, in nats.
 
     Deviations:
-        None from the paper. Code that spreads ``a`` over the K - 1 wrong classes only corresponds to
+        None. Code that spreads ``a`` over the K - 1 wrong classes only corresponds to
         ``smoothing = a * K / (K - 1)`` here.
 
     Example:
@@ -42,16 +42,18 @@ class LabelSmoothingLoss(Described, nn.Module):
     """Criterion of `label_smoothing_loss`.
 
     Args:
-        smoothing: Share of the uniform distribution in the targets, in ``[0, 1]``.
+        smoothing: Weight of the uniform distribution in the targets, in ``[0, 1]``.
 
     Raises:
-        ValueError: If ``smoothing`` lies outside ``[0, 1]``.
+        ValueError: If ``smoothing`` is outside ``[0, 1]``.
     """
 
     def __init__(self, smoothing: float = 0.05) -> None:
         super().__init__()
         if not 0 <= smoothing <= 1:
-            raise ValueError(f"smoothing is {smoothing}; it must lie in [0, 1] (0.05 for CIFAR, 0.1 for ImageNet).")
+            raise ValueError(
+                f"smoothing is {smoothing}; it must be in [0, 1]. Usual values are 0.05 for CIFAR and 0.1 for ImageNet."
+            )
         self.smoothing = smoothing
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -63,12 +65,12 @@ class LabelSmoothing(ClassificationModule):
     """Train with label smoothing (Szegedy et al., CVPR 2016).
 
     Paper: Szegedy et al. 2016; Müller et al. 2019.
-    Mechanism: targets shared with the uniform distribution.
+    Mechanism: targets mixed with the uniform distribution.
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        smoothing: Share of the uniform distribution in the targets; 0.05 for CIFAR, 0.1 for ImageNet.
+        smoothing: Weight of the uniform distribution in the targets; 0.05 for CIFAR, 0.1 for ImageNet.
         **options: See `ClassificationModule`.
 
     Example:

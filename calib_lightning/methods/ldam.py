@@ -16,10 +16,10 @@ from calib_lightning.utils.described import Described
 
 
 def ldam_margins(class_counts: Sequence[int], max_margin: float = 0.5) -> Tensor:
-    """Margins of the classes (Cao et al., 2019), ``m_k = C / n_k^{1/4}``; C makes the largest ``max_margin``.
+    """Class margins (Cao et al., 2019), ``m_k = C / n_k^{1/4}``; C scales the largest to ``max_margin``.
 
     Args:
-        class_counts: ``n_k``, training samples of each class, at least 1 each.
+        class_counts: ``n_k``, training samples per class, at least 1 each.
         max_margin: Margin of the rarest class.
 
     Returns:
@@ -36,7 +36,7 @@ def ldam_margins(class_counts: Sequence[int], max_margin: float = 0.5) -> Tensor
 def ldam_loss(
     logits: Tensor, labels: Tensor, *, margins: Tensor, scale: float = 30.0, class_weights: Tensor | None = None
 ) -> Tensor:
-    """LDAM loss (Cao et al., 2019): cross-entropy after the true class's logit has been lowered by its margin.
+    """LDAM loss (Cao et al., 2019): cross-entropy after lowering the true class's logit by its margin.
 
     ``L = -sum_n w_{y_n} log softmax(z_n - s m_{y_n} onehot(y_n))_{y_n} / sum_n w_{y_n}``.
 
@@ -45,7 +45,7 @@ def ldam_loss(
         labels: ``(N,)`` int64.
         margins: ``m``, ``(K,)``, in units of the cosine.
         scale: ``s``.
-        class_weights: ``w``, ``(K,)``; ``None`` weighs all classes alike.
+        class_weights: ``w``, ``(K,)``; ``None`` weights all classes equally.
 
     Returns:
         Scalar, in nats.
@@ -67,16 +67,16 @@ class LDAMLoss(Described, nn.Module):
     """Criterion of `ldam_loss`.
 
     Args:
-        class_counts: Training samples of each class, at least 1 each.
+        class_counts: Training samples per class, at least 1 each.
         max_margin: Margin of the rarest class, at least 0.
         scale: ``s``, above 0.
-        beta: Of the class weights, see `calib_lightning.methods.effective_number_weights`.
+        beta: Parameter of the class weights, see `calib_lightning.methods.effective_number_weights`.
 
     Raises:
-        ValueError: If a class has no sample or a setting lies outside its range.
+        ValueError: If a class has no sample or a setting is out of range.
 
     Attributes:
-        reweighted: Whether classes are weighed, False at first.
+        reweighted: Whether class weights are active, initially False.
     """
 
     margins: Tensor
@@ -87,12 +87,12 @@ class LDAMLoss(Described, nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= max_margin < float("inf"):
-            raise ValueError(f"max_margin is {max_margin}; it must be at least 0 and finite (0.5 in the paper).")
+            raise ValueError(f"max_margin is {max_margin}; it must be at least 0 and finite. The paper uses 0.5.")
         if not 0 < scale < float("inf"):
-            raise ValueError(f"scale is {scale}; it must be above 0 and finite (30 in the paper).")
+            raise ValueError(f"scale is {scale}; it must be above 0 and finite. The paper uses 30.")
         self.scale = scale
         self.reweighted = False
-        # not saved: the data gives them again
+        # not saved: derived from the data
         self.register_buffer("margins", ldam_margins(class_counts, max_margin), persistent=False)
         self.register_buffer("class_weights", effective_number_weights(class_counts, beta), persistent=False)
 
@@ -122,7 +122,7 @@ class CosineHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(N, K)`` of features ``(N, d)``."""
-        # times 30, a cosine in half precision would be off by a tenth
+        # a cosine in half precision, times 30, would be off by a tenth
         with torch.autocast(features.device.type, enabled=False):
             direction = F.normalize(at_least_float32(features), dim=-1)
             return self.scale * F.linear(direction, F.normalize(self.weight, dim=-1).to(direction.dtype))
@@ -132,25 +132,25 @@ class LDAM(ClassificationModule):
     """Train with label-distribution-aware margins and deferred re-weighting, LDAM-DRW (Cao et al., NeurIPS 2019).
 
     Paper: Cao et al. 2019.
-    Mechanism: larger margins, later larger weights for rare classes; cosine head.
+    Mechanism: larger margins and, later, larger weights for rare classes; cosine head.
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        class_counts: Training samples of each class; ``None`` takes those of the data.
+        class_counts: Training samples per class; ``None`` counts those of the data.
         max_margin: Margin of the rarest class.
-        scale: ``s``, of cosines and margins.
-        beta: Of the class weights of the re-weighting.
-        reweight_from: Share of the epochs after which classes are weighed, in ``[0, 1]``; 160 of 200 epochs in the
-            paper, 1 for never.
+        scale: ``s``, factor of cosines and margins.
+        beta: Parameter of the class weights.
+        reweight_from: Fraction of the epochs after which class weights are used, in ``[0, 1]``; 160 of 200 epochs in
+            the paper, 1 for never.
         **options: See `ClassificationModule`.
 
     Raises:
-        ValueError: If a setting lies outside its range; at the start of a fit, if there are no class counts or the
-            number of epochs is not known.
+        ValueError: If a setting is out of range; at the start of a fit, if there are no class counts or the number of
+            epochs is unknown.
 
     Deviations:
-        The head gives scaled cosines, in training and in evaluation: the authors' network gives bare ones, whose
+        The head returns scaled cosines in training and evaluation; the authors' network returns unscaled ones, whose
         softmax is almost uniform.
 
     Example:
@@ -169,34 +169,36 @@ class LDAM(ClassificationModule):
         **options: Unpack[ModuleOptions],
     ) -> None:
         if not 0 <= reweight_from <= 1:
-            raise ValueError(f"reweight_from is {reweight_from}; it must lie in [0, 1] (0.8 in the paper, 1: never).")
+            raise ValueError(
+                f"reweight_from is {reweight_from}; it must be in [0, 1]. The paper uses 0.8; 1 means never."
+            )
         settings = max_margin, scale, beta
-        # plain data, since it is saved with the hyper-parameters
+        # plain data: saved with the hyper-parameters
         class_counts = None if class_counts is None else checked_counts(class_counts).long().tolist()
-        LDAMLoss(class_counts or [1] * num_classes, *settings)  # refuses what is wrong
+        LDAMLoss(class_counts or [1] * num_classes, *settings)  # rejects bad values
         super().__init__(num_classes, **options)
         self._settings = settings
         self.head = CosineHead(self.encoder.num_features, num_classes, scale)
         self.class_counts, self.reweight_from = class_counts, reweight_from
 
     def setup(self, stage: str) -> None:
-        """Build the criterion once the data is known."""
+        """Build the criterion from the class counts."""
         super().setup(stage)
         if stage != "fit" or self.plain_loss:
             return
         if self.reweight_from < 1 and (self.trainer.max_epochs is None or self.trainer.max_epochs < 1):
             raise ValueError(
-                f"LDAM weighs classes after {self.reweight_from:g} of the epochs, but max_epochs is "
-                f"{self.trainer.max_epochs}. Set max_epochs to a number, or reweight_from to 1."
+                f"max_epochs is {self.trainer.max_epochs}, but LDAM uses class weights after {self.reweight_from:g} of "
+                "the epochs. Set max_epochs to a number, or reweight_from to 1."
             )
         self.criterion = LDAMLoss(counts_for(self, self.class_counts).long().tolist(), *self._settings)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Weigh classes from an epoch on; before each step, since a run may be resumed within an epoch."""
+        """Turn on class weights when due; before each step, since a run may be resumed within an epoch."""
         if self.plain_loss:
             return
         assert isinstance(self.criterion, LDAMLoss)
         epochs = self.first_stage_epochs or self.trainer.max_epochs or 0
-        first = self.reweight_from * epochs - 1e-9  # 0.55 x 100 is a little above 55
+        first = self.reweight_from * epochs - 1e-9  # 0.55 x 100 is slightly above 55
         late = self.reweight_from < 1 and self.current_epoch >= first
         self.criterion.reweighted = late

@@ -16,11 +16,11 @@ EvalLogits = Literal["raw", "normalized"]
 
 
 def normalized_logits(logits: Tensor, *, tau: float = 0.01) -> Tensor:
-    """Logits of equal length in every row (Wei et al., 2022), ``l / (tau (||l||_2 + 1e-7))``.
+    """Logits normalised to equal length (Wei et al., 2022), ``l / (tau (||l||_2 + 1e-7))``.
 
     Args:
         logits: ``(N, K)``.
-        tau: Temperature, above 0; every row gets the length ``1 / tau``.
+        tau: Temperature, above 0; every row has the length ``1 / tau``.
 
     Returns:
         ``(N, K)``, float32 or wider.
@@ -37,7 +37,7 @@ def normalized_logits(logits: Tensor, *, tau: float = 0.01) -> Tensor:
 def logit_norm_loss(logits: Tensor, labels: Tensor, *, tau: float = 0.01) -> Tensor:
     """Cross-entropy of normalised logits (Wei et al., 2022), ``L = CE(l / (tau (||l||_2 + 1e-7)), y)``.
 
-    The length of a row of logits has no effect, so training cannot make it grow.
+    The length of a row of logits has no effect, so training cannot increase it.
 
     Args:
         logits: ``(N, K)``.
@@ -70,7 +70,8 @@ class LogitNormLoss(Described, nn.Module):
         super().__init__()
         if not 0 < tau < float("inf"):
             raise ValueError(
-                f"tau is {tau}; it must be above 0 and finite (0.01 for CIFAR-10; values near 1 cannot be learned)."
+                f"tau is {tau}; it must be above 0 and finite. The authors use 0.01 for CIFAR-10; values near 1 cannot "
+                "be trained."
             )
         self.tau = tau
 
@@ -88,14 +89,14 @@ class LogitNorm(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        tau: Temperature; 0.01 in the authors' command for CIFAR-10, to be tuned on other data.
-        eval_logits: ``"raw"``: in evaluation mode the network gives its logits as they are, as in the authors' code;
-            probabilities are then not those that were trained. ``"normalized"``: it gives `normalized_logits`, and so
-            do all validation and test metrics and saved predictions. Training metrics always describe the raw ones.
+        tau: Temperature; 0.01 in the authors' command for CIFAR-10; tune it for other data.
+        eval_logits: ``"raw"``: in evaluation mode the network returns unnormalised logits, as in the authors' code;
+            their probabilities are not the trained ones. ``"normalized"``: it returns `normalized_logits`, which then
+            apply to all validation and test metrics and saved predictions. Training metrics always use raw logits.
         **options: See `ClassificationModule`.
 
     Raises:
-        ValueError: If ``tau`` is not above 0 or ``eval_logits`` is neither of the two.
+        ValueError: If ``tau`` is not above 0 or ``eval_logits`` is unknown.
 
     Example:
         >>> LogitNorm(10, tau=0.04, encoder="digits_cnn").hparams.tau
@@ -116,7 +117,7 @@ class LogitNorm(ClassificationModule):
         self.eval_logits = eval_logits
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)``; in evaluation mode as ``eval_logits`` says."""
+        """Logits ``(N, K)`` of images ``(N, C, H, W)``; in evaluation mode according to ``eval_logits``."""
         logits = super().forward(image)
         if self.training or self.eval_logits == "raw" or self.plain_loss:
             return logits

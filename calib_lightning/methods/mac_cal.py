@@ -1,4 +1,4 @@
-"""MaC-Cal: a masked classifier on frozen features, as sparse as confidence and accuracy ask for (Ni et al., 2025)."""
+"""MaC-Cal: a masked classifier on frozen features, with a sparsity set by confidence and accuracy (Ni et al., 2025)."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def _one_of(name: str, value: object, allowed: Any) -> None:
 
 
 def decayed_step(t: int, length: int, first: float = 0.1, last: float = 0.001) -> float:
-    """Largest change of the keep rate after an epoch (Ni et al.), ``eta_t = first exp(ln(last / first) t / T)``.
+    """Maximum change of the keep rate after an epoch (Ni et al.), ``eta_t = first exp(ln(last / first) t / T)``.
 
     Args:
         t: Epoch of the stage, 1 to T.
         length: T, epochs of the stage.
-        first: ``eta_0``, which no epoch has: the first one is one step further.
-        last: ``eta_T``; equal to ``first`` for a constant, both 0 for a keep rate that is fixed.
+        first: ``eta_0``; the first epoch is already one step further.
+        last: ``eta_T``; equal to ``first`` for a constant, both 0 for a fixed keep rate.
 
     Returns:
         ``eta_t``.
@@ -68,7 +68,7 @@ def decayed_step(t: int, length: int, first: float = 0.1, last: float = 0.001) -
         (0.0891, 0.001)
     """
     if not 1 <= t <= length:
-        raise ValueError(f"t is {t}; epochs of this stage are counted from 1 to {length}.")
+        raise ValueError(f"t is {t}; it must be in 1..{length}, the epochs of this stage.")
     _check_steps(first, last)
     if first == last:
         return first
@@ -78,8 +78,8 @@ def decayed_step(t: int, length: int, first: float = 0.1, last: float = 0.001) -
 def _check_steps(first: float, last: float) -> None:
     if not (0 < last <= first < math.inf or first == last == 0):
         raise ValueError(
-            f"The steps of the keep rate are ({first}, {last}); they must be above 0 and finite with the last at most "
-            "as large as the first (0.1 and 0.001 in the paper), or both 0 for a fixed rate."
+            f"The steps of the keep rate are ({first}, {last}); they must be finite with 0 < last <= first, or both 0 "
+            "for a fixed rate. The paper uses 0.1 and 0.001."
         )
 
 
@@ -89,22 +89,22 @@ def adapt_keep_rate(
     """Keep rate of the next epoch (Ni et al.), ``q + clip(Conf - gamma Acc, -eta, eta)``, clamped to ``[minimum, 1]``.
 
     The paper calls ``q`` a keep probability in its text and a sparsity in its algorithm. Read as a sparsity, the
-    printed update moves the drop rate ``1 - q``: a confident network gets sparser, ``q - clip(...)``.
+    printed update applies to the drop rate ``1 - q``: a confident network becomes sparser, ``q - clip(...)``.
 
     Args:
         q: Keep rate of this epoch, a fraction.
         confidence: ``Conf``, mean confidence.
         accuracy: ``Acc``, a fraction.
         gamma: Factor of the accuracy.
-        eta: Largest change.
-        minimum: Least keep rate.
-        q_is: What the printed ``q`` is: "keep" or "sparsity".
+        eta: Maximum change.
+        minimum: Smallest keep rate.
+        q_is: Meaning of the printed ``q``: "keep" or "sparsity".
 
     Returns:
-        The next keep rate; always a keep rate, whatever ``q_is``.
+        The next keep rate (a keep rate for either ``q_is``).
 
     Raises:
-        ValueError: If confidence or accuracy is not finite, or ``q_is`` something else.
+        ValueError: If confidence or accuracy is not finite, or ``q_is`` is unknown.
 
     Deviations:
         The paper clamps to ``[0, 1]``.
@@ -116,8 +116,8 @@ def adapt_keep_rate(
     _one_of("q_is", q_is, Reading)
     if not (math.isfinite(confidence) and math.isfinite(accuracy)):
         raise ValueError(
-            f"Confidence {confidence} and accuracy {accuracy} must be finite: the classifier has diverged. Train it "
-            "with a smaller learning rate."
+            f"confidence is {confidence} and accuracy {accuracy}; both must be finite. The classifier has diverged: "
+            "use a smaller learning rate."
         )
     change = min(max(confidence - gamma * accuracy, -eta), eta)
     return min(max(q + change if q_is == "keep" else q - change, minimum), 1.0)
@@ -125,21 +125,21 @@ def adapt_keep_rate(
 
 @dataclass(frozen=True)
 class AdaptiveSparsity:
-    """How the keep rate of the masks follows confidence and accuracy (see `adapt_keep_rate`).
+    """How the keep rate of the masks depends on confidence and accuracy (see `adapt_keep_rate`).
 
     The defaults differ from the paper: see `MaskedClassifier`.
 
     Args:
-        gamma: Factor of the accuracy, above 0; 1 aims at confidence equal to accuracy.
+        gamma: Factor of the accuracy, above 0; with 1 the target confidence is the accuracy.
         start: Keep rate of the first epoch, at most 1.
-        minimum: Least keep rate, above 0 and at most ``start``.
-        eta: First and last largest change (see `decayed_step`); equal for a constant, both 0 for a fixed keep rate.
-        q_is: What the printed ``q`` of the paper is: "keep" or "sparsity".
-        held_out: Whether confidence and accuracy are those of the calibration split with the classifier as it is
-            deployed, in place of running means over the masked training steps of the epoch.
+        minimum: Smallest keep rate, above 0 and at most ``start``.
+        eta: First and last maximum change (see `decayed_step`); equal for a constant, both 0 for a fixed keep rate.
+        q_is: Meaning of the paper's printed ``q``: "keep" or "sparsity".
+        held_out: Whether to measure confidence and accuracy on the calibration split with the classifier as deployed,
+            instead of running means over the masked training steps of the epoch.
 
     Raises:
-        ValueError: If a setting lies outside its range.
+        ValueError: If a setting is out of range.
 
     Example:
         >>> AdaptiveSparsity(gamma=0.95, eta=(0.1, 0.001), q_is="keep", held_out=False).start
@@ -155,13 +155,13 @@ class AdaptiveSparsity:
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma < math.inf:
-            raise ValueError(f"gamma is {self.gamma}; it must be above 0 and finite (0.95 in the preset of the paper).")
+            raise ValueError(f"gamma is {self.gamma}; it must be above 0 and finite. The paper's preset uses 0.95.")
         if not 0 < self.minimum <= self.start <= 1:
             raise ValueError(
-                f"minimum is {self.minimum} and start {self.start}; keep rates need 0 < minimum <= start <= 1."
+                f"minimum is {self.minimum} and start {self.start}; they must satisfy 0 < minimum <= start <= 1."
             )
         if len(self.eta) != 2:
-            raise ValueError(f"eta is {self.eta}; it must be two numbers: the first and the last largest change.")
+            raise ValueError(f"eta is {self.eta}; it must hold two values: the first and the last maximum change.")
         _check_steps(*self.eta)
         _one_of("q_is", self.q_is, Reading)
 
@@ -170,27 +170,27 @@ class AdaptiveSparsity:
 
 
 class MaskedLinear(nn.Module):
-    """Linear layer whose weights are masked at random in training, ``z = (M * W) h + b`` with ``M ~ Bernoulli(q)``.
+    """Linear layer with random weight masks in training, ``z = (M * W) h + b`` with ``M ~ Bernoulli(q)``.
 
-    `draw` makes a mask, `clear` removes it. Without one, and in evaluation mode always, the layer is deterministic:
-    ``W`` is scaled as ``scaling`` says. A weight that is masked gets no gradient in that step, but momentum and weight
-    decay go on. Biases are never masked.
+    `draw` creates a mask, `clear` removes it. Without a mask, and always in evaluation mode, the layer is deterministic
+    and ``W`` is scaled according to ``scaling``. A masked weight gets no gradient in that step, but momentum and weight
+    decay still apply. Biases are never masked.
 
     Args:
         in_features: Inputs.
         out_features: Outputs.
         bias: Whether there is a ``b``.
-        gradient: "restricted" to the weights that are kept, as autograd has it, or "straight_through": the gradient of
-            ``M * W`` is used for all of ``W``.
+        gradient: "restricted" to the weights that are kept, like autograd, or "straight_through": all of ``W`` gets the
+            gradient of ``M * W``.
         scaling: "expected": ``q W`` in evaluation, the mean of ``M * W``. "none": ``W``. "inverted": ``M * W / q`` in
             training, ``W`` in evaluation.
 
     Raises:
-        ValueError: If ``gradient`` or ``scaling`` is something else.
+        ValueError: If ``gradient`` or ``scaling`` is unknown.
 
     Attributes:
-        keep: ``q``, a scalar buffer, at first 1.
-        mask: The mask ``(out, in)``, bool, or ``None``; no buffer: it belongs to one step.
+        keep: ``q``, a scalar buffer, initially 1.
+        mask: The mask ``(out, in)``, bool, or ``None``; not a buffer, since it belongs to one step.
 
     Example:
         >>> layer = MaskedLinear(4, 2, bias=False)
@@ -220,10 +220,10 @@ class MaskedLinear(nn.Module):
         self.mask: Tensor | None = None
 
     def draw(self, seed: int) -> None:
-        """Make a mask, a function of the seed, the keep rate and the kind of device."""
+        """Draw a mask as a function of seed, keep rate and device type."""
         device = self.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        # compared on the device: reading the rate would wait for it in every step
+        # compared on the device: reading the rate would synchronise every step
         self.mask = torch.rand(self.weight.shape, generator=generator, device=device) < self.keep
 
     def clear(self) -> None:
@@ -231,7 +231,7 @@ class MaskedLinear(nn.Module):
         self.mask = None
 
     def effective_weight(self) -> Tensor:
-        """The weights ``(out, in)`` that the layer uses as it is now: masked or scaled."""
+        """The weights ``(out, in)`` in current use: masked or scaled."""
         if self.mask is None or not self.training:
             return self.weight * self.keep if self.scaling == "expected" else self.weight
         masked = self.weight * self.mask
@@ -244,16 +244,16 @@ class MaskedLinear(nn.Module):
         return F.linear(features, self.effective_weight(), self.bias)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of it."""
+        """Sizes and options for ``print``."""
         out_features, in_features = self.weight.shape
         bias = self.bias is not None
         return f"{in_features}, {out_features}, bias={bias}, gradient={self.gradient!r}, scaling={self.scaling!r}"
 
 
 class MaskedHead(Head):
-    """A head with masked layers, which share one keep rate and have masks of their own.
+    """A head with masked layers, which share a keep rate but have separate masks.
 
-    A subclass makes at least one `MaskedLinear` and writes ``forward``.
+    A subclass creates at least one `MaskedLinear` and implements ``forward``.
     """
 
     def layers(self) -> list[MaskedLinear]:
@@ -272,15 +272,15 @@ class MaskedHead(Head):
             keep: In ``(0, 1]``.
 
         Raises:
-            ValueError: If it lies outside.
+            ValueError: If it is outside.
         """
         if not 0 < keep <= 1:
-            raise ValueError(f"The keep rate is {keep}; it must be above 0 and at most 1.")
+            raise ValueError(f"keep is {keep}; it must be above 0 and at most 1.")
         for layer in self.layers():
             layer.keep.fill_(keep)
 
     def draw(self, seed: int) -> None:
-        """Make a mask for each layer, each from a seed of its own."""
+        """Draw a mask for each layer, each from its own seed."""
         for number, layer in enumerate(self.layers()):
             layer.draw(derive_seed(seed, number))
 
@@ -331,12 +331,12 @@ class MaskedBottleneck(MaskedHead):
         hidden: Units between the layers. Default: ``max(K, d // 4)``.
         activation: Whether there is a ReLU between the layers.
         bias: Whether the layers have biases.
-        layers: Which of them are masked: "both", "first" or "last".
+        layers: The masked layers: "both", "first" or "last".
         gradient: "restricted" or "straight_through".
         scaling: "expected", "none" or "inverted".
 
     Raises:
-        ValueError: If an option is none of these, or ``hidden`` is below 1.
+        ValueError: If an option is unknown, or ``hidden`` is below 1.
 
     Example:
         >>> MaskedBottleneck(64, 10).hidden
@@ -357,7 +357,7 @@ class MaskedBottleneck(MaskedHead):
         super().__init__()
         _one_of("layers", layers, Layers)
         if hidden is not None and hidden < 1:
-            raise ValueError(f"hidden is {hidden}; it must be at least 1, or left out for max(K, d // 4).")
+            raise ValueError(f"hidden is {hidden}; it must be at least 1, or None for max(K, d // 4).")
         self.hidden = max(num_classes, in_features // 4) if hidden is None else hidden
         masked = partial(MaskedLinear, bias=bias, gradient=gradient, scaling=scaling)
         plain = partial(nn.Linear, bias=bias)
@@ -376,22 +376,11 @@ class MaskedBottleneck(MaskedHead):
 
 
 def confidence_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over the rows of a batch, of which all means follow; without a wait for the device.
-
-    Args:
-        logits: ``(N, K)``.
-        labels: ``(N,)``, or soft targets ``(N, K)``, which count as their largest entry.
-
-    Returns:
-        ``(3,)`` float64: sum of the confidences, correct rows, rows.
-
-    Raises:
-        ValueError: If there are not as many labels as rows of logits.
-    """
+    """Return ``(3,)`` float64: sum of confidences, number of correct rows, number of rows; does not synchronise."""
     if len(labels) != len(logits):
         raise ValueError(
-            f"The classifier gave {len(logits)} rows of logits for {len(labels)} labels: confidence and accuracy need "
-            "one each. Give the stage a criterion and one view of each image, or measure with held_out=True."
+            f"The classifier returned {len(logits)} rows of logits for {len(labels)} labels; there must be one label "
+            "per row. Give the stage a criterion and one view per image, or measure with held_out=True."
         )
     device = _summing_device(logits.device)
     logits, labels = logits.to(device), labels.to(device)
@@ -403,43 +392,42 @@ def confidence_sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _summing_device(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
 
 
 class MaskedClassifier(StageSwitch):
     """Retrain a new classifier under random masks on the frozen features (MaC-Cal, Ni et al., arXiv 2508.09116).
 
-    The last stage of any training-time method: in every step the classifier's weights are masked, ``M ~ Bernoulli(q)``,
-    and after every epoch ``q`` follows confidence and accuracy (see `adapt_keep_rate`). The ``q`` of an epoch is used
-    by its steps, its validation and its checkpoints; the next one takes effect when the next epoch starts. Masks are
-    a function of (seed, stage, step) and equal on all processes.
+    A last stage for any training-time method: in every step the classifier's weights are masked, ``M ~ Bernoulli(q)``,
+    and after every epoch ``q`` is adapted to confidence and accuracy (see `adapt_keep_rate`). The ``q`` of an epoch
+    applies to its steps, its validation and its checkpoints; the next one takes effect when the next epoch starts.
+    Masks are a function of (seed, stage, step) and identical on all processes.
 
-    ``mac_cal/keep``, ``mac_cal/confidence`` and ``mac_cal/accuracy`` are logged for every epoch. Read calibration
+    ``mac_cal/keep``, ``mac_cal/confidence`` and ``mac_cal/accuracy`` are logged for every epoch. Judge calibration
     together with accuracy: a classifier that has collapsed to chance is well calibrated.
 
     Args:
-        at_epoch: First epoch of the stage; -T adds T epochs to the trainer's, for this stage.
+        at_epoch: First epoch of the stage; -T appends a stage of T epochs.
         classifier: Builds a `MaskedHead` from (d, K), such as ``MaskedBottleneck``.
-        sparsity: How the keep rate follows confidence and accuracy.
+        sparsity: How the keep rate depends on confidence and accuracy.
         mask_every: "batch" or "epoch".
-        warm_start: Whether a `MaskedLinearHead` starts from the weights of the linear classifier before it, so scaled
-            that the deployed classifier starts as that one.
-        **options: See `StageSwitch`. Default training: images without augmentation (with a data module of this
-            package; other loaders give what they give), SGD with lr 0.1, momentum 0.9 and
-            weight decay 5e-4, cosine to 0 over the epochs of the stage. Where a training has no criterion, methods of
-            this package get cross-entropy here; other modules keep their loss.
+        warm_start: Whether a `MaskedLinearHead` starts from the weights of the previous linear classifier, scaled so
+            that the deployed classifier initially equals it.
+        **options: See `StageSwitch`. Default training: unaugmented images (if the data module is of this package), SGD
+            with lr 0.1, momentum 0.9 and weight decay 5e-4, cosine to 0 over the epochs of the stage. Without a
+            criterion, methods of this package use cross-entropy; other modules keep their loss.
 
     Raises:
-        TypeError: If the classifier is no `MaskedHead`, or no `MaskedLinearHead` for a warm start.
-        ValueError: If an option is unknown, the weights of a warm start do not fit; before training, if the keep rate
-            is to follow the calibration split and the data module has none.
+        TypeError: If the classifier is not a `MaskedHead`, or not a `MaskedLinearHead` for a warm start.
+        ValueError: If an option is unknown or the weights of a warm start do not fit; before training, if ``held_out``
+            is set and the data module has no calibration split.
 
     Deviations:
-        The defaults depart from the paper in sign (``q`` is a sparsity), scaling (``q W`` when deployed), statistics
+        The defaults differ from the paper in sign (``q`` is a sparsity), scaling (``q W`` when deployed), statistics
         (confidence and accuracy of the deployed classifier on the calibration split, ``gamma = 1``, constant ``eta``),
-        classifier (one linear layer) and learning rate (cosine). They consume the calibration images: a post-hoc
-        calibrator fitted on the same ones is not independent of the network, which a report must say. Use 1,000 or
-        more. `paper` and `paper_sparsity` have the two readings of the paper. ``q`` is at least ``minimum``, and the
+        classifier (one linear layer) and learning rate (cosine). They use up the calibration images: a post-hoc
+        calibrator fitted on the same images is not independent of the network, which a report must mention. Use 1,000
+        or more. `paper` and `paper_sparsity` are the two readings of the paper. ``q`` is at least ``minimum``, and the
         update after the last epoch has no effect.
 
     Example:
@@ -472,12 +460,12 @@ class MaskedClassifier(StageSwitch):
 
     @classmethod
     def paper(cls, at_epoch: int, q_is: Reading = "keep") -> MaskedClassifier:
-        """The paper as printed: two layers, unscaled, confidence and accuracy of the masked steps, constant lr.
+        """Return the paper's version: two layers, unscaled, statistics of the masked steps, constant lr.
 
         Args:
-            at_epoch: First epoch of the stage; -T adds T epochs to the trainer's, for this stage.
-            q_is: "keep" as in its text, where the update has positive feedback and drives ``q`` to a bound; or
-                "sparsity" as in its algorithm.
+            at_epoch: First epoch of the stage; -T appends a stage of T epochs.
+            q_is: "keep" as in the text, where positive feedback drives ``q`` to a bound; or "sparsity" as in the
+                algorithm.
 
         Returns:
             The callback.
@@ -489,45 +477,45 @@ class MaskedClassifier(StageSwitch):
 
     @classmethod
     def paper_sparsity(cls, at_epoch: int) -> MaskedClassifier:
-        """As `paper`, with ``q`` read as a sparsity."""
+        """Like `paper`, with ``q`` read as a sparsity."""
         return cls.paper(at_epoch, q_is="sparsity")
 
     @property
     def uses_calibration(self) -> bool:
-        """Whether the stage looks at the calibration split; a run's record says so."""
+        """Whether the stage uses the calibration split; stored in a run's record."""
         return self.sparsity.held_out
 
     def look_at(self, batch: Any) -> None:
-        """Refuse batches whose labels cannot be found; called in the first step of a fit."""
+        """Reject batches whose labels cannot be found; called in the first step of a fit."""
         super().look_at(batch)
         self.labels(batch)
 
     def labels(self, batch: Any) -> Tensor:
-        """Labels ``(N,)`` or soft targets ``(N, K)`` of a batch; override it for batches of another form.
+        """Return labels ``(N,)`` or soft targets ``(N, K)`` of a batch; override it for other batch formats.
 
         Args:
-            batch: As the loader gives it: here a tuple or list whose second part is the labels, or a dict with
-                ``image`` and ``label``.
+            batch: As returned by the loader: a tuple or list whose second part is the labels, or a dict with ``image``
+                and ``label``.
 
         Returns:
             The labels.
 
         Raises:
-            TypeError: If the batch is something else.
+            TypeError: If the batch is anything else.
         """
         try:
             return image_and_label(batch, type(self).__name__)[1]
         except TypeError as error:
-            raise TypeError(f"{error} Or override labels(batch) to say where the labels are.") from error
+            raise TypeError(f"{error} Or override labels(batch) to return the labels.") from error
 
     # --- the classifier ----------------------------------------------------------------------------------------------
 
     def new_head(self, module: LightningModule, old: nn.Module) -> nn.Module:
-        """Build the masked classifier, with the keep rate of the first epoch."""
+        """Build the masked classifier with the initial keep rate."""
         head = super().new_head(module, old)
         if not isinstance(head, MaskedHead):
             raise TypeError(
-                f"classifier gave a {type(head).__name__}; {type(self).__name__} needs a MaskedHead, such as "
+                f"classifier builds a {type(head).__name__}; {type(self).__name__} needs a MaskedHead, such as "
                 "MaskedLinearHead or MaskedBottleneck."
             )
         head.set_keep(self.sparsity.start)
@@ -544,35 +532,35 @@ class MaskedClassifier(StageSwitch):
     # --- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take cross-entropy; refuse data without a calibration split before training."""
+        """Set cross-entropy as the criterion; reject data without a calibration split before training."""
         if self.training.criterion is None and isinstance(pl_module, ClassificationModule):
-            self.training = copy(self.training)  # which may be another switch's too
+            self.training = copy(self.training)  # may be shared with another switch
             self.training.criterion = CrossEntropyLoss()
         if stage == "fit" and self._default_training:
-            # plain loaders have their own images
+            # plain loaders cannot change their images
             self.training.views = CleanViews() if can_change_loading(trainer) else None
         super().setup(trainer, pl_module, stage)
         self._rank = trainer.global_rank
         if stage != "fit":
             return
-        self.length(trainer)  # which must be known
+        self.length(trainer)  # must be known
         if self.sparsity.held_out:
             self._calibration_loader(trainer)
         fresh = not self.active and trainer.ckpt_path is None
         if self.warm_start and self.init_from is not None and fresh and not self.head_loaded:
             raise ValueError(
-                f"warm_start copies the classifier of {self.init_from!r}, but the head in that file is of another kind "
-                "than this module's: give a checkpoint of a linear classifier, or warm_start=False."
+                f"warm_start is true, but the head of {self.init_from!r} has a different type from this module's. Use "
+                "the checkpoint of a linear classifier, or warm_start=False."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring sums of a checkpoint to the device."""
+        """Move the sums of a checkpoint to the device."""
         super().on_train_start(trainer, pl_module)
         if self._sums is not None:
             self._sums = self._sums.to(_summing_device(pl_module.device))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switch where it is time; set the keep rate of the epoch and start its sums from nothing."""
+        """Switch if due; set the keep rate of the epoch and reset its sums."""
         super().on_train_epoch_start(trainer, pl_module)
         if not self.current:
             return
@@ -582,16 +570,16 @@ class MaskedClassifier(StageSwitch):
             meaning = "its classifier is retrained without masks" if keep == 1.0 else "its classifier may collapse"
             rank_zero_warn(
                 f"{type(self).__name__}: the keep rate has reached its bound {keep} at epoch {trainer.current_epoch}: "
-                f"from here on {meaning}. Look at mac_cal/confidence and mac_cal/accuracy."
+                f"from now on {meaning}. Check mac_cal/confidence and mac_cal/accuracy."
             )
         self._keep = self._next_keep = keep
         self._sums = None
         if self.training.frozen_bn != "eval":
-            self._held_out = None  # the features follow the statistics of BatchNorm
+            self._held_out = None  # the features depend on the BatchNorm statistics
         self.masked_head(pl_module).set_keep(keep)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Draw the masks of the step, the same on all processes."""
+        """Draw the masks of the step, identical on all processes."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self.current:
             return
@@ -600,7 +588,7 @@ class MaskedClassifier(StageSwitch):
         head = self.masked_head(pl_module)
         head.draw(derive_seed(run_seed(), stage, *step))
         if not self.sparsity.held_out:
-            # only for this step: a hook that stays would be copied and saved with the module
+            # for this step only: a permanent hook would be copied and saved with the module
             self._hook = head.register_forward_hook(self._catch)
 
     def on_train_batch_end(
@@ -622,13 +610,13 @@ class MaskedClassifier(StageSwitch):
         if not self.current:
             return
         sums = self._held_out_sums(trainer, pl_module) if self.sparsity.held_out else self._sums
-        if sums is None:  # an epoch without a step
+        if sums is None:  # an epoch without steps
             return
         total: Tensor = trainer.strategy.reduce(sums.clone(), reduce_op="sum")
         confidence, correct, rows = total.tolist()
         if rows == 0:
             raise ValueError(
-                f"{type(self).__name__}: the calibration split gave no images to measure the classifier on."
+                f"{type(self).__name__}: the calibration split has no images to measure the classifier on."
             )
         confidence, accuracy = confidence / rows, correct / rows
         first, last = self.sparsity.eta
@@ -642,25 +630,25 @@ class MaskedClassifier(StageSwitch):
             minimum=self.sparsity.minimum,
             q_is=self.sparsity.q_is,
         )
-        # equal on all processes
+        # identical on all processes
         pl_module.log("mac_cal/keep", self._keep)
         pl_module.log("mac_cal/confidence", confidence)
         pl_module.log("mac_cal/accuracy", accuracy)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no mask and no hook of a step that was broken off, and no features."""
+        """Remove masks and hooks of an interrupted step, and stored features."""
         if self.current:
             self._end_step(self.masked_head(pl_module))
         self._held_out = None
         super().teardown(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the switch, the keep rates of this epoch and the next, and the sums of each process."""
+        """The state of the switch, the keep rates of this epoch and the next, and the sums per process."""
         sums = [] if self._sums is None else [part.cpu() for part in rows_by_rank(self._sums.unsqueeze(0))]
         return {**super().state_dict(), "keep": self._keep, "next_keep": self._next_keep, "sums": sums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was taken."""
+        """Resume from the checkpoint."""
         super().load_state_dict(state_dict)
         self._keep, self._next_keep = state_dict["keep"], state_dict["next_keep"]
         parts = state_dict["sums"]
@@ -682,17 +670,17 @@ class MaskedClassifier(StageSwitch):
         make = getattr(data, "calibration_dataloader", None)
         loader = None if make is None else make()
         if loader is None:
-            name = "loaders alone" if data is None else type(data).__name__
+            name = "plain loaders" if data is None else type(data).__name__
             raise ValueError(
-                f"{type(self).__name__} sets its keep rate by confidence and accuracy on the calibration split, but "
-                f"the data ({name}) has none. Give the data module calibration images (split.calibration, or a method "
+                f"The data ({name}) has no calibration split, on which {type(self).__name__} measures confidence and "
+                "accuracy. Give the data module calibration images (split.calibration, or a method "
                 "calibration_dataloader), or use AdaptiveSparsity(held_out=False)."
             )
         return loader
 
     @torch.no_grad()
     def _held_out_sums(self, trainer: Trainer, module: LightningModule) -> Tensor:
-        """Sums over this process's part of the calibration split, by the classifier as it is deployed."""
+        """Sums over this process's part of the calibration split, with the classifier as deployed."""
         if self._held_out is None:
             batches = (
                 (self.features(module, batch), self.labels(batch)) for batch in self._calibration_loader(trainer)
@@ -707,23 +695,23 @@ class MaskedClassifier(StageSwitch):
 
 
 def _start_from(head: MaskedHead, old: nn.Module) -> None:
-    """Copy the weights of a linear classifier, so scaled that the deployed classifier is that one."""
+    """Copy the weights of a linear classifier, scaled so that the deployed classifier equals it."""
     if not isinstance(head, MaskedLinearHead):
         raise TypeError(
-            f"warm_start copies the weights of one linear layer, but the classifier is a {type(head).__name__}: use "
-            "MaskedLinearHead, or warm_start=False."
+            f"warm_start is true, but the classifier is a {type(head).__name__}; it must be a MaskedLinearHead. Use "
+            "one, or warm_start=False."
         )
     new, source = head.linear, old.linear if isinstance(old, LinearHead | MaskedLinearHead) else old
     if not isinstance(source, nn.Linear | MaskedLinear):
         raise ValueError(
-            f"warm_start copies the weights of a linear classifier, but the one before is a {type(old).__name__}: use "
+            f"warm_start is true, but the previous classifier is a {type(old).__name__}; it must be linear. Use "
             "warm_start=False."
         )
     weight = source.effective_weight() if isinstance(source, MaskedLinear) else source.weight
     if weight.shape != new.weight.shape or (source.bias is not None and new.bias is None):
         raise ValueError(
-            f"warm_start: the linear classifier before, {source}, does not fit into {new}: both need the same sizes, "
-            "and a bias where the one before has one. Use warm_start=False otherwise."
+            f"warm_start is true, but the previous classifier, {source}, does not fit {new}: both need the same sizes, "
+            "and a bias if the previous one has a bias. Use warm_start=False."
         )
     with torch.no_grad():
         new.weight.copy_(weight / new.keep.to(weight.device) if new.scaling == "expected" else weight)
@@ -735,27 +723,27 @@ class MaCCal(ClassificationModule):
     """Train with cross-entropy, then retrain a masked classifier on the frozen features (Ni et al., arXiv 2508.09116).
 
     Paper: Ni, Zhao, Yang and Guo 2025.
-    Mechanism: random masks on the weights of a new classifier, as many as confidence and accuracy ask for.
-    Extra cost: none; in the second stage only the forward pass through the encoder, and the calibration split once.
+    Mechanism: random weight masks on a new classifier, with a rate set by confidence and accuracy.
+    Extra cost: none; the second stage only needs the encoder's forward pass, and the calibration split once.
 
-    `MaskedClassifier` is the second stage, and can follow any other method as a callback. Report post-hoc temperature
-    scaling beside it: it is the comparison that this method has to stand. The command line takes the last checkpoint.
+    `MaskedClassifier` is the second stage, and can follow any other method as a callback. Also report post-hoc
+    temperature scaling, the baseline that this method must beat. The command line selects the last checkpoint.
 
     Args:
         num_classes: K; the command line takes it from the data.
         switch: When and how the second stage is trained. Default: ``MaskedClassifier(-40)``, 40 more epochs;
-            ``MaskedClassifier.paper(-40)`` and ``MaskedClassifier.paper_sparsity(-40)`` are the paper's readings.
-        **options: See `ClassificationModule`; they are those of the first stage.
+            ``MaskedClassifier.paper(-40)`` and ``MaskedClassifier.paper_sparsity(-40)`` are readings of the paper.
+        **options: See `ClassificationModule`; they apply to the first stage.
 
     Attributes:
         switch: The switch to the second stage.
 
     Raises:
-        TypeError: If ``switch`` is no `MaskedClassifier`.
+        TypeError: If ``switch`` is not a `MaskedClassifier`.
 
     Deviations:
-        The default departs from the paper in sign, scaling, statistics, classifier and learning rate, and consumes the
-        calibration images: do not also fit a post-hoc calibrator on the same images without saying so. See
+        The default differs from the paper in sign, scaling, statistics, classifier and learning rate, and uses up the
+        calibration images: a report must mention a post-hoc calibrator fitted on the same images. See
         `MaskedClassifier`.
 
     Example:
@@ -771,9 +759,9 @@ class MaCCal(ClassificationModule):
         super().__init__(num_classes, criterion=CrossEntropyLoss(), **options)
         switch = MaskedClassifier(-40) if switch is None else switch
         if not isinstance(switch, MaskedClassifier):
-            raise TypeError(f"The switch of MaCCal is {switch!r}; it must be an object such as MaskedClassifier(-40).")
+            raise TypeError(f"switch of MaCCal is {switch!r}; it must be an object such as MaskedClassifier(-40).")
         self.switch = switch
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring the switch."""
+        """Add the switch."""
         return own_switches(self, self.switch)

@@ -20,7 +20,7 @@ def mbls_loss(logits: Tensor, labels: Tensor, *, margin: float = 10.0, strength:
     Args:
         logits: ``(N, K)``.
         labels: ``(N,)`` int64, or soft targets ``(N, K)`` for the cross-entropy.
-        margin: Distance to the largest logit that costs nothing, at least 0; 6 to 10 in the literature.
+        margin: Distance to the largest logit without penalty, at least 0; 6 to 10 in the literature.
         strength: Weight of the penalty, at least 0.
 
     Returns:
@@ -40,7 +40,7 @@ class MbLSLoss(Described, nn.Module):
     """Criterion of `mbls_loss`.
 
     Args:
-        margin: Distance to the largest logit that costs nothing, at least 0.
+        margin: Distance to the largest logit without penalty, at least 0.
         strength: Weight of the penalty, at least 0.
 
     Raises:
@@ -50,9 +50,9 @@ class MbLSLoss(Described, nn.Module):
     def __init__(self, margin: float = 10.0, strength: float = 0.1) -> None:
         super().__init__()
         if not 0 <= margin < float("inf"):
-            raise ValueError(f"margin is {margin}; it must be at least 0 and finite (6 to 10 in the literature).")
+            raise ValueError(f"margin is {margin}; it must be at least 0 and finite. Usual values are 6 to 10.")
         if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (0.1 in the literature).")
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite. The usual value is 0.1.")
         self.margin = margin
         self.strength = strength
 
@@ -65,12 +65,12 @@ class MbLS(ClassificationModule):
     """Train with margin-based label smoothing (Liu et al., CVPR 2022).
 
     Paper: Liu et al. 2022.
-    Mechanism: logits further than a margin below the largest are penalised.
+    Mechanism: penalises logits more than a margin below the largest.
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        margin: Distance to the largest logit that costs nothing.
+        margin: Distance to the largest logit without penalty.
         strength: Weight of the penalty.
         **options: See `ClassificationModule`.
 

@@ -13,9 +13,9 @@ from calib_lightning.utils.described import Described
 
 
 def mdca_penalty(logits: Tensor, labels: Tensor) -> Tensor:
-    """Difference of mean probability and class frequency (Hebbalaguppe et al., 2022), averaged over the classes.
+    """Difference between mean probability and class frequency (Hebbalaguppe et al., 2022), averaged over classes.
 
-    ``MDCA = 1/K sum_k |mean_n p_nk - mean_n 1[y_n = k]|``. Classes that are absent from the batch count, too.
+    ``MDCA = 1/K sum_k |mean_n p_nk - mean_n 1[y_n = k]|``. Classes that are absent from the batch count too.
 
     Args:
         logits: ``(N, K)``.
@@ -38,7 +38,7 @@ class MDCALoss(Described, nn.Module):
     """A criterion with `mdca_penalty` added: ``L = criterion + b MDCA``.
 
     Args:
-        criterion: Loss of the classification. Default: focal loss with gamma 1, the paper's FL+MDCA.
+        criterion: Classification loss. Default: focal loss with gamma 1, the paper's FL+MDCA.
         strength: ``b``, at least 0; 1 in the authors' scripts.
 
     Raises:
@@ -48,12 +48,12 @@ class MDCALoss(Described, nn.Module):
     def __init__(self, criterion: nn.Module | None = None, strength: float = 1.0) -> None:
         super().__init__()
         if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (1 in the authors' scripts).")
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite. The authors' scripts use 1.")
         self.criterion = FocalLoss(1.0) if criterion is None else criterion
         self.strength = strength
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)``, or ``(N, K)`` if the criterion takes them."""
+        """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)``, or ``(N, K)`` if the criterion accepts them."""
         logits, labels = checked_batch(logits, labels, soft=True)
         classification: Tensor = self.criterion(logits, labels)
         return classification + self.strength * mdca_penalty(logits, labels)
@@ -63,13 +63,13 @@ class MDCA(ClassificationModule):
     """Train with a criterion and the MDCA penalty (Hebbalaguppe et al., CVPR 2022).
 
     Paper: Hebbalaguppe et al. 2022.
-    Mechanism: mean probability of every class drawn to its frequency in the batch.
+    Mechanism: pulls the mean probability of every class towards its frequency in the batch.
     Extra cost: none.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        criterion: Loss of the classification, focal loss with gamma 1 by default. Checkpoints do not hold it: give it
-            again to train on.
+        criterion: Classification loss, focal loss with gamma 1 by default. Checkpoints do not store it: pass it again
+            to continue training.
         strength: Weight of the penalty.
         **options: See `ClassificationModule`.
 

@@ -15,21 +15,21 @@ from calib_lightning.types import Batch
 
 
 class MITATransform(BatchTransform):
-    """MIT-A (Wang et al., 2023) around any criterion: mixed before and decoupled after every block.
+    """MIT-A (Wang et al., 2023) around any criterion: inputs are mixed before and decoupled after every block.
 
-    The blocks are the encoder's (stem and stages), the last one with the head behind it. Each gets two mixtures of its
-    inputs ``a`` and ``b = a[order]`` with fresh ratios, and gives ``a`` and ``b`` of the next. After the last one
-    ``L = (L(a, y) + L(b, y[order])) / 2``. Evaluation is a plain forward pass.
+    The blocks are the encoder's stem and stages, the last one followed by the head. Each block receives two mixtures of
+    its inputs ``a`` and ``b = a[order]`` with fresh ratios, and yields ``a`` and ``b`` of the next block. After the
+    last one ``L = (L(a, y) + L(b, y[order])) / 2``. Evaluation is a plain forward pass.
 
     Args:
         alpha: Parameter of the Beta distribution of the ratios, above 0.
-        margin: Least distance of the two ratios, in ``[0, 1)``.
+        margin: Minimum distance between the two ratios, in ``[0, 1)``.
 
     Raises:
-        ValueError: If a parameter lies outside its range, or the margin out of reach.
+        ValueError: If a parameter is out of range, or the margin is unreachable.
 
     Deviations:
-        The margin is 0.5 as in the authors' demonstration of MIT-A.
+        The margin is 0.5, as in the authors' demonstration of MIT-A.
 
     Example:
         >>> MITATransform().margin
@@ -43,7 +43,7 @@ class MITATransform(BatchTransform):
         self.margin = margin
 
     def attach(self, module: ClassificationModule) -> None:
-        """Refuse an encoder that is no sequence of blocks.
+        """Reject an encoder that is not a sequence of blocks.
 
         Args:
             module: The module.
@@ -61,7 +61,7 @@ class MITATransform(BatchTransform):
         for block in [*blocks[:-1], nn.Sequential(blocks[-1], nn.Flatten(1), module.head)]:
             ratios = draw_ratios(self.alpha, self.margin)
             r1, r2 = ratios
-            # decoupled in float32, since it takes differences; given on in the precision that the network takes
+            # decouple in float32, since it takes differences; continue in the network's precision
             mixtures = (
                 (r1 * own + (1.0 - r1) * other).to(batch.image.dtype),
                 (r2 * own + (1.0 - r2) * other).to(batch.image.dtype),
@@ -76,13 +76,13 @@ class MITA(ClassificationModule):
     """Train with mixup inference after every block, MIT-A (Wang et al., CVPR 2023).
 
     Paper: Wang et al. 2023.
-    Mechanism: mixtures made before and decoupled after every block.
-    Extra cost: 2 x the forward and backward pass.
+    Mechanism: mixes inputs before and decouples outputs after every block.
+    Extra cost: 2 x the forward and backward passes.
 
     Args:
         num_classes: K; the command line takes it from the data.
         alpha: Parameter of the Beta distribution of the ratios.
-        margin: Least distance of the two ratios.
+        margin: Minimum distance between the two ratios.
         **options: See `ClassificationModule`; the encoder must have blocks.
 
     Example:

@@ -15,14 +15,14 @@ from calib_lightning.types import Batch
 
 
 def draw_ratios(alpha: float, margin: float) -> tuple[float, float]:
-    """Draw the two mixing ratios (Wang et al., 2023) from torch's global generator of the CPU.
+    """Draw the two mixing ratios (Wang et al., 2023) from torch's global CPU generator.
 
-    ``r1 = max(B, 1 - B)`` and ``r2 = min(B', 1 - B')`` with ``B, B' ~ Beta(alpha, alpha)``, drawn until
+    ``r1 = max(B, 1 - B)`` and ``r2 = min(B', 1 - B')`` with ``B, B' ~ Beta(alpha, alpha)``, redrawn until
     ``r1 - r2 >= margin``.
 
     Args:
         alpha: Above 0.
-        margin: In ``[0, 1)``; keeps `decouple` from dividing by almost nothing.
+        margin: In ``[0, 1)``; keeps `decouple` from dividing by almost zero.
 
     Returns:
         ``r1 >= 1/2 >= r2``.
@@ -40,7 +40,7 @@ def draw_ratios(alpha: float, margin: float) -> tuple[float, float]:
 
 
 def decouple(first: Tensor, second: Tensor, ratios: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Solve two mixtures for what was mixed (Wang et al., 2023).
+    """Recover the inputs of two mixtures (Wang et al., 2023).
 
     ``f1 = r1 a + (1 - r1) b`` and ``f2 = r2 a + (1 - r2) b`` give ``a = ((1 - r2) f1 - (1 - r1) f2) / (r1 - r2)`` and
     ``b = (r1 f2 - r2 f1) / (r1 - r2)``.
@@ -63,46 +63,37 @@ def decouple(first: Tensor, second: Tensor, ratios: tuple[float, float]) -> tupl
 
 
 def check_ratios(alpha: float, margin: float) -> None:
-    """Refuse parameters from which `draw_ratios` cannot draw in reasonable time.
-
-    Args:
-        alpha: Parameter of the Beta distribution.
-        margin: Least distance of the ratios.
-
-    Raises:
-        ValueError: If ``alpha`` is not above 0, ``margin`` lies outside ``[0, 1)``, or pairs that far apart are rarer
-            than one in ten thousand.
-    """
-    check_alpha(alpha, "0.5 and 1 in the authors' code")
+    """Reject parameters that are out of range, or a margin that fewer than one pair of ratios in 10,000 reaches."""
+    check_alpha(alpha, "0.5 and 1")
     if not 0 <= margin < 1:
-        raise ValueError(f"margin is {margin}; it must lie in [0, 1) (0.5 in the authors' code).")
-    # its own generator: building a module must not change the run's random numbers
+        raise ValueError(f"margin is {margin}; it must be in [0, 1). The authors' code uses 0.5.")
+    # a separate generator: building a module must not change the run's random numbers
     generator = torch.Generator().manual_seed(0)
     draws = torch._sample_dirichlet(torch.full((40_000, 2), alpha, dtype=torch.float64), generator)[:, 0]
     one, two = draws.view(2, -1)
     share = ((one.maximum(1 - one) - two.minimum(1 - two)) >= margin).double().mean()
     if share < 1e-4:
         raise ValueError(
-            f"margin {margin} is out of reach of alpha {alpha}: of 20,000 pairs of ratios {int(share * 20_000)} lie "
-            "that far apart. Give a smaller margin or a smaller alpha."
+            f"margin is {margin}, which is unreachable with alpha {alpha}: of 20,000 pairs of ratios, "
+            f"{int(share * 20_000)} are that far apart. Use a smaller margin or a smaller alpha."
         )
 
 
 class MITLTransform(BatchTransform):
     """MIT-L (Wang et al., 2023) around any criterion: two mixtures of the same rows, decoupled at the logits.
 
-    ``f1 = f(r1 x + (1 - r1) x[order])`` and ``f2`` alike, in two forward passes; ``L = (L(a, y) + L(b, y[order])) / 2``
-    with ``a, b = decouple(f1, f2)``. Evaluation is a plain forward pass.
+    ``f1 = f(r1 x + (1 - r1) x[order])`` and likewise ``f2``, in two forward passes;
+    ``L = (L(a, y) + L(b, y[order])) / 2`` with ``a, b = decouple(f1, f2)``. Evaluation is a plain forward pass.
 
     Args:
         alpha: Parameter of the Beta distribution of the ratios, above 0.
-        margin: Least distance of the two ratios, in ``[0, 1)``.
+        margin: Minimum distance between the two ratios, in ``[0, 1)``.
 
     Raises:
-        ValueError: If a parameter lies outside its range, or the margin out of reach.
+        ValueError: If a parameter is out of range, or the margin is unreachable.
 
     Deviations:
-        The margin is 0.5, the default of the authors' command line; some of their demonstrations have none, where the
+        The margin is 0.5, the default of the authors' command line; some of their demonstrations have none, so the
         division by the distance of the ratios can explode.
 
     Example:
@@ -130,13 +121,13 @@ class MITL(ClassificationModule):
     """Train with mixup inference on logits, MIT-L (Wang et al., CVPR 2023).
 
     Paper: Wang et al. 2023.
-    Mechanism: two mixtures of each pair, decoupled at the logits.
-    Extra cost: 2 x the forward and backward pass.
+    Mechanism: makes two mixtures of each pair and decouples their logits.
+    Extra cost: 2 x the forward and backward passes.
 
     Args:
         num_classes: K; the command line takes it from the data.
         alpha: Parameter of the Beta distribution of the ratios.
-        margin: Least distance of the two ratios.
+        margin: Minimum distance between the two ratios.
         **options: See `ClassificationModule`.
 
     Example:

@@ -13,7 +13,7 @@ from calib_lightning.types import Batch
 
 
 def mix(image: Tensor, order: Tensor, weight: float) -> Tensor:
-    """Mix every image with another one of its batch (Zhang et al., 2018), ``w x + (1 - w) x[order]``.
+    """Mix every image with another image of its batch (Zhang et al., 2018), ``w x + (1 - w) x[order]``.
 
     Args:
         image: ``(N, ...)``.
@@ -31,40 +31,21 @@ def mix(image: Tensor, order: Tensor, weight: float) -> Tensor:
 
 
 def beta_weight(alpha: float) -> float:
-    """Draw ``w ~ Beta(alpha, alpha)`` from torch's global generator of the CPU.
-
-    Args:
-        alpha: Above 0; small values give weights near 0 or 1.
-
-    Returns:
-        The weight, in ``[0, 1]``.
-
-    Example:
-        >>> 0 <= beta_weight(0.2) <= 1
-        True
-    """
-    both = torch.tensor(alpha, dtype=torch.float64)  # not the default dtype, which may be too narrow to draw in
+    """Draw ``w ~ Beta(alpha, alpha)`` from torch's global CPU generator."""
+    both = torch.tensor(alpha, dtype=torch.float64)  # the default dtype may be too narrow
     return float(torch.distributions.Beta(both, both, validate_args=False).sample())
 
 
 def check_alpha(alpha: float, usual: str) -> None:
-    """Refuse a parameter that is none of a symmetric Beta distribution.
-
-    Args:
-        alpha: The parameter.
-        usual: What the error says of usual values.
-
-    Raises:
-        ValueError: If it is not above 0 or not finite.
-    """
+    """Reject an invalid parameter of a symmetric Beta distribution; the error names the ``usual`` values."""
     if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha is {alpha}; it must be above 0 and finite ({usual}).")
+        raise ValueError(f"alpha is {alpha}; it must be above 0 and finite. Usual values: {usual}.")
 
 
 class MixupTransform(BatchTransform):
     """Mixup around any criterion: ``w L(f(x~), y) + (1 - w) L(f(x~), y[order])`` with ``x~ = w x + (1 - w) x[order]``.
 
-    One ``w ~ Beta(alpha, alpha)`` and one permutation a batch. Training metrics compare with ``y`` alone.
+    One ``w ~ Beta(alpha, alpha)`` and one permutation per batch. Training metrics only use ``y``.
 
     Args:
         alpha: Parameter of the Beta distribution, above 0.
@@ -79,7 +60,7 @@ class MixupTransform(BatchTransform):
 
     def __init__(self, alpha: float = 0.2) -> None:
         super().__init__()
-        check_alpha(alpha, "0.2 and 1 in the literature")
+        check_alpha(alpha, "0.2 and 1")
         self.alpha = alpha
 
     def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -95,10 +76,10 @@ class Mixup(ClassificationModule):
     """Train with cross-entropy on mixed images, mixup (Zhang et al., ICLR 2018).
 
     Paper: Zhang et al. 2018; Thulasidasan et al. 2019.
-    Mechanism: images and labels of two rows mixed.
+    Mechanism: mixes images and labels in pairs.
     Extra cost: none.
 
-    Give `MixupTransform` as ``batch_transform`` to another method to mix around its criterion.
+    To use mixup with another method's criterion, pass `MixupTransform` as its ``batch_transform``.
 
     Args:
         num_classes: K; the command line takes it from the data.

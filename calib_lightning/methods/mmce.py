@@ -24,22 +24,16 @@ def _sorted_confidence_and_correct(logits: Tensor, labels: Tensor) -> tuple[Tens
 
 
 def _pairings(confidence: Tensor, weights: Tensor) -> Tensor:
-    """``sum_{i,j} u_i k(r_i, r_j) v_j`` for all pairs u, v of weights, in O(N log N) time and O(N) memory.
+    """``sum_{i,j} u_i k(r_i, r_j) v_j`` for all pairs of rows u, v of ``weights``, ``(W, N)`` to ``(W, W)``.
 
-    ``exp(-|r_i - r_j| / s)`` is a product, ``exp(-r_i / s) exp(r_j / s)``, wherever r_j is the smaller one, so that a
-    running sum over the sorted confidences replaces the N x N matrix; by symmetry one side is enough. Rows of equal
-    confidence are summed apart: there the kernel is 1 and, as ``|x|`` at 0, has no slope.
-
-    Args:
-        confidence: r, ``(N,)``.
-        weights: ``(W, N)``.
-
-    Returns:
-        ``(W, W)``.
+    O(N log N) time and O(N) memory: for r_j <= r_i the kernel ``exp(-|r_i - r_j| / s)`` is the product
+    ``exp(-r_i / s) exp(r_j / s)``, so a running sum over sorted confidences replaces the N x N matrix; symmetry gives
+    the other half. Rows of equal confidence are summed separately: there the kernel is 1 and, like ``|x|`` at 0, has
+    slope 0.
     """
     values, order = confidence.sort()
     weights = weights.index_select(-1, order)
-    grow = torch.exp((values - 0.5) / KERNEL_WIDTH)  # around 1/2, which keeps it between 0.28 and 3.5
+    grow = torch.exp((values - 0.5) / KERNEL_WIDTH)  # centred at 1/2: between 0.28 and 3.5
     fixed = values.detach()
     first, last = torch.searchsorted(fixed, fixed), torch.searchsorted(fixed, fixed, right=True)
     below = F.pad((weights * grow).cumsum(-1), (1, 0)).index_select(-1, first) / grow
@@ -53,12 +47,12 @@ def mmce_penalty(logits: Tensor, labels: Tensor, *, sqrt: bool = False) -> Tenso
     """Squared maximum mean calibration error of a batch (Kumar et al., 2018).
 
     ``M = 1/N^2 sum_{i,j} (c_i - r_i) (c_j - r_j) k(r_i, r_j)`` with confidence r, correctness c (no gradient) and
-    ``k(a, b) = exp(-|a - b| / 0.4)``; the gradient flows through k, too.
+    ``k(a, b) = exp(-|a - b| / 0.4)``; the gradient also flows through k.
 
     Args:
         logits: ``(N, K)``.
         labels: ``(N,)`` int64.
-        sqrt: Whether to return ``sqrt(M + 1e-10)``, the MMCE of the paper; the official code leaves it squared.
+        sqrt: Whether to return ``sqrt(M + 1e-10)``, the paper's MMCE; the official code uses the square.
 
     Returns:
         Scalar, at least 0.
@@ -75,17 +69,17 @@ def mmce_penalty(logits: Tensor, labels: Tensor, *, sqrt: bool = False) -> Tenso
 
 
 def weighted_mmce_penalty(logits: Tensor, labels: Tensor, *, normalization: Normalization = "paper") -> Tensor:
-    """Weighted maximum mean calibration error of a batch (Kumar et al., 2018), with right and wrong rows apart.
+    """Weighted maximum mean calibration error of a batch (Kumar et al., 2018), separating correct and wrong rows.
 
     ``sqrt(sum_{C,C} (1-r_i)(1-r_j) k / m^2 + sum_{I,I} r_i r_j k / n^2 - 2 sum_{C,I} (1-r_i) r_j k / (m n) + 1e-10)``
-    with m right rows C and n wrong rows I; 0 where one of them is empty.
+    with m correct rows C and n wrong rows I; 0 if either is empty.
 
     Args:
         logits: ``(N, K)``.
         labels: ``(N,)`` int64.
         normalization: ``"paper"`` as above; ``"official"`` divides the three terms by ``m^2 + 1e-5``, ``n^2 + 1e-5``
-            and ``m n + 1e-5`` once more, as the authors' code and its ports do. The weight of the penalty does not
-            carry over from one to the other.
+            and ``m n + 1e-5`` a second time, like the authors' code and its ports. The weight of the penalty is not
+            transferable between the two.
 
     Returns:
         Scalar, at least 0.
@@ -98,7 +92,7 @@ def weighted_mmce_penalty(logits: Tensor, labels: Tensor, *, normalization: Norm
     logits, labels = checked_batch(logits, labels, soft=False)
     confidence, correct = _sorted_confidence_and_correct(logits, labels)
     m, n = correct.sum(), (1.0 - correct).sum()
-    # where one set is empty the value is not used, but its gradient must be finite
+    # if one set is empty, the value is unused but its gradient must be finite
     right = correct * (1.0 - confidence) / m.clamp_min(1.0)
     wrong = (1.0 - correct) * confidence / n.clamp_min(1.0)
     if normalization == "official":
@@ -126,17 +120,17 @@ def mmce_loss(
         logits: ``(N, K)``; batches of at least 128 rows are advisable.
         labels: ``(N,)`` int64.
         strength: ``lambda``, at least 0; 2 in Mukhoti et al. (2020), with the weighted penalty normalised as in the
-            official code. With ``normalization="paper"`` the same number weighs far more: start near 0.2.
-        weighted: Whether to take `weighted_mmce_penalty` or `mmce_penalty`.
-        normalization: ``"paper"`` or ``"official"``, of the weighted penalty.
-        sqrt: Whether the unweighted penalty is the root.
+            official code. With ``normalization="paper"`` the same value has far more weight: start near 0.2.
+        weighted: Whether to use `weighted_mmce_penalty` instead of `mmce_penalty`.
+        normalization: ``"paper"`` or ``"official"``, for the weighted penalty.
+        sqrt: Whether to take the root of the unweighted penalty.
 
     Returns:
         Scalar, in nats.
 
     Deviations:
-        The defaults are the published code's, to which the published weights belong: ``normalization="paper"`` and, for
-        the unweighted penalty, ``sqrt=True`` give the paper's equations.
+        The defaults are those of the published code, for which the published weights are meant.
+        ``normalization="paper"`` and, for the unweighted penalty, ``sqrt=True`` give the paper's equations.
 
     Example:
         >>> round(mmce_loss(torch.zeros(1, 2), torch.tensor([0])).item(), 4)
@@ -154,12 +148,12 @@ class MMCELoss(Described, nn.Module):
 
     Args:
         strength: Weight of the penalty, at least 0.
-        weighted: Whether right and wrong rows are weighed apart.
-        normalization: ``"paper"`` or ``"official"``, of the weighted penalty.
-        sqrt: Whether the unweighted penalty is the root.
+        weighted: Whether correct and wrong rows are separated.
+        normalization: ``"paper"`` or ``"official"``, for the weighted penalty.
+        sqrt: Whether to take the root of the unweighted penalty.
 
     Raises:
-        ValueError: If ``strength`` is negative, ``normalization`` is neither of the two, or ``sqrt`` is asked of the
+        ValueError: If ``strength`` is negative, ``normalization`` is unknown, or ``sqrt`` is combined with the
             weighted penalty.
     """
 
@@ -172,11 +166,13 @@ class MMCELoss(Described, nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength}; it must be at least 0 and finite (2 in the literature).")
+            raise ValueError(f"strength is {strength}; it must be at least 0 and finite. The usual value is 2.")
         if normalization not in ("paper", "official"):
             raise ValueError(f"normalization is {normalization!r}; it must be 'paper' or 'official'.")
         if sqrt and weighted:
-            raise ValueError("sqrt is true, but the weighted penalty is a root already: set weighted to false with it.")
+            raise ValueError(
+                "sqrt is true, but the weighted penalty already is a root. Set weighted to false, or omit sqrt."
+            )
         self.strength = strength
         self.weighted = weighted
         self.normalization: Normalization = normalization
@@ -203,10 +199,10 @@ class MMCE(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        strength: Weight of the penalty; 2 belongs to the official normalisation, with ``"paper"`` start near 0.2.
-        weighted: Whether right and wrong rows are weighed apart (MMCE_w).
-        normalization: ``"official"`` or ``"paper"``, of the weighted penalty (see `weighted_mmce_penalty`).
-        sqrt: Whether the unweighted penalty is the root.
+        strength: Weight of the penalty; 2 is for the official normalisation, start near 0.2 with ``"paper"``.
+        weighted: Whether correct and wrong rows are separated (MMCE_w).
+        normalization: ``"official"`` or ``"paper"``, for the weighted penalty (see `weighted_mmce_penalty`).
+        sqrt: Whether to take the root of the unweighted penalty.
         **options: See `ClassificationModule`.
 
     Example:

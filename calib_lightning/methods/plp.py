@@ -18,11 +18,11 @@ PUBLISHED_CUTS = {
     "resnet18_cifar": [3, 9, 15, 24, 30, 39, 45, 54, 57, 60, 62],
     "resnet50_cifar": [33, 54, 72, 84, 93, 102, 120, 129, 141, 150, 161],
 }
-"""Cuts of the authors, by encoder: parameter tensors below the top of each group, from the input up."""
+"""Published cuts by encoder: number of parameter tensors up to the top of each group, from the input up."""
 
 
 def peeling_epochs(groups: int, max_epochs: int, gamma: float = 1.0) -> list[int]:
-    """Epochs at which the peeling of Wang and Zhang (2024) goes on, ``e_j = floor((j / L)^gamma E)``.
+    """Epochs at which Wang and Zhang (2024) freeze the next group, ``e_j = floor((j / L)^gamma E)``.
 
     From epoch ``e_j`` on, the top ``j`` of the ``L`` groups are frozen, ``j = 0..L-1``.
 
@@ -35,14 +35,14 @@ def peeling_epochs(groups: int, max_epochs: int, gamma: float = 1.0) -> list[int
         ``[e_0, ..., e_{L-1}]``, increasing, ``e_0 = 0``.
 
     Deviations:
-        Nothing is frozen in the first epoch: ``e_j`` is at least 1 for ``j > 0``, which matters for ``E < L`` only (or
-        for a large ``gamma``). Where starts coincide, the highest ``j`` counts.
+        Nothing is frozen in the first epoch: ``e_j`` is at least 1 for ``j > 0``, which only matters for ``E < L`` or a
+        large ``gamma``. If epochs coincide, the highest ``j`` counts.
 
     Example:
         >>> peeling_epochs(4, 10)
         [0, 2, 5, 7]
     """
-    # so little that it only mends rounding where the power is a whole number
+    # just enough to correct rounding where the power is an integer
     starts = (math.floor((j / groups) ** gamma * max_epochs + 1e-9) for j in range(1, groups))
     return [0, *(max(1, start) for start in starts)]
 
@@ -50,7 +50,7 @@ def peeling_epochs(groups: int, max_epochs: int, gamma: float = 1.0) -> list[int
 def block_cuts(encoder: Encoder, head: nn.Module) -> list[int]:
     """Group the parameters: stem, each residual block of a stage, classifier.
 
-    Neighbouring layers that belong to no residual block make one group, such as a convolution and its norm.
+    Adjacent layers outside residual blocks form one group, such as a convolution and its norm.
 
     Args:
         encoder: Must have blocks.
@@ -71,7 +71,7 @@ def block_cuts(encoder: Encoder, head: nn.Module) -> list[int]:
     stem, *blocks = encoder.blocks
     sizes = [_size(stem)]
     for block in blocks:
-        # a block of ours is a stage; one of timm holds a stage and what stands before it
+        # our blocks are stages; timm's hold a stage and what precedes it
         sizes.extend(_groups(block, holds_stages=isinstance(encoder, TimmEncoder)))
     sizes.append(_size(head))
     cuts, total = [], 0
@@ -109,33 +109,33 @@ class PLP(ClassificationModule):
     """Progressively layer-peeled training (Wang and Zhang, "Calibration Bottleneck", ICML 2024).
 
     Paper: Wang and Zhang 2024.
-    Mechanism: the top layers are frozen one group after the other.
+    Mechanism: freezes the layers group by group, from the top down.
     Extra cost: none.
 
-    The parameter tensors are put into ``L`` groups, from the input up. From epoch ``floor((j / L)^gamma E)`` of
-    ``E = max_epochs`` (those of the first stage, where more follow) on, the top ``j`` groups are frozen (see
-    `peeling_epochs`); the lowest group never is. A frozen tensor gets no gradient step, no weight decay and no momentum
-    update: it stays as it is, bit for bit. The running statistics of BatchNorm go on. The published aim is better
-    calibration after temperature scaling: report that too.
+    The parameter tensors form ``L`` groups, from the input up. From epoch ``floor((j / L)^gamma E)`` on, where
+    ``E = max_epochs`` (of the first stage, if there are more), the top ``j`` groups are frozen (see `peeling_epochs`);
+    the lowest group never is. A frozen tensor gets no gradient step, weight decay or momentum update and stays
+    bit-identical. The running statistics of BatchNorm are still updated. The published aim is better calibration after
+    temperature scaling: report that too.
 
-    What is frozen follows from the epoch alone, so nothing is kept in checkpoints: resume with the same ``max_epochs``.
+    The frozen groups are a function of the epoch, so checkpoints store nothing: resume with the same ``max_epochs``.
 
     Args:
         num_classes: K; the command line takes it from the data.
         gamma: Shape of the schedule, above 0: 1 is linear, above 1 freezes earlier, below 1 later.
-        cuts: Parameter tensors below the top of each group, counted over the encoder and then the head, increasing; the
-            last one is their total number. Default: the published ones for ``resnet18_cifar`` and ``resnet50_cifar``,
-            else stem, each residual block, classifier (`block_cuts`).
+        cuts: Number of parameter tensors up to the top of each group, counted over the encoder and then the head,
+            increasing; the last is the total. Default: the published ones for ``resnet18_cifar`` and
+            ``resnet50_cifar``, else stem, each residual block, classifier (`block_cuts`).
         **options: See `ClassificationModule`.
 
     Raises:
         NoBlocksError: If the encoder has no blocks and no ``cuts`` are given.
-        ValueError: If ``gamma`` or ``cuts`` are impossible; before the first step, if the trainer has no number of
-            epochs, or a strategy other than a single device or DDP.
+        ValueError: If ``gamma`` or ``cuts`` is invalid; before the first step, if the trainer has no number of epochs,
+            or a strategy other than a single device or DDP.
 
     Deviations:
-        See `peeling_epochs`. Frozen tensors keep ``requires_grad``, their gradients are dropped before each step: this
-        works under DDP and needs no state, but saves no time.
+        See `peeling_epochs`. Frozen tensors keep ``requires_grad``, and their gradients are dropped before each step:
+        this works under DDP and needs no state, but saves no time.
 
     Example:
         >>> PLP(10, encoder="digits_cnn").cuts
@@ -146,27 +146,27 @@ class PLP(ClassificationModule):
         self, num_classes: int, gamma: float = 1.0, cuts: list[int] | None = None, **options: Unpack[ModuleOptions]
     ) -> None:
         if not 0 < gamma < math.inf:
-            raise ValueError(f"gamma is {gamma}; it must be above 0 and finite (1 freezes at even distances).")
+            raise ValueError(f"gamma is {gamma}; it must be above 0 and finite. 1 freezes at equal intervals.")
         super().__init__(num_classes, **options)
         self.gamma = gamma
         self.cuts = self._default_cuts() if cuts is None else self._checked_cuts(cuts)
 
     def on_fit_start(self) -> None:
-        """Refuse a trainer under which the schedule is not known or freezing would not work."""
+        """Reject a trainer without a number of epochs, or with a strategy that defeats freezing."""
         super().on_fit_start()
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ValueError(
-                f"max_epochs of the trainer is {epochs}, but PLP spreads its schedule over the epochs of the run: set "
-                "trainer.max_epochs to their number (350 in the paper)."
+                f"max_epochs of the trainer is {epochs}, but PLP spreads its schedule over all epochs. Set "
+                "trainer.max_epochs. The paper uses 350."
             )
         check_strategy(self.trainer, "PLP")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Drop the gradients of the frozen groups: an optimiser leaves out a parameter without one."""
+        """Drop the gradients of the frozen groups: optimisers skip parameters without one."""
         super().on_before_optimizer_step(optimizer)
         if self.stage > 0:
-            return  # a stage switch has frozen what is to be frozen
+            return  # a stage switch does the freezing
         epochs = self.first_stage_epochs or self.trainer.max_epochs
         assert epochs is not None
         starts = peeling_epochs(len(self.cuts), epochs, self.gamma)
@@ -188,8 +188,8 @@ class PLP(ClassificationModule):
         except NoBlocksError as error:
             total = len(self._parameters_upwards())
             raise NoBlocksError(
-                f"{error} PLP trains it too if you say where its groups end: give cuts, the numbers of parameter "
-                f"tensors from the input up to the top of each group; the last one is {total}."
+                f"{error} PLP can still train it if you pass cuts, the numbers of parameter tensors from the input up "
+                f"to the top of each group; the last one is {total}."
             ) from error
 
     def _checked_cuts(self, cuts: list[int]) -> list[int]:
@@ -197,7 +197,7 @@ class PLP(ClassificationModule):
         increasing = all(type(high) is int and low < high for low, high in zip([0, *cuts], cuts, strict=False))
         if len(cuts) < 2 or not increasing or cuts[-1] != total:
             raise ValueError(
-                f"cuts is {cuts}; it must be at least two increasing whole numbers above 0, of which the last is "
-                f"{total}, the number of parameter tensors of this encoder ({self.encoder.name}) and its head."
+                f"cuts is {cuts}; it must hold at least two increasing integers above 0, the last of which is {total}, "
+                f"the number of parameter tensors of the encoder {self.encoder.name} and its head."
             )
         return list(cuts)

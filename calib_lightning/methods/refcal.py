@@ -33,27 +33,27 @@ def supcon_loss(
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020); without labels, SimCLR's (Chen et al., ICML 2020).
 
-    Every view ``i`` of every row is an anchor, ``A(i)`` are all other views, and ``P(i)`` those of them with its label,
-    or of the same row where there are no labels:
+    Every view ``i`` of every row is an anchor, ``A(i)`` are all other views, and ``P(i)`` those with the same label or,
+    without labels, of the same row:
 
     ``L = t/b mean_i [ -1/|P(i)| sum_{p in P(i)} log( exp(z_i z_p / t) / sum_{a in A(i)} exp(z_i z_a / t) ) ]``
 
-    An anchor without positives contributes 0, and counts in the mean.
+    An anchor without positives contributes 0 and counts in the mean.
 
     Args:
-        embeddings: z, ``(N, V, D)``, V views of N rows, each of length 1. Computed in float32 or wider, also under
-            autocast.
+        embeddings: z, ``(N, V, D)``, V views of N rows, each of length 1. The loss is computed in float32 or wider,
+            even under autocast.
         labels: ``(N,)`` of an integer type, or ``None``.
         temperature: t, above 0.
         base_temperature: b, above 0: the gradients are scaled by t / b.
 
     Returns:
-        Scalar, in nats where t = b.
+        Scalar, in nats if t = b.
 
     Raises:
-        TypeError: If the embeddings are not floating point, or the labels not whole numbers.
-        ValueError: If shapes do not fit, there are fewer than two views in all, or a row has fewer than two and no
-            label.
+        TypeError: If the embeddings are not floating point, or the labels not integers.
+        ValueError: If shapes do not match, there are fewer than two views in total, or rows have fewer than two views
+            and no labels.
 
     Example:
         >>> supcon_loss(torch.ones(1, 3, 1), None, temperature=0.07).item()  # log 2: one of two
@@ -65,14 +65,9 @@ def supcon_loss(
 
 
 def gather_embeddings(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
-    """Concatenate the embeddings of all processes; the gradient flows back to the process that each row is from.
+    """Concatenate the embeddings ``(n, V, D)`` of all processes; ``counts`` holds n of every process.
 
-    Args:
-        embeddings: ``(n, V, D)``; n may differ between processes.
-        counts: n of every process, in the order of ranks.
-
-    Returns:
-        ``(sum of n, V, D)``, the same on every process. A row's gradient is the sum of those of all processes.
+    The gradient of a row, summed over all processes, flows back to the process that it comes from.
     """
     if len(counts) == 1:
         return embeddings
@@ -82,10 +77,10 @@ def gather_embeddings(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _gathered_loss(embeddings: Tensor, labels: Tensor | None, temperature: float, base_temperature: float) -> Tensor:
-    """`supcon_loss` of the rows of all processes: this one's share of the sum, times their number.
+    """This process's share of `supcon_loss` over the rows of all processes, times their number.
 
-    DDP takes the mean of the gradients of all processes, which is then the gradient of the loss over all rows. Each
-    process compares its own anchors alone, so that memory is (rows of one process) x (rows of all).
+    DDP averages the gradients, which gives the gradient of the loss over all rows. Each process only uses its own
+    anchors, so memory is (rows of one process) x (rows of all).
     """
     embeddings, labels = _checked(embeddings, labels)
     rows = torch.zeros(len(embeddings), dtype=torch.int64, device=embeddings.device) if labels is None else labels
@@ -110,17 +105,18 @@ def _loss_of_own_anchors(
     count, views = everything.shape[:2]
     if count * views < 2:
         raise ValueError(
-            f"There is only {count} row with {views} view: a contrastive loss compares views. Give a larger batch."
+            f"The batch has {count} row with {views} view; a contrastive loss needs at least two views in total. Use a "
+            "larger batch."
         )
     group = torch.arange(count, device=own.device) if labels is None else labels
     group = group.repeat_interleave(views)
     number = torch.arange(len(group), device=own.device)
     mine = slice(first * views, (first + len(own)) * views)
     itself = number[mine].unsqueeze(1) == number
-    # in half precision a quotient by a temperature of 0.1 has an error of several per cent
+    # in half precision, division by a temperature of 0.1 causes errors of several per cent
     with torch.autocast(own.device.type, enabled=False):
         similarity = own.flatten(0, 1) @ everything.flatten(0, 1).T / temperature
-    # small numbers have small rounding errors; `logsumexp` alone would guard against overflow only
+    # small values have small rounding errors; `logsumexp` alone only prevents overflow
     similarity = similarity - similarity.detach().amax(dim=1, keepdim=True)
     log_sum = similarity.masked_fill(itself, -torch.inf).logsumexp(dim=1)
     positive = (group[mine].unsqueeze(1) == group) & ~itself
@@ -133,32 +129,32 @@ def _loss_of_own_anchors(
 def _checked(embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if not embeddings.is_floating_point():
         raise TypeError(
-            f"The embeddings are {embeddings.dtype}; they must be floating point: give what the network returns."
+            f"The embeddings have dtype {embeddings.dtype}; it must be floating point. Pass the network's output."
         )
     if embeddings.ndim != 3 or 0 in embeddings.shape:
         raise ValueError(
-            f"The embeddings have the shape {tuple(embeddings.shape)}; a contrastive loss needs (N, V, D), V views of "
-            "N rows, all above 0."
+            f"The embeddings have shape {tuple(embeddings.shape)}; it must be (N, V, D), V views of N rows, all above "
+            "0."
         )
     if labels is None:
         if embeddings.shape[1] < 2:
             raise ValueError(
-                "The embeddings have one view of each row and there are no labels, so nothing belongs together: give "
-                "two views, or labels."
+                "The embeddings have one view per row and there are no labels, so there are no positives. Give two "
+                "views, or labels."
             )
         return at_least_float32(embeddings), None
     if labels.ndim == 2:
         raise ValueError(
-            f"The labels have the shape {tuple(labels.shape)}, but a contrastive loss cannot take soft targets: rows "
-            "belong together or do not. Give class labels (N,), or None."
+            f"The labels have shape {tuple(labels.shape)}; a contrastive loss does not support soft targets. Give "
+            "class labels (N,), or None."
         )
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(
-            f"Labels {tuple(labels.shape)} do not fit embeddings {tuple(embeddings.shape)}: give one label a row, "
-            f"({len(embeddings)},)."
+            f"The labels have shape {tuple(labels.shape)}, the embeddings {tuple(embeddings.shape)}; there must be one "
+            f"label per row, ({len(embeddings)},)."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"Class labels are {labels.dtype}; they must be whole numbers (int64).")
+        raise TypeError(f"The labels have dtype {labels.dtype}; it must be an integer type such as int64.")
     return at_least_float32(embeddings), labels.long()
 
 
@@ -171,15 +167,15 @@ def _check_temperatures(temperature: float, base_temperature: float) -> None:
 class SupConLoss(Described, nn.Module):
     """`supcon_loss` over the rows of all processes (Khosla et al., NeurIPS 2020).
 
-    Under DDP each process returns its share times the number of processes, so the mean of the gradients is the gradient
-    of the loss over all rows, and the mean of the values is its value.
+    Under DDP each process returns its share times the number of processes, so the mean gradient is the gradient of the
+    loss over all rows, and the mean value is its value.
 
     Args:
         temperature: t, above 0; 0.1 in the paper.
         base_temperature: b, above 0.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> SupConLoss()(torch.ones(2, 2, 1), torch.tensor([0, 0])).isfinite()
@@ -201,10 +197,10 @@ class SimCLRLoss(SupConLoss):
 
     Args:
         temperature: t, above 0.
-        base_temperature: b, above 0. Chen et al. have no such factor: b = t leaves it out.
+        base_temperature: b, above 0. Chen et al. have no such factor: b = t removes it.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> SimCLRLoss()(torch.ones(2, 2, 1), torch.tensor([0, 0])).isfinite()
@@ -212,12 +208,12 @@ class SimCLRLoss(SupConLoss):
     """
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Loss (scalar) of embeddings ``(N, V, D)``, V at least 2; the labels are not looked at."""
+        """Loss (scalar) of embeddings ``(N, V, D)``, V at least 2; the labels are ignored."""
         return _gathered_loss(embeddings, None, self.temperature, self.base_temperature)
 
 
 class ProjectionHead(Head):
-    """Embedding of contrastive learning, ``Linear(d, d), ReLU, Linear(d, D)``, brought to length 1.
+    """Embedding for contrastive learning, ``Linear(d, d), ReLU, Linear(d, D)``, normalised to length 1.
 
     Args:
         in_features: d, the number of features.
@@ -234,7 +230,7 @@ class ProjectionHead(Head):
     def __init__(self, in_features: int, width: int = 128) -> None:
         super().__init__()
         if width < 1:
-            raise ValueError(f"The width of the projection is {width}; it must be at least 1 (128 in the paper).")
+            raise ValueError(f"width of the projection is {width}; it must be at least 1. The paper uses 128.")
         self.layers = nn.Sequential(nn.Linear(in_features, in_features), nn.ReLU(), nn.Linear(in_features, width))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -246,36 +242,36 @@ class RefCal(ClassificationModule):
     """Contrastive learning with labels, then a calibrated linear classifier on the frozen encoder (RefCal, 2026).
 
     Paper: Hebbalaguppe et al. 2026; Khosla et al. 2020.
-    Mechanism: two views of each image drawn to those of its class; then a linear head on the frozen encoder.
-    Extra cost: 2 x the forward and backward pass; in the second stage only the forward pass through the encoder.
+    Mechanism: pulls two views of each image towards those of its class; then a linear head on the frozen encoder.
+    Extra cost: 2 x the forward and backward passes; the second stage only needs the encoder's forward pass.
 
-    In the first stage the module has a `ProjectionHead` and nothing that classifies: there are no metrics but
-    ``train/loss``, no validation, and evaluating such a network is an error. From the switch on it is like any other
-    method. What the paper's tables call refinement is ``ovo_auroc``; how well confidence tells right from wrong
-    predictions is ``correctness_auroc``. Reports have both.
+    In the first stage the module has a `ProjectionHead` and no classifier: the only metric is ``train/loss``, there is
+    no validation, and evaluating such a network is an error. After the switch it behaves like any other method. The
+    paper's tables report ``ovo_auroc`` as refinement; ``correctness_auroc`` measures how well confidence separates
+    correct from wrong predictions. Reports have both.
 
     Args:
         num_classes: K; the command line takes it from the data.
-        projection: D, numbers of an embedding.
+        projection: D, size of an embedding.
         refinement_loss: Loss of the first stage: maps ``(embeddings (N, V, D) of length 1, labels (N,))`` to a scalar.
-            Default: `SupConLoss`; `SimCLRLoss` does not look at labels. Checkpoints do not hold it.
-        views: Views of the training images in the first stage. Default: `ContrastiveViews`; without its mirror images
-            (``flip=False``, here and in the switch's views) for digits and letters. A data module that is not
-            of this package has to give images ``(N, V, C, H, W)`` itself.
+            Default: `SupConLoss`; `SimCLRLoss` ignores labels. Checkpoints do not store it.
+        views: Views of the training images in the first stage. Default: `ContrastiveViews`; for digits and
+            letters use ``flip=False`` here and in the switch's views. A data module from outside this package must
+            return images ``(N, V, C, H, W)`` itself.
         switch: When and how the second stage is trained. Default, from the authors' example: 100 more epochs, a
             linear head, focal loss with gamma 2 and ten times the MDCA penalty, `ResizedCropFlip`, batches of 512, SGD
             with lr 5 (x 0.2 after 60, 75 and 90 epochs), momentum 0.9, no weight decay.
-        **options: See `ClassificationModule`; they are those of the first stage. A batch transform is refused.
+        **options: See `ClassificationModule`; they apply to the first stage. No batch transform.
 
     Attributes:
         switch: The switch to the second stage.
 
     Raises:
-        TypeError: If ``refinement_loss``, ``views`` or ``switch`` is another kind of object.
+        TypeError: If ``refinement_loss``, ``views`` or ``switch`` has the wrong type.
         ValueError: If ``projection`` is below 1 or a batch transform is given.
 
     Deviations:
-        The authors choose the checkpoint by the accuracy on the test set; here it is chosen on held-out images.
+        The authors select the checkpoint by test accuracy; here it is selected on held-out images.
 
     Example:
         >>> RefCal(10, encoder="digits_cnn").switch.at_epoch
@@ -294,8 +290,8 @@ class RefCal(ClassificationModule):
         transform = options.get("batch_transform")
         if transform is not None:
             raise ValueError(
-                f"RefCal takes no batch transform, but got {type(transform).__name__}: its first stage has neither "
-                "logits nor a criterion to wrap. Give it to a method such as CrossEntropy or Focal."
+                f"RefCal does not support batch_transform ({type(transform).__name__}): its first stage has neither "
+                "logits nor a criterion to wrap. Use it with a method such as CrossEntropy or Focal."
             )
         super().__init__(num_classes, criterion=CrossEntropyLoss(), **options)
         self.head = ProjectionHead(self.encoder.num_features, projection)
@@ -321,7 +317,7 @@ class RefCal(ClassificationModule):
         self._no_validation = _NoValidation()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring the switch, and see to it that the first stage is not validated."""
+        """Add the switch, and disable validation in the first stage."""
         trainer: Any = getattr(self, "_trainer", None)
         there = () if trainer is None else trainer.callbacks
         return [*own_switches(self, self.switch), *(() if self._no_validation in there else (self._no_validation,))]
@@ -332,13 +328,13 @@ class RefCal(ClassificationModule):
         return self.stage > 0
 
     def setup(self, stage: str) -> None:
-        """Ask a data module of this package for the views of the first stage."""
+        """Request the views of the first stage from a data module of this package."""
         super().setup(stage)
         if stage == "fit":
             self._ask_for_views()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the head; a checkpoint may lead back to the first stage and its views."""
+        """Rebuild the head; a checkpoint may return to the first stage and its views."""
         super().on_load_checkpoint(checkpoint)
         if getattr(self, "_trainer", None) is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._ask_for_views()
@@ -352,34 +348,34 @@ class RefCal(ClassificationModule):
         """Logits ``(N, K)`` of images ``(N, C, H, W)``.
 
         Raises:
-            RuntimeError: If the network is in its first stage, which has no classifier.
+            RuntimeError: In the first stage, which has no classifier.
         """
         if self.stage == 0:
             raise RuntimeError(
                 "This RefCal network has no classifier yet: it is in its first stage, contrastive learning. Train it "
-                "through its switch; until then only its features can be used, module.features(image)."
+                "through its switch; until then only module.features(image) can be used."
             )
         return super().forward(image)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss (scalar) and logits ``(N, K)`` of one batch; in the first stage embeddings ``(N, V, D)`` for logits.
+        """Loss (scalar) and logits ``(N, K)`` of one batch; in the first stage embeddings ``(N, V, D)``.
 
         Raises:
-            ValueError: In the first stage, if there are fewer than two rows, or two views of each.
+            ValueError: In the first stage, if there are fewer than two rows or fewer than two views.
         """
         if self.stage > 0:
             return super().loss(batch)
         image = batch.image
         if image.ndim != 5 or image.shape[1] < 2:
             raise ValueError(
-                "The first stage of RefCal needs two views of each image, (N, 2, C, H, W), but got images "
-                f"{tuple(image.shape)}. Data modules of calib_lightning make them while a trainer fits the module; let "
-                "a data set of your own return (2, C, H, W)."
+                f"The images have shape {tuple(image.shape)}; the first stage of RefCal needs two views of each, (N, "
+                "2, C, H, W). Data modules of calib_lightning make them during a fit of the module; your own data set "
+                "must return (2, C, H, W)."
             )
         if len(image) < 2:
             raise ValueError(
-                f"A training batch holds {len(image)} image, but a contrastive loss compares images: give batches of "
-                "two at least, and leave out a last one that is smaller (drop_last)."
+                f"A training batch has {len(image)} image; a contrastive loss needs at least two. Use larger batches, "
+                "and drop a smaller last one (drop_last)."
             )
         embeddings = self.head(self.features(image.flatten(0, 1))).view(*image.shape[:2], -1)
         with torch.autocast(image.device.type, enabled=False):
@@ -402,7 +398,7 @@ class RefCal(ClassificationModule):
 
 
 class _NoValidation(Callback):
-    """Leaves out the validation of a network without a classifier: callbacks would miss the metric that they watch."""
+    """Skips validation while there is no classifier: callbacks would miss the metric that they monitor."""
 
     def __init__(self) -> None:
         self._limit: int | float | None = None

@@ -17,7 +17,7 @@ class RegMixupTransform(BatchTransform):
     """RegMixup (Pinto et al., 2022) around any criterion: clean and mixed images in one forward pass of 2 N rows.
 
     ``(L_clean + eta L_mix) / (1 + eta)`` with ``L_mix = w L(f(x~), y) + (1 - w) L(f(x~), y[order])`` and
-    ``w ~ Beta(alpha, alpha)``, so BatchNorm sees both halves together.
+    ``w ~ Beta(alpha, alpha)``; BatchNorm sees both halves together.
 
     Args:
         alpha: Parameter of the Beta distribution, above 0; large values keep the weights near 1/2.
@@ -27,8 +27,8 @@ class RegMixupTransform(BatchTransform):
         ValueError: If ``alpha`` is not above 0 or ``eta`` is negative.
 
     Deviations:
-        The paper's sum ``L_clean + eta L_mix`` is divided by ``1 + eta``, which for its ``eta = 1`` is what the
-        authors' code does (a mean over 2 N rows); the difference is a factor of the learning rate.
+        The paper's sum ``L_clean + eta L_mix`` is divided by ``1 + eta``, which for ``eta = 1`` equals the authors'
+        code (a mean over 2 N rows); the difference is a factor of the learning rate.
 
     Example:
         >>> RegMixupTransform(alpha=10.0).eta
@@ -39,7 +39,7 @@ class RegMixupTransform(BatchTransform):
         super().__init__()
         check_alpha(alpha, "20 for CIFAR-10, 10 for CIFAR-100")
         if not 0 <= eta < float("inf"):
-            raise ValueError(f"eta is {eta}; it must be at least 0 and finite (1 in the paper).")
+            raise ValueError(f"eta is {eta}; it must be at least 0 and finite. The paper uses 1.")
         self.alpha = alpha
         self.eta = eta
 
@@ -58,8 +58,8 @@ class RegMixup(ClassificationModule):
     """Train with cross-entropy on clean and mixed images together, RegMixup (Pinto et al., NeurIPS 2022).
 
     Paper: Pinto et al. 2022.
-    Mechanism: mixed images beside the clean ones.
-    Extra cost: 2 x the forward and backward pass.
+    Mechanism: trains on clean and mixed images together.
+    Extra cost: 2 x the forward and backward passes.
 
     Args:
         num_classes: K; the command line takes it from the data.

@@ -15,24 +15,9 @@ from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 
 
 def bottleneck(in_features: int, width: int) -> nn.Sequential:
-    """Build the layers below the classifier of TST, ``Linear(d, 3 Z), ReLU, Linear(3 Z, Z)``.
-
-    Args:
-        in_features: d.
-        width: Z.
-
-    Returns:
-        Maps ``(N, d)`` to ``(N, Z)``; there is no activation at the end.
-
-    Raises:
-        ValueError: If ``width`` is below 1.
-
-    Example:
-        >>> bottleneck(96, 8)(torch.zeros(2, 96)).shape
-        torch.Size([2, 8])
-    """
+    """Build the layers below the classifier of TST, ``Linear(d, 3 Z), ReLU, Linear(3 Z, Z)`` with Z = ``width``."""
     if width < 1:
-        raise ValueError(f"width is {width}; it must be at least 1 (128 in the authors' code).")
+        raise ValueError(f"width is {width}; it must be at least 1. The authors' code uses 128.")
     return nn.Sequential(nn.Linear(in_features, 3 * width), nn.ReLU(), nn.Linear(3 * width, width))
 
 
@@ -64,30 +49,18 @@ class TSTHead(Head):
 
 
 def checked_switch(module: ClassificationModule, switch: StageSwitch, head: type[Head]) -> StageSwitch:
-    """Refuse a switch that does not bring the head of the method.
-
-    Args:
-        module: The method.
-        switch: What it was given.
-        head: The class that the new head must have.
-
-    Returns:
-        The switch.
-
-    Raises:
-        TypeError: If it is no `StageSwitch`, or builds another head.
-    """
+    """Return the switch; raise a TypeError unless it is a `StageSwitch` that builds the method's ``head``."""
     method = type(module).__name__
     wanted = f"StageSwitch(-40, {head.__name__})"
     if not isinstance(switch, StageSwitch):
-        raise TypeError(f"The switch of {method} is {switch!r}; it must be an object such as {wanted}.")
-    # without memory and without random numbers: the weights are not looked at
+        raise TypeError(f"switch of {method} is {switch!r}; it must be an object such as {wanted}.")
+    # without memory or random numbers: the weights are not used
     with torch.device("meta"):
         built = switch.new_head(module, module.head)
     if not isinstance(built, head):
         raise TypeError(
-            f"The switch of {method} builds a {type(built).__name__}, but the second stage of {method} is its "
-            f"{head.__name__}: give {wanted}, or take TwoStage for another head."
+            f"switch of {method} builds a {type(built).__name__}; it must build a {head.__name__}. Use {wanted}, or "
+            "TwoStage for another head."
         )
     return switch
 
@@ -96,29 +69,29 @@ class TST(ClassificationModule):
     """Two-stage training (Jordahn and Olmos, ICML 2024): cross-entropy, then a new head on the frozen encoder.
 
     Paper: Jordahn and Olmos 2024.
-    Mechanism: a new head of three layers on the frozen encoder.
-    Extra cost: none; in the second stage the forward pass and three small layers.
+    Mechanism: a new three-layer head on the frozen encoder.
+    Extra cost: none; the second stage only needs the encoder's forward pass and three small layers.
 
-    Choose the checkpoint of the second stage by ``val/nll``, as the authors do.
+    Select the checkpoint of the second stage by ``val/nll``, like the authors.
 
     Args:
         num_classes: K; the command line takes it from the data.
         switch: When and how the second stage is trained. Default: 40 more epochs, a `TSTHead`, Adam with lr 1e-4,
-            batches of 256; loss, augmentation and batch transform of the first stage.
-        **options: See `ClassificationModule`; they are those of the first stage.
+            batches of 256; the first stage's loss, augmentation and batch transform.
+        **options: See `ClassificationModule`; they apply to the first stage.
 
     Attributes:
         switch: The switch to the second stage.
 
     Raises:
-        TypeError: If ``switch`` is no `StageSwitch` or builds another head.
+        TypeError: If ``switch`` is not a `StageSwitch` or builds another head.
 
     Deviations:
-        In the authors' code the frozen encoder's BatchNorm stays in training mode, so that its statistics drift;
-        ``StageTraining(frozen_bn="train")`` does that. Their loader of training images is not shuffled and their
-        validation images are augmented; here neither is so. The second stage goes on from the last weights of the
-        first; the paper's begins with those of the smallest validation loss: train the first stage in a run of its own
-        and give its chosen checkpoint as ``StageSwitch(0, TSTHead, init_from=...)``.
+        In the authors' code the frozen encoder's BatchNorm stays in training mode, so its statistics drift; use
+        ``StageTraining(frozen_bn="train")`` for that. Their training images are not shuffled and their validation
+        images are augmented; here it is the opposite. The second stage starts from the last weights of the first; the
+        paper's starts from those with the smallest validation loss: for that, train the first stage in a separate run
+        and pass its selected checkpoint as ``StageSwitch(0, TSTHead, init_from=...)``.
 
     Example:
         >>> TST(10, encoder="digits_cnn").switch.at_epoch
@@ -133,5 +106,5 @@ class TST(ClassificationModule):
         self.switch = checked_switch(self, switch, TSTHead)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring the switch."""
+        """Add the switch."""
         return own_switches(self, self.switch)

@@ -22,7 +22,7 @@ _NOISE_SEED = 0
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """Divergence of normal distributions from the standard one, a dimension (Jordahn and Olmos, 2024).
+    """KL divergence from the standard normal distribution, per dimension (Jordahn and Olmos, 2024).
 
     ``KL / Z = -1 / (2 Z) mean_n sum_d (1 + log v_nd - mu_nd^2 - v_nd)``
 
@@ -34,7 +34,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
         Scalar, in nats, at least 0.
 
     Raises:
-        ValueError: If the shapes are not equal, or not ``(N, Z)`` with N and Z above 0.
+        ValueError: If the shapes differ, or are not ``(N, Z)`` with N and Z above 0.
 
     Example:
         >>> gaussian_kl(torch.ones(2, 4), torch.zeros(2, 4)).item()
@@ -42,8 +42,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     """
     if mu.shape != logvar.shape or mu.ndim != 2 or 0 in mu.shape:
         raise ValueError(
-            f"mu has the shape {tuple(mu.shape)} and logvar {tuple(logvar.shape)}; both must be (N, Z), N and Z above "
-            "0."
+            f"mu has shape {tuple(mu.shape)} and logvar {tuple(logvar.shape)}; both must be (N, Z), N and Z above 0."
         )
     mu, logvar = at_least_float32(mu), at_least_float32(logvar)
     # expm1: near v = 1 the plain terms would cancel
@@ -54,12 +53,11 @@ class VTSTHead(Head):
     """Stochastic classifier of V-TST, on ``z ~ N(mu(h), v(h))`` of Z dimensions.
 
     ``mu = Linear(3 Z, Z)(relu(Linear(d, 3 Z)(h)))``, ``log v = log sigmoid(Linear(3 Z, Z)(relu(Linear(d, 3 Z)(h))))``,
-    so that no variance is above 1; logits ``Linear(Z, K)(z)``.
+    so no variance exceeds 1; logits ``Linear(Z, K)(z)``.
 
-    In training a forward pass draws one ``z = mu + sqrt(v) eps`` a row. In evaluation the softmax is averaged over S
-    draws, and the logits are its logarithm. Their ``eps`` are S fixed vectors, the same for all rows, drawn once from a
-    generator with a seed of its own: an evaluation gives the same in every run, and what a row gets does not depend on
-    the rows beside it.
+    In training, a forward pass draws one ``z = mu + sqrt(v) eps`` per row. In evaluation, the softmax is averaged over
+    S draws, and the logits are its logarithm. The S vectors ``eps`` are fixed, shared by all rows and drawn once from a
+    separately seeded generator: evaluations are reproducible, and a row's result is independent of the other rows.
 
     Args:
         in_features: d, the number of features.
@@ -80,12 +78,12 @@ class VTSTHead(Head):
     def __init__(self, in_features: int, num_classes: int, width: int = 128, samples: int = 10) -> None:
         super().__init__()
         if samples < 1:
-            raise ValueError(f"samples is {samples}; it must be at least 1 (10 is enough for most data).")
+            raise ValueError(f"samples is {samples}; it must be at least 1. 10 is enough for most data.")
         self.mean = bottleneck(in_features, width)
         self.deviation = bottleneck(in_features, width)
         self.classifier = nn.Linear(width, num_classes)
         generator = torch.Generator("cpu").manual_seed(_NOISE_SEED)
-        # drawn on the CPU and in float32 wherever the head is built, so that it is the same everywhere
+        # drawn on the CPU in float32, to be the same everywhere
         noise = torch.randn(samples, width, generator=generator, dtype=torch.float32, device="cpu")
         self.register_buffer("noise", noise, persistent=False)
 
@@ -94,13 +92,13 @@ class VTSTHead(Head):
         return self.mean(features), F.logsigmoid(self.deviation(features))
 
     def sample(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``(N, K)`` of one draw a row, with the `moments` that it was drawn from; global random numbers."""
+        """Logits ``(N, K)`` of one draw per row from the global generator, with its `moments`."""
         mu, logvar = self.moments(features)
         logits: Tensor = self.classifier(mu + (0.5 * logvar).exp() * torch.randn_like(mu))
         return logits, mu, logvar
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of features ``(N, d)``: of one draw in training, of the averaged softmax in evaluation."""
+        """Logits ``(N, K)`` of features ``(N, d)``: one draw in training, the averaged softmax in evaluation."""
         if self.training:
             return self.sample(features)[0]
         mu, logvar = self.moments(features)
@@ -113,29 +111,29 @@ class VTST(ClassificationModule):
     """Variational two-stage training (Jordahn and Olmos, ICML 2024): a stochastic head on the frozen encoder.
 
     Paper: Jordahn and Olmos 2024.
-    Mechanism: a new head that draws its features from a normal distribution.
-    Extra cost: none; in the second stage the forward pass and five small layers, ten draws in evaluation.
+    Mechanism: a new head that samples its features from a normal distribution.
+    Extra cost: none; the second stage only needs the encoder's forward pass and five small layers.
 
-    The second stage minimises ``cross-entropy + KL / Z`` over the weights of a `VTSTHead`, with one draw a row and the
-    divergence of `gaussian_kl`.
+    The second stage minimises ``cross-entropy + KL / Z`` over the weights of a `VTSTHead`, with one draw per row and
+    the divergence `gaussian_kl`.
 
     Args:
         num_classes: K; the command line takes it from the data.
         switch: When and how the second stage is trained. Default: 40 more epochs, a `VTSTHead`, Adam with lr 1e-4,
-            batches of 256. It has no criterion, since the loss is not one on logits alone.
-        **options: See `ClassificationModule`; they are those of the first stage. No batch transform.
+            batches of 256. It has no criterion, since the loss needs more than logits.
+        **options: See `ClassificationModule`; they apply to the first stage. No batch transform.
 
     Attributes:
         switch: The switch to the second stage.
 
     Raises:
-        TypeError: If ``switch`` is no `StageSwitch` or builds another head.
+        TypeError: If ``switch`` is not a `StageSwitch` or builds another head.
         ValueError: If the switch has a criterion, or there is a batch transform.
 
     Deviations:
-        Those of `TST`. Evaluation averages ten draws, where the authors' program takes one by default. Choose the
-        checkpoint by ``val/nll``, which is that of the average; theirs is the one with the smallest loss of one draw,
-        divergence included.
+        Those of `TST`. Evaluation averages ten draws; the authors' program uses one by default. Select the checkpoint
+        by ``val/nll``, which is that of the average; the authors select by the loss of one draw, including the
+        divergence.
 
     Example:
         >>> VTST(10, encoder="digits_cnn").switch.at_epoch
@@ -145,8 +143,8 @@ class VTST(ClassificationModule):
     def __init__(self, num_classes: int, switch: StageSwitch | None = None, **options: Unpack[ModuleOptions]) -> None:
         if options.get("batch_transform") is not None:
             raise ValueError(
-                "VTST takes no batch_transform: the loss of its second stage is no criterion on logits that a "
-                "transform could mix. Train the first stage with the transform in a run of its own, and give its "
+                "VTST does not support batch_transform: the loss of its second stage is not a criterion on logits that "
+                "a transform could mix. Train the first stage with the transform in a separate run, and pass its "
                 "checkpoint as StageSwitch(0, VTSTHead, init_from=...)."
             )
         super().__init__(num_classes, criterion=CrossEntropyLoss(), **options)
@@ -156,16 +154,16 @@ class VTST(ClassificationModule):
         self.switch = checked_switch(self, switch, VTSTHead)
         if switch.training.criterion is not None:
             raise ValueError(
-                f"The switch of VTST has the criterion {switch.training.criterion!r}, but the second stage has a loss "
-                "of its own, cross-entropy + KL / Z: leave the criterion out."
+                f"The switch of VTST has the criterion {switch.training.criterion!r}; it must have none, because the "
+                "loss of the second stage is cross-entropy + KL / Z. Omit the criterion."
             )
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring the switch."""
+        """Add the switch."""
         return own_switches(self, self.switch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss (scalar) and logits ``(N, K)`` of one batch, in the second stage those of one draw."""
+        """Loss (scalar) and logits ``(N, K)`` of one batch; in the second stage, those of one draw."""
         if not isinstance(self.head, VTSTHead):
             return super().loss(batch)
         logits, mu, logvar = self.head.sample(self.features(batch.image))

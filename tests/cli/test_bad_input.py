@@ -199,7 +199,11 @@ def test_a_misspelt_method_or_data_set_is_told_which_there_are(calib):
 
 
 def test_a_refused_batch_transform_is_explained_without_pages_of_options(calib):
-    for method, reason in (("crl", "single training samples"), ("balcal", "no criterion"), ("mixup", "no second one")):
+    for method, reason in (
+        ("crl", "individual training samples"),
+        ("balcal", "not a criterion"),
+        ("mixup", "cannot be set"),
+    ):
         done = calib("fit", *TOY, f"--model={method}", "--model.batch_transform=RegMixupTransform")
         assert done.code == 1
         assert reason in done.err

@@ -103,8 +103,8 @@ def test_without_validation_it_does_not_start(fit):
         ({"n_bins": 0}, "n_bins is 0"),
         ({"rate": 0.0}, "rate is 0"),
         ({"rate": float("nan")}, "nan"),
-        ({"gamma_min": 1.0}, "gamma_min=1"),
-        ({"switch": 3.0}, "switch=3"),
+        ({"gamma_min": 1.0}, "gamma_min is 1"),
+        ({"switch": 3.0}, "switch 3"),
     ],
 )
 def test_bad_settings_are_named(options, named):

@@ -149,7 +149,7 @@ def test_images_without_views_are_refused_before_the_forward(shape):
     module = AugMix(10, encoder="digits_cnn")
     module.encoder.register_forward_hook(lambda *args: pytest.fail("the network has run"))
     batch = Batch(torch.zeros(shape), torch.zeros(8, dtype=torch.int64), torch.arange(8))
-    with pytest.raises(ValueError, match=r"needs three views .* got images \(8, .*\(3, C, H, W\)"):
+    with pytest.raises(ValueError, match=r"images have shape \(8, .*needs three views .*\(3, C, H, W\)"):
         module.loss(batch)
 
 
@@ -158,7 +158,7 @@ def test_images_without_views_are_refused_before_the_forward(shape):
     [
         ({"strength": -1.0}, "strength is -1.0"),
         ({"strength": float("nan")}, "strength is nan"),
-        ({"severity": 11.0}, "severity=11.0"),
+        ({"severity": 11.0}, "severity is 11.0"),
     ],
 )
 def test_impossible_settings_are_named(options, named):

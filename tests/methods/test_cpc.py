@@ -94,9 +94,9 @@ def test_memory_does_not_grow_with_the_number_of_pairs():
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_fewer_than_three_classes_are_refused(k):
-    with pytest.raises(ValueError, match=f"{k} classes"):
+    with pytest.raises(ValueError, match=f"num_classes is {k}; it must be at least 3"):
         CPC(k, encoder="digits_cnn")
-    with pytest.raises(ValueError, match=f"{k} classes"):
+    with pytest.raises(ValueError, match=f"num_classes is {k}; it must be at least 3"):
         CPCLoss()(torch.zeros(3, k), torch.zeros(3, dtype=torch.int64))
 
 

@@ -185,10 +185,10 @@ class Indexed(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("index", "named"),
     [
-        (lambda i: 0, "Sample 11 of the training set says that its position is 0"),
-        (lambda i: i + 1, "Sample 0 .* position is 1"),
-        (lambda i: i if i in (0, 11) else i + 7, "17, but the training set has the positions 0..11"),
-        (lambda i: i if i in (0, 11) else -1, "-1, but"),
+        (lambda i: 0, "Sample 11 of the training set has the index 0"),
+        (lambda i: i + 1, "Sample 0 .* has the index 1"),
+        (lambda i: i if i in (0, 11) else i + 7, "holds 17; it must be in 0..11"),
+        (lambda i: i if i in (0, 11) else -1, "holds -1; it must"),
     ],
 )
 def test_data_that_says_other_positions_is_refused(tmp_path, index, named):

@@ -127,7 +127,7 @@ def test_official_normalization_weakens_the_right_rows():
 
 
 def test_a_root_of_the_root_is_refused():
-    with pytest.raises(ValueError, match="set weighted to false"):
+    with pytest.raises(ValueError, match="Set weighted to false"):
         MMCELoss(sqrt=True)
 
 

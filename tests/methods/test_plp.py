@@ -242,7 +242,7 @@ def test_two_processes_freeze_the_same(pool2, tmp_path):
         ({"cuts": [11]}, ValueError, r"\[11\]"),
         ({"cuts": []}, ValueError, r"\[\]"),
         ({"cuts": [3.5, 11]}, ValueError, r"3\.5"),
-        ({"encoder": "vit_tiny_patch16_224"}, NoBlocksError, "give cuts.* 152"),
+        ({"encoder": "vit_tiny_patch16_224"}, NoBlocksError, "pass cuts.* 152"),
     ],
 )
 def test_impossible_settings_are_named(options, error, named):
