@@ -1,4 +1,4 @@
-"""Post-hoc calibration at the end of a training, kept in its checkpoints."""
+"""Post-hoc calibration at the end of training, stored in its checkpoints."""
 
 from __future__ import annotations
 
@@ -26,52 +26,52 @@ T = TypeVar("T")
 
 
 class PostHocCalibrate(Callback):
-    """Fits a calibrator to the trained network of any LightningModule and keeps it in the checkpoints.
+    """Fits a calibrator to the trained network of any LightningModule and stores it in the checkpoints.
 
-    When the training is over, the calibration split goes once through the network; afterwards ``calibrator`` belongs to
-    the weights that the module then has. The files that the trainer's `ModelCheckpoint` keeps (best and last) get the
-    calibrator of *their* weights, so ``load_calibrator("best.ckpt")`` goes with ``load_from_checkpoint("best.ckpt")``.
-    A calibrator that cannot be fitted, or a file that cannot be changed, is warned of; it never costs the training.
+    After training, the calibration split passes once through the network; ``calibrator`` then belongs to the module's
+    final weights. The files of the trainer's `ModelCheckpoint` (best and last) get the calibrator of *their* weights,
+    so ``load_calibrator("best.ckpt")`` matches ``load_from_checkpoint("best.ckpt")``. If a calibrator cannot be fitted
+    or a file cannot be changed, there is only a warning; the training is never lost.
 
     Args:
-        calibrator: What is fitted; it must not need features.
-        loader: Batches ``(image, label, ...)`` of the calibration split, which the network is neither trained nor
-            tested on; ``None`` takes the data module's ``calibration_dataloader()``.
+        calibrator: The calibrator to fit; it must not need features.
+        loader: Batches ``(image, label, ...)`` of the calibration split, which must not be used for training or
+            testing; ``None`` uses the data module's ``calibration_dataloader()``.
 
     Attributes:
-        calibrator: The calibrator; fitted once the training is over, or a checkpoint was loaded.
+        calibrator: The calibrator; fitted after training, or after loading a checkpoint.
 
     Example:
         ``Trainer(callbacks=[PostHocCalibrate(Temperature(), calibration_loader)]).fit(module, train_loader)``
     """
 
     def __init__(self, calibrator: Calibrator, loader: Iterable[Any] | None = None) -> None:
-        if calibrator.needs_features:
+        if set(calibrator.needs) != {"logits"}:
             raise ValueError(
-                f"{calibrator.name} needs features, which this callback does not have: fit it with fit(logits, labels, "
-                "features) after the training."
+                f"{calibrator.name} needs {' and '.join(calibrator.needs)}, and this callback has logits alone. Fit it "
+                "after training, with CalibratedClassifier(module, calibrator).fit(loader)."
             )
         self.calibrator, self.loader = calibrator, loader
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before anything is trained, a fit for which there are no calibration rows."""
+        """Reject a fit without calibration data before training starts."""
         if str(getattr(stage, "value", stage)) != "fit":
             return
         if trainer.max_epochs == 0:
-            rank_zero_warn("max_epochs is 0: PostHocCalibrate fits behind a training, so it does nothing here.")
+            rank_zero_warn("max_epochs is 0: PostHocCalibrate only fits after training, so it does nothing here.")
         if self.loader is not None:
             return
         data = getattr(trainer, "datamodule", None) or datamodule_in_use(trainer)
         if not callable(getattr(data, "calibration_dataloader", None)):
             raise ValueError(
-                "PostHocCalibrate has no calibration split: give PostHocCalibrate(calibrator, loader), or a data "
-                "module with a method calibration_dataloader(). The training and test sets cannot take its place."
+                "PostHocCalibrate has no calibration split. Pass PostHocCalibrate(calibrator, loader), or use a data "
+                "module with a method calibration_dataloader(); do not use the training or test set."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an empty calibration split, and forget a calibrator of earlier weights, before anything is trained."""
+        """Reject an empty calibration split, and discard a calibrator of earlier weights, before training starts."""
         self._batches(trainer)
-        if self.calibrator.fitted:  # else the checkpoints of this training would hold it beside other weights
+        if self.calibrator.fitted:  # otherwise checkpoints of this training would store it with other weights
             self.calibrator = build(self.calibrator.spec, Calibrator)  # type: ignore[type-abstract]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +80,7 @@ class PostHocCalibrate(Callback):
             return
         try:
             self.calibrator = self._fitted(trainer, pl_module)
-        except Exception as error:  # whatever a loader or a module raises, the training is not lost
+        except Exception as error:  # the training must not be lost, whatever a loader or a module raises
             rank_zero_warn(f"PostHocCalibrate: {self.calibrator.name} was not fitted: {error}")
             return
         report = self.calibrator.report
@@ -96,23 +96,23 @@ class PostHocCalibrate(Callback):
             self._add_to_file(trainer, pl_module, Path(path))
 
     def state_dict(self) -> dict[str, Any]:
-        """The calibrator, once it is fitted."""
+        """The calibrator, once fitted."""
         return {FILE_KEY: dict(calibrator_record(self.calibrator))} if self.calibrator.fitted else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the calibrator of a checkpoint; one of another kind than this callback's is left there."""
+        """Restore the calibrator of a checkpoint, unless it differs from this callback's."""
         if FILE_KEY not in state_dict:
             return
         try:
             found = calibrator_of(state_dict[FILE_KEY], "The checkpoint's record")
         except ValueError as error:
-            rank_zero_warn(f"PostHocCalibrate goes on without the calibrator of the checkpoint: {error}")
+            rank_zero_warn(f"PostHocCalibrate continues without the calibrator of the checkpoint: {error}")
             return
         if found.spec == self.calibrator.spec:
             self.calibrator = found
         else:
             rank_zero_warn(
-                f"The checkpoint holds a {found.name}; it is left there, as {self.calibrator.name} is asked for."
+                f"The checkpoint holds a {found.name}; it is ignored, since {self.calibrator.name} is requested."
             )
 
     def _batches(self, trainer: Trainer) -> Iterable[Any]:
@@ -122,30 +122,30 @@ class PostHocCalibrate(Callback):
         loader: Iterable[Any] | None = data.calibration_dataloader()
         if loader is None:
             raise ValueError(
-                f"PostHocCalibrate: the calibration split of {type(data).__name__} is empty; give it images "
-                "(split.calibration), or give PostHocCalibrate(calibrator, loader)."
+                f"The calibration split of {type(data).__name__} is empty, but PostHocCalibrate needs it. Give it "
+                "images (split.calibration), or pass PostHocCalibrate(calibrator, loader)."
             )
         return loader
 
     def _fitted(self, trainer: Trainer, module: LightningModule) -> Calibrator:
-        """A calibrator fitted to the module as it is; the same on all processes."""
+        """A calibrator fitted to the module as it is; identical on all processes."""
         batches = self._batches(trainer)
         rows, labels = _on_all(trainer, lambda: _collected(trainer, module, batches))
-        # Our loaders give every process its part; of others nothing is known, so each process has read all rows.
+        # Our loaders are split over processes; of others nothing is known, so each process has read all rows.
         if isinstance(batches, ResumableLoader):
             rows, labels = gather_rows(rows.contiguous()), gather_rows(labels.contiguous())
         return _on_all(trainer, lambda: copy.deepcopy(self.calibrator).fit(rows, labels))
 
     def _add_to_file(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
-        """Put the calibrator of a checkpoint's own weights into its file."""
+        """Add a calibrator of a checkpoint's own weights to its file."""
         reading = trainer.strategy.reduce_boolean_decision(path.is_file(), all=True)
         if not reading:
-            rank_zero_warn(f"PostHocCalibrate: {path} is no file that every process can read, and was left as it is.")
+            rank_zero_warn(f"PostHocCalibrate: not every process can read {path}; it was not changed.")
             return
         final = {name: value.detach().clone() for name, value in module.state_dict().items()}
         try:
             checkpoint = _on_all(trainer, lambda: torch.load(path, map_location="cpu", weights_only=True))
-            # The running statistics of another process than that which saved may differ, and all must fit, or none.
+            # Running statistics may differ between processes, and all must fit or none.
             if trainer.strategy.reduce_boolean_decision(_equal(checkpoint["state_dict"], final), all=True):
                 fitted = self.calibrator
             else:
@@ -168,7 +168,7 @@ class PostHocCalibrate(Callback):
 
 
 def _on_all(trainer: Trainer, work: Callable[[], T]) -> T:
-    """Do something on all processes, or fail on all: those that went on would wait for the one that did not."""
+    """Run ``work`` on all processes, or fail on all: otherwise the others would wait for the one that failed."""
     fault: Exception | None = None
     try:
         done = work()
@@ -180,7 +180,7 @@ def _on_all(trainer: Trainer, work: Callable[[], T]) -> T:
 
 
 def _collected(trainer: Trainer, module: LightningModule, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Logits and labels of all batches of this process."""
+    """Logits and labels of all of this process's batches."""
     logits, labels = [], []
     with ready(trainer, module):
         for batch in batches:
@@ -188,7 +188,7 @@ def _collected(trainer: Trainer, module: LightningModule, batches: Iterable[Any]
             logits.append(as_logits_of(module(image), PostHocCalibrate.__name__).detach())
             labels.append(label)
     if not logits:
-        raise ValueError("the calibration loader gave no batch")
+        raise ValueError("the calibration loader returned no batches")
     return torch.cat(logits), torch.cat(labels)
 
 

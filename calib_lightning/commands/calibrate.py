@@ -1,25 +1,96 @@
-"""``calib calibrate`` from its arguments to its exit code."""
+"""``calib calibrate``: fit calibrators to held-out predictions and say what they do to every test set."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from calib_lightning.commands.calibrate_arguments import Options, make_parser, parse
-from calib_lightning.commands.score import one_line
+from calib_lightning.commands.options import parse
+from calib_lightning.commands.running import check_metrics, one_line, print_report, reported
+from calib_lightning.predictions.settings import DEFAULT_RESAMPLES, Reading, Settings
 from calib_lightning.utils.files import check_writable
 
 if TYPE_CHECKING:
-    from calib_lightning.predictions.calibrating import AnyCalibrator, Report
+    from calib_lightning.posthoc import Calibrator
+    from calib_lightning.predictions.calibration_report import CalibrationReport
+
+DEFAULT_CALIBRATOR = "Temperature"
 
 
-def main(argv: list[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Files in place of a run.
+
+    Args:
+        calibration: Scores and labels to fit to.
+        test: Scores and labels to measure on.
+        labels: Labels from a .npy, .npz, .pt or .csv file: one for --calibration, then one for each --test.
+    """
+
+    calibration: Path | None = None
+    test: list[Path] = field(default_factory=list)
+    labels: list[Path] = field(default_factory=list, metadata={"once": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Files, Settings, Reading):
+    """Fit calibrators to held-out predictions; accuracy, calibration and refinement before and after.
+
+    what is fitted to what:
+      RUN          a folder of `calib fit`: fitted to predictions/calibration.npz, measured on every other set that was
+                   saved but the validation set. The network is loaded only where a calibrator needs images or features.
+      files        fitted to --calibration, measured on every --test. They are read as by `calib score`; see its --help.
+                   A calibrator is never fitted to rows that it is measured on.
+
+    Calibrators are written as in Python, with commas between them, such as
+      --calibrators "Temperature,VectorScaling,Sequential(Temperature(),OneVsRest(Isotonic()))"
+    `calib list calibrators` names them all.
+
+    For a RUN, the fitted calibrators and the report go to a new folder RUN/calibrate; for files, to --output.
+
+    Args:
+        run: Folder of a run; without it see --calibration.
+        calibrators: Calibrators with commas between them; may be given several times. Default: Temperature.
+        output: Folder for the calibrators and the report; a number is added where it exists. Default: RUN/calibrate.
+    """
+
+    run: Path | None = field(default=None, metadata={"metavar": "RUN", "positional": True})
+    calibrators: list[str] = field(default_factory=list, metadata={"metavar": "NAMES", "once": True})
+    output: Path | None = field(default=None, metadata={"metavar": "DIR"})
+    metrics: str | None = field(default="accuracy,nll,brier,ece,aece_official,classwise_ece,correctness_auroc,entropy")
+    intervals: int | None = field(default=DEFAULT_RESAMPLES, metadata={"off": True})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run is not None:
+            given = {
+                "--calibration": self.calibration,
+                "--test": self.test,
+                "--labels": self.labels,
+                "--scores_key": self.scores_key,
+                "--labels_key": self.labels_key,
+                "--input probs": self.input == "probs",
+            }
+            for option, value in given.items():
+                if value:
+                    raise ValueError(f"{option} is for files; of the run {self.run} its own predictions are taken")
+        elif self.calibration is None or not self.test:
+            raise ValueError("give a RUN, or --calibration FILE and --test FILE")
+        if len(self.labels) not in (0, 1 + len(self.test)):
+            raise ValueError(
+                f"--labels was given {len(self.labels)} times: give it once for --calibration and once for each of the "
+                f"{len(self.test)} test files, in this order"
+            )
+
+
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
-        argv: Arguments after ``calib calibrate``.
+        argv: Words after ``calib calibrate``.
 
     Returns:
         Exit code: 0, or 1 if a file is at fault or a calibrator could not be fitted. A wrong command line ends with 2.
@@ -27,72 +98,54 @@ def main(argv: list[str]) -> int:
     Example:
         ``main(["--calibration", "val.npz", "--test", "test.npz", "--calibrators", "Temperature,VectorScaling"])``
     """
-    parser = make_parser()
-    options = parse(parser, argv)
-    # These imports take seconds.
-    from calib_lightning.posthoc.neural_clamping import NeuralClamping
-    from calib_lightning.predictions.calibrating import all_calibrators, named_calibrators
-    from calib_lightning.predictions.scoring import selected_metrics
+    options = parse(Options, "calibrate", argv)
+    check_metrics("calibrate", options.metrics)
+    from calib_lightning.predictions.calibrating import named_calibrators
 
-    if options.list:
-        print("\n".join(all_calibrators()))
-        return 0
     try:
-        calibrators = named_calibrators(options.calibrators)
-        selected_metrics(options.metrics, classes=2)
+        calibrators = named_calibrators(options.calibrators or DEFAULT_CALIBRATOR)
+        for calibrator in calibrators:
+            if "network" in calibrator.needs and options.run is None:
+                raise ValueError(f"{calibrator.name} needs the network and its images: give a RUN")
     except ValueError as error:
-        parser.error(one_line(error))
-    for calibrator in calibrators:
-        if isinstance(calibrator, NeuralClamping) and options.run is None:
-            parser.error(f"{calibrator.name} needs the network and its images: give a RUN")
-    try:
-        report = _report(options, calibrators)
-    except (ValueError, TypeError, OSError, RuntimeError, UnpicklingError) as error:
-        print(f"calib: error: {one_line(error)}", file=sys.stderr)
-        return 1
+        print(f"calib calibrate: error: --calibrators: {one_line(error)}", file=sys.stderr)
+        return 2
+    return reported(lambda: _run(options, calibrators))
+
+
+def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
+    from calib_lightning.predictions.calibrating import calibrate
+    from calib_lightning.predictions.reading import read_predictions, unique_names
+
+    output = options.run / "calibrate" if options.output is None and options.run is not None else options.output
+    if output is not None:
+        output = output if output.name else output.resolve()
+        check_writable(output.parent, "--output")
+    reading = Reading.of(options)
+    source: Any = options.run
+    tests: Any = None
+    if options.calibration is not None:
+        labels: list[Path | None] = [*options.labels] or [None] * (1 + len(options.test))
+        source = read_predictions(options.calibration, reading, labels[0])
+        files = zip(unique_names(options.test), options.test, labels[1:], strict=True)
+        tests = {name: read_predictions(path, reading, of_labels) for name, path, of_labels in files}
+    report = calibrate(source, tests, calibrators, reading=reading, **vars(Settings.of(options)))
+    print_report(report, "text", None)
+    if output is None:
+        print("Nothing was written; --output DIR keeps the fitted calibrators and the report.")
+    else:
+        print(f"The calibrators and the report are in {report.save(output)}; {_use_of(report)}")
     for name, reason in report.failed.items():
         print(f"calib: error: {name}: {reason}", file=sys.stderr)
     return 1 if report.failed else 0
 
 
-def _report(options: Options, calibrators: Sequence[AnyCalibrator]) -> Report:
-    from rich.console import Console
-
-    from calib_lightning.posthoc import Calibrator
-    from calib_lightning.predictions.calibrating import calibrate
-    from calib_lightning.predictions.calibration_sets import read_inputs
-    from calib_lightning.predictions.calibration_writing import as_text, write_folder
-
-    output = options.output
-    if output is None and options.run is not None:
-        output = options.run / "calibrate"
-    if output is not None:
-        output = output if output.name else output.resolve()
-        check_writable(output.parent, "--output")
-    more = any(not isinstance(calibrator, Calibrator) or calibrator.needs_features for calibrator in calibrators)
-    inputs, network = read_inputs(options, features=more), None
-    if more and options.run is not None:
-        from calib_lightning.predictions.run_network import RunNetwork  # only now the trainer is needed
-
-        network = RunNetwork(options.run)
-        inputs = network.with_features(inputs)
-    report = calibrate(options, calibrators, inputs, network)
-    console = Console()
-    sys.stdout.write(as_text(report, options, console if console.is_terminal else None))
-    if output is None:
-        print("Nothing was written; --output DIR keeps the fitted calibrators and the report.")
-    else:
-        folder = write_folder(report, options, output)
-        print(f"The calibrators and the report are in {folder}; {_use_of(report)}")
-    return report
-
-
-def _use_of(report: Report) -> str:
+def _use_of(report: CalibrationReport) -> str:
     """How the fitted calibrators can be applied to other rows."""
-    fitted = [entry.calibrator for entry in report.fitted.values()]
+    needs = {need for calibrator in report.calibrators.values() for need in calibrator.needs}
     use = "`calib score FILE --calibrator CAL.pt` applies one."
-    if any(getattr(calibrator, "needs_features", False) for calibrator in fitted):
-        use += " Those that need features read them from FILE too (--features-key)."
-    if any(not hasattr(calibrator, "needs_features") for calibrator in fitted):
-        use += " Neural Clamping needs images: load_clamping and CalibratedClassifier."
+    if "features" in needs:
+        use += " Those that need features read them from FILE too (--features_key)."
+    if "network" in needs:
+        use += " Those that need the network are applied by CalibratedClassifier in Python."
     return use

@@ -1,4 +1,4 @@
-"""``calib predict --images DIR --model FILE`` from its arguments to its exit code."""
+"""``calib classify``: label, confidence and whether to abstain, for each image of a folder."""
 
 from __future__ import annotations
 
@@ -7,17 +7,57 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from calib_lightning.commands.classify_arguments import Options, make_parser, parse
-from calib_lightning.utils.files import check_writable
+from calib_lightning.commands.options import parse
+from calib_lightning.commands.running import check_output, reported
 
 if TYPE_CHECKING:
     from calib_lightning.deploy.classifier import CalibratedClassifier
     from calib_lightning.deploy.export import ExportedClassifier
 
 _DIGITS = 6  # as many as float32 and different runtimes agree on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Label, confidence and whether to abstain, for each image of a folder.
+
+    model files:
+      .pt          of calib_lightning.deploy.save_classifier; nothing in it is executed. Networks other than timm models
+                   and modules of calib_lightning need export_torch or export_onnx
+      .onnx        of export_onnx; a graph and numbers, nothing else
+      .pt2         of export_torch; reading one may execute what it holds: use files from people you trust only
+
+    Images are .jpg, .png, .webp and .bmp files in DIR and the folders in it. Those that cannot be read are named, the
+    others are classified, and the exit code is 1. Images are prepared as the model file says.
+
+    Args:
+        images: Folder of images.
+        model: A calibrated classifier, see below.
+        output: Write .csv or .json there, in place of a table in the terminal.
+        batch_size: Images at once.
+        threshold: Abstain where the confidence is below this fraction. Default: that of the model file.
+        device: Where the network runs, such as cuda.
+    """
+
+    images: Path = field(metadata={"metavar": "DIR"})
+    model: Path = field(metadata={"required": True})
+    output: Path | None = None
+    batch_size: int = 32
+    threshold: float | None = None
+    device: str = field(default="cpu", metadata={"metavar": "DEVICE"})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size is {self.batch_size}; it must be >= 1. 32 is customary.")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"--threshold is {self.threshold}; it must be a fraction between 0 and 1, such as 0.8.")
+        if self.output is not None and self.output.suffix.lower() not in (".csv", ".json"):
+            raise ValueError(f"--output is {self.output}; its suffix must be .csv or .json. Rename it.")
 
 
 class Row(NamedTuple):
@@ -36,34 +76,26 @@ class Row(NamedTuple):
     abstain: bool
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
-        argv: Arguments after ``calib predict``.
+        argv: Words after ``calib classify``.
 
     Returns:
         Exit code: 0, or 1 if the model or an image is at fault. A wrong command line ends with 2.
 
     Example:
-        ``main(["--images", "photos", "--model", "classifier.pt"])``
+        ``main(["photos", "--model", "classifier.pt"])``
     """
-    options = parse(make_parser(), argv)
-    try:
-        return _predict(options)
-    # torch says AssertionError of a device that it was not built for
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, AssertionError) as error:
-        print(f"calib: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
+    options = parse(Options, "classify", argv)
+    return reported(lambda: _classify(options))
 
 
-def _predict(options: Options) -> int:
+def _classify(options: Options) -> int:
     from calib_lightning.deploy.images import find_images, read_batches  # the import takes seconds
 
-    if options.output is not None:
-        if options.output.is_dir():
-            raise IsADirectoryError(f"--output {options.output}: is a folder; name a file")
-        check_writable(options.output.parent, "--output")
+    check_output(options.output)
     found = find_images(options.images)
     model = _model(options)
     if model.preprocessing is None:
@@ -74,7 +106,7 @@ def _predict(options: Options) -> int:
     if options.threshold is None and model.operating_point is None:
         _say("note", f"{options.model} has no operating threshold, so nothing abstains; give --threshold")
     if found.others:
-        _say("note", f"no images: {', '.join(_within(path, options.images) for path in found.others)}")
+        _say("note", f"not images: {', '.join(_within(path, options.images) for path in found.others)}")
     rows: list[Row] = []
     faults = dict.fromkeys(found.other_images, "is not read; convert it to .png")
     for batch in read_batches(found.images, model.preprocessing, options.batch_size):
@@ -84,7 +116,7 @@ def _predict(options: Options) -> int:
             answers = zip(*(part.tolist() for part in decision), strict=True)
             for path, (label, confidence, abstain) in zip(batch.paths, answers, strict=True):
                 if math.isnan(confidence):
-                    faults[path] = "the network gives no numbers for it; are the weights of the model finite?"
+                    faults[path] = "the network returns nan for it; are the weights of the model finite?"
                     continue
                 name = label if model.classes is None else model.classes[label]
                 rows.append(Row(_within(path, options.images), name, round(confidence, _DIGITS), abstain))

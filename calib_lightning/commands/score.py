@@ -1,22 +1,119 @@
-"""``calib score`` from its arguments to its exit code."""
+"""``calib score``: accuracy, calibration and refinement of saved predictions."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from calib_lightning.commands.score_arguments import Options, make_parser, parse
+from calib_lightning.commands.options import parse
+from calib_lightning.commands.running import check_metrics, check_output, one_line, print_report, reported
+from calib_lightning.predictions.settings import Reading, Settings
+from calib_lightning.utils.files import check_writable
 
 if TYPE_CHECKING:
-    from calib_lightning.predictions.scoring import Report
+    from calib_lightning.posthoc import Calibrator
+    from calib_lightning.predictions.reading import Predictions
+    from calib_lightning.predictions.score_report import ScoreReport
+
+Format = Literal["text", "json", "markdown"]
+_FORMATS: dict[str, Format] = {".txt": "text", ".json": "json", ".md": "markdown"}
 
 
-def main(argv: list[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Groups and comparisons.
+
+    Args:
+        groups: Values of each class, or of frequent and rare classes.
+        train_counts: Training images of each class: K whole numbers in a .csv, .npy or .json file; for --groups
+            frequency.
+        compare: Another run on the same samples: the difference of each file to it, with the p-value of a permutation
+            test.
+        seeds: The files are runs of one method: mean and standard deviation over them.
+    """
+
+    groups: Literal["class", "frequency"] | None = None
+    train_counts: Path | None = None
+    compare: Path | None = None
+    seeds: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What is written.
+
+    Args:
+        format: Default: by the suffix of --output, or text.
+        output: Write the report there (.txt, .json or .md).
+        figures: Write figures as PNG and SVG to DIR/<set>/.
+    """
+
+    format: Format | None = None
+    output: Path | None = None
+    figures: Path | None = field(default=None, metadata={"metavar": "DIR"})
+
+    @property
+    def style(self) -> Format:
+        """The format, also where it follows from the suffix."""
+        suffix = self.output.suffix.lower() if self.output else ".txt"
+        if self.format is None and suffix not in _FORMATS:
+            raise ValueError(
+                f"--output is {self.output}; its suffix must be one of {', '.join(_FORMATS)}. Say --format."
+            )
+        return self.format or _FORMATS[suffix]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Compared, Written, Settings, Reading):
+    """Accuracy, calibration and refinement of saved predictions.
+
+    files:
+      .npz         arrays `logits` (with --input probs: `probs`) of shape (N, K), `labels` (N,) and, where there are
+                   any, `confidence` (N,) of a method that brings its own, `class_names` (K,) and `label_distribution`
+                   (N, K), shares of the classes such as people's votes; --scores_key and --labels_key name others.
+                   Files of `calib test` are of this kind.
+      .pt, .pth    a dict of tensors with these names (class_names: a list), or one tensor (N, K) with --labels
+      .npy         scores (N, K), with --labels
+      .csv         one row a sample: a column `label` (or --labels_key) and K columns of scores named 0, 1, 2, ... or
+                   z0, z1, z2, ..., in the order of the classes; `confidence` is as above; `id`, `index` and a first
+                   column without a name are skipped. One column `p` is the probability of class 1 of two. Without a
+                   header the labels are the last column.
+
+    Fractions are shown in percent where that is usual; JSON holds fractions at full precision, null where
+    undefined, "inf" where infinite.
+
+    Args:
+        files: Saved scores and labels, see below.
+        labels: Labels from .npy, .npz, .pt or .csv files: once for all FILEs, or once for each in their order.
+        calibrator: A file of `calib calibrate`: score what this calibrator makes of each FILE (not of --compare).
+    """
+
+    files: list[Path] = field(metadata={"metavar": "FILE"})
+    labels: list[Path] = field(default_factory=list, metadata={"metavar": "FILE", "once": True})
+    calibrator: Path | None = field(default=None, metadata={"metavar": "CAL"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.groups == "frequency") != (self.train_counts is not None):
+            raise ValueError("--groups frequency and --train_counts FILE go together")
+        if len(self.labels) not in (0, 1, len(self.files)):
+            raise ValueError(
+                f"--labels was given {len(self.labels)} times for {len(self.files)} files: give it once for all of "
+                "them, or once for each"
+            )
+        if self.seeds and len(self.files) < 2:
+            raise ValueError("--seeds needs two or more files, one of each run")
+        _ = self.style
+
+
+def main(argv: Sequence[str]) -> int:
     """Run the command.
 
     Args:
-        argv: Arguments after ``calib score``.
+        argv: Words after ``calib score``.
 
     Returns:
         Exit code: 0, or 1 if a file is at fault or a figure could not be drawn. A wrong command line ends with 2.
@@ -24,65 +121,75 @@ def main(argv: list[str]) -> int:
     Example:
         ``main(["predictions/test.npz", "--intervals"])``
     """
-    parser = make_parser()
-    options = parse(parser, argv)
-    from calib_lightning.predictions.scoring import selected_metrics  # the import takes seconds
-
-    try:
-        selected_metrics(options.metrics, classes=2)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        report = _write_report(options)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"calib: error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0 if options.figures is None else _write_figures(options, options.figures, report)
+    options = parse(Options, "score", argv)
+    check_metrics("score", options.metrics)
+    return reported(lambda: _run(options))
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _write_report(options: Options) -> Report:
-    from rich.console import Console
-
+def _run(options: Options) -> int:
+    from calib_lightning.posthoc import load_calibrator
+    from calib_lightning.predictions.files import read_counts
+    from calib_lightning.predictions.reading import unique_names
     from calib_lightning.predictions.scoring import score
-    from calib_lightning.predictions.writing import as_json, as_markdown, as_text
-    from calib_lightning.utils.files import check_writable, write_whole
 
-    if options.output is not None:
-        if options.output.is_dir():
-            raise IsADirectoryError(f"--output {options.output}: is a folder; name a file")
-        check_writable(options.output.parent, "--output")
+    check_output(options.output)
     if options.figures is not None:
         check_writable(options.figures, "--figures")
-    report = score(options)
-    if options.format == "text":
-        console = Console()
-        text = as_text(report, options, console if console.is_terminal and options.output is None else None)
-    else:
-        text = {"json": as_json, "markdown": as_markdown}[options.format](report, options)
-    if options.output is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(options.output, lambda file: file.write(text.encode()))
-    if options.output is not None or options.format != "text":
-        for note in report.notes:
-            print(f"calib: note: {note}", file=sys.stderr)
-    return report
+    names = unique_names(options.files)
+    labels: list[Path | None] = [*options.labels] or [None]
+    labels = labels * len(names) if len(labels) == 1 else labels
+    calibrator = None if options.calibrator is None else load_calibrator(options.calibrator)
+    files = list(zip(options.files, labels, strict=True))
+    sets = {name: _read(options, *file, calibrator) for name, file in zip(names, files, strict=True)}
+    groups: Any = options.groups
+    if options.train_counts is not None:
+        groups = read_counts(options.train_counts, next(iter(sets.values())).scores.shape[1])
+    report = score(
+        sets,
+        reading=Reading.of(options),
+        compare=None if options.compare is None else [_other(options, options.compare, of) for _, of in files],
+        groups=groups,
+        seeds=options.seeds,
+        **vars(Settings.of(options)),
+    )
+    print_report(report, options.style, options.output)
+    return 0 if options.figures is None else _write_figures(options.figures, report)
 
 
-def _write_figures(options: Options, folder: Path, report: Report) -> int:
+def _read(options: Options, path: Path, labels: Path | None, calibrator: Calibrator | None) -> Predictions:
+    from calib_lightning.predictions.reading import read_predictions, with_features
+    from calib_lightning.predictions.scoring import apply
+
+    reading = Reading.of(options)
+    predictions = read_predictions(path, reading, labels)
+    if calibrator is None:
+        return predictions
+    if "network" in calibrator.needs:
+        raise ValueError(
+            f"{options.calibrator}: {calibrator.name} needs the network and its images: use `calib calibrate RUN`, or "
+            "CalibratedClassifier in Python"
+        )
+    if "features" in calibrator.needs:
+        predictions = with_features(predictions, reading)
+    return apply(calibrator, predictions, file=options.calibrator)
+
+
+def _other(options: Options, path: Path, labels: Path | None) -> Predictions:
+    from calib_lightning.predictions.reading import read_predictions
+
+    other = read_predictions(path, Reading.of(options), labels)
+    return other if options.calibrator is None else other._replace(scores=other.logits, input="logits")
+
+
+def _write_figures(folder: Path, report: ScoreReport) -> int:
     from calib_lightning.predictions.figures import write_figures
 
     sys.stdout.flush()
     code = 0
-    for entry in report.sets:
+    for name, entry in report.sets.items():
         try:
-            write_figures(folder, entry.name, entry.predictions, options.bins[0], entry.predictions.input)
+            write_figures(folder, name, entry.predictions, report.settings.bins[0])
         except Exception as error:  # the report is written, and the figures of the other sets may yet succeed
-            print(f"calib: warning: no figures of {entry.name}: {one_line(error)}", file=sys.stderr)
+            print(f"calib: warning: no figures of {name}: {one_line(error)}", file=sys.stderr)
             code = 1
     return code

@@ -13,7 +13,7 @@ from calib_lightning.core.module import ClassificationModule
 from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
 from calib_lightning.deploy.preprocessing import Preprocessing
 from calib_lightning.posthoc.base import Calibrator
-from calib_lightning.posthoc.neural_clamping import NeuralClamping
+from calib_lightning.posthoc.evidence import Evidence
 from calib_lightning.types import Prediction
 from calib_lightning.utils.described import Spec
 
@@ -25,7 +25,7 @@ class Metadata(TypedDict):
         calib_lightning: Version that wrote it.
         calibrator: How the calibrator is written.
         calibrator_spec: How it is built.
-        temperature: That of the calibrator, times that of the perturbation; ``None`` where the calibrator has none.
+        temperature: That of the calibrator; ``None`` where it has none.
         num_classes: K.
         classes: Names of the classes, ``None`` where they are not known.
         preprocessing: How images are prepared, ``None`` where it is not known.
@@ -44,16 +44,15 @@ class Metadata(TypedDict):
 
 
 class CalibratedClassifier(nn.Module):
-    """Network, calibrator and, where there is one, input perturbation as one module: ``calibrator(f(x + d) / T)``.
+    """Network and calibrator as one module, images to calibrated log-probabilities.
 
     It takes the network and the calibrator as they are, not copies, onto the device of the network and into evaluation
     mode, where it stays: a calibration does not hold for a network that trains.
 
     Args:
         network: Maps images ``(N, C, H, W)`` to logits ``(N, K)``: any module, from timm, of this package or your own.
-        calibrator: Fitted, or to be fitted with `fit`.
-        clamping: Fitted on this network; its perturbation and its temperature are applied before the calibrator.
-        preprocessing: How an image file becomes an image, for ``calib predict``.
+        calibrator: Fitted, or to be fitted with `fit`; any, also one that needs features or the network.
+        preprocessing: How an image file becomes an image, for ``calib classify``.
         classes: K names; those of a `ClassificationModule` that knows them by default.
         features: Name of the network's submodule whose output is the features ``(N, d)``, for calibrators that need
             them.
@@ -78,7 +77,6 @@ class CalibratedClassifier(nn.Module):
         network: nn.Module,
         calibrator: Calibrator,
         *,
-        clamping: NeuralClamping | None = None,
         preprocessing: Preprocessing | None = None,
         classes: Sequence[str] | None = None,
         features: str | None = None,
@@ -88,14 +86,14 @@ class CalibratedClassifier(nn.Module):
             raise TypeError(f"network is {network!r:.100}; it must be a torch.nn.Module that maps images to logits")
         if not isinstance(calibrator, Calibrator):
             raise TypeError(f"calibrator is {calibrator!r:.100}; it must be a calibrator such as Temperature()")
-        if calibrator.needs_features and features is None:
+        if "features" in calibrator.needs and features is None:
             raise ValueError(
                 f"{calibrator.name} needs features: name the network's submodule that gives them, as features='pool'"
             )
         if features is not None and features not in dict(network.named_modules()):
             names = ", ".join(name for name, _ in network.named_children())
             raise ValueError(f"features={features!r} is no submodule of {type(network).__name__}; it has {names}")
-        self.network, self.calibrator, self.clamping = network, calibrator, clamping
+        self.network, self.calibrator = network, calibrator
         self.preprocessing, self.features = preprocessing, features
         if classes is None and isinstance(network, ClassificationModule):
             classes = network.class_names
@@ -148,22 +146,27 @@ class CalibratedClassifier(nn.Module):
         Returns:
             Log-probabilities ``(N, K)`` in place of logits; and the confidence ``(N,)``, or ``None``.
         """
-        return self.calibrator.predict(*self.rows(image))
+        return self.calibrator.predict(*self.evidence(image))
 
-    def rows(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of the network, and its features where the calibrator needs them: what it is fitted to.
+    def evidence(self, image: Tensor) -> Evidence:
+        """What the calibrator looks at: logits, features, or the network and the images.
 
         Args:
             image: As in `forward`.
 
         Returns:
-            ``(N, K)``, and ``(N, d)`` or ``None``.
+            As much as the calibrator needs.
 
         Raises:
             TypeError: The network does not return one tensor.
+            ValueError: The submodule of the features does not run once.
         """
-        if not self.calibrator.needs_features:
-            return self._logits(image), None
+        if "features" in self.calibrator.needs:
+            return Evidence(*self._with_features(image), self.network, image)
+        logits = self._logits(image) if "logits" in self.calibrator.needs else None
+        return Evidence(logits, None, self.network, image)
+
+    def _with_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
         caught: list[Tensor] = []
         layer = self.network.get_submodule(self.features or "")
         handle = layer.register_forward_hook(lambda module, inputs, output: caught.append(output))
@@ -215,8 +218,8 @@ class CalibratedClassifier(nn.Module):
             ``CalibratedClassifier(network, Temperature()).fit(data.calibration_dataloader())``
         """
         self.operating_point = None
-        logits, labels, features = self._collected(loader)
-        self.calibrator.fit(logits, labels, features)
+        evidence, labels = self._collected(loader)
+        self.calibrator.fit(labels=labels, **evidence._asdict())
         self._check_classes()
         return self
 
@@ -242,27 +245,27 @@ class CalibratedClassifier(nn.Module):
             ValueError: There are no rows, an invalid value, ``risk`` outside ``[0, 1]``, or logits where there is a
                 perturbation.
         """
-        features = None
         if not isinstance(rows, Tensor):
-            logits, labels, features = self._collected(rows)
-        elif self.clamping is not None:
+            evidence, labels = self._collected(rows)
+        elif "network" in self.calibrator.needs:
             raise ValueError(
-                "set_threshold: logits were given, but the perturbation changes the images before the network sees "
-                "them; give batches (image, label, ...)"
+                f"set_threshold: logits were given, but {self.calibrator.name} changes the images before the network "
+                "sees them; give batches (image, label, ...)"
             )
         elif labels is None:
             raise TypeError("set_threshold: logits were given without labels; give the labels (N,) of the same rows")
         else:
-            logits, labels = rows.to(self.device), labels.to(self.device)
+            evidence, labels = Evidence(rows.to(self.device)), labels.to(self.device)
         with torch.no_grad():
-            prediction = self.calibrator.predict(logits, features)
+            prediction = self.calibrator.predict(*evidence)
         self.operating_point = operating_point(prediction.logits, labels, prediction.confidence, risk=risk)
         return self.operating_point
 
     @torch.no_grad()
-    def _collected(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _collected(self, loader: Iterable[Any]) -> tuple[Evidence, Tensor]:
+        """Evidence and labels of all batches; images are kept only for a calibrator that needs them."""
         self.eval()
-        parts: list[tuple[Tensor, Tensor | None]] = []
+        parts: list[Evidence] = []
         labels: list[Tensor] = []
         for batch in loader:
             found = [batch.get("image"), batch.get("label")] if isinstance(batch, Mapping) else batch
@@ -273,13 +276,17 @@ class CalibratedClassifier(nn.Module):
                 )
             if found[1] is None:
                 raise TypeError(f"the loader gives a dict without 'label', with the keys {', '.join(map(repr, batch))}")
-            parts.append(self.rows(found[0].to(self.device)))
+            parts.append(self.evidence(found[0].to(self.device)))
             labels.append(torch.as_tensor(found[1]).to(self.device))
         if not parts:
             raise ValueError("the loader gives no batches; give one of held-out images with labels")
-        logits = torch.cat([part[0] for part in parts])
-        features = [part[1] for part in parts if part[1] is not None]
-        return logits, torch.cat(labels), torch.cat(features) if features else None
+        asks_network = "network" in self.calibrator.needs
+        return Evidence(
+            _joined([part.logits for part in parts]),
+            _joined([part.features for part in parts]),
+            self.network if asks_network else None,
+            _joined([part.images for part in parts]) if asks_network else None,
+        ), torch.cat(labels)
 
     # --- facts -------------------------------------------------------------------------------------------------------
 
@@ -288,8 +295,6 @@ class CalibratedClassifier(nn.Module):
         """What its files say about it; plain data."""
         temperature = getattr(self.calibrator, "temperature", None) if self.calibrator.fitted else None
         temperature = temperature if isinstance(temperature, float) else None
-        if temperature is not None and self.clamping is not None:
-            temperature *= self.clamping.temperature
         return Metadata(
             calib_lightning=calib_lightning.__version__,
             calibrator=self.calibrator.name,
@@ -311,10 +316,15 @@ class CalibratedClassifier(nn.Module):
         return image.to(self.device, dtypes[0] if dtypes and image.is_floating_point() else image.dtype)
 
     def _logits(self, image: Tensor) -> Tensor:
-        logits: Any = self.network(image if self.clamping is None else self.clamping.perturb(image))
+        logits: Any = self.network(image)
         if not isinstance(logits, Tensor):
             raise TypeError(
                 f"{type(self.network).__name__} returns {type(logits).__name__}; it must return logits (N, K) alone: "
                 "wrap it in a module that does"
             )
-        return logits if self.clamping is None else self.clamping(logits)
+        return logits
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Tensors as one; ``None`` where there are none."""
+    return None if parts[0] is None else torch.cat(parts)

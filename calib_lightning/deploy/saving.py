@@ -14,7 +14,8 @@ from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
 from calib_lightning.deploy.decision import OperatingPoint
 from calib_lightning.deploy.networks import fill_network, network_of, network_record
 from calib_lightning.deploy.preprocessing import Preprocessing
-from calib_lightning.posthoc.saving import calibrator_of, calibrator_record, clamping_of
+from calib_lightning.posthoc import Calibrator, Sequential
+from calib_lightning.posthoc.saving import calibrator_of, calibrator_record
 from calib_lightning.utils.files import write_whole
 
 FILE_KEY = "calib_lightning.classifier"
@@ -22,7 +23,7 @@ FILE_KEY = "calib_lightning.classifier"
 
 
 def save_classifier(classifier: CalibratedClassifier, path: str | Path) -> None:
-    """Write a classifier to one file, whole or not at all: weights, calibrator, perturbation and metadata.
+    """Write a classifier to one file, whole or not at all: weights, calibrator and metadata.
 
     Args:
         classifier: With a fitted calibrator.
@@ -40,7 +41,6 @@ def save_classifier(classifier: CalibratedClassifier, path: str | Path) -> None:
     content = {
         "network": network_record(classifier.network, shape),
         "calibrator": dict(calibrator_record(classifier.calibrator)),
-        "clamping": None if classifier.clamping is None else dict(calibrator_record(classifier.clamping)),
         "features": classifier.features,
         "metadata": dict(classifier.metadata),
     }
@@ -77,16 +77,14 @@ def load_classifier(
     content = _read(path)
     try:
         record, metadata = content[FILE_KEY], checked_metadata(content[FILE_KEY]["metadata"])
-        clamping, features = record["clamping"], record["features"]
-        calibrator = calibrator_of(record["calibrator"], "the record")
+        calibrator = _calibrator_of(record)
         built = network_of(record["network"]) if network is None else fill_network(network, record["network"])
         classifier = CalibratedClassifier(
             built,
             calibrator,
-            clamping=None if clamping is None else clamping_of(clamping, "the record of its perturbation"),
             preprocessing=preprocessing_of(metadata),
             classes=metadata["classes"],
-            features=features,
+            features=record["features"],
         )
         classifier.operating_point = operating_point_of(metadata)
     except (KeyError, TypeError) as error:
@@ -103,12 +101,10 @@ def check_fitted(classifier: CalibratedClassifier) -> None:
         classifier: The classifier.
 
     Raises:
-        RuntimeError: Its calibrator or its perturbation is not fitted.
+        RuntimeError: Its calibrator is not fitted.
     """
     if not classifier.calibrator.fitted:
         raise RuntimeError(f"{classifier.calibrator.name} is not fitted: call fit(loader) on the classifier first.")
-    if classifier.clamping is not None and not classifier.clamping.fitted:
-        raise RuntimeError(f"{classifier.clamping.name} is not fitted: call its fit(network, loader) first.")
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
@@ -156,6 +152,16 @@ def operating_point_of(metadata: Metadata) -> OperatingPoint | None:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _calibrator_of(record: Mapping[str, Any]) -> Calibrator:
+    """The calibrator; version 0.1 kept a perturbation beside it, which is applied first."""
+    calibrator = calibrator_of(record["calibrator"], "the record")
+    if record.get("clamping") is None:
+        return calibrator
+    both = Sequential(calibrator_of(record["clamping"], "the record of its perturbation"), calibrator)
+    both.num_classes = calibrator.num_classes
+    return both
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -1,219 +1,227 @@
-"""Fitting calibrators and measuring what they do."""
+"""`calibrate`: fit calibrators to held-out predictions and measure what they do to every test set."""
 
 from __future__ import annotations
 
-import inspect
+import ast
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any
 
-from calib_lightning import posthoc
-from calib_lightning.commands.calibrate_arguments import DEFAULT_CALIBRATOR, Options, split_names
 from calib_lightning.metrics import EvaluationState
-from calib_lightning.posthoc import Calibrator, parse
-from calib_lightning.posthoc.binary import BinaryCalibrator
-from calib_lightning.posthoc.neural_clamping import NeuralClamping
-from calib_lightning.predictions.calibration_sets import Inputs, Source
-from calib_lightning.predictions.reading import Predictions
-from calib_lightning.predictions.scoring import (
-    Figures,
-    calibrated,
-    figures_of,
+from calib_lightning.posthoc import Calibrator, Evidence, parse
+from calib_lightning.predictions.calibration_report import UNCALIBRATED, CalibrationReport, Fitted, Row
+from calib_lightning.predictions.held_out import check_widths
+from calib_lightning.predictions.inputs import Inputs, inputs_of, inputs_of_run
+from calib_lightning.predictions.reading import Predictions, PredictionsLike, named, predictions_of, with_features
+from calib_lightning.predictions.scoring import apply
+from calib_lightning.predictions.settings import DEFAULT_RESAMPLES, Reading, Settings
+from calib_lightning.predictions.values import (
+    selected_metrics,
     states_of,
     value_notes,
+    values_of,
     warnings_as_notes,
-    with_logits,
 )
 
-if TYPE_CHECKING:
-    from calib_lightning.predictions.run_network import RunNetwork
-
-AnyCalibrator = Calibrator | NeuralClamping
-
-UNCALIBRATED = "uncalibrated"
-"""Name of the row of the network as it is."""
+DEFAULT_METRICS = "accuracy,nll,brier,ece,aece_official,classwise_ece,correctness_auroc,entropy"
+DEFAULT_CALIBRATOR = "Temperature"
 
 NOTICEABLE = 0.005
 """A loss of accuracy or of correctness AUROC, as a fraction, that is worth a note."""
 
-
 LOST_REFINEMENT = (
-    "where the correctness AUROC falls, confidences tell right from wrong answers less well; no calibration error "
+    "where the correctness AUROC falls, confidences separate right from wrong answers less well; no calibration error "
     "shows that"
 )
 """What is said, once, where a calibrator lowers it noticeably."""
 
+_QUALITIES = {"accuracy": "accuracy", "correctness_auroc": "correctness AUROC"}
 
-class Fitted(NamedTuple):
-    """A calibrator after its fit.
-
-    Attributes:
-        calibrator: The calibrator.
-        notes: What its fit warned of.
-    """
-
-    calibrator: AnyCalibrator
-    notes: list[str]
-
-
-class Row(NamedTuple):
-    """What one calibrator, or none, does to one set.
-
-    Attributes:
-        figures: Its figures.
-        own_confidence: Whether the confidence is not the largest probability.
-    """
-
-    figures: Figures
-    own_confidence: bool
-
-
-class Report(NamedTuple):
-    """Everything that one command found.
-
-    Attributes:
-        inputs: What was read.
-        fitted: The calibrators by name, in the order of the command line.
-        rows: For each set a row for `UNCALIBRATED` and one for each calibrator.
-        failed: Why calibrators are not among them, by name.
-        notes: What a reader of the figures should know.
-        checkpoint: The network that was loaded, or ``None``.
-    """
-
-    inputs: Inputs
-    fitted: dict[str, Fitted]
-    rows: dict[str, dict[str, Row]]
-    failed: dict[str, str]
-    notes: list[str]
-    checkpoint: Path | None
-
-
-def named_calibrators(texts: Sequence[str] | None) -> list[AnyCalibrator]:
-    """Build the calibrators of a command line.
-
-    Args:
-        texts: What each ``--calibrators`` was given; ``None`` stands for the default.
-
-    Returns:
-        The calibrators, not fitted; what is named twice is there once.
-
-    Raises:
-        ValueError: A text cannot be read, or names no calibrator.
-    """
-    names = [name for text in texts or [DEFAULT_CALIBRATOR] for name in split_names(text)]
-    built = [_built(name) for name in names]
-    return list({calibrator.name: calibrator for calibrator in built}.values())
-
-
-def _built(text: str) -> AnyCalibrator:
-    try:
-        if text.partition("(")[0] == NeuralClamping.__name__:
-            return parse(text, NeuralClamping)
-        return parse(text, Calibrator)  # type: ignore[type-abstract]
-    except ValueError as error:
-        raise ValueError(f"{error} `calib calibrate --list` says what there is.") from error
-
-
-def all_calibrators() -> Iterator[str]:
-    """One line for everything that ``--calibrators`` takes: its name and the first sentence of its docstring.
-
-    Yields:
-        The lines, under a heading for each kind.
-    """
-    kinds: dict[str, type | UnionType] = {
-        "calibrators:": AnyCalibrator,
-        "calibrators of one probability, for OneVsRest(...) and TopLabel(...):": BinaryCalibrator,
-    }
-    exported = {name: getattr(posthoc, name) for name in posthoc.__all__}
-    classes = {name: item for name, item in exported.items() if isinstance(item, type) and not inspect.isabstract(item)}
-    for heading, kind in kinds.items():
-        names = sorted(name for name, item in classes.items() if issubclass(item, kind))
-        yield heading
-        for name in names:
-            first = (inspect.getdoc(classes[name]) or "").partition("\n\n")[0]
-            yield f"  {name:<{max(map(len, names))}}  {' '.join(first.split())}"
+EvidenceOf = Callable[[str, Predictions], Evidence]
+"""What calibrators may look at for a set, by its name."""
 
 
 def calibrate(
-    options: Options, calibrators: Sequence[AnyCalibrator], inputs: Inputs, network: RunNetwork | None
-) -> Report:
-    """Fit every calibrator to the calibration rows and measure it on every test set.
+    calibration: PredictionsLike,
+    test: PredictionsLike | Sequence[PredictionsLike] | Mapping[str, PredictionsLike] | None = None,
+    calibrators: str | Calibrator | Sequence[str | Calibrator] = DEFAULT_CALIBRATOR,
+    *,
+    reading: Reading | None = None,
+    **settings: Any,
+) -> CalibrationReport:
+    """Fit calibrators to held-out predictions; accuracy, calibration and refinement before and after.
 
-    One that fails is left out, and why is in the report.
+    A calibrator that fails is left out, and the report says why.
 
     Args:
-        options: The command line.
-        calibrators: Not fitted.
-        inputs: The sets, with features where a calibrator needs them.
-        network: That of the run, where a calibrator needs it.
+        calibration: The rows to fit to: a file, `Predictions` or a tuple (scores, labels, perhaps features); or the
+            folder of a run, whose calibration split it is.
+        test: One or several sets to measure on, as in `score`. A run brings its own.
+        calibrators: Objects, or text such as ``"Temperature,OneVsRest(Isotonic)"``.
+        reading: What the scores are (logits by default) and names of the arrays in files.
+        **settings: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``; see `Settings`. By default some
+            metrics, with intervals.
 
     Returns:
-        The report.
+        The report, with ``calibrators`` (the fitted ones by name), ``table()``, ``to_markdown()``, ``to_json()`` and
+        ``save(folder)``.
+
+    Raises:
+        ValueError: A fault of a file, rows that must not be fitted to, or an unknown calibrator or metric.
+        TypeError: A dtype that is not allowed.
+        OSError: A file cannot be read.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> logits, labels = 3 * torch.randn(400, 3, generator=generator), torch.arange(400) % 3
+        >>> held_out, test = (logits[:200], labels[:200]), (logits[200:], labels[200:])
+        >>> report = calibrate(held_out, test, "Temperature", intervals=None)
+        >>> report.calibrators["Temperature"].temperature > 1.0
+        True
     """
+    asked = Settings(**{"metrics": DEFAULT_METRICS, "intervals": DEFAULT_RESAMPLES, **settings})
+    selected_metrics(asked.metrics, classes=2)
+    built = named_calibrators(calibrators)
+    needs = {need: calibrator.name for calibrator in built for need in calibrator.needs if need != "logits"}
+    if isinstance(calibration, str | Path) and Path(calibration).is_dir():
+        if test is not None:
+            raise ValueError(
+                f"test is given beside the run {calibration}; a run brings its own test sets. Leave it out."
+            )
+        inputs, evidence = _of_run(Path(calibration), asks_network=bool(needs))
+    else:
+        if "network" in needs:
+            raise ValueError(f"{needs['network']} needs the network and its images: give the folder of a run (RUN)")
+        if test is None:
+            raise ValueError("test is None; it must be one or several sets to measure on. Give their files or tensors.")
+        inputs = inputs_of(predictions_of(calibration, reading), named(test, reading))
+        if "features" in needs:
+            inputs = _with_features(inputs, reading)
+        evidence = _stored_evidence
+    return _report(asked, built, inputs, evidence)
+
+
+def named_calibrators(calibrators: str | Calibrator | Sequence[str | Calibrator]) -> list[Calibrator]:
+    """Build calibrators from text; those that are named twice are there once.
+
+    Args:
+        calibrators: Objects, or text with commas between them.
+
+    Returns:
+        The calibrators.
+
+    Raises:
+        ValueError: A text cannot be read, or names no calibrator.
+
+    Example:
+        >>> [calibrator.name for calibrator in named_calibrators("Temperature, OneVsRest(Isotonic)")]
+        ['Temperature', 'OneVsRest(Isotonic)']
+    """
+    given = [calibrators] if isinstance(calibrators, str | Calibrator) else list(calibrators)
+    built: list[Calibrator] = []
+    for item in given:
+        built += [_built(name) for name in split_names(item)] if isinstance(item, str) else [item]
+    return list({calibrator.name: calibrator for calibrator in built}.values())
+
+
+def split_names(text: str) -> list[str]:
+    """Split calibrators at the commas that are not within brackets.
+
+    Example:
+        >>> split_names("Temperature, Sequential(Temperature(), OneVsRest(Isotonic()))")
+        ['Temperature', 'Sequential(Temperature(), OneVsRest(Isotonic()))']
+    """
+    try:
+        written = ast.parse(f"[{text.strip()}]", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        written = None
+    if not isinstance(written, ast.List) or not written.elts:
+        raise ValueError(
+            f"calibrators {text!r:.200} cannot be read; write names with commas between them, such as "
+            '"Temperature,VectorScaling". `calib list calibrators` names them all.'
+        )
+    return [ast.unparse(item) for item in written.elts]
+
+
+def _built(text: str) -> Calibrator:
+    try:
+        return parse(text, Calibrator)  # type: ignore[type-abstract]
+    except ValueError as error:
+        raise ValueError(f"{error} `calib list calibrators` names them all.") from error
+
+
+def _of_run(run: Path, asks_network: bool) -> tuple[Inputs, EvidenceOf]:
+    inputs = inputs_of_run(run)
+    if not asks_network:
+        return inputs, _stored_evidence
+    from calib_lightning.predictions.run_network import RunNetwork  # only here the trainer is needed
+
+    network = RunNetwork(run)
+    return network.with_features(inputs), network.evidence
+
+
+def _stored_evidence(name: str, predictions: Predictions) -> Evidence:
+    return Evidence(predictions.logits, predictions.features)
+
+
+def _with_features(inputs: Inputs, reading: Reading | None) -> Inputs:
+    calibration = with_features(inputs.calibration, reading)
+    tests = {name: with_features(test, reading) for name, test in inputs.tests.items()}
+    check_widths(calibration, tests)
+    return inputs._replace(calibration=calibration, tests=tests)
+
+
+def _report(
+    settings: Settings, calibrators: Sequence[Calibrator], inputs: Inputs, evidence: EvidenceOf
+) -> CalibrationReport:
     notes = list(inputs.notes)
     rows: dict[str, dict[str, Row]] = {}
     said: dict[str, list[str]] = {}
-    for test in inputs.tests:
-        row, said[test.name] = _row(options, test.predictions)
-        rows[test.name] = {UNCALIBRATED: row}
-        notes += [f"{test.name}: {note}" for note in said[test.name]]
+    for name, test in inputs.tests.items():
+        row, said[name] = _row(settings, test)
+        rows[name] = {UNCALIBRATED: row}
+        notes += [f"{name}: {note}" for note in said[name]]
     fitted: dict[str, Fitted] = {}
     failed: dict[str, str] = {}
     for calibrator in calibrators:
-        name = calibrator.name
+        called = calibrator.name
         try:
-            found = _fit(calibrator, inputs.calibration, network)
-            applied = [_applied(calibrator, test, network) for test in inputs.tests]
+            found = _fit(calibrator, inputs.calibration, evidence("calibration", inputs.calibration))
+            applied = {name: apply(calibrator, test, evidence(name, test)) for name, test in inputs.tests.items()}
         except Exception as error:  # whatever is wrong with one must not cost the others
-            failed[name] = " ".join(str(error).split()) or type(error).__name__
+            failed[called] = " ".join(str(error).split()) or type(error).__name__
             continue
-        fitted[name] = found
-        for test, predictions in zip(inputs.tests, applied, strict=True):
-            rows[test.name][name], new = _row(options, predictions)
-            notes += [f"{test.name}, {name}: {note}" for note in new if note not in said[test.name]]
-            notes += _losses(test, name, predictions)
-    checkpoint = None if network is None else network.checkpoint
-    notes = sorted(dict.fromkeys(notes), key=LOST_REFINEMENT.__eq__)  # behind all that it explains
-    return Report(inputs, fitted, rows, failed, notes, checkpoint)
+        fitted[called] = found
+        for name, predictions in applied.items():
+            rows[name][called], new = _row(settings, predictions)
+            notes += [f"{name}, {called}: {note}" for note in new if note not in said[name]]
+            notes += _losses(inputs.tests[name], predictions, name, called)
+    notes = sorted(dict.fromkeys(notes), key=LOST_REFINEMENT.__eq__)  # after all that it explains
+    return CalibrationReport(inputs, settings, fitted, rows, failed, notes)
 
 
-def _fit(calibrator: AnyCalibrator, source: Source, network: RunNetwork | None) -> Fitted:
+def _fit(calibrator: Calibrator, predictions: Predictions, evidence: Evidence) -> Fitted:
     warned: list[str] = []
     with warnings_as_notes(warned):
-        if isinstance(calibrator, Calibrator):
-            calibrator.fit(source.logits, source.predictions.labels, source.features)
-        else:
-            assert network is not None
-            network.fit(calibrator)
+        calibrator.fit(labels=predictions.labels, **evidence._asdict())
     where = f"{type(calibrator).__name__}.fit: "
     return Fitted(calibrator, list(dict.fromkeys(note.removeprefix(where) for note in warned)))
 
 
-def _applied(calibrator: AnyCalibrator, test: Source, network: RunNetwork | None) -> Predictions:
-    if isinstance(calibrator, Calibrator):
-        return calibrated(calibrator, with_logits(test.predictions), test.features)
-    assert network is not None
-    return test.predictions._replace(scores=network.clamped_logits(calibrator, test.name), confidence=None)
+def _row(settings: Settings, predictions: Predictions) -> tuple[Row, list[str]]:
+    states = states_of(settings, predictions, details=settings.intervals is not None)
+    values, warned = values_of(settings, states, predictions)
+    row = Row(values, predictions.confidence is not None)
+    return row, list(dict.fromkeys([*value_notes(predictions, values.values), *warned]))
 
 
-def _row(options: Options, predictions: Predictions) -> tuple[Row, list[str]]:
-    states = states_of(options, predictions, details=options.intervals is not None)
-    figures, warned = figures_of(options, states, predictions)
-    row = Row(figures, predictions.confidence is not None)
-    return row, list(dict.fromkeys([*value_notes(predictions, figures.values), *warned]))
-
-
-_QUALITIES = {"accuracy": "accuracy", "correctness_auroc": "correctness AUROC"}
-
-
-def _losses(test: Source, name: str, predictions: Predictions) -> Iterator[str]:
-    before, after = _quality(test.predictions), _quality(predictions)
-    lost = [key for key in _QUALITIES if before[key] - after[key] > NOTICEABLE]
-    said = [f"the {_QUALITIES[key]} from {100 * before[key]:.2f} to {100 * after[key]:.2f} %" for key in lost]
+def _losses(before: Predictions, after: Predictions, name: str, calibrator: str) -> Iterator[str]:
+    old, new = _quality(before), _quality(after)
+    lost = [key for key in _QUALITIES if old[key] - new[key] > NOTICEABLE]
+    said = [f"the {_QUALITIES[key]} from {100 * old[key]:.2f} to {100 * new[key]:.2f} %" for key in lost]
     if said:
-        yield f"{test.name}: {name} lowers {' and '.join(said)}"
+        yield f"{name}: {calibrator} lowers {' and '.join(said)}"
     if "correctness_auroc" in lost:
         yield LOST_REFINEMENT
 
@@ -222,5 +230,5 @@ def _quality(predictions: Predictions) -> dict[str, float]:
     state = EvaluationState(list(_QUALITIES), input=predictions.input)
     state.update(*predictions[:3])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is not defined: no note compares with it
+        warnings.simplefilter("ignore")  # about undefined values: no note compares with them
         return {key: float(value) for key, value in state.compute().items()}

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from calib_lightning.metrics.functional.calibration import bin_sums
 from calib_lightning.metrics.functional.ordered import order_rows
-from calib_lightning.metrics.functional.rows import InputKind, Rows
+from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.plots import confidence_histogram, reliability_diagram, risk_coverage_curve, save_figure
 from calib_lightning.predictions.reading import Predictions
 
 
-def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int, input: InputKind) -> list[Path]:
+def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int) -> list[Path]:
     """Draw a set: reliability diagram, histogram of the confidences and risk-coverage curve, each as PNG and SVG.
 
     Args:
@@ -19,7 +19,6 @@ def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int
         name: Name of the set.
         predictions: The set.
         n_bins: Number of bins of the reliability diagram.
-        input: What the scores are.
 
     Returns:
         The files.
@@ -27,7 +26,7 @@ def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int
     Raises:
         OSError: A file cannot be written.
     """
-    rows = Rows(predictions.scores, predictions.labels, predictions.confidence, input)
+    rows = Rows(predictions.scores, predictions.labels, predictions.confidence, predictions.input)
     ordered = order_rows(rows.log_odds, rows.correct)
     figures = {
         "reliability_diagram": reliability_diagram(bin_sums(rows.confidence, rows.correct, n_bins), title=name),

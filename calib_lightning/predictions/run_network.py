@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from calib_lightning import data
 from calib_lightning.core import ClassificationModule, load_module
 from calib_lightning.data import BenchmarkDataModule
-from calib_lightning.posthoc.neural_clamping import NeuralClamping
-from calib_lightning.predictions.calibration_sets import Inputs, Source, read_record
+from calib_lightning.posthoc import Evidence
+from calib_lightning.predictions.inputs import Inputs, read_record
+from calib_lightning.predictions.reading import Predictions
 from calib_lightning.types import Batch
 
 AGREEMENT = 0.02
@@ -63,53 +64,39 @@ class RunNetwork:
         self.module: ClassificationModule = load_module(self.checkpoint, device)
 
     def with_features(self, inputs: Inputs) -> Inputs:
-        """Compute the features of all sets, what the head of the network sees, in one pass over the images.
+        """Compute the features of all sets, the input of the network's head, in one pass over the images.
 
         Args:
             inputs: The sets of the run.
 
         Returns:
-            The same with features, and with a note on how the logits of this pass agree with the saved ones.
+            The same with features, and a note on how the logits of this pass agree with the saved ones.
 
         Raises:
             ValueError: The logits are not those that were saved, so the network is not theirs.
         """
-        sources, largest = [], 0.0
-        for source in (inputs.calibration, *inputs.tests):
-            logits, features = self._outputs(source.name)
-            off = _distance(logits, source)
+        found, largest = {}, 0.0
+        for name, predictions in {"calibration": inputs.calibration, **inputs.tests}.items():
+            logits, features = self._outputs(name)
+            off = _distance(logits, predictions)
             if not off <= AGREEMENT:
                 raise ValueError(
-                    f"{source.files[0]}: its logits are not those of {self.checkpoint} (relative difference {off:.2g}, "
-                    f"allowed: {AGREEMENT:g}); test this network again, or give the folder of its test"
+                    f"{predictions.where}: its logits are not those of {self.checkpoint} (relative difference "
+                    f"{off:.2g}, allowed: {AGREEMENT:g}); test this network again, or give the folder of its test"
                 )
             largest = max(largest, off)
-            sources.append(source._replace(features=features))
+            found[name] = predictions._replace(features=features)
         note = f"the logits of {self.checkpoint} agree with the saved ones (largest relative difference {largest:.1g})"
-        return Inputs(sources[0], sources[1:], [*inputs.notes, note])
+        calibration = found.pop("calibration")
+        notes = [*inputs.notes, note]
+        return inputs._replace(calibration=calibration, tests=found, notes=notes, checkpoint=self.checkpoint)
 
-    def fit(self, clamping: NeuralClamping) -> None:
-        """Fit Neural Clamping to the images of the calibration split.
-
-        Args:
-            clamping: Is fitted.
-        """
-        batches = [Batch(*batch) for batch in self.data.evaluation_loader("calibration")]
-        images, labels = torch.cat([batch.image for batch in batches]), torch.cat([batch.label for batch in batches])
-        clamping.fit(self.module, images, labels)
-
-    def clamped_logits(self, clamping: NeuralClamping, name: str) -> Tensor:
-        """Ask the network with perturbed images.
-
-        Args:
-            clamping: Fitted.
-            name: Name of the set.
-
-        Returns:
-            Calibrated logits ``(N, K)`` on the CPU.
-        """
-        with torch.no_grad():
-            return torch.cat([clamping.logits(self.module, image).cpu() for image in self._images(name)])
+    def evidence(self, name: str, predictions: Predictions) -> Evidence:
+        """What calibrators may look at for a set; images of test sets are read again and again, a batch at a time."""
+        images: Any = self.data.evaluation_loader(name)
+        if name == "calibration":  # a fit goes through them many times
+            images = torch.cat([Batch(*batch).image for batch in images])
+        return Evidence(predictions.logits, predictions.features, self.module, images)
 
     def _images(self, name: str) -> Iterator[Tensor]:
         for batch in self.data.evaluation_loader(name):
@@ -125,7 +112,7 @@ class RunNetwork:
 
 
 def _data_of(config: Path) -> BenchmarkDataModule:
-    """Build the data module that a run's configuration names; only those of this package are looked up."""
+    """Build the data module of a run's configuration; only those of this package are looked up."""
     try:
         section = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
         class_path, arguments = str(section["class_path"]), section.get("init_args") or {}
@@ -162,9 +149,9 @@ def _inputs_of(head: nn.Module, kept: list[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def _distance(logits: Tensor, source: Source) -> float:
+def _distance(logits: Tensor, predictions: Predictions) -> float:
     """Root mean square of the differences, relative to that of the saved logits around their row means."""
-    saved = source.logits.float()
+    saved = predictions.logits.float()
     if saved.shape != logits.shape:
         return float("inf")
     size = (saved - saved.mean(dim=1, keepdim=True)).square().mean().sqrt()

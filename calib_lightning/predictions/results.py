@@ -1,4 +1,4 @@
-"""Tables of results for people; figures come in as fractions and are shown in percent where that is usual."""
+"""The table of a run; values come in as fractions and are shown in percent where that is usual."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from calib_lightning.metrics import CORE, METRICS, SOFT, MetricRow
+from calib_lightning.metrics import CORE, SOFT
+from calib_lightning.predictions.tables import cell, heading
 
 SHARED = "validation and calibration are the same images"
-"""What the header of a table says where a split was made with ``share``."""
-
-_ARROWS = {"higher": " ↑", "lower": " ↓", "zero": " →0", "none": ""}
+"""What the header of a table says about a split with ``share``."""
 
 
 def results_by_set(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -51,34 +50,9 @@ def result_table(metrics: Mapping[str, float], title: str) -> Table:
     for key in keys:
         table.add_column(heading(key), justify="right")
     for set_name, values in sets.items():
-        cells = [show(values.get(key, math.nan), row_of(key).percent) for key in keys]
+        cells = [cell(key, values.get(key, math.nan)) for key in keys]
         table.add_row(set_name, f"{values.get('n', math.nan):,.0f}", *cells)
     return table
-
-
-def row_of(key: str) -> MetricRow:
-    """The row of a metric, also of one of `SOFT`."""
-    return METRICS[key] if key in METRICS else SOFT[key]
-
-
-def heading(key: str) -> str:
-    """Title of a metric with an arrow in its better direction.
-
-    Args:
-        key: Key of the metric.
-
-    Returns:
-        Text such as ``accuracy % ↑``.
-    """
-    row = row_of(key)
-    return row.title + _ARROWS[row.better]
-
-
-def show(value: float, percent: bool) -> str:
-    """Show one figure: two decimals in percent, four otherwise, a dash where it is undefined."""
-    if math.isnan(value):
-        return "-"
-    return f"{100 * value:.2f}" if percent else f"{value:.4f}"
 
 
 def print_table(metrics: Mapping[str, float], title: str) -> None:

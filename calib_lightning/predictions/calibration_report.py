@@ -1,0 +1,207 @@
+"""What `calibrate` returns, and the folder of files that it can be kept in."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import calib_lightning
+from calib_lightning.posthoc import Calibrator, FitReport, save_calibrator
+from calib_lightning.predictions.inputs import Inputs
+from calib_lightning.predictions.reading import Predictions
+from calib_lightning.predictions.settings import Settings
+from calib_lightning.predictions.tables import (
+    Entry,
+    Grid,
+    Report,
+    bins_title,
+    intervals_remark,
+    settings_content,
+    show,
+    value_grids,
+    values_content,
+)
+from calib_lightning.predictions.values import Values
+from calib_lightning.utils.files import numbered_folder, write_whole
+
+UNCALIBRATED = "uncalibrated"
+"""Name of the row of the network as it is."""
+
+_LONGEST_NAME = 100
+
+
+class Fitted(NamedTuple):
+    """A calibrator after its fit, and what the fit warned about."""
+
+    calibrator: Calibrator
+    notes: list[str]
+
+    @property
+    def report(self) -> FitReport:
+        """How the fit went."""
+        assert self.calibrator.report is not None
+        return self.calibrator.report
+
+
+class Row(NamedTuple):
+    """What one calibrator, or none, does to one set: values, and whether the confidence is one of its own."""
+
+    values: Values
+    own_confidence: bool
+
+
+@dataclass(frozen=True)
+class CalibrationReport(Report):
+    """Everything that `calibrate` found.
+
+    Attributes:
+        inputs: What was read.
+        settings: What was asked for.
+        fitted: The calibrators by name, in the order in which they were given.
+        rows: For each set a row for `UNCALIBRATED` and one for each calibrator.
+        failed: Why calibrators are not among them, by name.
+        notes: What a reader of the values should know.
+    """
+
+    inputs: Inputs
+    settings: Settings
+    fitted: dict[str, Fitted]
+    rows: dict[str, dict[str, Row]]
+    failed: dict[str, str]
+    notes: list[str]
+
+    @property
+    def calibrators(self) -> dict[str, Calibrator]:
+        """The fitted calibrators by name."""
+        return {name: found.calibrator for name, found in self.fitted.items()}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the calibrators, ``report.json`` and ``report.md`` to a new folder.
+
+        Args:
+            folder: The folder; a number is added where it exists.
+
+        Returns:
+            The folder that was made.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        made = numbered_folder(Path(folder))
+        for name, file in self.files.items():
+            save_calibrator(self.fitted[name].calibrator, made / file)
+        for file, text in {"report.md": self.to_markdown(), "report.json": self.to_json()}.items():
+            _write(made / file, text)
+        return made
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Names of the calibrators' files, by their names."""
+        return _file_names(list(self.fitted))
+
+    def grids(self) -> Iterator[Grid]:
+        """The tables: one for each set, and one of the fits."""
+        for name, test in self.inputs.tests.items():
+            rows, classes = test.scores.shape
+            entries = [Entry(called, [], row.values) for called, row in self.rows[name].items()]
+            title = f"{name}: {rows:,} rows, {classes:,} classes, {bins_title(self.settings)}"
+            yield from value_grids(title, [""], entries)
+        if self.fitted:
+            rows = len(self.inputs.calibration.labels)
+            header = ["calibrator", "converged", "passes", "gradient", "at bound", "NLL", "ECE %", "accuracy change %"]
+            fits = [[name, *_fit_cells(fitted.report)] for name, fitted in self.fitted.items()]
+            yield Grid(f"fits to the {rows:,} calibration rows, with the values of these rows", header, fits)
+
+    def remarks(self) -> Iterator[str]:
+        """How intervals were made, the notes, and what failed."""
+        yield from intervals_remark(self.settings)
+        for name, fitted in self.fitted.items():
+            for note in fitted.notes:
+                yield f"Note: {name}: {note}."
+        for note in self.notes:
+            yield f"Note: {note}."
+        for name, reason in self.failed.items():
+            yield f"Failed: {name}: {reason}"
+
+    def content(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        inputs = self.inputs
+        settings = settings_content(self.settings, inputs.calibration.input)
+        settings["calibrators"] = [*self.fitted, *self.failed]
+        if inputs.run is not None:
+            settings["run"] = str(inputs.run)
+        if inputs.checkpoint is not None:
+            settings["checkpoint"] = {"file": str(inputs.checkpoint), "sha256": _sha256_of(inputs.checkpoint)}
+        return {
+            "calib_lightning": calib_lightning.__version__,
+            "settings": settings,
+            "calibration": _set_content(inputs.calibration),
+            "sets": {
+                name: {
+                    **_set_content(test),
+                    "rows": {called: _row_content(called, row) for called, row in self.rows[name].items()},
+                }
+                for name, test in inputs.tests.items()
+            },
+            "calibrators": {
+                name: {"file": self.files[name], "spec": fitted.calibrator.spec, "fit": _fit_content(fitted)}
+                for name, fitted in self.fitted.items()
+            },
+            "failed": self.failed,
+            "notes": self.notes,
+        }
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _file_names(names: Sequence[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for name in names:
+        stem = re.sub(r"[^\w.=+-]+", "_", name).strip("_")[:_LONGEST_NAME]
+        file, number = f"{stem}.pt", 2
+        # File systems that ignore case must not merge two of them.
+        while file.lower() in {other.lower() for other in files.values()}:
+            file, number = f"{stem}-{number}.pt", number + 1
+        files[name] = file
+    return files
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _set_content(predictions: Predictions) -> dict[str, Any]:
+    return {
+        "files": [{"file": str(path), "sha256": _sha256_of(path)} for path in predictions.origin.files],
+        "n": len(predictions.scores),
+        "classes": predictions.scores.shape[1],
+    }
+
+
+def _row_content(name: str, row: Row) -> dict[str, Any]:
+    own = "from the file" if name == UNCALIBRATED else "from the calibrator"
+    return {"confidence": own if row.own_confidence else "largest probability", **values_content(row.values)}
+
+
+def _fit_content(fitted: Fitted) -> dict[str, Any]:
+    return {**fitted.report._asdict(), **fitted.calibrator.details, "notes": fitted.notes}
+
+
+def _fit_cells(fit: FitReport) -> list[str]:
+    gradient = "-" if math.isnan(fit.gradient_norm) else f"{fit.gradient_norm:.1e}"
+    nll = f"{show(fit.nll_before, False)} → {show(fit.nll_after, False)}"
+    ece = f"{show(fit.ece_before, True)} → {show(fit.ece_after, True)}"
+    how = [_yes(fit.converged), f"{fit.passes:,}", gradient, _yes(fit.at_bound)]
+    return [*how, nll, ece, f"{100 * fit.accuracy_change:+.2f}"]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

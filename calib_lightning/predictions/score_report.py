@@ -1,0 +1,216 @@
+"""What `score` returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import calib_lightning
+from calib_lightning.metrics import CORE, Difference, GroupTable, Spread
+from calib_lightning.predictions.reading import Predictions
+from calib_lightning.predictions.settings import Settings
+from calib_lightning.predictions.tables import (
+    MOST_COLUMNS,
+    Entry,
+    Grid,
+    Report,
+    bins_title,
+    cell,
+    heading,
+    intervals_remark,
+    sectioned,
+    settings_content,
+    value_grids,
+    values_content,
+)
+from calib_lightning.predictions.values import Values
+
+
+class Groups(NamedTuple):
+    """Values of groups of rows.
+
+    Attributes:
+        by: What the groups are.
+        table: The groups that were asked for.
+        worst: For each metric the worst class, its name and value; metrics that only describe have none.
+    """
+
+    by: Literal["class", "frequency"]
+    table: GroupTable
+    worst: dict[str, tuple[str, float]]
+
+
+class SetScores(NamedTuple):
+    """What was found about one set.
+
+    Attributes:
+        predictions: The set.
+        values: Its values.
+        groups: Values of groups, or ``None``.
+        notes: What a reader of the values should know.
+    """
+
+    predictions: Predictions
+    values: Values
+    groups: Groups | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class ScoreReport(Report):
+    """Everything that `score` found.
+
+    Attributes:
+        sets: The sets by name.
+        settings: What was asked for.
+        input: What the scores were.
+        spreads: Mean and deviation of each value over the sets, empty if they are not runs of one method.
+        compared_with: The other run; empty if there is none.
+        notes: The notes of all sets.
+    """
+
+    sets: dict[str, SetScores]
+    settings: Settings
+    input: str
+    spreads: dict[str, Spread]
+    compared_with: str
+    notes: list[str]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The values of the only set, by key."""
+        if len(self.sets) != 1:
+            raise ValueError(f"the report has {len(self.sets)} sets; read report.sets[NAME].values.values")
+        return next(iter(self.sets.values())).values.values
+
+    def grids(self) -> Iterator[Grid]:
+        """The tables: all sets, mean and deviation, differences, groups."""
+        title = f"{self.input}, {bins_title(self.settings)}"
+        calibrators = {entry.predictions.origin.calibrator for entry in self.sets.values()} - {""}
+        if calibrators:
+            title += f", calibrated by {', '.join(sorted(calibrators))}"
+        entries = [Entry(name, _sizes(entry.predictions), entry.values) for name, entry in self.sets.items()]
+        yield from value_grids(title, ["set", "N", "K"], entries)
+        if self.spreads:
+            rows = sectioned({key: _spread_cells(key, spread) for key, spread in self.spreads.items()})
+            interval = f"{100 * self.settings.level:g} % interval of the mean"
+            yield Grid(f"over {len(self.sets)} runs", ["metric", "mean ± std", interval], rows)
+        for name, entry in self.sets.items():
+            if entry.values.differences:
+                rows = sectioned(
+                    {key: _difference_cells(key, found) for key, found in entry.values.differences.items()}
+                )
+                yield Grid(f"{name} less {self.compared_with}", ["metric", "difference", "p"], rows)
+            if entry.groups:
+                yield _group_grid(name, entry.groups, entry.predictions, self.settings)
+
+    def remarks(self) -> Iterator[str]:
+        """How intervals and p-values were made, and the notes."""
+        yield from intervals_remark(self.settings)
+        if self.compared_with:
+            yield f"p: paired permutation test, seed {self.settings.seed}; not corrected for the number of metrics."
+        for note in self.notes:
+            yield f"Note: {note}."
+
+    def content(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        settings, first = settings_content(self.settings, self.input), next(iter(self.sets.values()))
+        origin = first.predictions.origin
+        if origin.calibrator:
+            settings["calibrator"] = {"name": origin.calibrator, "file": _text(origin.calibrator_file)}
+        if first.groups is not None:
+            settings["groups"] = {"by": first.groups.by, "n_bins": self.settings.bins[0]}
+        if self.compared_with:
+            settings["compare"] = {"method": "paired permutation test", "other": self.compared_with}
+        if self.spreads:
+            settings["seeds"] = {"runs": len(self.sets), "std": "sample (ddof = 1)", "level": self.settings.level}
+        content: dict[str, Any] = {
+            "calib_lightning": calib_lightning.__version__,
+            "settings": settings,
+            "sets": {name: _set_content(entry) for name, entry in self.sets.items()},
+        }
+        if self.spreads:
+            content["seeds"] = {key: spread._asdict() for key, spread in self.spreads.items()}
+        return content | {"notes": self.notes}
+
+
+def class_titles(predictions: Predictions) -> dict[str, str]:
+    """Names of the classes by their numbers, empty where they are not known; one that two classes share is numbered."""
+    names = predictions.origin.class_names or ()
+    return {str(k): name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names)}
+
+
+def _set_content(entry: SetScores) -> dict[str, Any]:
+    predictions, origin = entry.predictions, entry.predictions.origin
+    own = "from the calibrator" if origin.calibrator else "from the file"
+    content: dict[str, Any] = {
+        "file": _text(origin.file),
+        "n": len(predictions.scores),
+        "classes": predictions.scores.shape[1],
+        "confidence": "largest probability" if predictions.confidence is None else own,
+        **values_content(entry.values),
+    }
+    if entry.values.differences:
+        content["compare"] = {
+            key: {"difference": difference.value, "p_value": difference.p_value}
+            for key, difference in entry.values.differences.items()
+        }
+    if origin.class_names is not None:
+        content["class_names"] = list(origin.class_names)
+    if entry.groups:
+        table, titles = entry.groups.table, class_titles(predictions)
+        content["groups"] = {
+            titles.get(name, name): {
+                "n": int(table.rows[place]),
+                "values": {key: float(values[place]) for key, values in table.values.items()},
+            }
+            for place, name in enumerate(table.names)
+        }
+        content["worst_class"] = {
+            key: {
+                "class": int(name) if name else None,
+                **({"name": titles[name]} if name in titles else {}),
+                "value": value,
+            }
+            for key, (name, value) in entry.groups.worst.items()
+        }
+    return content
+
+
+def _group_grid(set_name: str, groups: Groups, predictions: Predictions, settings: Settings) -> Grid:
+    table, titles = groups.table, class_titles(predictions)
+    keys = list(table.values)
+    if len(keys) > MOST_COLUMNS:
+        keys = [key for key in CORE if key in table.values]
+    rows = [
+        [titles.get(name, name), f"{int(count):,}", *(cell(key, float(table.values[key][place])) for key in keys)]
+        for place, (name, count) in enumerate(zip(table.names, table.rows, strict=True))
+    ]
+    worst_cells = []
+    for key in keys:
+        name, value = groups.worst.get(key, ("", math.nan))
+        worst_cells.append(f"{cell(key, value)} ({titles.get(name, name)})" if name else "-")
+    rows.append(["worst class", "", *worst_cells])
+    title = f"{set_name} by {groups.by}, {settings.bins[0]} bins (lo, hi]"
+    return Grid(title, [groups.by, "N", *map(heading, keys)], rows)
+
+
+def _sizes(predictions: Predictions) -> list[str]:
+    rows, classes = predictions.scores.shape
+    return [f"{rows:,}", f"{classes:,}"]
+
+
+def _spread_cells(key: str, spread: Spread) -> list[str]:
+    interval = "-" if math.isnan(spread.low) else f"[{cell(key, spread.low)}, {cell(key, spread.high)}]"
+    return [f"{cell(key, spread.mean)} ± {cell(key, spread.std)}", interval]
+
+
+def _difference_cells(key: str, found: Difference) -> list[str]:
+    text = cell(key, found.value)
+    return [f"+{text}" if found.value > 0 else text, "-" if math.isnan(found.p_value) else f"{found.p_value:.4f}"]
+
+
+def _text(path: object) -> str | None:
+    return None if path is None else str(path)

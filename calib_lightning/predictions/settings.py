@@ -1,0 +1,91 @@
+"""What is computed and how files are read; plain data, so that a command can show its options without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
+
+DEFAULT_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is computed.
+
+    Args:
+        metrics: ``core``, ``all``, or keys with commas between them; without it, all that are cheap.
+        bins: Number of bins; with several, each binned metric is given for each, as ``ece@10``.
+        intervals: Number of resamples of the bootstrap intervals; without it there are none.
+        level: Coverage of the intervals, a fraction.
+        seed: Seed of the resamples and permutations.
+
+    Raises:
+        ValueError: A value is not allowed.
+
+    Example:
+        >>> Settings(bins=10).bins
+        (10,)
+    """
+
+    metrics: str | None = None
+    bins: tuple[int, ...] = (15,)
+    intervals: int | None = field(default=None, metadata={"const": DEFAULT_RESAMPLES})
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.metrics is not None and not isinstance(self.metrics, str):
+            object.__setattr__(self, "metrics", ",".join(self.metrics))
+        bins = (self.bins,) if isinstance(self.bins, int) else tuple(dict.fromkeys(self.bins))
+        object.__setattr__(self, "bins", bins)
+        if not bins or not all(_is_whole(number) and number >= 1 for number in bins):
+            raise ValueError(
+                f"bins is {_listed(bins)}; it must be whole numbers >= 1. Write 15, or 10,15,20 for several."
+            )
+        if self.intervals is not None and not (_is_whole(self.intervals) and self.intervals >= 2):
+            raise ValueError(
+                f"intervals is {self.intervals!r}; it must be a whole number >= 2, the number of resamples. "
+                f"{DEFAULT_RESAMPLES} is customary."
+            )
+        if not 0.0 < self.level < 1.0:
+            raise ValueError(f"level is {self.level!r}; it must be a fraction between 0 and 1. Write 0.95 for 95 %.")
+        if not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise ValueError(
+                f"seed is {self.seed!r}; it must be a whole number from -2**63 to 2**63 - 1. Choose another."
+            )
+
+    @classmethod
+    def of(cls, options: Any) -> Self:
+        """Take the settings from an object that has them beside other options."""
+        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(Settings)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How files are read.
+
+    Args:
+        input: What the scores are; this is stated, never guessed.
+        scores_key: Name of the scores in .npz and .pt files. Default: ``logits`` or ``probs``.
+        labels_key: Name of the labels, or of their column. Default: ``labels``, in a CSV file ``label``.
+        features_key: Name of the features ``(N, d)``, for calibrators that need them.
+    """
+
+    input: Literal["logits", "probs"] = "logits"
+    scores_key: str | None = None
+    labels_key: str | None = None
+    features_key: str = "features"
+
+    @classmethod
+    def of(cls, options: Any) -> Self:
+        """Take the names from an object that has them beside other options."""
+        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(Reading)})
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values)) or "empty"

@@ -1,0 +1,227 @@
+"""Tables for people, in a terminal or as Markdown, and JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from calib_lightning.metrics import METRICS, SOFT, MetricRow
+from calib_lightning.predictions.settings import Settings
+from calib_lightning.predictions.values import Values
+
+MOST_COLUMNS = 8
+"""With more metrics, each has a row of its own."""
+
+_SIDE_BY_SIDE = 4
+_WIDE = 1000
+_ARROWS = {"higher": " ↑", "lower": " ↓", "zero": " →0", "none": ""}
+
+
+class Grid(NamedTuple):
+    """A table of text.
+
+    Attributes:
+        title: What stands above it.
+        header: Titles of the columns; the first column has names.
+        rows: Cells of each row; a row of one cell is a heading.
+    """
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+class Entry(NamedTuple):
+    """What values are of: its name, cells that stand before the values, and the values."""
+
+    name: str
+    cells: list[str]
+    values: Values
+
+
+class Report(ABC):
+    """A result that can be shown, pasted into a paper, or read by a program; ``notes`` tell a reader what to mind."""
+
+    notes: list[str]
+
+    @abstractmethod
+    def grids(self) -> Iterator[Grid]:
+        """The tables."""
+
+    @abstractmethod
+    def remarks(self) -> Iterator[str]:
+        """What stands below the tables."""
+
+    @abstractmethod
+    def content(self) -> dict[str, Any]:
+        """Everything as plain data."""
+
+    def table(self, console: Console | None = None) -> str:
+        """Draw the tables and the remarks below them for people.
+
+        Args:
+            console: A terminal to print to; without one the text is as wide as it needs to be.
+
+        Returns:
+            The text, empty if it went to a terminal.
+        """
+        buffer = io.StringIO()
+        console = console or Console(file=buffer, width=_WIDE)
+        for grid in self.grids():
+            drawn = Table(title=Text(grid.title, style="italic"), title_justify="left")
+            for place, title in enumerate(grid.header):
+                drawn.add_column(Text(title), justify="right" if place else "left", overflow="fold")
+            for row in grid.rows:
+                if len(row) == 1:
+                    drawn.add_section()
+                    drawn.add_row(Text(row[0], style="bold"))
+                else:
+                    drawn.add_row(*map(Text, row))
+            console.print(drawn)
+        for line in self.remarks():
+            console.print(Text(line), soft_wrap=True)
+        return buffer.getvalue()
+
+    def to_markdown(self) -> str:
+        """Write tables and remarks in Markdown, for a paper or an issue."""
+        blocks = []
+        for grid in self.grids():
+            width = len(grid.header)
+            lines = [_line(grid.header), _line(["---", *["---:"] * (width - 1)])]
+            for row in grid.rows:
+                cells = [f"**{row[0]}**"] if len(row) == 1 else row
+                lines.append(_line(cells + [""] * (width - len(row))))
+            blocks.append("\n".join([f"{grid.title}\n", *lines]))
+        blocks += list(self.remarks())
+        return "\n\n".join(blocks) + "\n"
+
+    def to_json(self) -> str:
+        """Write JSON: fractions at full precision; undefined values are null, infinite ones "inf" or "-inf"."""
+        return json.dumps(_json_values(self.content()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def value_grids(title: str, header: Sequence[str], entries: Sequence[Entry]) -> Iterator[Grid]:
+    """Tables of values: one row for each entry or, with many metrics, one row for each metric.
+
+    Args:
+        title: What stands above each table.
+        header: Titles of the name and of the cells that stand before the values.
+        entries: What the values are of.
+
+    Yields:
+        The tables.
+    """
+    keys = list(dict.fromkeys(key for entry in entries for key in entry.values.values))
+    if len(keys) <= MOST_COLUMNS:
+        rows = [[entry.name, *entry.cells, *(_value(entry.values, key) for key in keys)] for entry in entries]
+        yield Grid(title, [*header, *map(heading, keys)], rows)
+        return
+    for start in range(0, len(entries), _SIDE_BY_SIDE):
+        some = entries[start : start + _SIDE_BY_SIDE]
+        before = [[name, *(entry.cells[place] for entry in some)] for place, name in enumerate(header[1:])]
+        cells = {key: [_value(entry.values, key) for entry in some] for key in keys}
+        yield Grid(title, ["metric", *(entry.name for entry in some)], [*before, *sectioned(cells)])
+
+
+def sectioned(cells: Mapping[str, list[str]]) -> list[list[str]]:
+    """Rows of a table; in a long one each metric stands below the heading of its section."""
+    rows: list[list[str]] = []
+    last = None
+    for key, row in cells.items():
+        section = _row(key).section
+        if section != last and len(cells) > MOST_COLUMNS:
+            rows.append([section])
+        last = section
+        rows.append([heading(key), *row])
+    return rows
+
+
+def heading(key: str) -> str:
+    """Title of a metric, with an arrow in its better direction and its number of bins if the key names one."""
+    row, bins = _row(key), key.partition("@")[2]
+    return row.title + _ARROWS[row.better] + (f" ({bins} bins)" if bins else "")
+
+
+def cell(key: str, value: float) -> str:
+    """Show a value: two decimals in percent, four otherwise, a dash where it is undefined."""
+    return show(value, _row(key).percent)
+
+
+def show(value: float, percent: bool) -> str:
+    """Show a value: two decimals in percent, four otherwise, a dash where it is undefined."""
+    if math.isnan(value):
+        return "-"
+    return f"{100 * value:.2f}" if percent else f"{value:.4f}"
+
+
+def bins_title(settings: Settings) -> str:
+    """Say how many bins there are."""
+    return f"{', '.join(map(str, settings.bins))} bins (lo, hi]"
+
+
+def intervals_remark(settings: Settings) -> Iterator[str]:
+    """Say what the intervals are, where there are any."""
+    if settings.intervals is not None:
+        yield (
+            f"In brackets: {100 * settings.level:g} % bootstrap intervals, {settings.intervals} resamples, seed "
+            f"{settings.seed}. Where chance alone raises a value, as with ECE, the interval is corrected for it and "
+            "the value is not, so it may lie outside."
+        )
+
+
+def settings_content(settings: Settings, input: str) -> dict[str, Any]:
+    """Say by which conventions the values were computed, as plain data."""
+    content: dict[str, Any] = {
+        "input": input,
+        "n_bins": list(settings.bins),
+        "bins": "(lo, hi]",
+        "ranking": "exact",
+        "logarithm": "natural",
+        "seed": settings.seed,
+    }
+    if settings.intervals is not None:
+        content["intervals"] = {"method": "bootstrap", "resamples": settings.intervals, "level": settings.level}
+    return content
+
+
+def values_content(values: Values) -> dict[str, Any]:
+    """``values`` and, where there are any, ``intervals``, as plain data."""
+    content: dict[str, Any] = {"values": values.values}
+    if values.intervals:
+        content["intervals"] = {key: [interval.low, interval.high] for key, interval in values.intervals.items()}
+    return content
+
+
+def _row(key: str) -> MetricRow:
+    metric = key.partition("@")[0]
+    return METRICS[metric] if metric in METRICS else SOFT[metric]
+
+
+def _value(values: Values, key: str) -> str:
+    text = cell(key, values.values.get(key, math.nan))
+    interval = values.intervals.get(key)
+    if interval is None or math.isnan(interval.low):
+        return text
+    return f"{text} [{cell(key, interval.low)}, {cell(key, interval.high)}]"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+
+def _json_values(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _json_values(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_json_values(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else str(content)
+    return content
