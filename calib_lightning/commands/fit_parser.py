@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from typing import Any, NoReturn
 
 from jsonargparse import _typehints, _util
 from lightning.pytorch.cli import LightningArgumentParser
 
-from calib_lightning import data, methods
-
-# What the parser says about its own types, around the sentence that says what is wrong.
-_PARSER_TALK = re.compile(
-    r"\s*(- )?(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: (Namespace|NestedArg)\(.*)"
-)
-
-
-def plain_message(message: str) -> str:
-    r"""Leave out of an error what the parser says about its own types.
-
-    Args:
-        message: An error of the parser, or of a class that it could not build.
-
-    Returns:
-        What is wrong.
-
-    Example:
-        >>> plain_message("Does not validate against any of the Union subtypes\nErrors:\n  - gamma is -1")
-        'gamma is -1'
-    """
-    lines = [line for line in message.splitlines() if not _PARSER_TALK.fullmatch(line)]
-    return "\n".join(re.sub(r"^\s+- ", "", line) for line in lines) if lines else message
-
+from calib_lightning import data, methods  # noqa: F401  # short names are found among the classes that are imported
+from calib_lightning.commands.hints import hint, plain_message
 
 # --- two mends of the parser, which offers no hooks for them
 
@@ -81,21 +56,9 @@ class CalibParser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with exit code 2, the message and the nearest known names."""
+        """End with exit code 2, the message and the nearest known name."""
         text = plain_message(message)
-        super().error(text + self._nearest(text), ex)
+        super().error(text + hint(text, self), ex)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: fifty lines of options would hide the error under them, which says where help is."""
-
-    def _nearest(self, message: str) -> str:
-        options = {option.lstrip("-") for action in self._actions for option in action.option_strings}
-        keys = {action.dest.rpartition(".")[2] for action in self._actions}
-        known = sorted(options | keys | set(methods.__all__) | set(data.__all__))
-        by_lower_case = {name.lower(): name for name in known}
-        hints = []
-        for word in dict.fromkeys(re.findall(r"[A-Za-z_][\w.]*", message)):
-            near = difflib.get_close_matches(word.lower(), by_lower_case, n=2, cutoff=0.75)
-            if near and word not in known:
-                hints.append(f"{word!r}: did you mean {' or '.join(by_lower_case[name] for name in near)}?")
-        return "".join(f"\n  {hint}" for hint in hints)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from calib_lightning.utils.names import nearest
+
 _PACKAGE = Path(__file__).resolve().parents[1]
-_FOLDER_OF_OPTION = {"-c": "", "--config": "", "--data": "data", "--model": "method"}
+
+OPTION_FOLDERS = {"--data": "data", "--model": "method"}
+"""Options that take the name of a configuration, and the sub-folder of ``configs`` that they are looked up in."""
+
+_FOLDER_OF_OPTION = {"-c": "", "--config": "", **OPTION_FOLDERS}
+_LISTS = {"": "configs", "data": "data", "method": "methods"}
 
 
 def config_folders() -> list[Path]:
@@ -38,10 +45,28 @@ def find_config(name: str, axis: str = "") -> Path | None:
     return None
 
 
-def resolve_configs(argv: list[str]) -> list[str]:
+def config_names(axis: str = "") -> dict[str, Path]:
+    """Return the configurations that an option takes.
+
+    Args:
+        axis: Sub-folder of ``configs`` for ``--data`` or ``--model``; empty for ``-c``, which takes all others.
+
+    Returns:
+        The file of each name, in the order of names; a name in two folders is that of the first.
+    """
+    found: dict[str, Path] = {}
+    for folder in config_folders():
+        for path in (folder / axis).rglob("*.yaml"):
+            found.setdefault(path.relative_to(folder / axis).with_suffix("").as_posix(), path)
+    others = () if axis else (*(f"{folder}/" for folder in OPTION_FOLDERS.values()), "papers")
+    return {name: found[name] for name in sorted(found) if not name.startswith(others)}
+
+
+def resolve_configs(argv: Sequence[str]) -> list[str]:
     """Replace names of configuration files in a command line by their paths.
 
-    ``-c``/``--config`` must name a file; ``--data`` and ``--model`` may also be class names, which stay.
+    ``-c``/``--config`` must name a file; ``--data`` and ``--model`` may also be class names, which stay, and
+    ``--data.help`` and ``--model.help`` get the class that a file is about.
 
     Args:
         argv: Arguments of the command line.
@@ -51,61 +76,61 @@ def resolve_configs(argv: list[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: If ``-c`` names no file, or ``--data`` or ``--model`` neither a file nor what may be a class;
-            the nearest names are in the message.
+            the nearest name is in the message.
     """
-    argv = _data_before_its_settings(argv)
-    resolved = list(argv)
-    for i, argument in enumerate(argv):
+    resolved = _data_before_its_settings(argv)
+    for i, argument in enumerate(list(resolved)):
         option, equals, value = argument.partition("=")
-        if option not in _FOLDER_OF_OPTION:
-            continue
-        if not equals and i + 1 == len(argv):
-            continue  # the parser will say that the value is missing
-        value = value if equals else argv[i + 1]
-        path = find_config(value, _FOLDER_OF_OPTION[option])
-        if path is not None:
-            resolved[i if equals else i + 1] = f"{option}={path}" if equals else str(path)
-        elif option in ("-c", "--config") and not value.lstrip().startswith(("{", "[")):
-            raise FileNotFoundError(_not_found(value))
-        elif re.fullmatch(r"[a-z0-9_]+", value):  # a name of a file; classes begin with a capital letter
-            raise FileNotFoundError(_not_among(value, option))
+        name = option.removesuffix(".help")
+        if name not in _FOLDER_OF_OPTION or (not equals and i + 1 == len(resolved)):
+            continue  # of an option without a value the parser will say so
+        value = value if equals else resolved[i + 1]
+        meant = _resolved(value, name)
+        if option != name:
+            meant = _class_in(meant)
+        resolved[i if equals else i + 1] = f"{option}={meant}" if equals else meant
     return resolved
 
 
-def _data_before_its_settings(argv: list[str]) -> list[str]:
+def _resolved(value: str, option: str) -> str:
+    axis = _FOLDER_OF_OPTION[option]
+    path = find_config(value, axis)
+    if path is not None:
+        return str(path)
+    needs_file = not axis and not value.lstrip().startswith(("{", "["))
+    if needs_file or re.fullmatch(r"[a-z0-9][\w-]*", value):  # classes begin with a capital letter
+        allowed = "a file" if needs_file else "a file, a class"
+        raise FileNotFoundError(
+            f"{option} is {value!r}; it must be {allowed} or a name that `calib list {_LISTS[axis]}` prints."
+            + _did_you_mean(value.removesuffix(".yaml"), axis)
+        )
+    return value
+
+
+def _did_you_mean(value: str, axis: str) -> str:
+    """The nearest name; people remember those of sub-folders by their last part."""
+    known = {name: name for name in config_names(axis)}
+    known |= {name.rpartition("/")[2]: name for name in known}
+    near = nearest(value, known)
+    return "" if near is None else f" Did you mean {known[near]}?"
+
+
+def _class_in(value: str) -> str:
+    """The class that a file is about; what is no file is the name of a class."""
+    text = Path(value).read_text(encoding="utf-8") if Path(value).is_file() else ""
+    found = re.search(r"(?m)^class_path: *(\S+)", text)
+    return found[1] if found else value
+
+
+def _data_before_its_settings(argv: Sequence[str]) -> list[str]:
     """Move every ``--data.<setting>`` behind the last ``--data NAME``, which begins the data anew."""
     names = [i for i, argument in enumerate(argv) if argument == "--data" or argument.startswith("--data=")]
     if not names:
-        return argv
+        return list(argv)
     stop = names[-1] + (2 if argv[names[-1]] == "--data" else 1)
     kept: list[str] = []
     moved: list[str] = []
     for i, argument in enumerate(argv[:stop]):
         value = i > 0 and argv[i - 1].startswith("--data.") and "=" not in argv[i - 1] and not argument.startswith("--")
         (moved if argument.startswith("--data.") or value else kept).append(argument)
-    return kept + moved + argv[stop:]
-
-
-def _not_among(name: str, option: str) -> str:
-    axis = _FOLDER_OF_OPTION[option]
-    known = sorted({path.stem for folder in config_folders() for path in (folder / axis).glob("*.yaml")})
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"{option} is {name!r}; it must be one of {', '.join(known)}, a file or a class.{hint}"
-
-
-def _not_found(name: str) -> str:
-    known = sorted(
-        {
-            path.relative_to(folder).with_suffix("").as_posix()
-            for folder in config_folders()
-            for path in folder.rglob("*.yaml")
-        }
-    )
-    wanted = name.removesuffix(".yaml")
-    short = {entry.rpartition("/")[2]: entry for entry in known}
-    near = difflib.get_close_matches(wanted, known, n=3) or [
-        short[entry] for entry in difflib.get_close_matches(wanted, list(short), n=3)
-    ]
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"There is no configuration file {name!r}, as a path or among the shipped ones ({', '.join(known)}).{hint}"
+    return kept + moved + list(argv[stop:])

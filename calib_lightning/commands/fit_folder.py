@@ -1,0 +1,103 @@
+"""Where a run of the trainer writes, and what it finds there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from calib_lightning.utils.run_folder import run_of
+
+
+def default_folder(config: Namespace) -> Path:
+    """Name the folder of a run after its data, its method and its seed.
+
+    Args:
+        config: Configuration of the command.
+
+    Returns:
+        Such as ``runs/digits-cross_entropy-0``.
+    """
+    parts = [_name(config.data, "DataModule"), _name(config.model)]
+    seed = config.seed_everything
+    if not isinstance(seed, bool | None):
+        parts.append(str(seed))
+    return Path("runs") / "-".join(parts)
+
+
+def _name(part: Namespace, suffix: str = "") -> str:
+    """The name of the configuration that the part was read from, else that of its class in the same spelling."""
+    path = part.get("__path__")
+    if path is not None:
+        return Path(str(path)).stem
+    name = part.class_path.rpartition(".")[2].removesuffix(suffix)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def is_numbered(folder: Path, wanted: Path) -> bool:
+    """Tell whether a folder is the wanted one or one that was numbered because it existed.
+
+    Args:
+        folder: A folder.
+        wanted: The folder that a run asks for.
+
+    Returns:
+        Whether it is.
+    """
+    return re.fullmatch(re.escape(str(wanted.resolve())) + r"(-\d+)?", str(folder.resolve())) is not None
+
+
+def checkpoint_of_run(configs: Sequence[object], command: str) -> str:
+    """Find the chosen checkpoint of the run whose ``config.yaml`` was given.
+
+    Args:
+        configs: What ``-c`` was given, the last one first to be looked at.
+        command: Name of the command, for the message.
+
+    Returns:
+        Path of the checkpoint.
+
+    Raises:
+        ValueError: If none of them belongs to a finished run.
+    """
+    for path in reversed(configs):
+        run = run_of(str(path))
+        if run is not None:
+            chosen = json.loads((run / "run.json").read_text()).get("checkpoint", {}).get("path")
+            if chosen and (run / chosen).is_file():
+                return str(run / chosen)
+    raise ValueError(
+        f"calib {command} needs a trained network: give --ckpt_path FILE, or -c RUN/config.yaml of a finished run, "
+        "whose chosen checkpoint is then used."
+    )
+
+
+def new_config(folder: Path) -> Path:
+    """Name a file for the configuration; a resumed run keeps those that it had before.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        ``config.yaml``, or ``config-2.yaml``, ... where that exists.
+    """
+    path, number = folder / "config.yaml", 2
+    while path.exists():
+        path, number = folder / f"config-{number}.yaml", number + 1
+    return path
+
+
+def direct_loggers(trainer: Namespace, folder: Path) -> None:
+    """Let loggers write into the run's folder unless they were told another place.
+
+    Args:
+        trainer: Configuration of the trainer, which is changed.
+        folder: The run's folder.
+    """
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for logger in loggers:
+        if isinstance(logger, Namespace) and logger.get("init_args.save_dir", "elsewhere") in (None, "", "."):
+            logger["init_args.save_dir"] = str(folder)

@@ -1,0 +1,53 @@
+"""What a run of the trainer says at its beginning and at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+
+from calib_lightning.callbacks.record import uses_calibration
+from calib_lightning.core import ClassificationModule
+from calib_lightning.predictions.results import SHARED, print_table
+from calib_lightning.utils.seeding import run_seed
+
+
+def beginning(model: ClassificationModule, trainer: Trainer, folder: Path) -> str:
+    """Say in one line what is trained where, in place of Lightning's table of modules.
+
+    Args:
+        model: The model.
+        trainer: The trainer.
+        folder: The run's folder.
+
+    Returns:
+        Such as ``CrossEntropy with digits_cnn, 53,362 parameters; cpu; seed 0; runs/digits-cross_entropy-0``.
+    """
+    encoder = model.hparams.get("encoder")
+    encoder = encoder.get("name") if isinstance(encoder, dict) else encoder
+    network = f" with {encoder}" if isinstance(encoder, str) else ""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    device = trainer.strategy.root_device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if trainer.world_size > 1:
+        where = f"{trainer.world_size} x {where}"
+    what = f"{type(model).__name__}{network}, {parameters:,} parameters"
+    return f"{what}; {where}; seed {run_seed()}; {folder}"
+
+
+def print_results(trainer: Trainer, datamodule: LightningDataModule, title: str) -> None:
+    """Print the table of what the trainer has found, on the first process.
+
+    Args:
+        trainer: The trainer.
+        datamodule: The data.
+        title: What stands above the table.
+    """
+    if not trainer.is_global_zero:
+        return
+    if getattr(getattr(datamodule, "split", None), "share", False):
+        title += f"; {SHARED}"
+    print_table({key: float(value) for key, value in trainer.callback_metrics.items()}, title)
+    for name in uses_calibration(trainer):
+        print(f"{name} was trained with the calibration split: figures and fits on it are not independent.")

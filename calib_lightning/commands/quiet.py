@@ -1,0 +1,94 @@
+"""What Lightning says in a run that helps nobody, and is left out.
+
+Only what Lightning's own files say is looked at: messages and warnings of this package and of anybody's modules stay.
+Whoever wants to know how a run was made finds all of it in ``run.json`` and ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning
+
+_HOME = str(Path(lightning.__file__).parent)
+
+_LOGGERS = (
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.fabric.utilities.distributed",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.accelerators.cuda",
+)
+"""Those that Lightning's messages go to; a filter of a logger does not see what its children log."""
+
+_MESSAGES = re.compile(
+    # advertisements for packages of the makers
+    "💡 Tip"
+    # the line of `run_line` says seed, device and number of processes
+    r"|(\[rank: \d+\] )?Seed set to|(GPU|TPU|HPU) available|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES"
+    r"|Initializing distributed|-+\ndistributed_backend"
+    # the usual end of a training
+    r"|`Trainer\.fit` stopped: `max_epochs="
+    # the table's title names the checkpoint
+    "|Restoring states from|Loaded model weights from"
+)
+
+_WARNINGS = {
+    # Lightning's use of torch, which no user can change
+    "lightning.pytorch.utilities._pytree": r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # the loss of every 50th step is logged over the borders of epochs; what an epoch has is logged at its end
+    "lightning.pytorch.loops.fit_loop": r"The number of training batches \(\d+\) is smaller than the logging interval",
+    # a test keeps no checkpoints; only where nothing else is missing than the callbacks that kept those of the training
+    "lightning.pytorch.trainer.call": r"Be aware .* the following callbacks: \[(\"RunCheckpoint\{[^\"]*\}\"(, )?)+\]",
+    # values that are the same on every process; callbacks log them where one process may be alone in reading them, and
+    # would then wait for the others for ever
+    "lightning.pytorch.trainer.connectors.logger_connector.result": r"It is recommended to use `self\.log\("
+    r"'(train/clipped|train/lambda|mac_cal/\w+)'",
+    # a resumed run goes on in its own folder
+    "lightning.pytorch.callbacks.model_checkpoint": r"Checkpoint directory .* exists and is not empty",
+}
+"""Beginnings of warnings by the module that gives them."""
+
+
+class _Noise(logging.Filter):
+    """Refuses what Lightning's own files log, if it is in the list, or below a warning in a quiet run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING or not record.pathname.startswith(_HOME):
+            return True
+        return not self.quiet and _MESSAGES.match(record.getMessage()) is None
+
+
+_noise = _Noise()
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Leave out what is in the lists, until the context ends."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    with warnings.catch_warnings():
+        for module, message in _WARNINGS.items():
+            warnings.filterwarnings("ignore", message, module=re.escape(module) + "$")
+        for logger in loggers:
+            logger.addFilter(_noise)
+        try:
+            yield
+        finally:
+            _noise.quiet = False
+            for logger in loggers:
+                logger.removeFilter(_noise)
+
+
+def be_quiet() -> None:
+    """Leave out everything that Lightning and torch say below an error, until the context of `without_noise` ends."""
+    _noise.quiet = True
+    warnings.filterwarnings("ignore", module=r"(lightning|torch)\.")

@@ -1,0 +1,68 @@
+"""``calib fit | validate | test | predict`` from its arguments to its exit code; ``fit`` imports what takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sys
+import traceback
+from pathlib import Path
+
+from calib_lightning.commands.help import trainer_help
+
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, pickle.UnpicklingError)
+
+
+def main(argv: list[str]) -> int:
+    """Run one of the trainer's commands.
+
+    Args:
+        argv: The arguments, the name of the command first.
+
+    Returns:
+        Exit code: 0, or 1 if the input was at fault. A wrong command line ends with 2.
+    """
+    command, options = argv[0], argv[1:]
+    if {"-h", "--help"} & set(options):
+        print(trainer_help(command))
+        return 0
+    if command == "predict" and any(word.partition("=")[0] == "--images" for word in options):
+        print("calib: error: calib predict --images is now `calib classify DIR --model FILE`.", file=sys.stderr)
+        return 2
+    return _run([command, *("--help" if word == "--help_all" else word for word in options)])
+
+
+def _run(argv: list[str]) -> int:
+    from calib_lightning.commands.fit import CalibCLI
+    from calib_lightning.utils.config_search import resolve_configs
+    from calib_lightning.utils.run_folder import forget_run_folder
+
+    forget_run_folder()
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # data modules of one's own are found by name, and hide no package
+    try:
+        CalibCLI(resolve_configs(argv))
+    except USER_ERRORS as error:
+        _report(error)
+        return 1
+    return 0
+
+
+def _report(error: Exception) -> None:
+    """Say what is wrong in one line; the traceback goes to the run's folder, if a run has begun there."""
+    from calib_lightning.commands.hints import plain_message
+    from calib_lightning.utils.run_folder import current_run_folder
+
+    message, folder = plain_message(str(error)), current_run_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing was begun: the name stays free
+            folder = None
+    if folder is None:
+        print(f"calib: error: {message}", file=sys.stderr)
+        return
+    path = folder / "error.log"
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+    print(f"calib: error: {message}\n(full traceback: {path})", file=sys.stderr)
