@@ -84,6 +84,28 @@ TAKES_NO_CONFIDENCE = {
     *("calibration_nll", "refinement_nll"),
 }
 TAKES_NO_LABELS = {"entropy"}
+
+# What metrics do on degenerate sets; a metric that is nan or 0 there has its key here.
+ONE_SIDED = {"correctness_auroc", "fpr95", "dark_side_beta", "dark_side_residual"}
+"""nan unless there are correct and wrong rows."""
+ONE_LABEL = {"ovo_auroc"}
+"""nan if all rows have the same label."""
+NO_SPREAD = {"murphy_resolution", "murphy_uncertainty", "corp_discrimination", "corp_uncertainty"}
+"""0 if all rows are correct, or all wrong."""
+NO_ERRORS = {
+    *("over_ece", "overconfidence_error", "aurc", "e_aurc", "augrc", "risk_at_coverage_0.8", "risk_at_coverage_0.9"),
+}
+"""0 if all rows are correct."""
+NEVER_RIGHT = {"accuracy", "under_ece", "e_aurc"}
+"""0 if all rows are wrong."""
+ONE_ROW = {"aece_official", "debiased_l2"}
+"""0 on a single row, or with a single confidence: the first has no bins then, the second is all noise."""
+ALL_ZERO = {
+    *("nll", "brier", "entropy", "ece", "signed_gap", "under_ece", "mce", "rmsce", "classwise_ece", "aece_split", "ks"),
+    *("smece", "murphy_reliability", "corp_miscalibration"),
+}
+"""0 with a single class."""
+
 SINGLE = [row[0] for row in METRICS.values()] + list(dict.fromkeys(row[0] for row in TERMS.values()))
 """Makers of every class of `update(logits, labels)`."""
 

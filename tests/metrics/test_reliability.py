@@ -1,4 +1,4 @@
-"""The figures stay right where sets are cut, large, tied, over-confident, in half precision, broken or degenerate."""
+"""The values stay right where sets are cut, large, tied, over-confident, in half precision, broken or degenerate."""
 
 import itertools
 import math
@@ -19,7 +19,19 @@ from calib_lightning.metrics import FULL, METRICS, REPORT, EvaluationState, ood
 from calib_lightning.metrics import state as state_module
 from tests.metrics.ddp_cases import makers
 from tests.metrics.golden import EDGE_CONFIDENCE, EDGE_CORRECT, pair_auroc, random_set, reference
-from tests.metrics.table import ALL, OOD, name_of, value_of
+from tests.metrics.table import (
+    ALL,
+    ALL_ZERO,
+    NEVER_RIGHT,
+    NO_ERRORS,
+    NO_SPREAD,
+    ONE_LABEL,
+    ONE_ROW,
+    ONE_SIDED,
+    OOD,
+    name_of,
+    value_of,
+)
 from tests.metrics.test_calibration import REFERENCES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*coverage_at_risk_0.05 is nan", "ignore:CoverageAtRisk")
@@ -392,26 +404,6 @@ def test_rows_that_do_not_sum_to_one_are_named(name, total):
 
 
 # --- sets on which little is defined
-
-ONE_SIDED = {"correctness_auroc", "fpr95", "dark_side_beta", "dark_side_residual"}
-ONE_LABEL = {"ovo_auroc"}
-NO_SPREAD = {"murphy_resolution", "murphy_uncertainty", "corp_discrimination", "corp_uncertainty"}
-NO_ERRORS = {
-    "over_ece",
-    "overconfidence_error",
-    "aurc",
-    "e_aurc",
-    "augrc",
-    "risk_at_coverage_0.8",
-    "risk_at_coverage_0.9",
-}
-NEVER_RIGHT = {"accuracy", "under_ece", "e_aurc"}
-# Where lowest and highest confidence are one number the first has no bins; few rows tell the second nothing.
-ONE_ROW = {"aece_official", "debiased_l2"}
-ALL_ZERO = {
-    *("nll", "brier", "entropy", "ece", "signed_gap", "under_ece", "mce", "rmsce", "classwise_ece", "aece_split", "ks"),
-    *("smece", "murphy_reliability", "corp_miscalibration"),
-}
 
 
 def degenerate():
