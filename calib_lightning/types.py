@@ -1,4 +1,4 @@
-"""Types that every part of the package shares; this module imports nothing of ours."""
+"""Types shared by all parts of the package; this module imports nothing else of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 """Maps ``(logits (N, K), labels (N,))`` to a scalar loss."""
 
 EncoderSpec = str | dict[str, Any]
-"""An encoder's name, or ``{"name": ..., **options}``: plain data, so that it can travel in a checkpoint."""
+"""An encoder's name, or ``{"name": ..., **options}``: plain data that can be stored in a checkpoint."""
 
 
 class Batch(NamedTuple):
@@ -20,22 +20,22 @@ class Batch(NamedTuple):
 
     Attributes:
         image: Images ``(N, C, H, W)``, floating point.
-        label: Class labels ``(N,)``, int64 in ``0..K-1``, or -1 where a set has none.
-        index: Position ``(N,)``, int64, of each sample in the split that it was read from.
+        label: Class labels ``(N,)``, int64 in ``0..K-1``, or -1 if unlabelled.
+        index: Position ``(N,)``, int64, of each sample in its split.
     """
 
     image: Tensor
     label: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name; nobody searches a batch with it
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which batches do not need
 
 
 class Prediction(NamedTuple):
-    """What a classifier says about one batch.
+    """A classifier's output for one batch.
 
     Attributes:
         logits: Unnormalised log-probabilities ``(N, K)``.
-        confidence: Confidence ``(N,)`` in ``[0, 1]`` of the predicted class where the method brings its own
-            (a confidence network, say); ``None`` means the largest softmax probability.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` in the predicted class, if the method defines its own (a
+            confidence network, for example); ``None`` means the largest softmax probability.
     """
 
     logits: Tensor
@@ -43,10 +43,10 @@ class Prediction(NamedTuple):
 
 
 class Views(ABC):
-    """What a stage of training does with its images, in place of the data module's augmentation.
+    """How a training stage prepares its images, instead of the data module's augmentation.
 
     Attributes:
-        optional: Whether a stage can do without, where the data cannot change its images.
+        optional: Whether a stage can do without, if the data cannot change its images.
     """
 
     optional: ClassVar[bool] = False
@@ -55,12 +55,12 @@ class Views(ABC):
     def transform(self, normalize: nn.Module, augment: nn.Module | None, seed: int) -> nn.Module:
         """Build the transform of the training images.
 
-        All three are called as ``module(image, index, epoch)`` with images ``(N, C, H, W)``, positions ``(N,)`` and the
-        epoch's number; every random number depends on (seed, epoch, position) alone.
+        All three modules are called as ``module(image, index, epoch)`` with images ``(N, C, H, W)``, positions ``(N,)``
+        and the epoch; every random number is a function of (seed, epoch, position).
 
         Args:
             normalize: Maps uint8 images to standardised ones.
-            augment: The data module's own random augmentation of uint8 images, ``None`` where it has none.
+            augment: The data module's random augmentation of uint8 images, or ``None``.
             seed: Seed of the run.
 
         Returns:

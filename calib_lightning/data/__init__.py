@@ -1,4 +1,4 @@
-"""Benchmarks: data modules, splits, long tails and loaders that resume exactly."""
+"""Benchmarks: data modules, splits, long tails and exactly resumable loaders."""
 
 from calib_lightning.data.arrays import ArraysDataModule
 from calib_lightning.data.augmix import AugMixViews

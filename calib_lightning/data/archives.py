@@ -1,4 +1,4 @@
-"""Archives unpacked whole or not at all, and never outside of their folder."""
+"""Safe, atomic unpacking of archives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from calib_lightning.data.web_files import CHUNK, WEB_PAGE, is_web_page
 
-REMEDY = "Get it again: download it, or save it once more."
+REMEDY = "Download it or save it again."
 """What to do with a damaged file."""
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -29,12 +29,12 @@ _DAMAGE = (
     lzma.LZMAError,
     EOFError,
     UnicodeDecodeError,
-    RuntimeError,  # zipfile's, of a version or compression that it does not know
+    RuntimeError,  # from zipfile, for an unknown version or compression
 )
 
 
 class _Member(NamedTuple):
-    """One entry of an archive; ``kind`` is "a file", "a folder" or what else it is."""
+    """An archive entry; ``kind`` is "a file", "a folder" or a description of anything else."""
 
     name: str
     size: int
@@ -43,27 +43,10 @@ class _Member(NamedTuple):
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Unpack a ``.zip``, ``.tar``, ``.tar.gz`` or ``.tgz`` file, all of it or nothing.
+    """Unpack a ``.zip``, ``.tar``, ``.tar.gz`` or ``.tgz`` file into ``folder``, completely or not at all.
 
-    Files and folders are unpacked to a hidden folder in ``folder`` and then renamed, with plain permissions. Hold
-    :func:`locked` around it where several processes may unpack.
-
-    Args:
-        archive: The file.
-        folder: Where its entries go; it is made if it is missing. Other entries of it stay as they are.
-
-    Raises:
-        ValueError: If the archive is damaged, encrypted, expands to far more than its size, or has a member that is a
-            link or device or would leave ``folder``.
-        OSError: If an entry of the same name exists, or if the archive cannot be read or the folder not written.
-
-    Example:
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with zipfile.ZipFile(folder / "a.zip", "w") as file:
-        ...     file.writestr("images/0.txt", "zero")
-        >>> extract(folder / "a.zip", folder)
-        >>> (folder / "images" / "0.txt").read_text()
-        'zero'
+    Entries go to a hidden folder first and are then renamed, with default permissions. Existing entries, links, paths
+    outside ``folder`` and decompression bombs are errors. Hold `locked` if several processes may unpack.
     """
     with naming_damage(archive), ExitStack() as stack:
         members = []
@@ -73,19 +56,19 @@ def extract(archive: Path, folder: Path) -> None:
                 raise ValueError(f"{archive} has the member {member.name!r}, {fault}. Do not use this archive.")
             if (total := total + member.size) > limit:
                 raise ValueError(
-                    f"{archive} would be more than {limit} bytes when unpacked, from the member {member.name!r} on; "
-                    "an archive may grow a hundredfold. Do not use this archive."
+                    f"{archive} would exceed {limit} bytes when unpacked, from the member {member.name!r} on; an "
+                    "archive may grow at most a hundredfold. Do not use this archive."
                 )
             members.append(member)
         tops = sorted({PurePosixPath(member.name).parts[0] for member in members if PurePosixPath(member.name).parts})
         for top in tops:
             if os.path.lexists(folder / top):
-                raise FileExistsError(f"{folder / top} exists already. Remove it to unpack {archive} again.")
+                raise FileExistsError(f"{folder / top} already exists. Remove it to unpack {archive} again.")
         _unpack(members, tops, folder)
 
 
 def _unpack(members: list[_Member], tops: list[str], folder: Path) -> None:
-    """Write all members, then rename the top-level entries; undo everything if that fails."""
+    """Write all members, then rename the top-level entries; undo everything on failure."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     temporary, moved = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder)), []
@@ -110,7 +93,7 @@ def _unpack(members: list[_Member], tops: list[str], folder: Path) -> None:
 
 
 def _members(archive: Path, stack: ExitStack) -> Iterator[_Member]:
-    """Open an archive for as long as the stack lives and list its entries."""
+    """Open an archive for the lifetime of the stack and list its entries."""
     if archive.name.lower().endswith(".zip"):
         pack = stack.enter_context(zipfile.ZipFile(archive))
         for entry in pack.infolist():
@@ -125,11 +108,11 @@ def _members(archive: Path, stack: ExitStack) -> Iterator[_Member]:
     for info in tape:
         kind = "a folder" if info.isdir() else "a file" if info.isreg() else "a link or device"
         yield _Member(info.name, info.size, kind, partial(tape.extractfile, info))
-    # tarfile takes a damaged header and a file cut between two members for the end, and skips the checksum of gzip.
+    # tarfile treats a damaged header and a file truncated between members as the end, and skips gzip's checksum.
     file = tape.fileobj
     file.seek(tape.offset)
     if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("it has no end")
+        raise tarfile.ReadError("it is truncated")
     while file.read(CHUNK):
         pass
 
@@ -147,12 +130,12 @@ def _member_fault(member: _Member) -> str | None:
 
 @contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
-    """Say which file is damaged, or that it is a web page or missing, and what to do."""
+    """Turn errors about a damaged or missing file, or a web page, into ones that name it and say what to do."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Download it, or name another file.")
+        raise FileNotFoundError(f"{path} does not exist. Download it, or name another file.")
     if is_web_page(path):
         raise ValueError(f"{path} is {WEB_PAGE}. {REMEDY}")
     try:
         yield
     except _DAMAGE as error:
-        raise ValueError(f"{path} is damaged, truncated or of another format ({error}). {REMEDY}") from error
+        raise ValueError(f"{path} is damaged, truncated or in another format ({error}). {REMEDY}") from error

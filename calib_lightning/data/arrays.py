@@ -1,4 +1,4 @@
-"""One's own images in a file of arrays."""
+"""The user's own images in a file of arrays."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class ArraysDataModule(BenchmarkDataModule):
     """Images and labels in an ``.npz`` file.
 
     The file holds ``images`` and ``labels``, or ``train_images`` and ``train_labels`` and likewise ``val_`` and
-    ``test_`` (as those of MedMNIST do); ``class_names`` is optional. Images are uint8 of shape ``(N, H, W)``,
-    ``(N, H, W, C)`` or ``(N, C, H, W)`` with C = 1 or 3; labels are whole numbers ``(N,)`` or ``(N, 1)`` from 0 on, or
-    names. What has no arrays of its own is cut from the training images by ``split``.
+    ``test_`` (like the files of MedMNIST); ``class_names`` is optional. Images are uint8 of shape ``(N, H, W)``,
+    ``(N, H, W, C)`` or ``(N, C, H, W)`` with C = 1 or 3; labels are integers ``(N,)`` or ``(N, 1)`` from 0 on, or
+    names. Sets without arrays are cut from the training images by ``split``.
 
     Args:
         file: The file.
-        split: How the images are divided; by default 10 % validation, 10 % calibration, 20 % test, class by class.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        split: How the images are divided; by default 10 % validation, 10 % calibration, 20 % test, stratified by class.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
         augment: Whether training images are shifted by up to 4 pixels and mirrored at random.
-        mean: Mean of each channel, as a fraction; ``None`` takes 0.5.
-        std: Standard deviation of each channel, as a fraction; ``None`` takes 0.5.
-        num_classes: K, where the file has not images of every class; ``None`` takes the largest label plus 1.
+        mean: Mean of each channel, as a fraction; ``None`` uses 0.5.
+        std: Standard deviation of each channel, as a fraction; ``None`` uses 0.5.
+        num_classes: K, if the file does not have images of every class; ``None`` uses the largest label plus 1.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or its labels are not as said above; ``setup`` says so of images.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged or its labels are not as described; ``setup`` checks the images.
 
     Example:
         ``ArraysDataModule("digits.npz")``
@@ -61,7 +61,7 @@ class ArraysDataModule(BenchmarkDataModule):
         super().__init__(split, batch_size, num_workers)
         self.file, self.augment = Path(file).expanduser().resolve(), augment
         if not self.file.is_file():
-            raise FileNotFoundError(f"file is {str(self.file)!r}; there is none. Set it to your .npz file.")
+            raise FileNotFoundError(f"file is {str(self.file)!r}, which does not exist. Set it to your .npz file.")
         self._keys = npz_names(self.file)
         self._labels = self._find_labels()
         every = np.concatenate(list(self._labels.values()))
@@ -73,11 +73,11 @@ class ArraysDataModule(BenchmarkDataModule):
             self.class_names = tuple(str(name) for name in names.tolist())
         self.num_classes = num_classes or (len(self.class_names) if self.class_names else int(every.max()) + 1)
         if self.num_classes < 2:
-            raise ValueError(f"{self.file} has {self.num_classes} class; it needs two at least. Look at its labels.")
+            raise ValueError(f"{self.file} has {self.num_classes} class; it must have at least two. Check its labels.")
         if self.class_names is None and num_classes is None and int(every.min()) > 0:
             raise ValueError(
-                f"labels of {self.file} are {every.min()}..{every.max()}; they must begin with 0. Save labels -"
-                f" {every.min()}, or say num_classes={every.max() + 1} if no image of class 0 is in the file."
+                f"The labels of {self.file} are {every.min()}..{every.max()}; they must start at 0. Save labels - "
+                f"{every.min()}, or set num_classes={every.max() + 1} if the file has no image of class 0."
             )
         self.official_val = "val" in self._labels
         self.split = self.split.for_files(self._labels)
@@ -85,11 +85,11 @@ class ArraysDataModule(BenchmarkDataModule):
 
     @property
     def identity(self) -> str:
-        """Another file is other data."""
+        """Name of the data, including the file."""
         return f"{super().identity} {self.file}"
 
     def load_train(self) -> Source | None:
-        """The training images, and what is cut from them."""
+        """The training images, and the sets cut from them."""
         return self._load("train")
 
     def load_val(self) -> Source | None:
@@ -109,8 +109,9 @@ class ArraysDataModule(BenchmarkDataModule):
             self.mean, self.std = mean or (0.5,) * image.shape[1], std or (0.5,) * image.shape[1]
         if len(self.mean) != image.shape[1] or len(self.std) != image.shape[1]:
             raise ValueError(
-                f"the {part} images of {self.file} have {image.shape[1]} channels, but there are {len(self.mean)} means"
-                f" and {len(self.std)} standard deviations. Save all images with the same channels, and give as many."
+                f"The {part} images of {self.file} have {image.shape[1]} channels, but there are {len(self.mean)} "
+                f"means and {len(self.std)} standard deviations. Save all images with the same channels, and give one "
+                "value per channel."
             )
         return Source(image, torch.from_numpy(self._labels[part].astype(np.int64)))
 
@@ -119,13 +120,13 @@ class ArraysDataModule(BenchmarkDataModule):
         return what if part == "train" and "images" in self._keys else f"{part}_{what}"
 
     def _find_labels(self) -> dict[File, NDArray[Any]]:
-        """Labels (N,) of each part that the file has."""
+        """Labels (N,) of each part in the file."""
         parts = [part for part in _PARTS if self._key(part, "images") in self._keys]
         if not parts:
             raise ValueError(
-                f"{self.file} holds {', '.join(self._keys) or 'nothing'}; it must hold images and labels, or"
-                " train_images and train_labels (and val_, test_). Save it with numpy.savez(file, images=...,"
-                " labels=...)."
+                f"{self.file} holds {', '.join(self._keys) or 'nothing'}; it must hold images and labels, or "
+                "train_images and train_labels (and val_, test_). Save it with numpy.savez(file, images=..., "
+                "labels=...)."
             )
         for part in parts:
             if self._key(part, "labels") not in self._keys:
@@ -138,18 +139,18 @@ class ArraysDataModule(BenchmarkDataModule):
     def _checked_labels(self, key: str, label: NDArray[Any]) -> NDArray[Any]:
         shape = label.shape
         label = label[:, 0] if label.ndim == 2 and shape[1] == 1 else label
-        remedy = "Save one for each image"
+        remedy = "Save one label per image"
         if label.ndim == 2 and len(label) and label.dtype.kind in "iufb" and bool((label.sum(1) == 1).all()):
             remedy = "Save labels.argmax(1) of one-hot labels"
         elif label.dtype.kind == "f" and np.isfinite(label).all() and (label == np.floor(label)).all():
             remedy = "Save labels.astype(int)"
         if label.ndim != 1 or not len(label) or label.dtype.kind not in "iuU":
             raise ValueError(
-                f"{key} of {self.file} are {label.dtype} of shape {shape}; they must be whole numbers or names, (N,)."
-                f" {remedy}."
+                f"{key} of {self.file} is {label.dtype} of shape {shape}; it must hold integers or names, (N,). "
+                f"{remedy}."
             )
         if label.dtype.kind in "iu" and label.min() < 0:
-            raise ValueError(f"{key} of {self.file} hold {label.min()}; they must be numbers from 0 on. Map them.")
+            raise ValueError(f"{key} of {self.file} holds {label.min()}; labels must be integers from 0 on. Map them.")
         return label
 
     def _read_images(self, part: File) -> Tensor:
@@ -162,14 +163,16 @@ class ArraysDataModule(BenchmarkDataModule):
             image = image.transpose(0, 3, 1, 2)
         if image.ndim != 4 or image.shape[1] not in (1, 3):
             raise ValueError(
-                f"{key} of {self.file} are of shape {shape}; they must be (N, H, W), (N, H, W, C) or (N, C, H, W) with"
-                " C = 1 or 3. Reshape them."
+                f"{key} of {self.file} has shape {shape}; it must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C = "
+                "1 or 3. Reshape it."
             )
         if image.dtype != np.uint8:
             raise ValueError(
-                f"{key} of {self.file} are {image.dtype}; they must be uint8, 0 to 255. Save fractions as"
-                " (images * 255).round().astype('uint8')."
+                f"{key} of {self.file} is {image.dtype}; it must be uint8, 0 to 255. Save fractions as (images * "
+                "255).round().astype('uint8')."
             )
         if len(image) != rows:
-            raise ValueError(f"{self.file} has {rows} labels for {len(image)} {part} images. Save one for each.")
+            raise ValueError(
+                f"{self.file} has {rows} labels for {len(image)} {part} images; it must have one label per image."
+            )
         return torch.from_numpy(np.ascontiguousarray(image))

@@ -1,4 +1,4 @@
-"""What every benchmark's data module has in common: sets, checks, loaders and the record of rows."""
+"""The base of every benchmark's data module: sets, checks, loaders and the record of rows."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from calib_lightning.utils.seeding import run_seed
 
 
 class BenchmarkDataModule(LightningDataModule):
-    """Data of one benchmark: a subclass states a few facts and implements `load_train` and its kin as far as it can.
+    """Data of one benchmark: subclasses set a few attributes and implement the applicable ``load_...`` methods.
 
-    The sets are "train", "val", "calibration" and "test" (those that have images), then "shift/<name>" (other images
-    of the same classes) and "ood/<name>" (images of none of them). The names begin the keys of metrics, stand in tables
-    and name files of predictions. Only training images are ever augmented or thinned out.
+    The sets are "train", "val", "calibration" and "test" (if they have images), then "shift/<name>" (other images of
+    the same classes) and "ood/<name>" (images of other classes). Their names are prefixes of metrics and appear in
+    tables and names of prediction files. Only training images are ever augmented or subsampled.
 
     Args:
-        split: How the files are divided; ``None`` means the benchmark's `default_split`.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches. Images in memory that are only cropped, mirrored and normalised do
-            not use them: handing a batch over would take longer than making it.
+        split: How the files are divided; ``None`` means `default_split`.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches. Images in memory that are only cropped, mirrored and
+            normalised do not use them: transferring a batch would take longer than making it.
 
     Attributes:
         num_classes: K.
         mean: Mean of each channel, as a fraction of full brightness.
-        std: Standard deviation of each channel, in the same unit.
-        class_names: Names of the classes in the order of the labels; ``None`` where they are not known.
+        std: Standard deviation of each channel, in the same units.
+        class_names: Names of the classes in label order; ``None`` if unknown.
         augment: Whether training images are cropped and mirrored at random.
-        frame: How image files are brought to one size, where images are files; known after `setup`.
+        frame: How image files are brought to a common size; known after `setup`.
         crop_scale: Smallest and largest area of a random crop of an image file, as a fraction; ``None`` shifts the
-            framed image instead, as that of other sets.
+            framed image instead.
         official_val: Whether there is a file of validation images.
-        default_split: Used where no split is given.
-        stage_views: What the present stage of a training does with its images; ``None`` means `augment`.
-        stage_batch_size: Its rows of one batch of one process; ``None`` means ``batch_size``.
-        stage_features: Features ``(N, V, d)`` that it is trained on in place of images, ``None`` for images.
+        default_split: The split used by default.
+        stage_views: How the current training stage prepares its images; ``None`` means `augment`.
+        stage_batch_size: Its batch size per process; ``None`` means ``batch_size``.
+        stage_features: Features ``(N, V, d)`` that replace the images; ``None`` for images.
     """
 
     num_classes: int
@@ -75,15 +75,15 @@ class BenchmarkDataModule(LightningDataModule):
         self._files: dict[str, str] = {}
 
     def load_train(self) -> Source | None:
-        """Read the training file; ``None`` where a benchmark is for evaluation only."""
+        """Read the training file; ``None`` if the benchmark is for evaluation only."""
         return None
 
     def load_val(self) -> Source | None:
-        """Read the validation file; ``None`` where there is none, and the split cuts one from the training file."""
+        """Read the validation file; ``None`` if there is none, and the split cuts one from the training file."""
         return None
 
     def load_test(self) -> Source | None:
-        """Read the test file; ``None`` where there is none."""
+        """Read the test file; ``None`` if there is none."""
         return None
 
     def load_more(self) -> dict[str, Source]:
@@ -91,13 +91,13 @@ class BenchmarkDataModule(LightningDataModule):
         return {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the files and divide them; a second call does nothing.
+        """Read and divide the files; a second call has no effect.
 
         Args:
-            stage: Not used: every stage needs the same sets.
+            stage: Unused: every stage needs the same sets.
 
         Raises:
-            ValueError: If a file's images or labels are not what `Source` says, or too few for the split.
+            ValueError: If a file's images or labels do not conform to `Source`, or are too few for the split.
         """
         if self._sets:
             return
@@ -112,7 +112,7 @@ class BenchmarkDataModule(LightningDataModule):
         sets = {name: take(files[part.file], torch.from_numpy(part.rows), normalize) for name, part in parts.items()}
         sets |= {name: take(source, None, normalize) for name, source in more.items()}
         if not sets:
-            raise ValueError(f"{type(self).__name__} has no images at all: check its files.")
+            raise ValueError(f"{type(self).__name__} has no images. Check its files.")
         frames = (data.image.frame for data in sets.values() if isinstance(data, FileSet))
         self.frame = next(frames, None)
         self._files = {name: part.file for name, part in parts.items()} | {name: name for name in more}
@@ -125,27 +125,27 @@ class BenchmarkDataModule(LightningDataModule):
 
     @property
     def set_names(self) -> list[str]:
-        """Names of the sets that have images: "train", "val", "calibration", "test", then shifts and others."""
+        """Names of the non-empty sets: "train", "val", "calibration", "test", then shifts and others."""
         return list(self._ready())
 
     @property
     def splits(self) -> dict[str, Rows]:
-        """Rows of every set in its source file, ascending; "val" and "calibration" are there even if empty."""
+        """Rows of every set in its source file, ascending; "val" and "calibration" are included even if empty."""
         held_out = {name: np.empty(0, dtype=np.int64) for name in ("train", "val", "calibration")}
         return held_out | {name: data.rows.numpy() for name, data in self._ready().items()}
 
     @property
     def source_files(self) -> dict[str, str]:
-        """The file that each set was taken from: "train", "val", "test", or the set's own name.
+        """The source file of each set: "train", "val", "test", or the set's own name.
 
-        Two sets share no image if their files differ, or their `source_rows` have no row in common.
+        Two sets share no image if their files differ, or their `source_rows` are disjoint.
         """
         self._ready()
         return dict(self._files)
 
     @property
     def identity(self) -> str:
-        """Names the data: a run that goes on with data of the same name must have the same splits."""
+        """Name of the data: a run that continues with data of the same name must have the same splits."""
         return type(self).__qualname__
 
     @property
@@ -163,7 +163,7 @@ class BenchmarkDataModule(LightningDataModule):
 
     @property
     def image_facts(self) -> dict[str, Any]:
-        """What a network is given: ``shape`` (C, H, W), ``mean``, ``std``, and how files are framed; plain data."""
+        """A network's input: ``shape`` (C, H, W), ``mean``, ``std``, and the framing of files; plain data."""
         data = next(iter(self._ready().values()))
         shape = (self.frame.channels, *self.frame.size) if self.frame else data.image.shape[1:]  # type: ignore[union-attr]
         framed = {} if self.frame is None else asdict(self.frame)
@@ -176,12 +176,12 @@ class BenchmarkDataModule(LightningDataModule):
 
     @property
     def train_size(self) -> int:
-        """Images in the training split."""
+        """Number of images in the training split."""
         return len(self._training())
 
     @property
     def class_counts(self) -> Tensor:
-        """Images ``(K,)`` int64 of each class in the training split."""
+        """Number of images ``(K,)`` int64 per class in the training split."""
         return torch.bincount(self._training().label, minlength=self.num_classes)
 
     def source_rows(self, name: str) -> Rows:
@@ -194,19 +194,19 @@ class BenchmarkDataModule(LightningDataModule):
             Rows ``(N,)`` int64; empty for a held-out set without images.
 
         Raises:
-            ValueError: If there is no set of that name.
+            ValueError: If the set does not exist.
         """
         if name not in self.splits:
-            raise ValueError(f"no set is called {name!r}: use one of {', '.join(self.splits)}.")
+            raise ValueError(f"name is {name!r}; it must be one of {', '.join(self.splits)}.")
         return self.splits[name]
 
     def save_splits(self, path: str | Path) -> None:
-        """Write the rows of every set, the split's settings and the hash to an ``.npz`` file, whole or not at all.
+        """Write the rows of every set, the split's settings and the hash to an ``.npz`` file atomically.
 
-        The keys are the names of the sets, "files" (JSON: the file that each was taken from), "spec" (JSON) and "hash".
+        The keys are the names of the sets, "files" (JSON: the source file of each), "spec" (JSON) and "hash".
 
         Args:
-            path: The file to write or replace; its folder is made where it is missing.
+            path: The file to write or replace; its folder is created if missing.
         """
         content: dict[str, Any] = {"spec": json.dumps(asdict(self.split)), "hash": self.splits_hash}
         content |= {"files": json.dumps(self.source_files), **self.splits}
@@ -215,15 +215,15 @@ class BenchmarkDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training split, shuffled and augmented with the seed of the run.
 
-        Where the trainer's module has a ``batch_transform`` that asks for several views, they take the place of the
-        normalisation: images are then ``(N, V, C, H, W)``. A stage of the training may have its own images
-        (`stage_views`), features in their place (`stage_features`) and batch size.
+        If the trainer's module has a ``batch_transform`` with several views, they replace the normalisation: images are
+        then ``(N, V, C, H, W)``. A training stage may have its own images (`stage_views`), features instead of images
+        (`stage_features`) and batch size.
 
         Raises:
             ValueError: If there are no training images.
         """
         seed, train = run_seed(), self._training()
-        # a trainer that overfits some batches on purpose must see the same ones in every epoch
+        # with overfit_batches, every epoch must have the same batches
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
         size = self.stage_batch_size or self.batch_size
         if self.stage_features is not None:
@@ -232,10 +232,10 @@ class BenchmarkDataModule(LightningDataModule):
         return ResumableLoader(data, size, shuffle=shuffle, seed=seed, num_workers=self._workers(data, costly=costly))
 
     def ordered_train_loader(self, *, augmented: bool) -> ResumableLoader:
-        """Training images in the order of their rows; ``set_epoch`` chooses the augmentation.
+        """Training images in row order; ``set_epoch`` selects the augmentation.
 
         Args:
-            augmented: Whether they are augmented as in training; otherwise they are as in an evaluation.
+            augmented: Whether to augment them as in training; otherwise they are as in evaluation.
 
         Returns:
             The loader.
@@ -246,13 +246,13 @@ class BenchmarkDataModule(LightningDataModule):
         return ResumableLoader(data, self.batch_size, shuffle=False, seed=0, num_workers=self._workers(data))
 
     def training_images_key(self, *, augmented: bool) -> str:
-        """Name what `ordered_train_loader` gives: equal names mean equal images.
+        """Return a key of the images from `ordered_train_loader`: equal keys mean equal images.
 
         Args:
-            augmented: As there.
+            augmented: As in `ordered_train_loader`.
 
         Returns:
-            A hash of the images, their standardisation and, where they are augmented, the seed; in hexadecimal.
+            A hexadecimal hash of the images, their standardisation and, if augmented, the seed.
         """
         digest = hashlib.sha256()
         self._training().fingerprint(digest)
@@ -260,7 +260,7 @@ class BenchmarkDataModule(LightningDataModule):
         return digest.hexdigest()
 
     def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """Batches of the validation split; an empty list where it has no images, so that Lightning skips it."""
+        """Batches of the validation split; an empty list without images, so that Lightning skips it."""
         return self.evaluation_loader("val") if "val" in self._ready() else []
 
     @property
@@ -270,46 +270,46 @@ class BenchmarkDataModule(LightningDataModule):
 
     @property
     def evaluation_names(self) -> list[str]:
-        """Names of the sets that `test_dataloader` reads: those of `predict_names`, then "calibration"."""
+        """Names of the sets that `test_dataloader` reads: `predict_names`, then "calibration"."""
         return self.predict_names + [name for name in self._ready() if name == "calibration"]
 
     def test_dataloader(self) -> list[ResumableLoader]:
-        """Batches of every set of `evaluation_names`; a test saves predictions of the calibration split too."""
+        """Batches of every set in `evaluation_names`; tests also save predictions of the calibration split."""
         return [self.evaluation_loader(name) for name in self.evaluation_names]
 
     def predict_dataloader(self) -> list[ResumableLoader]:
-        """Batches of every set of `predict_names`."""
+        """Batches of every set in `predict_names`."""
         return [self.evaluation_loader(name) for name in self.predict_names]
 
     def calibration_dataloader(self) -> ResumableLoader | None:
-        """Batches of the calibration split, ``None`` where it has no images."""
+        """Batches of the calibration split, or ``None`` without images."""
         return self.evaluation_loader("calibration") if "calibration" in self._ready() else None
 
     def evaluation_loaders(self) -> dict[str, ResumableLoader]:
-        """Loaders of the sets of `evaluation_names`, by name."""
+        """Loaders of the sets in `evaluation_names`, by name."""
         return {name: self.evaluation_loader(name) for name in self.evaluation_names}
 
     def evaluation_loader(self, name: str) -> ResumableLoader:
-        """Batches of one set in the order of its rows, never augmented.
+        """Batches of one set in row order, never augmented.
 
         Args:
-            name: One of `set_names`; "train" gives the clean training images.
+            name: One of `set_names`; "train" gives unaugmented training images.
 
         Returns:
             The loader.
 
         Raises:
-            ValueError: If there is no set of that name or it has no images.
+            ValueError: If the set does not exist or has no images.
         """
         if name not in self._ready():
-            raise ValueError(f"no set called {name!r} has images: use one of {', '.join(self._ready())}.")
+            raise ValueError(f"name is {name!r}; it must be one of the sets with images: {', '.join(self._ready())}.")
         data = self._ready()[name]
         return ResumableLoader(data, self.batch_size, shuffle=False, seed=0, num_workers=self._workers(data))
 
     # --- the training images -----------------------------------------------------------------------------------------
 
     def _with_views(self, train: InMemorySet | FileSet, seed: int) -> tuple[InMemorySet | FileSet, bool]:
-        """The training set as the stage and the module want it, and whether its images cost much to make."""
+        """The training set prepared for stage and module, and whether its images are costly to make."""
         normalize = Normalize(self.mean, self.std)
         if self.stage_views is not None:
             augment = CropFlip(seed=seed) if self.augment else None
@@ -324,7 +324,7 @@ class BenchmarkDataModule(LightningDataModule):
     def _augmented(
         self, train: InMemorySet | FileSet, seed: int | None
     ) -> tuple[InMemorySet | FileSet, CropFlip | None]:
-        """The training set, its files cropped at random, or the augmentation of its bytes; without a seed neither."""
+        """The training set with randomly cropped files, or an augmentation of its bytes; without a seed neither."""
         if seed is None:
             return train, None
         if isinstance(train, FileSet) and self.crop_scale is not None:
@@ -332,18 +332,18 @@ class BenchmarkDataModule(LightningDataModule):
         return train, CropFlip(seed=seed)
 
     def _workers(self, data: InMemorySet | FileSet, *, costly: bool = False) -> int:
-        """Bytes in memory become a batch faster than a worker could hand it over."""
+        """Batches of bytes in memory are made faster than a worker could transfer them."""
         return self.num_workers if costly or isinstance(data, FileSet) else 0
 
     def _training(self) -> InMemorySet | FileSet:
         if "train" not in self._ready():
             raise ValueError(
-                f"{type(self).__name__} has no training images, it is for evaluation only: test a trained network on"
-                " it, `calib test -c RUN/config.yaml --data ...`, or train on other data."
+                f"{type(self).__name__} is for evaluation only and has no training images. Test a trained network on "
+                "it with `calib test -c RUN/config.yaml --data ...`, or train on other data."
             )
         return self._ready()["train"]
 
     def _ready(self) -> dict[str, InMemorySet | FileSet]:
         if not self._sets:
-            raise RuntimeError(f"{type(self).__name__} has no data yet: call prepare_data() and setup() first.")
+            raise RuntimeError(f"{type(self).__name__} has no data yet. Call prepare_data() and setup() first.")
         return self._sets

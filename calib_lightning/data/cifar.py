@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), and CIFAR-10 with the votes of people (Peterson et al., ICCV 2019)."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), and CIFAR-10 with people's votes (Peterson et al., ICCV 2019)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class CIFAR10DataModule(DownloadedDataModule):
 
     Args:
         split: How the 50,000 training images are divided; by default all are for training.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, the folder of the unpacked archive.
-        download: Whether to download what is missing.
+        download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
-        mean: Mean of each channel, as a fraction; ``None`` takes that of most code. Other code has other constants.
-        std: Standard deviation of each channel, as a fraction; ``None`` takes that of most code.
+        mean: Mean of each channel, as a fraction; ``None`` uses the most common constants; other code differs.
+        std: Standard deviation of each channel, as a fraction; ``None`` uses the most common constants.
 
     Example:
         >>> CIFAR10DataModule(SplitSpec(val=5000, imbalance=0.1), root="data").num_classes
@@ -66,7 +66,7 @@ class CIFAR10DataModule(DownloadedDataModule):
     ) -> None:
         super().__init__(split, batch_size, num_workers, root, download, augment)
         self.mean, self.std = mean or self.mean, std or self.std
-        source = self.source  # torchvision knows the files and their checksums
+        source = self.source  # torchvision lists the files and their checksums
         files = (*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"]))
         self.needed = {f"{source.base_folder}/{name}": md5 for name, md5 in files}
         self.archives = (Archive(source.url, source.filename, source.tgz_md5),)
@@ -93,13 +93,13 @@ class CIFAR100DataModule(CIFAR10DataModule):
 
     Args:
         split: How the 50,000 training images are divided; by default all are for training.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, the folder of the unpacked archive.
-        download: Whether to download what is missing.
+        download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
-        mean: Mean of each channel, as a fraction; ``None`` takes that of the set. Other code has other constants.
-        std: Standard deviation of each channel, as a fraction; ``None`` takes that of the set.
+        mean: Mean of each channel, as a fraction; ``None`` uses that of the set; other code differs.
+        std: Standard deviation of each channel, as a fraction; ``None`` uses that of the set.
 
     Example:
         >>> CIFAR100DataModule(SplitSpec(imbalance=0.1), root="data").num_classes
@@ -117,14 +117,14 @@ class CIFAR10HDataModule(CIFAR10DataModule):
     """CIFAR-10 with about 51 people's answers to each of the 10,000 test images (Peterson et al., ICCV 2019).
 
     Training, splits and test labels are those of CIFAR-10. A test also reports ``test/soft_nll``, ``test/soft_brier``
-    and ``test/label_entropy``: scores against the distribution of the answers in place of one label.
+    and ``test/label_entropy``: scores against the distribution of answers instead of a single label.
 
     Args:
         split: How the 50,000 training images are divided; by default all are for training.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, the folders ``cifar-10-batches-py`` and ``cifar-10h``.
-        download: Whether to download what is missing.
+        download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
         mean: As in `CIFAR10DataModule`.
         std: As in `CIFAR10DataModule`.
@@ -142,7 +142,7 @@ class CIFAR10HDataModule(CIFAR10DataModule):
         """Check the files of CIFAR-10 and of the votes, and download what is missing.
 
         Raises:
-            FileNotFoundError: If files are missing or damaged and were not or could not be downloaded.
+            FileNotFoundError: If files are missing or damaged and were not, or could not be, downloaded.
         """
         super().prepare_data()
         path = self._path
@@ -150,48 +150,48 @@ class CIFAR10HDataModule(CIFAR10DataModule):
             return
         advice = f"Set download=True, or put the file from {self.votes.url} there."
         if not self.download:
-            raise FileNotFoundError(f"{path} is missing (download=False). {advice}")
+            raise FileNotFoundError(f"{path} does not exist (download=False). {advice}")
         try:
             fetch(self.votes, path.parent)
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{path} is missing (the download failed: {error}). {advice}") from error
+            raise FileNotFoundError(f"{path} does not exist (the download failed: {error}). {advice}") from error
 
     def load_test(self) -> Source:
         """Read the test images and the votes.
 
         Raises:
-            ValueError: If the votes are not those of the test images in their order.
+            ValueError: If the votes do not match the test images in their order.
         """
         source, counts = super().load_test(), load_npy(self._path)
         shape = (len(source.label), self.num_classes)
         if counts.shape != shape or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.sum(1).min() == 0:
             raise ValueError(
-                f"{self._path} holds {counts.dtype} of shape {counts.shape}; it must be whole numbers {shape}, the"
-                " votes for each class. Delete it to download it again."
+                f"{self._path} holds {counts.dtype} of shape {counts.shape}; it must hold integers of shape {shape}, "
+                "the votes per class. Delete it to download it again."
             )
         votes = torch.from_numpy(counts).double()
         agree = float((votes.argmax(dim=1) == source.label).double().mean())
         if agree < 0.9:  # 0.9921 in the official order
             raise ValueError(
-                f"the commonest vote in {self._path} is the label of {agree:.1%} of the test images, expected 99 %: the"
-                " rows are in another order. Delete it to download it again."
+                f"The most common vote in {self._path} matches the label for {agree:.1%} of the test images; it should "
+                "for 99 %, so the rows are in another order. Delete it to download it again."
             )
         self._distributions = votes / votes.sum(dim=1, keepdim=True)
         return source
 
     @property
     def identity(self) -> str:
-        """The images of CIFAR-10: a network trained on them must not be calibrated on its training images here."""
+        """That of CIFAR-10: a network trained on CIFAR-10 must not be calibrated on its training images here."""
         return CIFAR10DataModule.__qualname__
 
     def label_distributions(self, name: str) -> Tensor | None:
-        """Share of people who have named each class.
+        """Fraction of people who chose each class.
 
         Args:
             name: Name of a set.
 
         Returns:
-            ``(N, K)`` float64 in the order of ``Batch.index``; ``None`` for sets that nobody has voted on.
+            ``(N, K)`` float64 in the order of ``Batch.index``; ``None`` for sets without votes.
         """
         if name not in self.splits or self.source_files.get(name) != "test":
             return None

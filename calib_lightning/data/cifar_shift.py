@@ -25,11 +25,11 @@ CORRUPTIONS = (
 )
 """The 15 corruptions of Hendrycks and Dietterich (2019) and their four extra ones."""
 SEVERITIES = (1, 2, 3, 4, 5)
-_ROWS = 10_000  # of each severity
+_ROWS = 10_000  # per severity
 
 
 class _CIFAR10Shift(DownloadedDataModule):
-    """What sets of CIFAR-10's classes have in common: its constants."""
+    """The constants of sets with CIFAR-10's classes."""
 
     num_classes = CIFAR10DataModule.num_classes
     mean: Sequence[float] = CIFAR10DataModule.mean
@@ -43,12 +43,12 @@ class CIFAR101DataModule(_CIFAR10Shift):
     The set is ``shift/cifar10_1_<version>``.
 
     Args:
-        split: Not used: there is nothing to divide.
-        batch_size: Rows of one batch of one process.
-        num_workers: Not used: the images lie in memory.
+        split: Unused: there is nothing to split.
+        batch_size: Batch size per process.
+        num_workers: Unused: the images are in memory.
         root: Folder that holds, or will hold, the folder ``cifar-10.1``.
-        download: Whether to download what is missing.
-        version: "v6" (2,000 images, 200 a class; what its authors recommend) or "v4" (2,021 images).
+        download: Whether to download missing files.
+        version: "v6" (2,000 images, 200 per class, recommended by its authors) or "v4" (2,021 images).
 
     Example:
         >>> CIFAR101DataModule(version="v6", root="data").num_classes
@@ -84,7 +84,7 @@ class CIFAR101DataModule(_CIFAR10Shift):
         """Read the images.
 
         Raises:
-            ValueError: If the files are not of the version's size.
+            ValueError: If the files do not have the version's size.
         """
         image, label = (load_npy(self.root / name) for name in self.needed)
         where = f"{self.root / self.folder} ({self.version})"
@@ -97,15 +97,15 @@ class CIFAR102DataModule(_CIFAR10Shift):
     The set is ``shift/cifar10_2``, ``shift/cifar10_2_train`` or ``shift/cifar10_2_all``.
 
     Args:
-        split: Not used: there is nothing to divide.
-        batch_size: Rows of one batch of one process.
-        num_workers: Not used: the images lie in memory.
+        split: Unused: there is nothing to split.
+        batch_size: Batch size per process.
+        num_workers: Unused: the images are in memory.
         root: Folder that holds, or will hold, the folder ``cifar-10.2``.
-        download: Whether to download what is missing.
+        download: Whether to download missing files.
         subset: "test" (2,000 images), "train" (10,000) or "all".
 
     Deviations:
-        No checksum is known; sizes and types are checked.
+        There is no published checksum; sizes and types are checked.
 
     Example:
         >>> CIFAR102DataModule(root="data").num_classes
@@ -138,7 +138,7 @@ class CIFAR102DataModule(_CIFAR10Shift):
         """Read the images.
 
         Raises:
-            ValueError: If the files are not of the official size.
+            ValueError: If the files do not have the official size.
         """
         sources = []
         for part, name in zip(self.parts, self.needed, strict=True):
@@ -152,16 +152,16 @@ class CIFAR102DataModule(_CIFAR10Shift):
 class CIFAR10CDataModule(_CIFAR10Shift):
     """CIFAR-10-C: CIFAR-10's test images in 19 corruptions of 5 severities (Hendrycks and Dietterich, 2019).
 
-    The sets are ``shift/cifar10_c/<corruption>_<severity>``. The files are mapped, not read: 2.9 GB stay on the disk.
+    The sets are ``shift/cifar10_c/<corruption>_<severity>``. The files are memory-mapped: 2.9 GB stay on disk.
 
     Args:
-        split: Not used: there is nothing to divide.
-        batch_size: Rows of one batch of one process.
-        num_workers: Not used: the images are read faster than a worker could hand them over.
+        split: Unused: there is nothing to split.
+        batch_size: Batch size per process.
+        num_workers: Unused: reading is faster than transfer from a worker.
         root: Folder that holds, or will hold, the unpacked folder ``CIFAR-10-C``.
-        download: Whether to download what is missing.
-        corruptions: Some of `CORRUPTIONS`; ``None`` takes all 19.
-        severities: Some of 1 to 5; ``None`` takes all.
+        download: Whether to download missing files.
+        corruptions: Some of `CORRUPTIONS`; ``None`` means all 19.
+        severities: Some of 1 to 5; ``None`` means all.
 
     Example:
         >>> CIFAR10CDataModule(corruptions=("fog",), severities=(3, 5), root="data").num_classes
@@ -197,7 +197,7 @@ class CIFAR10CDataModule(_CIFAR10Shift):
         """Map the files; severity v is rows ``10,000 (v - 1)`` to ``10,000 v``.
 
         Raises:
-            ValueError: If a file is not of the official size.
+            ValueError: If a file does not have the official size.
         """
         folder, sets = self.root / self.inside, {}
         rows = _ROWS * len(SEVERITIES)
@@ -219,13 +219,13 @@ class CIFAR100CDataModule(CIFAR10CDataModule):
     The sets are ``shift/cifar100_c/<corruption>_<severity>``.
 
     Args:
-        split: Not used: there is nothing to divide.
-        batch_size: Rows of one batch of one process.
-        num_workers: Not used.
+        split: Unused: there is nothing to split.
+        batch_size: Batch size per process.
+        num_workers: Unused.
         root: Folder that holds, or will hold, the unpacked folder ``CIFAR-100-C``.
-        download: Whether to download what is missing.
-        corruptions: Some of `CORRUPTIONS`; ``None`` takes all 19.
-        severities: Some of 1 to 5; ``None`` takes all.
+        download: Whether to download missing files.
+        corruptions: Some of `CORRUPTIONS`; ``None`` means all 19.
+        severities: Some of 1 to 5; ``None`` means all.
 
     Example:
         >>> CIFAR100CDataModule(root="data").num_classes
@@ -250,24 +250,24 @@ def _some(name: str, values: Sequence[Any] | None, allowed: tuple[Any, ...]) -> 
         return allowed
     for value in values:
         if value not in allowed:
-            raise ValueError(f"{name} has {value!r}; it must be among {', '.join(map(str, allowed))}.")
+            raise ValueError(f"{name} has {value!r}; it must only have values among {', '.join(map(str, allowed))}.")
     if not values:
-        raise ValueError(f"{name} is empty; give some of {', '.join(map(str, allowed))}, or null for all.")
+        raise ValueError(f"{name} is empty; it must have some of {', '.join(map(str, allowed))}, or be null for all.")
     return tuple(values)
 
 
 def _source(image: NDArray[Any], label: NDArray[Any], rows: int, where: str) -> Source:
-    """Images (N, 32, 32, 3) uint8 and labels as a source; a mapped file stays one."""
+    """Images (N, 32, 32, 3) uint8 and labels as a source; a mapped file stays mapped."""
     if image.shape != (rows, 32, 32, 3) or image.dtype != np.uint8 or label.shape != (rows,):
         raise ValueError(
-            f"{where} holds images {image.dtype} {image.shape} and labels {label.shape}; they must be uint8"
-            f" {(rows, 32, 32, 3)} and {(rows,)}. Delete the files to download them again."
+            f"{where} holds images {image.dtype} {image.shape} and labels {label.shape}; it must hold uint8 "
+            f"{(rows, 32, 32, 3)} and {(rows,)}. Delete the files to download them again."
         )
     return Source(_as_tensor(image).permute(0, 3, 1, 2), torch.from_numpy(label.astype(np.int64)))
 
 
 def _as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """A tensor over the same bytes; PyTorch warns of bytes that are read-only, which nobody writes here."""
+    """A tensor over the same bytes, without the warning about read-only memory."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

@@ -1,4 +1,4 @@
-"""The 8 x 8 digits that come with scikit-learn: real images that need no download."""
+"""The 8 x 8 digits of scikit-learn: real images without a download."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _TEST_SIZE, _TEST_SEED = 400, 1797
 class DigitsDataModule(BenchmarkDataModule):
     """Handwritten digits of Alpaydin and Kaynak (UCI, 1998): 1,797 grey images (1, 8, 8) in 10 classes.
 
-    40 images of each class, always the same 400, are the test set; the other 1,397 are what the split divides. The
-    file counts ink in 17 levels, 0 to 16; they become bytes by ``round(level * 255 / 16)``, so 16 is full brightness
-    and all levels stay apart. Source rows are positions among all 1,797.
+    A fixed test set has 40 images of each class, 400 in total; the split divides the other 1,397. The 17 ink levels of
+    the file, 0 to 16, become bytes by ``round(level * 255 / 16)``, so 16 is full brightness and all levels remain
+    distinct. Source rows are positions among all 1,797.
 
     Args:
         split: How the 1,397 images are divided; by default 100 for validation, 200 for calibration.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
 
     Example:
         >>> data = DigitsDataModule()
@@ -36,14 +36,14 @@ class DigitsDataModule(BenchmarkDataModule):
     """
 
     num_classes = 10
-    # of the images that are not in the test set
+    # of the images outside the test set
     mean = (0.3052,)
     std = (0.3760,)
     class_names = tuple("0123456789")
     default_split: ClassVar[SplitSpec] = SplitSpec(val=100, calibration=200)
 
     def load_train(self) -> Source:
-        """Read the images that are not in the test set."""
+        """Read the images outside the test set."""
         file, test = _read()
         return _pick(file, np.setdiff1d(np.arange(len(file.target)), test))
 

@@ -1,4 +1,4 @@
-"""Benchmarks whose files are downloaded, or found where somebody has put them."""
+"""Benchmarks whose files are downloaded, or provided by the user."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from calib_lightning.data.web_files import Archive, fetch, locked, md5_of
 
 
 class DownloadedDataModule(BenchmarkDataModule):
-    """A benchmark with files of its own under a root folder; a subclass says which, and where they come from.
+    """A benchmark with files under a root folder; subclasses name the files and where to download them.
 
     Args:
         split: How the files are divided; ``None`` means the benchmark's `default_split`.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, the files.
-        download: Whether to download what is missing.
+        download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
 
     Attributes:
-        needed: Files under the root, each with its md5, or ``None`` where none is known or looked at.
-        archives: What is downloaded where a file is missing.
-        folder: Folder under the root for what is downloaded.
-        unpacks: Whether the archives are unpacked into it.
+        needed: Files under the root, each with its md5, or ``None`` if it is unknown or not checked.
+        archives: What to download if a file is missing.
+        folder: Folder under the root for downloads.
+        unpacks: Whether to unpack the archives there.
     """
 
     needed: Mapping[str, str | None]
@@ -48,20 +48,20 @@ class DownloadedDataModule(BenchmarkDataModule):
         self.download, self.augment = download, augment
 
     def prepare_data(self) -> None:
-        """Check the files and download what is not there; processes take turns.
+        """Check the files and download missing ones; processes take turns.
 
         Raises:
-            FileNotFoundError: If files are missing or damaged and were not or could not be downloaded.
+            FileNotFoundError: If files are missing or damaged and were not, or could not be, downloaded.
         """
         if not self.faults():
             return
         if not self.download:
             raise self.not_found("download=False")
         folder = self.root / self.folder
-        # what is there and not whole is somebody's: it is neither replaced nor added to
+        # never replace or extend existing, incomplete files: they are the user's
         begun = {name.partition("/")[0] if self.unpacks else name for name in self.bad_files()}
         if left := sorted(name for name in begun if (self.root / name).exists()):
-            raise self.not_found(f"{', '.join(left)} is not whole: remove it, and it is downloaded again")
+            raise self.not_found(f"{', '.join(left)} is incomplete or damaged: remove it to download it again")
         try:
             with locked(self.root / f"{type(self).__name__}"):
                 if self.faults():
@@ -72,14 +72,14 @@ class DownloadedDataModule(BenchmarkDataModule):
         except (OSError, ValueError) as error:
             raise self.not_found(f"the download failed: {error}") from error
         if self.faults():
-            raise self.not_found("what was downloaded is not what is needed")
+            raise self.not_found("the downloaded files are not the expected ones")
 
     def faults(self) -> list[str]:
-        """What is wrong with each needed file, a line each; nothing if all are whole."""
+        """One line per missing or damaged file; empty if all are intact."""
         return [f"  {name}: {fault}" for name, fault in self.bad_files().items()]
 
     def bad_files(self) -> dict[str, str]:
-        """Needed files that are not there or not whole, and why."""
+        """Needed files that are missing or damaged, and why."""
         bad = {}
         for name, expected in self.needed.items():
             path = self.root / name
@@ -90,10 +90,10 @@ class DownloadedDataModule(BenchmarkDataModule):
         return bad
 
     def not_found(self, reason: str) -> FileNotFoundError:
-        """The error that says which files are missing and what to do.
+        """Return an error that lists the missing files and says what to do.
 
         Args:
-            reason: Why they were not made good.
+            reason: Why they were not downloaded.
 
         Returns:
             The error, to be raised.
@@ -105,7 +105,7 @@ class DownloadedDataModule(BenchmarkDataModule):
             for archive in self.archives
         )
         return FileNotFoundError(
-            f"{type(self).__name__} cannot use the files under root={str(self.root)!r} ({reason}):\n{lines}\n"
-            f"Set download=True, or {verb} {what} in {str(self.root / self.folder)!r}, or set root to the folder that"
-            " holds these files."
+            f"{type(self).__name__} cannot use the files under root={str(self.root)!r} ({reason}):\n{lines}\nSet "
+            f"download=True, or {verb} {what} in {str(self.root / self.folder)!r}, or set root to the folder that "
+            "contains these files."
         )

@@ -1,4 +1,4 @@
-"""One's own images in folders, one for each class."""
+"""The user's own images, in one folder per class."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from calib_lightning.data.split import File, SplitSpec
 from calib_lightning.utils.images import Frame, Header, read_header
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-"""Endings of files that are read."""
+"""Suffixes of image files."""
 OWN_SPLIT = SplitSpec(val=0.1, calibration=0.1, test=0.2)
-"""How one's own data are divided where nothing else is said."""
+"""Default split of the user's own data."""
 _PARTS: dict[str, File] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 _STATISTICS = {1: ((0.5,), (0.5,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-_SIDE = 224  # of images of different sizes
+_SIDE = 224  # for images of different sizes
 _LOOKED_AT, _CHECKED, _NAMED = 200, 100_000, 10
-_NARROW = 100  # longer side over the shorter one
+_NARROW = 100  # maximum aspect ratio
 
 
 class FolderDataModule(BenchmarkDataModule):
     """Images in folders, ``root/<class>/...`` or ``root/{train,val,test}/<class>/...``; a folder is a class.
 
-    Images may be grey, RGB, with a palette or turned by the camera; each is decoded when it is needed. Classes are
-    numbered in the order of their sorted names. What is not divided by folders is divided by ``split``, whose sizes
-    for sets that have a folder are not used. A ``test`` folder alone is for evaluation.
+    Images may be grey, RGB, palettised or rotated by the camera; they are decoded on demand. Classes are numbered in
+    the order of their sorted names. ``split`` divides whatever the folders do not; its sizes are ignored for sets that
+    have a folder. A ``test`` folder alone is for evaluation.
 
     Args:
         root: The folder.
-        split: How the images are divided; by default 10 % validation, 10 % calibration, 20 % test, class by class.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that decode images.
-        size: Side, or height and width, in pixels; ``None`` takes that of the images, or 224 if they differ.
-        channels: 1 (grey) or 3 (RGB); ``None`` takes 1 if the images are grey.
-        augment: Whether a random part (35 to 100 %) of each training image is taken and mirrored half of the time.
-        mean: Mean of each channel, as a fraction; ``None`` takes ImageNet's for RGB and 0.5 for grey images.
+        split: How the images are divided; by default 10 % validation, 10 % calibration, 20 % test, stratified by class.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that decode images.
+        size: Side, or height and width, in pixels; ``None`` uses that of the images, or 224 if they differ.
+        channels: 1 (grey) or 3 (RGB); ``None`` uses 1 if the images are grey.
+        augment: Whether training images are randomly cropped (35 to 100 % of the area) and mirrored.
+        mean: Mean of each channel, as a fraction; ``None`` uses ImageNet's for RGB and 0.5 for grey images.
         std: Standard deviation of each channel, likewise (0.5 for grey images).
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no folder of a class in it.
+        FileNotFoundError: If the folder does not exist, or has no class folders.
 
     Example:
         ``FolderDataModule("photos", size=224)``
@@ -73,11 +73,11 @@ class FolderDataModule(BenchmarkDataModule):
     ) -> None:
         super().__init__(split, batch_size, num_workers)
         if channels not in (None, 1, 3):
-            raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB). Leave it out to look.")
+            raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB), or None to detect it.")
         self.root = Path(root).expanduser().resolve()
         self.size = (size, size) if isinstance(size, int) else size
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise ValueError(f"size is {size}; it must be a number of pixels, or height and width. Use such as 224.")
+            raise ValueError(f"size is {size}; it must be a number of pixels, or height and width, such as 224.")
         self.channels, self.augment, self._given = channels, augment, (mean, std)
         self.parts = self._find_parts()
         first = self.parts.get("train") or self.parts["test"]
@@ -85,14 +85,14 @@ class FolderDataModule(BenchmarkDataModule):
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
             raise FileNotFoundError(
-                f"{first} has {self.num_classes} folders; a classifier needs two classes at least. Give every class a"
-                " folder of its own with its images."
+                f"{first} has {self.num_classes} folders; it must have one for each of at least two classes. Give "
+                "every class its own folder of images."
             )
         self.official_val = "val" in self.parts
         self.split = self.split.for_files(self.parts)
 
     def prepare_data(self) -> None:
-        """Look at every image file (at 100,000 of them, if there are more).
+        """Check every image file, or an even sample of 100,000.
 
         Raises:
             ValueError: If some cannot be read; the message names them.
@@ -106,20 +106,20 @@ class FolderDataModule(BenchmarkDataModule):
             more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
             lines = "\n".join(f"  {fault}" for fault in faults[:_NAMED])
             raise ValueError(
-                f"{len(faults)} of {len(chosen)} image files under {self.root} cannot be used:\n{lines}{more}\nRepair"
-                " them, or take them out of the folder."
+                f"{len(faults)} of {len(chosen)} image files under {self.root} cannot be used:\n{lines}{more}\nRepair "
+                "them, or remove them from the folder."
             )
         coloured = [path for path, header in zip(chosen, found, strict=True) if header == 3]
         if self.channels is None and coloured and self._channels(paths) == 1:
-            raise ValueError(f"{coloured[0]} has colours, most images are grey; set channels to 1 or 3.")
+            raise ValueError(f"{coloured[0]} is in colour, but most images are grey. Set channels to 1 or 3.")
 
     @property
     def identity(self) -> str:
-        """Another folder is other data."""
+        """Name of the data, including the folder."""
         return f"{super().identity} {self.root}"
 
     def load_train(self) -> Source | None:
-        """List the images that are trained on, and what is cut from them."""
+        """List the training images, and those of the sets cut from them."""
         return self._load("train")
 
     def load_val(self) -> Source | None:
@@ -131,7 +131,7 @@ class FolderDataModule(BenchmarkDataModule):
         return self._load("test")
 
     def setup(self, stage: str | None = None) -> None:
-        """List the images, choose their common size and colours, and divide them; a second call does nothing."""
+        """List the images, choose a common size and number of channels, and split; a second call has no effect."""
         if not self._sets:
             self._choose_frame()
         super().setup(stage)
@@ -143,42 +143,47 @@ class FolderDataModule(BenchmarkDataModule):
         return Source(ImageFiles(folder, names, self._frame), label)
 
     def _list(self, part: File) -> tuple[Path, list[str], Tensor]:
-        """Folder, names and labels of a part, whose classes are among those of the first one."""
+        """Folder, names and labels of a part, whose classes must be among those of the first part."""
         folder = self.parts[part]
         present = _folders(folder)
         if unknown := [name for name in present if name not in self.class_names]:
             raise ValueError(
-                f"{folder} has the class {unknown[0]!r}, which is not trained on; it must be one of"
-                f" {', '.join(self.class_names)}. Rename the folder or take it out."
+                f"{folder} has the class {unknown[0]!r}, which has no training images; it must be one of "
+                f"{', '.join(self.class_names)}. Rename or remove the folder."
             )
         names, place = class_files(folder, present, SUFFIXES)
         return folder, names, torch.tensor([self.class_names.index(name) for name in present])[place]
 
     def _find_parts(self) -> dict[File, Path]:
         if not self.root.is_dir():
-            raise FileNotFoundError(f"root is {str(self.root)!r}; it must be a folder. Set it to that of the images.")
+            raise FileNotFoundError(
+                f"root is {str(self.root)!r}; it must be a folder. Set it to the folder of the images."
+            )
         found = _folders(self.root)
         parts: dict[File, Path] = {}
         for name in found:
             if (part := _PARTS.get(name.lower())) is not None:
                 if part in parts:
-                    raise ValueError(f"{self.root} has two folders of {part} images, {parts[part].name} and {name}.")
+                    raise ValueError(
+                        f"{self.root} has two folders of {part} images, {parts[part].name} and {name}; it must have "
+                        "one. Remove or merge one."
+                    )
                 parts[part] = self.root / name
         if not all(_folders(folder) for folder in parts.values()):
-            return {"train": self.root}  # folders of images: a class of vehicles, say, may be called train
+            return {"train": self.root}  # image folders: a class (of vehicles, say) may be called train
         if "train" not in parts and "test" not in parts:
             if parts:
-                raise FileNotFoundError(f"{self.root} has a folder {', '.join(found)} but none called train.")
+                raise FileNotFoundError(f"{self.root} has the folders {', '.join(found)}, but none called train.")
             return {"train": self.root}
         if unread := [name for name in found if self.root / name not in parts.values()]:
-            warnings.warn(f"folders of {self.root} beside train, val and test are not read: {unread}", stacklevel=4)
+            warnings.warn(f"folders of {self.root} other than train, val and test are ignored: {unread}", stacklevel=4)
         return parts
 
     def _channels(self, paths: Sequence[Path]) -> int:
         return max(header.channels for header in _headers(paths))
 
     def _choose_frame(self) -> None:
-        """Look at some images; all processes look at the same ones."""
+        """Choose size and channels from a sample of images, the same on all processes."""
         paths = [folder / name for folder, names, _ in map(self._list, self.parts) for name in names]
         sizes = {(header.height, header.width) for header in _headers(paths)}
         size = self.size or (sizes.pop() if len(sizes) == 1 else (_SIDE, _SIDE))
@@ -188,7 +193,7 @@ class FolderDataModule(BenchmarkDataModule):
         self.mean, self.std = mean or _STATISTICS[channels][0], std or _STATISTICS[channels][1]
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels:
-                raise ValueError(f"{name} is {tuple(values)}; it must have {channels} numbers, one for each channel.")
+                raise ValueError(f"{name} is {tuple(values)}; it must have {channels} values, one per channel.")
 
 
 def _folders(folder: Path) -> list[str]:
@@ -196,7 +201,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _spread(size: int, most: int) -> Sequence[int]:
-    """Positions spread evenly over a list, all of them if there are not more than ``most``."""
+    """Positions spread evenly over a list; all of them up to ``most``."""
     return range(size) if size <= most else [int(row) for row in np.linspace(0, size - 1, most)]
 
 
@@ -208,18 +213,18 @@ def _look(path: Path) -> str | int:
         return f"{path}: {error}"
     longer, shorter = max(header.height, header.width), min(header.height, header.width)
     return (
-        f"{path}: it is {header.width} x {header.height}, too long and narrow; crop it"
+        f"{path}: it is {header.width} x {header.height}, too elongated; crop it"
         if longer > _NARROW * shorter
         else header.channels
     )
 
 
 def _headers(paths: Sequence[Path]) -> list[Header]:
-    """Headers of some of the files."""
+    """Headers of a sample of the files."""
     headers = []
     for path in (paths[row] for row in _spread(len(paths), _LOOKED_AT)):
         try:
             headers.append(read_header(path))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}. Repair it, or take it out of the folder.") from error
+            raise ValueError(f"{path}: {error}. Repair it, or remove it from the folder.") from error
     return headers

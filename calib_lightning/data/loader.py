@@ -1,4 +1,4 @@
-"""A loader that can stop and go on anywhere and reads every row exactly once on any number of processes."""
+"""A loader that resumes anywhere and reads every row exactly once on any number of processes."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from calib_lightning.types import Batch
 from calib_lightning.utils.seeding import derive_seed
 
 _Key = tuple[int, NDArray[np.int64]]
-"""Epoch and positions of one batch: all a worker needs, so workers keep no state."""
+"""Epoch and positions of a batch: all that a worker needs, so workers are stateless."""
 
 
 class ResumableLoader:
-    """Batches of a set whose order is a function of (seed, epoch), so that a position is all there is to save.
+    """Batches of a set in an order that is a function of (seed, epoch), so only the position needs saving.
 
     The order of the epoch is cut into global batches of ``batch_size * world`` rows, and rank r takes rows
-    ``r::world`` of each. A last global batch with fewer rows than there are ranks joins the one before it; in
-    a shuffled (training) loader one with fewer than twice as many does, since BatchNorm refuses a single row. So every
-    row is read exactly once, nothing is repeated to fill up, all ranks have the same number of batches, and a rank
-    has an empty batch only if the whole set has fewer rows than there are ranks. A step sees the same rows for every
-    number of processes with the same global batch, but for that last joined batch.
+    ``r::world`` of each. A last global batch with fewer rows than ranks is merged with the previous one; in a shuffled
+    (training) loader, one with fewer than twice as many is, since BatchNorm rejects a single row. So every row is read
+    exactly once without padding, all ranks have the same number of batches, and a rank only has an empty batch if the
+    whole set has fewer rows than ranks. A step sees the same rows for any number of processes with the same global
+    batch size, except for the merged last batch.
 
-    Lightning leaves it alone, since it is not a ``DataLoader``, but calls ``sampler.set_epoch`` before an epoch,
-    ``state_dict`` when it saves in the middle of one, and ``load_state_dict`` on resume. Epoch, position, rank and
-    world are read when the first batch of a pass is asked for, not when the iterator is made.
+    Lightning does not replace it, since it is not a ``DataLoader``, but calls ``sampler.set_epoch`` before an epoch,
+    ``state_dict`` when saving in the middle of one, and ``load_state_dict`` on resuming. Epoch, position, rank and
+    world are read when the first batch of a pass is requested, not when the iterator is created.
 
     Args:
         data: The set to read.
-        batch_size: Rows of one batch of one process.
+        batch_size: Batch size per process.
         shuffle: Whether each epoch has its own random order.
         seed: Seed of the order.
-        drop_last: Whether to leave out a last global batch that is not full.
-        num_workers: Processes that prepare batches; the batches are the same bit for bit for any number.
+        drop_last: Whether to drop an incomplete last global batch.
+        num_workers: Worker processes that prepare batches; batches are bit-identical for any number.
 
     Raises:
-        ValueError: If a number is outside its range or the set is empty.
+        ValueError: If a value is out of range or the set is empty.
 
     Example:
         >>> from calib_lightning.data import InMemorySet
@@ -55,7 +55,7 @@ class ResumableLoader:
         [[0, 1], [2, 3], [4]]
     """
 
-    # Lightning looks here for a sampler that shuffles; there is none.
+    # Lightning looks here for a shuffling sampler; there is none.
     batch_sampler = None
 
     def __init__(
@@ -69,12 +69,12 @@ class ResumableLoader:
         num_workers: int = 0,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1 (rows of one batch of one process).")
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers} must be 0 (load in this process) or more.")
+            raise ValueError(f"num_workers is {num_workers}; it must be at least 0. 0 loads in this process.")
         if not len(data):
-            raise ValueError("the set has 0 rows; it needs at least 1: check the sizes of the splits.")
-        # Not called `dataset`: under `overfit_batches` Lightning rebuilds every loader that has one as a DataLoader.
+            raise ValueError("The set has 0 rows; it must have at least 1. Check the sizes of the splits.")
+        # Not called `dataset`: with `overfit_batches`, Lightning rebuilds loaders that have one as a DataLoader.
         self.data = data
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.drop_last, self.num_workers = drop_last, num_workers
@@ -84,7 +84,7 @@ class ResumableLoader:
 
     @property
     def sampler(self) -> ResumableLoader:
-        """The loader itself: where Lightning looks for ``set_epoch``."""
+        """The loader itself: Lightning calls ``set_epoch`` on it."""
         return self
 
     @property
@@ -95,7 +95,7 @@ class ResumableLoader:
         return 0 if self._loaded is None else self._loaded["epoch"]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass.
+        """Set the epoch of the next pass.
 
         Args:
             epoch: Epoch number.
@@ -105,18 +105,18 @@ class ResumableLoader:
         self._epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch, the number of batches given in it, and the rows of one batch of all processes."""
+        """Return the epoch, the number of batches read in it, and the global batch size."""
         position = self._position if self._loaded is None else self._resumed()
         return {"epoch": self.epoch, "position": position, "global_batch": self.batch_size * _world()[1]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on where the state was taken.
+        """Let the next pass continue where the state was saved.
 
-        The epoch of `set_epoch` wins over that of the state, called before or after: a state of another epoch or of a
-        finished one starts the epoch from its first batch.
+        The epoch of `set_epoch` takes precedence over that of the state, in either order: a state of another or
+        finished epoch starts the epoch from its first batch.
 
         Args:
-            state: What `state_dict` returned.
+            state: As returned by `state_dict`.
         """
         self._loaded = {"epoch": int(state["epoch"]), "position": int(state["position"])}
         self._loaded["global_batch"] = int(state.get("global_batch", self.batch_size * _world()[1]))
@@ -125,7 +125,7 @@ class ResumableLoader:
         return len(self._bounds()) - 1
 
     def __iter__(self) -> Iterator[Batch]:
-        # a generator runs nothing before its first `next`, so `set_epoch` and a state that come after this count
+        # a generator runs nothing before its first `next`, so a later `set_epoch` or state still counts
         self._position, epoch = self._resumed(), self.epoch
         self._epoch, self._loaded = epoch, None
         keys = self._keys(epoch)[self._position :]
@@ -137,9 +137,9 @@ class ResumableLoader:
             num_workers=self.num_workers,
             persistent_workers=False,
             worker_init_fn=_leave_signals_to_the_main_process,
-            # asking whether there is a device would wake it in a run on the CPU
+            # querying the device would initialise it in a run on the CPU
             pin_memory=torch.cuda.is_initialized() and self._on_cpu(),  # type: ignore[no-untyped-call]
-            # its own generator: without one it draws a seed from the global generator
+            # a separate generator: otherwise it draws a seed from the global one
             generator=torch.Generator(),
         )
         with _signals_held():
@@ -152,34 +152,34 @@ class ResumableLoader:
         return not isinstance(self.data, FeatureSet) or self.data.features.device.type == "cpu"
 
     def _resumed(self) -> int:
-        """Where the next pass starts."""
+        """Position at which the next pass starts."""
         state = self._loaded
         if state is None or state["epoch"] != self.epoch or state["position"] >= len(self):
             return 0
         step = self.batch_size * _world()[1]
         if state["global_batch"] != step:
             raise ValueError(
-                f"the epoch was left after {state['position']} batches of {state['global_batch']} rows, and cannot be "
-                f"continued with batches of {step} (batch_size={self.batch_size} on {_world()[1]} processes) without "
-                "reading rows twice or never: use the same product of batch_size and processes, or resume from the "
-                "end of an epoch."
+                f"The global batch size is {step} (batch_size={self.batch_size} on {_world()[1]} processes), but the "
+                f"epoch was interrupted after {state['position']} batches of {state['global_batch']} rows and cannot "
+                "continue without reading rows twice or never. Use the same product of batch_size and processes, or "
+                "resume from the end of an epoch."
             )
         return state["position"]
 
     def _bounds(self) -> list[int]:
-        """Where the global batches of an epoch start, and where the last one ends."""
+        """Starts of the global batches of an epoch, and the end of the last one."""
         rows, step, world = len(self.data), self.batch_size * _world()[1], _world()[1]
         if self.drop_last:
             return list(range(0, rows - rows % step + 1, step))
         starts = list(range(0, rows, step))
-        # a training batch of a single row has no variance, which BatchNorm refuses
+        # BatchNorm rejects a training batch of a single row
         least = 2 * world if self.shuffle and self.batch_size > 1 else world
         if len(starts) > 1 and rows - starts[-1] < least:
             starts.pop()
         return [*starts, rows]
 
     def _keys(self, epoch: int) -> list[_Key]:
-        """One key for each batch of this rank, in the order of the epoch."""
+        """One key per batch of this rank, in the order of the epoch."""
         order = np.arange(len(self.data))
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
@@ -190,7 +190,7 @@ class ResumableLoader:
 
 
 class _Keyed(Dataset[Batch]):
-    """Lets a ``DataLoader`` ask for a whole batch by its key."""
+    """Lets a ``DataLoader`` request a whole batch by its key."""
 
     def __init__(self, data: BatchSet) -> None:
         self.data = data
@@ -204,14 +204,14 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C and a scheduler signal the whole group: workers must live until the main process has saved and left."""
+    """Ignore stop signals, which reach the whole group: workers must live until the main process has saved."""
     for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Hold back stop signals while workers start: they inherit this, and are not killed before they can ignore them."""
+    """Block stop signals while workers start: they inherit the mask and cannot be killed too early."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

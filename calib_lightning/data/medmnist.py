@@ -16,16 +16,16 @@ from calib_lightning.data.web_files import Archive
 
 
 class MedMNISTDataModule(DownloadedDataModule):
-    """A 2-D set of MedMNIST v2 whose images have one label each (Yang et al., Scientific Data 2023).
+    """A 2-D set of MedMNIST v2 with one label per image (Yang et al., Scientific Data 2023).
 
-    The authors divide every set into training, validation and test images. What the set is made of is read from the
-    package ``medmnist``. All images are held in memory.
+    Every set has official training, validation and test images. Its description comes from the package ``medmnist``.
+    All images are held in memory.
 
     Args:
-        split: How the files are divided; by default the calibration images are the official validation images, as
+        split: How the files are divided; by default the official validation images are also the calibration images, as
             in the papers.
-        batch_size: Rows of one batch of one process.
-        num_workers: Not used: the images lie in memory.
+        batch_size: Batch size per process.
+        num_workers: Unused: the images are in memory.
         name: "bloodmnist", "pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist",
             "tissuemnist", "organamnist", "organcmnist" or "organsmnist".
         size: Height and width in pixels: 28, 64, 128 or 224.
@@ -34,7 +34,7 @@ class MedMNISTDataModule(DownloadedDataModule):
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
 
     Raises:
-        ValueError: If there is no such set, or it has several labels an image or a third dimension.
+        ValueError: If the set does not exist, has several labels per image, or is 3-D.
 
     Example:
         >>> data = MedMNISTDataModule(name="breastmnist")
@@ -42,8 +42,8 @@ class MedMNISTDataModule(DownloadedDataModule):
         (2, ('malignant', 'normal, benign'))
 
     Deviations:
-        The checksum is compared after a download only. Another file with the right counts is taken, as by the
-        loaders of ``medmnist``. The grades of RetinaMNIST are taken for classes without an order.
+        The checksum is only verified after a download. Another file with the right counts is accepted, as in
+        ``medmnist``. The grades of RetinaMNIST are treated as unordered classes.
     """
 
     official_val = True
@@ -64,7 +64,7 @@ class MedMNISTDataModule(DownloadedDataModule):
         self.name, self.size, self._info = name, size, _info(name)
         suffix = "" if size == 28 else f"_{size}"
         if f"MD5{suffix}" not in self._info:
-            raise ValueError(f"size is {size}; it must be one of 28, 64, 128, 224. Choose one of these.")
+            raise ValueError(f"size is {size}; it must be one of 28, 64, 128, 224.")
         self.archives = (Archive(self._info[f"url{suffix}"], f"{name}{suffix}.npz", self._info[f"MD5{suffix}"]),)
         self.needed = {self.archives[0].name: None}
         self.class_names = tuple(self._info["label"][label] for label in sorted(self._info["label"], key=int))
@@ -73,7 +73,7 @@ class MedMNISTDataModule(DownloadedDataModule):
 
     @property
     def identity(self) -> str:
-        """Another set or size is other data."""
+        """Name of the data, including set and size."""
         return f"{super().identity} {self.name} {self.size}"
 
     def load_train(self) -> Source:
@@ -98,8 +98,8 @@ class MedMNISTDataModule(DownloadedDataModule):
         for (name, array), shape in zip(arrays.items(), shapes, strict=True):
             if array.shape != shape or array.dtype.kind not in "iu":
                 raise ValueError(
-                    f"{path}: {name} is {array.dtype} of shape {array.shape}; it must be whole numbers of shape"
-                    f" {shape}. Delete the file to download it again."
+                    f"{path}: {name} is {array.dtype} of shape {array.shape}; it must hold integers of shape {shape}. "
+                    "Delete the file to download it again."
                 )
         pixels, labels = arrays.values()
         image = torch.from_numpy(pixels.reshape(count, self.size, self.size, -1)).permute(0, 3, 1, 2).contiguous()
@@ -107,7 +107,7 @@ class MedMNISTDataModule(DownloadedDataModule):
 
 
 def _info(name: str) -> dict[str, Any]:
-    """What ``medmnist`` knows of a set; a set that is none of ours is refused."""
+    """``medmnist``'s description of a supported set."""
     from medmnist.info import INFO  # takes seconds
 
     known: dict[str, Any] = INFO
@@ -116,5 +116,5 @@ def _info(name: str) -> dict[str, Any]:
         return dict(ours[name])
     reason = ""
     if name in known:
-        reason = " That set is 3-D." if name.endswith("3d") else " An image of that set has several labels."
-    raise ValueError(f"name is {name!r}; it must be one of {', '.join(ours)}.{reason} Choose one of these.")
+        reason = " That set is 3-D." if name.endswith("3d") else " That set has several labels per image."
+    raise ValueError(f"name is {name!r}; it must be one of {', '.join(ours)}.{reason}")

@@ -22,16 +22,16 @@ _UNSIGNED_BYTES = 8
 class MNISTDataModule(DownloadedDataModule):
     """MNIST: 60,000 training and 10,000 test images (1, 28, 28) of handwritten digits (LeCun et al., 1998).
 
-    Files may be packed (``.gz``) or not; where other hands have packed them again their images are checked, not their
-    bytes.
+    Files may be compressed (``.gz``) or not; the images are checked rather than the bytes, since files may have been
+    recompressed.
 
     Args:
         split: How the 60,000 training images are divided; by default all are for training.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, ``MNIST/raw`` with the four files.
-        download: Whether to download what is missing.
-        augment: Whether training images are shifted and mirrored at random; mirrored digits are no digits.
+        download: Whether to download missing files.
+        augment: Whether training images are shifted and mirrored at random; mirrored digits are not digits.
 
     Example:
         >>> MNISTDataModule(root="data").class_names[3]
@@ -47,19 +47,19 @@ class MNISTDataModule(DownloadedDataModule):
 
     @property
     def folder(self) -> str:  # type: ignore[override]
-        """Where torchvision keeps the files."""
+        """Folder in which torchvision keeps the files."""
         return f"{self.source.__name__}/raw"
 
     @property
     def archives(self) -> tuple[Archive, ...]:  # type: ignore[override]
-        """The files that are not there yet, packed or not."""
+        """The missing files, compressed or not."""
         resources = ((Path(name).name, md5) for name, md5 in self.source.resources)
         return tuple(
             Archive(self.source.mirrors[0] + name, name, md5) for name, md5 in resources if self._found(name) is None
         )
 
     def bad_files(self) -> dict[str, str]:
-        """Files that are there neither packed nor unpacked."""
+        """Files that exist neither compressed nor uncompressed."""
         return {f"{self.folder}/{file.name}": f"missing, expected md5 {file.md5}" for file in self.archives}
 
     def load_train(self) -> Source:
@@ -87,10 +87,10 @@ class FashionMNISTDataModule(MNISTDataModule):
 
     Args:
         split: How the 60,000 training images are divided; by default all are for training.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, ``FashionMNIST/raw`` with the four files.
-        download: Whether to download what is missing.
+        download: Whether to download missing files.
         augment: Whether training images are shifted by up to 4 pixels and mirrored at random.
 
     Example:
@@ -105,18 +105,7 @@ class FashionMNISTDataModule(MNISTDataModule):
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Read a file of unsigned bytes in the IDX format.
-
-    Args:
-        path: The file; packed if its name ends with ``.gz``.
-        shape: What it must hold.
-
-    Returns:
-        Tensor of that shape, uint8.
-
-    Raises:
-        ValueError: If it is damaged, truncated, or of another type or shape.
-    """
+    """Read unsigned bytes of the given shape from a file in IDX format, gzipped if its name ends in ``.gz``."""
     remedy = "Delete it to download it again."
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -125,7 +114,7 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     start = 4 + 4 * len(shape)
     sizes = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist()) if len(content) >= start else ()
     if content[:4] != bytes((0, 0, _UNSIGNED_BYTES, len(shape))) or sizes != shape:
-        raise ValueError(f"{path} holds no unsigned bytes of shape {shape} (found {sizes or 'no IDX file'}). {remedy}")
+        raise ValueError(f"{path} must hold unsigned bytes of shape {shape}; found {sizes or 'no IDX file'}. {remedy}")
     if len(content) != start + int(np.prod(shape)):
         raise ValueError(f"{path} has {len(content)} bytes; it must have {start + int(np.prod(shape))}. {remedy}")
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())

@@ -1,4 +1,4 @@
-"""What a loader reads batches from: images in memory, image files, or features in the place of images."""
+"""Sets that a loader reads batches from: images in memory, image files, or features."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from calib_lightning.types import Batch
 from calib_lightning.utils.images import FILTERS, Frame, in_colours, pixels_of, read_image
 from calib_lightning.utils.seeding import derive_seed, row_uniform
 
-_VIEW, _FILE_CROP = 5, 6  # purposes that keep these random streams apart
-_CROP_DRAWS = 23  # what `crop_boxes` needs, and the mirror
-_AT_ONCE = 8  # files
+_VIEW, _FILE_CROP = 5, 6  # separate these random streams from others
+_CROP_DRAWS = 23  # for `crop_boxes` and mirroring
+_AT_ONCE = 8  # files per chunk
 
 
 class BatchSet(Protocol):
-    """A labelled set that gives a batch for any positions in it."""
+    """A labelled set that returns a batch for any of its positions."""
 
     @property
     def label(self) -> Tensor:
@@ -35,18 +35,18 @@ class BatchSet(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, index: Tensor, epoch: int) -> Batch:
-        """Read one batch: positions ``(B,)`` int64 in ``0..N-1``, and the epoch's number for random transforms."""
+        """Read one batch: positions ``(B,)`` int64 in ``0..N-1``, and the epoch for random transforms."""
         ...
 
 
 @dataclass(frozen=True)
 class InMemorySet:
-    """Images held in memory as bytes, read and transformed a batch at a time.
+    """Images held in memory as bytes, read and transformed in batches.
 
     Args:
         image: ``(N, C, H, W)`` uint8.
         label: ``(N,)`` int64.
-        rows: ``(N,)`` int64, the row of each image in the file that it came from.
+        rows: ``(N,)`` int64, the row of each image in its source file.
         transform: Applied to each batch; ``None`` returns the bytes.
     """
 
@@ -74,21 +74,21 @@ class InMemorySet:
         return Batch(image, self.label.index_select(0, index), index)
 
     def fingerprint(self, digest: Any) -> None:
-        """Add to a hash what the images are."""
+        """Add the images to a hash."""
         digest.update(self.image.contiguous().numpy().tobytes())
 
 
 class ImageFiles:
-    """Image files that are decoded when they are asked for; what is kept in memory are their names.
+    """Image files that are decoded on demand; only their names are kept in memory.
 
     Args:
         root: Folder of the files.
         names: Their paths within it, with slashes.
-        frame: The size and the colours that they are brought to.
+        frame: Their common size and channels.
     """
 
     def __init__(self, root: Path, names: Sequence[str] | np.ndarray[Any, np.dtype[np.bytes_]], frame: Frame) -> None:
-        # one block of bytes: a list of strings would be copied into each worker as its counters change
+        # one block of bytes: reference counts would make each worker copy a list of strings
         self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names])
         self.root, self.frame = root, frame
 
@@ -106,13 +106,13 @@ class ImageFiles:
         """Decode one file.
 
         Args:
-            position: Its place.
+            position: Its position.
 
         Returns:
             ``(C, H, W)`` uint8.
 
         Raises:
-            ValueError: The file cannot be read; the message names it.
+            ValueError: If the file cannot be read; the message names it.
         """
         image = self.open(position)
         try:
@@ -121,16 +121,16 @@ class ImageFiles:
             raise ValueError(f"{self.path(position)}: {error}") from error
 
     def open(self, position: int) -> Image.Image:
-        """Read one file in the frame's colours, at its full size.
+        """Read one file with the frame's channels, at full size.
 
         Args:
-            position: Its place.
+            position: Its position.
 
         Returns:
             The image.
 
         Raises:
-            ValueError: The file cannot be read; the message names it.
+            ValueError: If the file cannot be read; the message names it.
         """
         path = self.path(position)
         image = read_image(path)
@@ -142,24 +142,21 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class FileCrop:
-    """A random part of each image file, resized to the frame's size and mirrored half of the time.
+    """A random crop of each image file, resized to the frame's size and mirrored with probability 1/2.
 
-    Area, shape and place are drawn as in torchvision's ``RandomResizedCrop``, from the file's own pixels.
-
-    Args:
-        scale: Smallest and largest area of the part, as a fraction of the image's.
-        seed: Seed of the run; with the epoch and the row it determines every draw.
+    Area (``scale``, as fractions), shape and position are drawn as in torchvision's ``RandomResizedCrop``, from the
+    file's own pixels; ``seed``, epoch and row determine every draw.
     """
 
     scale: tuple[float, float]
     seed: int
 
     def read(self, files: ImageFiles, index: Tensor, epoch: int) -> list[Tensor]:
-        """Decode files, each with a part of its own."""
+        """Decode files, each with its own crop."""
         draw = row_uniform(index, _CROP_DRAWS, seed=derive_seed(self.seed, epoch, _FILE_CROP))
         height, width = files.frame.size
         parts = []
-        # some at a time: few calls to draw the boxes, and few photographs of full size in memory
+        # in chunks: few calls to draw boxes, and few full-size photographs in memory
         for start in range(0, len(index), _AT_ONCE):
             mine = draw[start : start + _AT_ONCE]
             images = [files.open(position) for position in index[start : start + _AT_ONCE].tolist()]
@@ -174,14 +171,14 @@ class FileCrop:
 
 @dataclass(frozen=True)
 class FileSet:
-    """Image files, decoded and transformed a batch at a time.
+    """Image files, decoded and transformed in batches.
 
     Args:
         image: The files.
         label: ``(N,)`` int64.
-        rows: ``(N,)`` int64, the row of each file in the list of the files that it came from.
+        rows: ``(N,)`` int64, the row of each file in its source list.
         transform: Applied to each batch of bytes ``(B, C, H, W)``; ``None`` returns the bytes.
-        crop: A random part of each file in place of the frame's central crop; ``None`` for evaluation.
+        crop: A random crop of each file instead of the frame's central crop; ``None`` for evaluation.
     """
 
     image: ImageFiles
@@ -204,7 +201,7 @@ class FileSet:
             The batch, in the order of ``index``.
 
         Raises:
-            ValueError: A file cannot be read; the message names it.
+            ValueError: If a file cannot be read; the message names it.
         """
         if self.crop is not None:
             images = self.crop.read(self.image, index, epoch)
@@ -217,7 +214,7 @@ class FileSet:
         return Batch(image, self.label.index_select(0, index), index)
 
     def fingerprint(self, digest: Any) -> None:
-        """Add to a hash what the images are: names, sizes and times of the files, which are not read for it."""
+        """Add the images to a hash: names, sizes and times of the files, which are not read."""
         digest.update(repr(self.image.frame).encode())
         for position in range(len(self)):
             path = self.image.path(position)
@@ -227,13 +224,7 @@ class FileSet:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of the images of a set, in place of the images.
-
-    Args:
-        features: ``(N, V, d)``, V fixed views of each image, of which each epoch draws one a row.
-        label: ``(N,)`` int64.
-        seed: Seed of the draw.
-    """
+    """Stored features ``(N, V, d)`` of V fixed views per image, of which each epoch draws one per row."""
 
     features: Tensor
     label: Tensor
@@ -243,15 +234,7 @@ class FeatureSet:
         return len(self.label)
 
     def fetch(self, index: Tensor, epoch: int) -> Batch:
-        """Read one batch.
-
-        Args:
-            index: Positions ``(B,)`` int64 in ``0..N-1``.
-            epoch: Epoch number; with the position it chooses the view.
-
-        Returns:
-            The batch, with features ``(B, d)`` as its images.
-        """
+        """Read features ``(B, d)`` at positions ``(B,)`` int64; epoch and position determine the view."""
         row, views = index.to(self.features.device), self.features.shape[1]
         if views == 1:
             features = self.features.select(1, 0).index_select(0, row)

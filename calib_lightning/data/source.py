@@ -1,4 +1,4 @@
-"""Labelled images as a benchmark's files hold them, and the sets that are made of them."""
+"""Labelled images from a benchmark's files, and sets made from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calib_lightning.data.transforms import Transform
 
 
 class Source(NamedTuple):
-    """Labelled images as a benchmark's files hold them.
+    """Labelled images from a benchmark's files.
 
     Attributes:
         image: ``(N, C, H, W)`` uint8, in memory or mapped from a file; or N image files.
@@ -26,48 +26,30 @@ class Source(NamedTuple):
 
 
 def check_source(name: str, source: Source, num_classes: int) -> None:
-    """Refuse images or labels that are not what `Source` says.
-
-    Args:
-        name: Name of the file, for messages; labels of "ood/<name>" must be -1.
-        source: What was loaded.
-        num_classes: K.
-
-    Raises:
-        ValueError: The first fault, with its row.
-    """
+    """Reject images or labels that do not conform to `Source`; labels of "ood/<name>" must be -1."""
     image, label = source.image, source.label
     if isinstance(image, Tensor) and (image.dtype != torch.uint8 or image.ndim != 4):
         raise ValueError(
-            f"the {name} images are {image.dtype} of shape {tuple(image.shape)}; they must be torch.uint8 of shape"
-            " (N, C, H, W): convert them where they are loaded."
+            f"The {name} images are {image.dtype} of shape {tuple(image.shape)}; they must be torch.uint8 of shape (N, "
+            "C, H, W). Convert them where they are loaded."
         )
     if label.dtype != torch.int64 or label.shape != (len(image),):
         raise ValueError(
-            f"the {name} labels are {label.dtype} of shape {tuple(label.shape)}; {len(image)} images need"
-            f" torch.int64 of shape ({len(image)},): convert them where they are loaded."
+            f"The {name} labels are {label.dtype} of shape {tuple(label.shape)}; they must be torch.int64 of shape "
+            f"({len(image)},). Convert them where they are loaded."
         )
     low, high = (-1, -1) if name.startswith("ood/") else (0, num_classes - 1)
     wrong = ((label < low) | (label > high)).nonzero()
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(
-            f"label {int(label[row])} in row {row} of the {name} file is outside {low}..{high}: set num_classes to"
-            " the number of classes, or map the labels where they are loaded."
+            f"The label in row {row} of the {name} file is {int(label[row])}; it must be in {low}..{high}. Set "
+            "num_classes to the number of classes, or map the labels where they are loaded."
         )
 
 
 def take(source: Source, index: Tensor | None, transform: Transform) -> InMemorySet | FileSet:
-    """Make a set of some images of a file.
-
-    Args:
-        source: The file.
-        index: Positions ``(N,)`` int64 in it; ``None`` takes all of them, without a copy.
-        transform: What is done with each batch.
-
-    Returns:
-        The set.
-    """
+    """Make a set of the images at positions ``(N,)`` of a file; ``None`` takes all, without a copy."""
     image, label = (source.image, source.label) if index is None else (source.image[index], source.label[index])
     if index is None:
         index = torch.arange(len(label))

@@ -15,20 +15,15 @@ from calib_lightning.utils.seeding import derive_seed
 Rows = NDArray[np.int64]
 """Row numbers, int64."""
 File = Literal["train", "val", "test"]
-"""One of the files that a benchmark's authors have published."""
+"""One of the files of a benchmark."""
 Choice = Literal["balanced", "proportional", "shuffled", "last"]
 """How the rows of a held-out set are chosen; see `SplitSpec`."""
 
-_HELD_OUT = 1  # purpose that keeps this random stream apart
+_HELD_OUT = 1  # separates this random stream from others
 
 
 class Part(NamedTuple):
-    """Rows of one file.
-
-    Attributes:
-        file: "train", "val" or "test".
-        rows: Positions ``(N,)`` in that file, int64, ascending.
-    """
+    """Positions ``rows (N,)``, int64 ascending, in one file."""
 
     file: File
     rows: Rows
@@ -36,26 +31,26 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSpec(Thinning):
-    """How a benchmark's files are divided: held-out sets first, then the long tail, then a smaller share of the rest.
+    """How a benchmark's files are divided: held-out sets first, then the long tail, then a subset of the rest.
 
-    Sizes are numbers of images, or fractions of the file that they are taken from. A held-out set is chosen
+    Sizes are numbers of images, or fractions of the source file. A held-out set is chosen
 
     - "balanced": equally many images of each class;
     - "proportional": with the class proportions of the file;
-    - "shuffled": the first rows after numpy's ``RandomState(seed)`` has shuffled the file, without a look at the
-      classes, as in the code of Mukhoti et al. (2020), whose seed is 1;
+    - "shuffled": the first rows after shuffling the file with NumPy's ``RandomState(seed)``, regardless of classes, as
+      in the code of Mukhoti et al. (2020), whose seed is 1;
     - "last": the last rows of the file, as in the code of Neural Clamping.
 
     Args:
-        val: Images held out to choose epochs and settings; 0 for none, or where the benchmark has a file for them.
+        val: Images held out to select epochs and settings; 0 for none, or if the benchmark has a file for them.
         calibration: Images held out to fit post-hoc calibrators; 0 for none.
-        test: Images held out for the test, where the benchmark has no file for them; 1.0 makes all of them test images.
-        share: Whether the calibration images are those of the validation set, as in many papers.
-        calibration_from: The file that calibration images are taken from: "train", "val" or "test".
-        choose: One of the four; ``None`` is "balanced", for one's own data "proportional".
+        test: Images held out for testing if the benchmark has no file for them; 1.0 makes all images test images.
+        share: Whether the validation set is also the calibration set, as in many papers.
+        calibration_from: Source file of the calibration images: "train", "val" or "test".
+        choose: One of the four; ``None`` means "balanced", or "proportional" for the user's own data.
 
     Raises:
-        ValueError: If a value is outside its range.
+        ValueError: If a value is out of range.
 
     Example:
         >>> splits = SplitSpec(val=2, calibration=2).draw(np.repeat([0, 1], 5), num_classes=2)
@@ -75,30 +70,30 @@ class SplitSpec(Thinning):
         for name in ("val", "calibration", "test"):
             size = getattr(self, name)
             if size < 0:
-                raise ValueError(f"{name}={size} is negative: give the number of images to hold out, 0 for none.")
+                raise ValueError(f"{name} is {size}; it must be at least 0, the number of images to hold out.")
             if isinstance(size, float) and size >= 1 and not (name == "test" and size == 1):
-                raise ValueError(f"{name}={size} is no fraction: give a whole number of images, or a fraction below 1.")
+                raise ValueError(f"{name} is {size}; it must be an integer number of images, or a fraction below 1.")
         for name, allowed in (("calibration_from", get_args(File)), ("choose", (*get_args(Choice), None))):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(filter(None, allowed))}."
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(filter(None, allowed))}."
                 )
         if self.share and self.calibration not in (0, self.val):
             raise ValueError(
-                f"share=True makes the calibration images those of the validation set, but calibration is"
-                f" {self.calibration} and val is {self.val}: set calibration=0, and val above 0, or share=False."
+                f"share is true, calibration is {self.calibration} and val is {self.val}; with share, the validation "
+                "set is also the calibration set. Set calibration=0 and val above 0, or share=False."
             )
 
     def draw(self, train_labels: Rows, num_classes: int) -> dict[str, Rows]:
-        """Divide the rows of a training file alone.
+        """Divide the rows of a training file.
 
         Args:
             train_labels: Labels ``(N,)`` int64 in ``0..K-1``, in file order.
             num_classes: K.
 
         Returns:
-            Rows of "train", "val" and "calibration", and "test" if it is asked for: positions in ``train_labels``,
-            int64, ascending.
+            Rows of "train", "val", "calibration" and, if requested, "test": positions in ``train_labels``, int64,
+            ascending.
 
         Raises:
             ValueError: If the file has too few images for a requested size.
@@ -108,13 +103,13 @@ class SplitSpec(Thinning):
         return dict.fromkeys(("train", "val", "calibration"), none) | {k: part.rows for k, part in parts.items()}
 
     def for_files(self, files: Collection[File]) -> SplitSpec:
-        """The settings for somebody's own files, whose classes are seldom of one size.
+        """Return the settings for the user's own files, whose class sizes usually differ.
 
         Args:
-            files: The files that there are.
+            files: The available files.
 
         Returns:
-            The same without sizes of sets that have a file, and "proportional" where nothing else was chosen.
+            A copy without sizes of sets that have a file, and "proportional" unless ``choose`` is set.
         """
         val = self.val if "train" in files and "val" not in files else 0
         test = 0 if "test" in files else self.test
@@ -124,16 +119,14 @@ class SplitSpec(Thinning):
         """Divide the rows of a benchmark's files.
 
         Args:
-            labels: Labels ``(N,)`` int64 in ``0..K-1`` of each file that there is, in file order. Without "train",
-                nothing is asked of that file.
+            labels: Labels ``(N,)`` int64 in ``0..K-1`` of each available file, in file order; "train" may be missing.
             num_classes: K.
 
         Returns:
-            The sets "train", "val", "calibration" and "test" that have images. No row is in two of them, but for
-            ``share``.
+            The non-empty sets among "train", "val", "calibration" and "test"; they are disjoint except with ``share``.
 
         Raises:
-            ValueError: If a file has too few images, or the files and the settings do not fit together.
+            ValueError: If a file has too few images, or the files and the settings are inconsistent.
         """
         if list(labels) == ["train"] and isinstance(self.test, float) and self.test == 1:
             return {"test": Part("train", np.arange(len(labels["train"])))}
@@ -165,30 +158,32 @@ class SplitSpec(Thinning):
         for name in ("val", "test"):
             if name in labels and getattr(self, name):
                 raise ValueError(
-                    f"{name}={getattr(self, name)}, but there are {name} images already ({len(labels[name])}): leave"
-                    f" split.{name} at 0."
+                    f"{name} is {getattr(self, name)}, but the data already has {len(labels[name])} {name} images. "
+                    f"Leave split.{name} at 0."
                 )
         if self.calibration and not self.share and self.calibration_from not in labels:
             raise ValueError(
-                f"calibration_from={self.calibration_from!r}, but the data has no such file: use one of"
-                f" {', '.join(labels)}."
+                f"calibration_from is {self.calibration_from!r}; it must be one of the data's files: "
+                f"{', '.join(labels)}."
             )
         if self.share and not self.val and "val" not in labels:
-            raise ValueError("share=True, but there are no validation images: set split.val above 0, or share=False.")
+            raise ValueError(
+                "share is true, but there are no validation images. Set split.val above 0, or share=False."
+            )
 
     def _cut(self, labels: Rows, sizes: dict[str, int], num_classes: int, file: File) -> dict[str, Rows]:
         if not sizes:
             return {}
         if self.choose in (None, "balanced"):
             seed = derive_seed(self.seed, _HELD_OUT)
-            # a fixed place for each name, so that another set does not change the rows of this one
+            # fixed positions, so that a set's rows do not depend on the other sets
             sizes = {"val": 0, "calibration": 0} | sizes
             cuts = cut_balanced(labels, sizes, num_classes=num_classes, seed=seed)
             return {name: rows for (name, size), rows in zip(sizes.items(), cuts, strict=True) if size}
         total = sum(sizes.values())
         if total >= len(labels):
             asked = " + ".join(f"{name}={size}" for name, size in sizes.items())
-            raise ValueError(f"{asked} takes {total} of {len(labels)} images and leaves none: hold out fewer.")
+            raise ValueError(f"{asked} takes {total} of {len(labels)} images and leaves none. Hold out fewer.")
         if self.choose == "proportional":
             return self._proportional(labels, sizes, num_classes, kept=1 if file == "train" else 0)
         order = np.arange(len(labels))[::-1]
@@ -200,12 +195,12 @@ class SplitSpec(Thinning):
 
     def _proportional(self, labels: Rows, sizes: dict[str, int], num_classes: int, kept: int) -> dict[str, Rows]:
         random = random_state(derive_seed(self.seed, _HELD_OUT))
-        # the last training image of a class stays where it is: a class that is not trained on is lost
+        # every class keeps its last training image
         order = [random.permutation(np.flatnonzero(labels == label))[kept:] for label in range(num_classes)]
         ties, cuts = random.permutation(num_classes), {}
         if sum(sizes.values()) > (free := sum(map(len, order))):
             asked = " + ".join(f"{name}={size}" for name, size in sizes.items())
-            raise ValueError(f"{asked} leaves some class without an image: hold out at most {free} in all.")
+            raise ValueError(f"{asked} leaves a class without images. Hold out at most {free} in total.")
         for name, size in sizes.items():
             quota = shares(np.array([len(rows) for rows in order]), size, ties)
             cuts[name] = np.sort(np.concatenate([rows[:taken] for rows, taken in zip(order, quota, strict=True)]))
@@ -214,41 +209,30 @@ class SplitSpec(Thinning):
 
 
 def cut_balanced(labels: Rows, sizes: dict[str, int], *, num_classes: int, seed: int) -> list[Rows]:
-    """Cut disjoint, class-balanced sets from labelled rows.
+    """Cut disjoint, class-balanced sets of the given ``sizes`` from rows labelled ``0..K-1``.
 
-    Every class gives ``size // K`` images to each set; what is left over goes to classes in a random order.
-
-    Args:
-        labels: Labels ``(N,)`` int64 in ``0..K-1``.
-        sizes: Images in each set, by the set's name.
-        num_classes: K.
-        seed: Seed, in ``[0, 2**63)``.
-
-    Returns:
-        For each set its positions in ``labels``, int64, ascending.
-
-    Raises:
-        ValueError: If a class would have no image left after the cuts.
+    Every class gives ``size // K`` images to each set; the remainder goes to classes in a random order. Returns int64
+    positions, ascending, for each set; every class must keep at least one image.
     """
     random = random_state(seed)
     order = random.permutation(num_classes)
     quotas, extra = np.zeros((len(sizes), num_classes), dtype=np.int64), 0
     for quota, size in zip(quotas, sizes.values(), strict=True):
         quota += size // num_classes
-        # the next set goes on where this one stopped, so that the sum over the sets is balanced too
+        # the next set continues where this one stopped, so that the sum over sets is balanced too
         quota[order[(extra + np.arange(size % num_classes)) % num_classes]] += 1
         extra += size % num_classes
     cuts: list[list[Rows]] = [[] for _ in sizes]
     for label in range(num_classes):
-        # a class is shuffled whole, whatever is cut from it: another size does not change the other classes
+        # always shuffle the whole class, so that its size does not affect other classes
         rows = random.permutation(np.flatnonzero(labels == label))
         wanted = quotas[:, label]
         if wanted.sum() and wanted.sum() >= len(rows):
             asked = " + ".join(f"{name}={size}" for name, size in sizes.items() if size)
             fewest = int(np.bincount(labels, minlength=num_classes).min())
             raise ValueError(
-                f"{asked} takes {wanted.sum()} images of class {label}, which has {len(rows)}, and leaves none:"
-                f" hold out fewer than {fewest * num_classes} images in all (fewer than {fewest} a class)."
+                f"{asked} takes {wanted.sum()} of the {len(rows)} images of class {label} and leaves none. Hold out "
+                f"fewer than {fewest * num_classes} images in total (fewer than {fewest} per class)."
             )
         for cut, part in zip(cuts, np.split(rows, np.cumsum(wanted))[:-1], strict=True):
             cut.append(part)

@@ -1,4 +1,4 @@
-"""SVHN, street view house numbers (Netzer et al., 2011)."""
+"""SVHN, Street View House Numbers (Netzer et al., 2011)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from calib_lightning.data.web_files import Archive
 class SVHNDataModule(DownloadedDataModule):
     """SVHN: 73,257 training and 26,032 test images (3, 32, 32) of digits (Netzer et al., 2011).
 
-    The files call the digit 0 label 10; here it is 0. The 531,131 extra images are not used.
+    The files label the digit 0 as 10; here it is 0. The 531,131 extra images are not used.
 
     Args:
         split: How the training images are divided; by default all are for training.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, ``train_32x32.mat`` and ``test_32x32.mat``.
-        download: Whether to download what is missing.
-        augment: Whether training images are shifted and mirrored at random; mirrored digits are no digits.
+        download: Whether to download missing files.
+        augment: Whether training images are shifted and mirrored at random; mirrored digits are not digits.
 
     Deviations:
         The papers use the set as out-of-distribution images. Mean and standard deviation of each channel are those of
-        the training images, rounded; out of distribution the constants of the training data belong to a network.
+        its training images, rounded; for out-of-distribution use, a network needs the constants of its own training
+        data.
 
     Example:
         >>> SVHNDataModule(root="data").num_classes

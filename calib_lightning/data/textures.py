@@ -20,28 +20,28 @@ from calib_lightning.data.web_files import Archive
 class TexturesDataModule(DownloadedDataModule):
     """Describable Textures Dataset: 47 classes, 1,880 images each for training, validation and test (Cimpoi, 2014).
 
-    Images have any size; they are prepared as those of ImageNet. Labels are the ranks of the names of the classes.
+    Images of any size are prepared like those of ImageNet. Labels are the ranks of the class names.
 
     Args:
-        split: How the files are divided; by default half of the official validation images, 20 of each class, are for
+        split: How the files are divided; by default, half of the official validation images, 20 per class, are for
             calibration.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that decode images.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that decode images.
         root: Folder that holds, or will hold, the folder ``dtd``.
-        download: Whether to download what is missing.
+        download: Whether to download missing files.
         augment: Whether training images are cropped (8 % to all of the area) and mirrored at random.
-        size: Height and width in pixels of what the network gets.
-        partition: Which of the ten official divisions, 1 to 10.
+        size: Height and width of the network's input in pixels.
+        partition: Number of the official division, 1 to 10.
 
     Raises:
-        ValueError: If a value is not allowed.
+        ValueError: If a value is invalid.
 
     Example:
         >>> TexturesDataModule(root="data", partition=1).num_classes
         47
 
     Deviations:
-        The authors report the mean over the ten partitions; a run here has one of them.
+        The authors report the mean over ten partitions; a run here uses one.
     """
 
     num_classes = 47
@@ -52,7 +52,7 @@ class TexturesDataModule(DownloadedDataModule):
     default_split: ClassVar[SplitSpec] = SplitSpec(calibration=0.5, calibration_from="val", choose="proportional")
     archives = (Archive(DTD._URL, "dtd-r1.0.1.tar.gz", DTD._MD5),)
     unpacks = True
-    class_count: ClassVar[int] = 40  # images of each class in each file
+    class_count: ClassVar[int] = 40  # images per class and file
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class TexturesDataModule(DownloadedDataModule):
     ) -> None:
         super().__init__(split, batch_size, num_workers, root, download, augment)
         if partition not in range(1, 11):
-            raise ValueError(f"partition is {partition}; it must be in 1..10. Use 1, as most do.")
+            raise ValueError(f"partition is {partition}; it must be in 1..10. The usual choice is 1.")
         self.partition, self._frame = partition, imagenet_frame(size, "center")
         self.needed = {f"dtd/labels/{part}{partition}.txt": None for part in ("train", "val", "test")}
 
@@ -95,8 +95,8 @@ class TexturesDataModule(DownloadedDataModule):
         check_counts(path, classes, label, self.class_count)
         if missing := [name for name in names if not (images / name).is_file()]:
             raise FileNotFoundError(
-                f"{images} lacks {len(missing)} of {len(names)} {part} images, {missing[0]} among them. Remove"
-                f" {self.root / 'dtd'} to unpack it again."
+                f"{images} lacks {len(missing)} of {len(names)} {part} images, such as {missing[0]}. Remove "
+                f"{self.root / 'dtd'} to unpack it again."
             )
         self.class_names = tuple(classes)
         return Source(ImageFiles(images, names, self._frame), label)

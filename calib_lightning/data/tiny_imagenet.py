@@ -23,16 +23,16 @@ _FOLDER, _SUFFIXES = "tiny-imagenet-200", (".jpeg",)
 class TinyImageNetDataModule(DownloadedDataModule):
     """Tiny ImageNet: 100,000 training and 10,000 test images (3, 64, 64) in 200 classes (Le and Yang, 2015).
 
-    The test set is the official validation set, because the official test images have no labels. Labels are the
-    ranks of the WordNet ids, as in torchvision's ``ImageFolder``. Files are decoded as they are needed.
+    The test set is the official validation set, because the official test images have no labels. Labels are the ranks
+    of the WordNet ids, as in torchvision's ``ImageFolder``. Files are decoded on demand.
 
     Args:
-        split: How the 100,000 training images are divided; by default 5,000 are for validation and 10,000 for
+        split: How the 100,000 training images are divided; by default, 5,000 are for validation and 10,000 for
             calibration.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that decode images.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that decode images.
         root: Folder that holds, or will hold, the folder ``tiny-imagenet-200``.
-        download: Whether to download what is missing.
+        download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
 
     Example:
@@ -40,7 +40,7 @@ class TinyImageNetDataModule(DownloadedDataModule):
         200
 
     Deviations:
-        Mukhoti et al. (2020) fit the temperature on the test images. Ours is fitted on training images held out.
+        Mukhoti et al. (2020) fit the temperature on the test images; here it is fitted on held-out training images.
     """
 
     num_classes = 200
@@ -56,7 +56,7 @@ class TinyImageNetDataModule(DownloadedDataModule):
         ),
     )
     unpacks = True
-    train_count: ClassVar[int] = 500  # images of each class
+    train_count: ClassVar[int] = 500  # images per class
     test_count: ClassVar[int] = 50
 
     def __init__(
@@ -76,7 +76,7 @@ class TinyImageNetDataModule(DownloadedDataModule):
 
         Raises:
             FileNotFoundError: If the files or all images of a class are missing.
-            ValueError: If there are not as many as there should be.
+            ValueError: If the counts are wrong.
         """
         wnids, folder = self._wnids(), self.root / _FOLDER / "train"
         lines = (self.root / _FOLDER / "words.txt").read_text("utf-8").splitlines()
@@ -87,11 +87,11 @@ class TinyImageNetDataModule(DownloadedDataModule):
         return Source(ImageFiles(folder, names, Frame((64, 64))), label)
 
     def load_test(self) -> Source:
-        """List the test images, in the order of the official file of labels.
+        """List the test images, in the order of the official label file.
 
         Raises:
             FileNotFoundError: If images are missing.
-            ValueError: If there are not as many as there should be.
+            ValueError: If the counts are wrong.
         """
         wnids, folder = self._wnids(), self.root / _FOLDER / "val"
         path = folder / "val_annotations.txt"
@@ -99,20 +99,20 @@ class TinyImageNetDataModule(DownloadedDataModule):
         names, rank = [f"images/{row[0]}" for row in rows], {wnid: label for label, wnid in enumerate(wnids)}
         if faulty := [row for row in rows if len(row) < 2 or row[1] not in rank]:
             raise ValueError(
-                f"{path} has the line {faulty[0]}; the second word must be a class of wnids.txt. Unpack it again."
+                f"{path} has the line {faulty[0]}; its second word must be a class of wnids.txt. Unpack it again."
             )
         label = torch.tensor([rank[row[1]] for row in rows], dtype=torch.int64)
         check_counts(path, wnids, label, self.test_count)
         found, _ = class_files(folder, ["images"], _SUFFIXES)
         if missing := sorted((Counter(names) - Counter(found)).elements()):
             raise FileNotFoundError(
-                f"{folder} lacks {len(missing)} of {len(names)} images, {missing[0]} among them. Remove"
-                f" {self.root / _FOLDER} to unpack it again."
+                f"{folder} lacks {len(missing)} of {len(names)} images, such as {missing[0]}. Remove "
+                f"{self.root / _FOLDER} to unpack it again."
             )
         return Source(ImageFiles(folder, names, Frame((64, 64))), label)
 
     def _wnids(self) -> list[str]:
-        """Ids of the classes in the order of the labels, which is not that of the file."""
+        """Class ids in label order, which is not the order of the file."""
         if self.faults():
             raise self.not_found("prepare_data() has not run on this machine, or its files were moved")
         path = self.root / _FOLDER / "wnids.txt"

@@ -1,4 +1,4 @@
-"""A tiny made-up image set for tests and examples."""
+"""A tiny synthetic image set for tests and examples."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _PATTERN, _TRAIN, _TEST = 1, 2, 3  # seeds of the three random streams
 
 
 class ToyDataModule(BenchmarkDataModule):
-    """Grey images (1, 8, 8), each a faint pattern of its class under uniform noise: learnable, but not without errors.
+    """Grey images (1, 8, 8), each a faint class pattern under uniform noise: learnable, but not perfectly.
 
-    ``pixel = 0.2 * pattern[label] + 0.8 * noise`` with all numbers uniform in ``[0, 1)``; labels take turns. The
-    images depend on nothing but their row, so every machine and every run has the same ones.
+    ``pixel = 0.2 * pattern[label] + 0.8 * noise`` with all values uniform in ``[0, 1)``; labels cycle through
+    the classes. The images are a function of their row, so they are the same on every machine and in every run.
 
     Args:
         split: How the training images are divided; by default all are for training.
-        batch_size: Rows of one batch of one process.
-        num_workers: Processes that prepare batches.
-        train_size: Images that the split divides.
-        test_size: Images in the test set.
+        batch_size: Batch size per process.
+        num_workers: Worker processes that prepare batches.
+        train_size: Number of images that the split divides.
+        test_size: Number of test images.
         num_classes: K.
 
     Example:
@@ -48,7 +48,7 @@ class ToyDataModule(BenchmarkDataModule):
         super().__init__(split, batch_size, num_workers)
         for name, value in (("train_size", train_size), ("test_size", test_size), ("num_classes", num_classes)):
             if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
         self.num_classes = num_classes
         self._sizes = train_size, test_size
 

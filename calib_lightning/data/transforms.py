@@ -1,4 +1,4 @@
-"""Transforms of whole batches of uint8 images; every random number depends on (seed, epoch, row) alone."""
+"""Transforms of batches of uint8 images; all random numbers are functions of (seed, epoch, row)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calib_lightning.utils.seeding import derive_seed, row_uniform
 Transform = Callable[[Tensor, Tensor, int], Tensor]
 """Maps ``(image (N, C, H, W), index (N,), epoch)`` to images ``(N, C, H, W)``."""
 
-_CROP_FLIP = 1  # purpose that keeps this random stream apart from others
+_CROP_FLIP = 1  # separates this random stream from others
 
 
 class Normalize(nn.Module):
@@ -21,7 +21,7 @@ class Normalize(nn.Module):
 
     Args:
         mean: Mean of each channel, as a fraction of full brightness.
-        std: Standard deviation of each channel, in the same unit.
+        std: Standard deviation of each channel, in the same units.
 
     Example:
         >>> transform = Normalize(mean=(0.5,), std=(0.5,))
@@ -42,8 +42,8 @@ class Normalize(nn.Module):
 
         Args:
             image: ``(N, C, H, W)`` uint8.
-            index: Not used.
-            epoch: Not used.
+            index: Unused.
+            epoch: Unused.
 
         Returns:
             ``(N, C, H, W)`` float32.
@@ -54,11 +54,10 @@ class Normalize(nn.Module):
 class CropFlip(nn.Module):
     """Random crop after zero padding and random horizontal flip, the usual augmentation of CIFAR.
 
-    Each image is shifted by up to ``padding`` pixels in each direction, every offset equally likely, and mirrored
-    with probability one half.
+    Each image is shifted by up to ``padding`` pixels in each direction, uniformly, and mirrored with probability 1/2.
 
     Args:
-        padding: Black pixels added to each side before the crop of the original size.
+        padding: Black pixels added to each side before cropping to the original size.
         flip: Whether to mirror.
         seed: Seed of the run; with the epoch and the row it determines every draw.
 
@@ -72,7 +71,7 @@ class CropFlip(nn.Module):
     def __init__(self, padding: int = 4, flip: bool = True, seed: int = 0) -> None:
         super().__init__()
         if padding < 0:
-            raise ValueError(f"padding={padding} is negative: give a number of pixels, 0 for no crop.")
+            raise ValueError(f"padding is {padding}; it must be at least 0. 0 means no crop.")
         self.padding, self.flip, self.seed = padding, flip, seed
 
     def forward(self, image: Tensor, index: Tensor, epoch: int) -> Tensor:
@@ -89,7 +88,7 @@ class CropFlip(nn.Module):
         height, width = image.shape[2:]
         draw = row_uniform(index, 3, seed=derive_seed(self.seed, epoch, _CROP_FLIP))
         top, left = (draw[:, :2] * (2 * self.padding + 1)).long().unbind(1)
-        # a view of every window; indexing it copies just the chosen ones
+        # a view of every window; indexing copies only the selected ones
         windows = F.pad(image, (self.padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
         image = windows[torch.arange(len(image), device=image.device), :, top, left]
         if self.flip:
@@ -98,10 +97,10 @@ class CropFlip(nn.Module):
 
 
 class Compose(nn.Module):
-    """Apply transforms one after the other.
+    """Apply transforms in sequence.
 
     Args:
-        *transforms: Modules called as ``transform(image, index, epoch)``, the first one first.
+        *transforms: Modules called as ``transform(image, index, epoch)``, in order.
     """
 
     def __init__(self, *transforms: nn.Module) -> None:
@@ -112,12 +111,12 @@ class Compose(nn.Module):
         """Return the images after all transforms.
 
         Args:
-            image: ``(N, C, H, W)``, what the first transform takes.
+            image: ``(N, C, H, W)``, input of the first transform.
             index: Row ``(N,)`` int64 of each image.
             epoch: Epoch number.
 
         Returns:
-            ``(N, C, H, W)``, what the last transform gives.
+            ``(N, C, H, W)``, output of the last transform.
         """
         for transform in self.transforms:
             image = transform(image, index, epoch)

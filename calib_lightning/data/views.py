@@ -1,4 +1,4 @@
-"""What a stage of training does with its images: leaves them clean, crops them, or makes two views of each."""
+"""How a training stage prepares its images: unaugmented, cropped, or as two views of each."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from calib_lightning.data.transforms import Compose
 from calib_lightning.types import Views
 from calib_lightning.utils.seeding import derive_seed, row_uniform
 
-_RESIZED_CROP, _CONTRAST = 3, 4  # purposes that keep these random streams apart from others
+_RESIZED_CROP, _CONTRAST = 3, 4  # separate these random streams from others
 _VIEWS = 2
-_TRIES = 10  # boxes drawn for a crop before the fallback
-_RATIO = (3 / 4, 4 / 3)  # of width to height
-_CROP_DRAWS = 2 * _TRIES + 3  # area and ratio of every try, place, mirror
-_JITTERED, _GRAY = 0.8, 0.2  # shares of the views
+_TRIES = 10  # boxes drawn before the fallback
+_RATIO = (3 / 4, 4 / 3)  # width to height
+_CROP_DRAWS = 2 * _TRIES + 3  # area and ratio of every try, position, mirror
+_JITTERED, _GRAY = 0.8, 0.2  # fractions of the views
 _LUMA = (0.2989, 0.587, 0.114)
 
-# An operation's number is its place here.
+# Operations are numbered by their position.
 _COLOUR = ("brightness", "contrast", "saturation", "hue")
 
 
 class CleanViews(Views):
-    """The training images as they are: normalised, never augmented; of data of others, as they come.
+    """Unaugmented, normalised training images; other loaders' images are unchanged.
 
     Example:
         >>> from calib_lightning.data import Normalize
@@ -37,25 +37,22 @@ class CleanViews(Views):
     optional = True
 
     def transform(self, normalize: nn.Module, augment: nn.Module | None, seed: int) -> nn.Module:
-        """The normalisation alone."""
+        """Return ``normalize``."""
         return normalize
 
 
 class ResizedCropFlip(Views):
-    """A random part of each image, brought back to the image's size and mirrored with probability one half.
+    """A random crop of each image, resized to the image's size and mirrored with probability 1/2.
 
-    Area, shape and place of the part are drawn as in torchvision's ``RandomResizedCrop`` with the ratio 3/4 to 4/3.
-    This takes the place of the data module's own augmentation.
+    Area, shape and position are drawn as in torchvision's ``RandomResizedCrop`` with the ratio 3/4 to 4/3. This
+    replaces the data module's augmentation.
 
     Args:
-        scale: Smallest and largest area of the part, as a fraction of the image's, in ``(0, 1]``.
+        scale: Smallest and largest area of the crop, as a fraction of the image's, in ``(0, 1]``.
         flip: Whether to mirror.
 
     Raises:
-        ValueError: If ``scale`` is outside its range.
-
-    Deviations:
-        See `resized_crop`.
+        ValueError: If ``scale`` is out of range.
 
     Example:
         >>> from calib_lightning.data import Normalize
@@ -75,22 +72,21 @@ class ResizedCropFlip(Views):
 class ContrastiveViews(Views):
     """Two independent views of each image for contrastive learning (Khosla et al., NeurIPS 2020).
 
-    Each view is cropped and mirrored as in `ResizedCropFlip`; with probability 0.8 its brightness, contrast,
-    saturation and hue change, in a random order of the four; with probability 0.2 it becomes grey; then it is
-    normalised. Grey images (C = 1) have only brightness and contrast to change.
+    Each view is cropped and mirrored as in `ResizedCropFlip`; with probability 0.8, brightness, contrast, saturation
+    and hue are changed in random order; with probability 0.2 it becomes grey; then it is normalised. For grey images
+    (C = 1), only brightness and contrast are changed.
 
     Args:
-        scale: Smallest and largest area of the part, as a fraction of the image's, in ``(0, 1]``.
+        scale: Smallest and largest area of the crop, as a fraction of the image's, in ``(0, 1]``.
         jitter: Strengths of brightness, contrast and saturation, in ``[0, 1]``: the factor is drawn from
             ``U(1 - s, 1 + s)``; and of hue, in ``[0, 0.5]``: the shift is ``U(-s, s)`` of the colour circle.
-        flip: Whether to mirror; digits and letters must not be.
+        flip: Whether to mirror; use False for digits and letters.
 
     Raises:
-        ValueError: If ``scale`` or ``jitter`` is outside its range.
+        ValueError: If ``scale`` or ``jitter`` is out of range.
 
     Deviations:
-        Pixels are rounded to bytes once, at the end, where a chain of Pillow operations rounds after each. See also
-        `resized_crop`.
+        Pixels are rounded to bytes once, at the end; a chain of Pillow operations rounds after each.
 
     Example:
         >>> from calib_lightning.data import Normalize
@@ -108,13 +104,13 @@ class ContrastiveViews(Views):
         most = (1.0, 1.0, 1.0, 0.5)
         if len(jitter) != len(most) or not all(0 <= s <= high for s, high in zip(jitter, most, strict=True)):
             raise ValueError(
-                f"jitter={tuple(jitter)} must be four strengths: brightness, contrast and saturation in [0, 1], hue in "
-                "[0, 0.5], such as (0.4, 0.4, 0.4, 0.1)."
+                f"jitter is {tuple(jitter)}; it must hold four strengths: brightness, contrast and saturation in [0, "
+                "1], hue in [0, 0.5], such as (0.4, 0.4, 0.4, 0.1)."
             )
         self.scale, self.jitter, self.flip = _checked_scale(scale), tuple(jitter), flip
 
     def transform(self, normalize: nn.Module, augment: nn.Module | None, seed: int) -> nn.Module:
-        """Images ``(N, C, H, W)`` to views ``(N, 2, C, H, W)``."""
+        """Map images ``(N, C, H, W)`` to views ``(N, 2, C, H, W)``."""
         return _Contrast(normalize, self.scale, self.jitter, self.flip, seed)
 
 
@@ -122,19 +118,10 @@ class ContrastiveViews(Views):
 
 
 def crop_boxes(draw: Tensor, height: int | Tensor, width: int | Tensor, scale: tuple[float, float]) -> Tensor:
-    """Draw the boxes of torchvision's ``RandomResizedCrop``, ratio 3/4 to 4/3, for many images at once.
+    """Draw boxes ``(N, 4)`` int64, top, left, height, width, like torchvision's ``RandomResizedCrop``, for many images.
 
-    The first of ten tries that fits into the image is taken: area ``U(scale) H W``, logarithm of the ratio uniform,
-    sides rounded, place uniform among all. If none fits, the largest box in the middle with an allowed ratio is.
-
-    Args:
-        draw: ``(N, 22)`` float64 in ``[0, 1)``: areas and ratios of the ten tries, then the place.
-        height: H, pixels; one for all images, or ``(N,)``.
-        width: W, pixels; one for all images, or ``(N,)``.
-        scale: Smallest and largest area as a fraction of the image's.
-
-    Returns:
-        ``(N, 4)`` int64: top, left, height and width of each box.
+    The first of ten tries that fits is used: area ``U(scale) H W``, log-uniform ratio 3/4 to 4/3, rounded sides,
+    uniform position; otherwise the largest centred box with an allowed ratio. ``draw``: ``(N, 22)`` float64 in [0, 1).
     """
     tall_side, wide_side = (torch.as_tensor(side, device=draw.device).view(-1, 1) for side in (height, width))
     area = (scale[0] + draw[:, :_TRIES] * (scale[1] - scale[0])) * (tall_side * wide_side)
@@ -142,7 +129,7 @@ def crop_boxes(draw: Tensor, height: int | Tensor, width: int | Tensor, scale: t
     ratio = (low + draw[:, _TRIES : 2 * _TRIES] * (high - low)).exp()
     wide, tall = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (wide > 0) & (wide <= wide_side) & (tall > 0) & (tall <= tall_side)
-    # argmax of a boolean is not defined for ties; of numbers that fall from left to right it is
+    # decreasing numbers make argmax well-defined, which it is not for ties of booleans
     first = (fits * torch.arange(_TRIES, 0, -1, device=draw.device)).argmax(dim=1, keepdim=True)
     any_fits = fits.any(dim=1)
     middle_wide = wide_side.minimum((tall_side.double() * _RATIO[1]).round().long())
@@ -156,19 +143,9 @@ def crop_boxes(draw: Tensor, height: int | Tensor, width: int | Tensor, scale: t
 
 
 def resized_crop(image: Tensor, box: Tensor, mirror: Tensor) -> Tensor:
-    """Bring a part of each image to the image's own size, by bilinear interpolation within the part.
+    """Resize a box ``(N, 4)`` of each image bilinearly to the image's size; float32, optionally mirrored.
 
-    Args:
-        image: ``(N, C, H, W)``, any dtype.
-        box: ``(N, 4)`` int64: top, left, height and width of the part, pixels.
-        mirror: ``(N,)`` bool, whether the result is mirrored.
-
-    Returns:
-        ``(N, C, H, W)`` float32, in the units of the input.
-
-    Deviations:
-        None in the value: a part is never larger than the image, so that torchvision's anti-aliasing filter, which acts
-        on images that shrink, is the identity here. Values are not rounded to bytes.
+    Boxes never exceed the image, so torchvision's anti-aliasing would have no effect. Values are not rounded.
     """
     height, width = image.shape[2:]
     top, left, tall, wide = box.unsqueeze(2).double().unbind(1)
@@ -204,31 +181,17 @@ def _cropped(image: Tensor, draw: Tensor, scale: tuple[float, float], flip: bool
 
 
 def gray(image: Tensor) -> Tensor:
-    """Brightness of each pixel, ``0.2989 R + 0.587 G + 0.114 B``; grey images are their own.
-
-    Args:
-        image: ``(N, C, H, W)`` floating point, C = 1 or 3.
-
-    Returns:
-        ``(N, 1, H, W)``.
-    """
+    """Brightness ``(N, 1, H, W)`` of each pixel, ``0.2989 R + 0.587 G + 0.114 B``; grey images are unchanged."""
     if image.shape[1] == 1:
         return image
     return _LUMA[0] * image[:, 0:1] + _LUMA[1] * image[:, 1:2] + _LUMA[2] * image[:, 2:3]
 
 
 def adjust(image: Tensor, operation: str, amount: Tensor) -> Tensor:
-    """Change one property of the colours of each image by its own amount, as torchvision does with one for all.
+    """Change one colour property of images in ``[0, 255]`` by an amount per image, like torchvision.
 
-    Args:
-        image: ``(N, C, H, W)`` floating point in ``[0, 255]``, C = 3, or 1 for brightness and contrast.
-        operation: "brightness" (a blend with black), "contrast" (with the image's mean grey), "saturation" (with the
-            grey image) or "hue" (a turn of the colour circle).
-        amount: ``(N,)``: the factor of the image in the blend, 1 for no change; for hue the part of a full turn, 0
-            for no change.
-
-    Returns:
-        ``(N, C, H, W)`` in ``[0, 255]``.
+    "brightness" blends with black, "contrast" with the mean grey, "saturation" with the grey image (1: no change);
+    "hue" rotates the colour circle by a fraction of a turn.
     """
     amount = amount.to(image.dtype).view(-1, 1, 1, 1)
     match operation:
@@ -244,11 +207,11 @@ def adjust(image: Tensor, operation: str, amount: Tensor) -> Tensor:
 
 
 def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
-    """Turn the colour circle; a pixel keeps value and saturation, so its largest and its smallest channel."""
+    """Rotate the colour circle; a pixel's largest and smallest channel values are preserved."""
     red, green, blue = image[:, 0:1], image[:, 1:2], image[:, 2:3]
     top = image.amax(dim=1, keepdim=True)
     spread = top - image.amin(dim=1, keepdim=True)
-    # hue in sixths of a turn; a grey pixel has none, and nothing to turn
+    # hue in sixths of a turn; grey pixels have none
     divisor = torch.where(spread == 0, 1, spread)
     hue = torch.where(
         top == red,
@@ -272,11 +235,11 @@ class _Contrast(nn.Module):
         _check_bytes(image)
         if image.shape[1] not in (1, 3):
             raise ValueError(
-                f"ContrastiveViews got images of shape {tuple(image.shape)}; it changes colours and needs C = 1 or 3. "
+                f"The images have shape {tuple(image.shape)}; ContrastiveViews changes colours and needs C = 1 or 3. "
                 "Use ResizedCropFlip for other channels."
             )
         draws = _CROP_DRAWS + 2 * len(_COLOUR) + 2
-        # the images of one view lie together: (view, image)
+        # order: (view, image)
         draw = torch.cat(
             [row_uniform(index, draws, seed=derive_seed(self.seed, epoch, _CONTRAST, view)) for view in range(_VIEWS)]
         )
@@ -289,7 +252,7 @@ class _Contrast(nn.Module):
         return torch.stack(found.chunk(_VIEWS), dim=1) if len(index) else found.view(0, _VIEWS, *found.shape[1:])
 
     def _jitter(self, views: Tensor, draw: Tensor) -> None:
-        """Change the colours of most views in place, each in an order of its own."""
+        """Change the colours of most views in place, each in its own order."""
         operations = _COLOUR if views.shape[1] == 3 else _COLOUR[:2]
         strength = draw.new_tensor(self.jitter)
         amount = (2 * draw[:, : len(_COLOUR)] - 1) * strength
@@ -313,15 +276,15 @@ def _to_bytes(image: Tensor) -> Tensor:
 def _check_bytes(image: Tensor) -> None:
     if image.dtype != torch.uint8 or image.ndim != 4:
         raise ValueError(
-            f"the images are {image.dtype} of shape {tuple(image.shape)}; views are made of torch.uint8 of shape"
-            " (N, C, H, W): give the bytes, before they are normalised."
+            f"The images are {image.dtype} of shape {tuple(image.shape)}; views need torch.uint8 of shape (N, C, H, "
+            "W). Pass the bytes, before normalisation."
         )
 
 
 def _checked_scale(scale: tuple[float, float]) -> tuple[float, float]:
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(
-            f"scale={tuple(scale)} must be the smallest and the largest area of a crop as fractions of the image, "
-            "0 < smallest <= largest <= 1, such as (0.2, 1.0)."
+            f"scale is {tuple(scale)}; it must hold the smallest and the largest area of a crop as fractions of the "
+            "image, 0 < smallest <= largest <= 1, such as (0.2, 1.0)."
         )
     return scale[0], scale[1]

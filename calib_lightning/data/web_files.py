@@ -1,4 +1,4 @@
-"""Files from the internet: downloaded whole or not at all, by one process at a time."""
+"""Atomic downloads, by one process at a time."""
 
 from __future__ import annotations
 
@@ -18,22 +18,15 @@ from filelock import FileLock
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 CHUNK = 1 << 16
-"""Bytes that are read at a time."""
+"""Bytes per read."""
 WEB_PAGE = "a web page, not the file"
-"""What a file is that a server has sent in place of one that it does not have."""
+"""Description of a file that a server has sent for a missing one."""
 _TIMEOUT = 30
 _PAUSES = (0.5, 1.0, 2.0)  # seconds before a broken download is continued
 
 
 class Archive(NamedTuple):
-    """A file on the internet.
-
-    Args:
-        url: Where it is: ``http://``, ``https://`` or ``file:``.
-        name: Its file name in the folder that it is downloaded to.
-        md5: Its checksum in hexadecimal digits, or ``None`` where none is known.
-        size: Its size in bytes, or ``None`` where it is not known.
-    """
+    """A file to download from ``url`` (``http://``, ``https://`` or ``file:``), with md5 and size if known."""
 
     url: str
     name: str
@@ -42,21 +35,7 @@ class Archive(NamedTuple):
 
 
 def md5_of(path: Path) -> str:
-    """Compute the md5 of a file.
-
-    Args:
-        path: The file; it is read in pieces.
-
-    Returns:
-        32 hexadecimal digits.
-
-    Raises:
-        OSError: If the file cannot be read.
-
-    Example:
-        >>> md5_of(Path(os.devnull))
-        'd41d8cd98f00b204e9800998ecf8427e'
-    """
+    """Compute the md5 of a file as 32 hexadecimal digits."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -66,19 +45,9 @@ def md5_of(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock of a path; the system frees it when its holder dies.
+    """Wait for the lock of a path, ``.<name>.lock`` beside it; the system releases it when its holder dies.
 
-    Args:
-        path: What is to be written; the lock is ``.<name>.lock`` beside it. Its folder is made where it is missing.
-            :func:`fetch` takes the lock of the file it downloads, so do not hold that one around it.
-
-    Raises:
-        OSError: If the folder cannot be made or written.
-
-    Example:
-        >>> import tempfile
-        >>> with locked(Path(tempfile.mkdtemp()) / "images"):
-        ...     pass
+    `fetch` takes the lock of the file that it downloads, so do not hold that one around it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
@@ -86,35 +55,17 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """Download a file unless it is there; processes take turns.
+    """Download a file into ``folder`` unless it exists, and return its path; processes take turns.
 
-    The bytes go to ``.<name>.part``, which is renamed once it is whole. A broken connection is continued where it
-    stopped. So is the ``.part`` of an earlier call if the md5 is known; nothing else would tell that the file changed.
-
-    Args:
-        archive: The file.
-        folder: Where it goes; it is made if it is missing.
-
-    Returns:
-        Path of the whole file.
-
-    Raises:
-        OSError: If it cannot be downloaded or written.
-        ValueError: If the file that is there or came is not the expected one. What was there is left as it is.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "a.txt").write_text("a")
-        >>> fetch(Archive((folder / "a.txt").as_uri(), "b.txt", size=1), folder).read_text()
-        'a'
+    The bytes go to ``.<name>.part``, which is renamed when complete. A broken connection is resumed; so is the
+    ``.part`` of an earlier call if the md5 is known, since otherwise a changed file would go unnoticed.
     """
     path = folder / archive.name
     if not path.exists():
         if urlsplit(archive.url).scheme not in {"http", "https", "file"}:
-            raise ValueError(f"url is {archive.url!r}; it must begin with http://, https:// or file:. Correct it.")
+            raise ValueError(f"url is {archive.url!r}; it must start with http://, https:// or file:.")
         with locked(path):
-            if not path.exists():  # another process may have downloaded it meanwhile
+            if not path.exists():  # another process may have downloaded it
                 _download(archive, path)
                 return path
     if fault := _fault(path, archive):
@@ -123,7 +74,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
 
 
 def _fault(path: Path, archive: Archive) -> str | None:
-    """What a file is instead of the expected one; ``None`` if it is that one as far as anybody knows."""
+    """What is wrong with a file; ``None`` if it is the expected one as far as known."""
     size = path.stat().st_size
     if not path.is_file():
         return "a folder, not a file"
@@ -137,15 +88,15 @@ def _fault(path: Path, archive: Archive) -> str | None:
 
 
 def is_web_page(path: Path) -> bool:
-    """Tell whether a file is a web page, as a server sends one in place of a file that it does not have."""
+    """Return whether a file is a web page, which servers may send for missing files."""
     with path.open("rb") as file:
         return file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def _download(archive: Archive, path: Path) -> None:
-    """Download to the ``.part`` file, as often as it takes, check it and rename it."""
+    """Download to the ``.part`` file with retries, verify it and rename it."""
     part = path.with_name(f".{path.name}.part")
-    by_hand = f"Try again later, or put the file at {path} by hand."
+    by_hand = f"Try again later, or put the file at {path} manually."
     if archive.md5 is None:
         part.unlink(missing_ok=True)
     for pause in (*_PAUSES, None):
@@ -158,16 +109,16 @@ def _download(archive: Archive, path: Path) -> None:
                 raise OSError(f"{archive.url} could not be downloaded: {reason}. {by_hand}") from error
             time.sleep(pause)
     if page or (fault := _fault(part, archive)) == WEB_PAGE:
-        fault = f"the server answered with {WEB_PAGE}"
+        fault = f"the server sent {WEB_PAGE}"
     if fault:
-        if not page:  # a page was not written: what came before it may be continued
+        if not page:  # a page is not written, so the existing part can still be resumed
             part.unlink()
-        raise ValueError(f"{archive.url} did not give the expected file: {fault}. {by_hand}")
+        raise ValueError(f"{archive.url} did not return the expected file: {fault}. {by_hand}")
     part.replace(path)
 
 
 def _receive(archive: Archive, part: Path) -> bool:
-    """Ask once for what the ``.part`` file lacks; true if the server calls its answer a web page."""
+    """Request once what the ``.part`` file lacks; return True if the server declares the response a web page."""
     done = part.stat().st_size if part.exists() else 0
     if done and done == archive.size:
         return False
@@ -198,5 +149,5 @@ def _receive(archive: Archive, part: Path) -> bool:
             file.flush()
             os.fsync(file.fileno())
     if total is not None and done < total:
-        raise ConnectionError(f"the answer is truncated, {done} of {total} bytes")
+        raise ConnectionError(f"the response is truncated, {done} of {total} bytes")
     return False

@@ -56,7 +56,7 @@ def correctness_ranking_loss(confidence: Tensor, rate: Tensor) -> Tensor:
 
     Args:
         confidence: ``k``, ``(N,)``; the gradient flows through both of a pair.
-        rate: ``c``, ``(N,)`` in ``[0, 1]``: how often each sample has been right so far.
+        rate: ``c``, ``(N,)`` in ``[0, 1]``: the `correctness_rate` of each sample.
 
     Returns:
         Scalar >= 0.

@@ -38,7 +38,7 @@ def test_a_network_is_tested_on_another_folder(calib, trained, tmp_path):
     assert done.code == 0, done.err
     results = json.loads((trained / "test" / "run.json").read_text())["results"]
     assert results["test/n"] == 10
-    assert "not prepared as" not in done.err
+    assert "prepared differently from" not in done.err
 
 
 def test_images_that_are_prepared_in_another_way_are_told(calib, trained, tmp_path):
@@ -46,15 +46,15 @@ def test_images_that_are_prepared_in_another_way_are_told(calib, trained, tmp_pa
     options = ("--data", "folder", "--data.root=theirs", "--data.split.test=1.0", "--quiet=true")
     done = calib("test", "-c", trained / "config.yaml", *options)
     assert done.code == 0, done.err
-    assert "shape [1, 12, 12] where it was [1, 8, 8]" in done.err
+    assert "shape is [1, 12, 12] instead of [1, 8, 8]" in done.err
     done = calib("test", "-c", trained / "config.yaml", *options, "--data.size=8")
-    assert "not prepared as" not in done.err
+    assert "prepared differently from" not in done.err
 
 
 def test_other_splits_of_the_same_folder_are_refused(calib, trained):
     done = calib("test", "-c", trained / "config.yaml", "--data.split.seed=5")
     assert done.code == 1
-    assert "are not those of the run" in done.err
+    assert "differ from those of the run" in done.err
     assert not (trained / "test").exists()
 
 
@@ -62,7 +62,7 @@ def test_a_renamed_file_is_another_split(calib, trained, tmp_path):
     (tmp_path / "mine" / "ant" / "03.png").rename(tmp_path / "mine" / "ant" / "zz.png")
     done = calib(*FIT, "--data", "folder", "--data.root=mine", "--ckpt_path", trained / "checkpoints" / "last.ckpt")
     assert done.code == 1
-    assert "are not those of the run" in done.err
+    assert "differ from those of the run" in done.err
 
 
 def test_other_classes_than_those_of_the_checkpoint(calib, trained, tmp_path):
@@ -88,8 +88,12 @@ def _nothing(root):
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
-        (_empty_class, (), "1 of 3 classes: cat. Give each a folder of its name with images, or take it out"),
-        (_web_page, (), "page.png: it is no image of the formats"),
+        (
+            _empty_class,
+            (),
+            "1 of 3 classes: cat. Give each class a folder of its name with images, or remove the class",
+        ),
+        (_web_page, (), "page.png: it is not an image in one of the formats"),
         (_nothing, ("--data.split.val=5000",), "val=5000"),
         (_nothing, ("--data.root=nowhere",), "it must be a folder"),
         (_nothing, ("--data=cifar10", "--data.download=false"), "cifar-10-batches-py/test_batch: missing"),

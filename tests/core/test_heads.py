@@ -205,7 +205,7 @@ def test_hostile_paths_are_refused_and_nothing_runs(class_path, monkeypatch):
     monkeypatch.setattr("os.system", called)
     monkeypatch.setattr(subprocess.Popen, "__init__", called)
     monkeypatch.setattr(nn.Linear, "__init__", called)
-    with pytest.raises(ValueError, match="import the module that defines it first") as error:
+    with pytest.raises(ValueError, match=r"[Ii]mport the module that defines it first") as error:
         build_head({"class_path": class_path, "init_args": {"args": "touch pwned"}})
     assert repr(class_path) in str(error.value)
 
@@ -213,7 +213,7 @@ def test_hostile_paths_are_refused_and_nothing_runs(class_path, monkeypatch):
 def test_foreign_modules_are_not_imported(tmp_path, monkeypatch):
     (tmp_path / "evil_head.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="import the module that defines it first"):
+    with pytest.raises(ValueError, match=r"[Ii]mport the module that defines it first"):
         find_class("evil_head.Head", Head)
     assert "evil_head" not in sys.modules
 
@@ -228,7 +228,7 @@ def test_hooks_of_a_loaded_module_or_class_do_not_run(monkeypatch):
     module.Holder = Meta("Holder", (), {"lazy": property(lambda self: pytest.fail("property ran"))})
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for path in ("Missing", "Holder.missing", "Holder.lazy.fget"):
-        with pytest.raises(ValueError, match="There is no class"):
+        with pytest.raises(ValueError, match="which does not exist in"):
             find_class(f"loaded_with_hooks.{path}", Head)
 
 
@@ -249,7 +249,7 @@ def late_modules(tmp_path, monkeypatch):
 def test_public_modules_of_the_package_are_imported_on_demand(late_modules):
     late = build_head({"class_path": "calib_lightning.late_head.LateHead", "init_args": {}})
     assert class_path_of(type(late)) == "calib_lightning.late_head.LateHead"
-    with pytest.raises(ValueError, match="import the module that defines it first"):
+    with pytest.raises(ValueError, match=r"[Ii]mport the module that defines it first"):
         find_class("calib_lightning._late_head.LateHead", Head)
     assert "calib_lightning._late_head" not in sys.modules
 
@@ -267,7 +267,7 @@ def test_find_class_inverts_class_path_of(cls):
 def test_a_reexported_class_and_a_name_alone_are_found():
     assert find_class("calib_lightning.core.LinearHead", Head) is LinearHead
     assert find_class("TwoLayerHead", Head) is TwoLayerHead
-    with pytest.raises(ValueError, match="No TwoLayerHead called 'LinearHead'"):
+    with pytest.raises(ValueError, match="no known TwoLayerHead called 'LinearHead'"):
         find_class("LinearHead", TwoLayerHead)
 
 

@@ -93,7 +93,7 @@ def test_file_urls_are_copied_and_other_schemes_refused(tmp_path):
     (tmp_path / "a.bin").write_bytes(CONTENT)
     copy = fetch(Archive((tmp_path / "a.bin").as_uri(), "b.bin", MD5), tmp_path / "root")
     assert copy.read_bytes() == CONTENT
-    with pytest.raises(ValueError, match="url is 'ftp://host/a'; it must begin with http://"):
+    with pytest.raises(ValueError, match="url is 'ftp://host/a'; it must start with http://"):
         fetch(Archive("ftp://host/a", "a"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -109,7 +109,7 @@ def test_the_next_call_continues_where_the_last_one_was_interrupted(server, tmp_
     server.cuts = [HALF]
     archive = Archive(server.url, "a.bin", MD5)
     with pytest.raises(
-        OSError, match=rf"truncated, {HALF} of {len(CONTENT)} bytes.*{re.escape(str(tmp_path))}/a.bin by"
+        OSError, match=rf"truncated, {HALF} of {len(CONTENT)} bytes.*{re.escape(str(tmp_path))}/a.bin man"
     ):
         fetch(archive, tmp_path)
     assert _left(tmp_path) == [".a.bin.part"]
@@ -161,10 +161,10 @@ def test_a_connection_that_always_breaks_ends_with_an_error(server, tmp_path):
 @pytest.mark.parametrize("kind", ["text/html", "application/gzip"])
 def test_a_web_page_is_not_the_file(server, tmp_path, kind):
     server.body, server.type = PAGE, kind
-    with pytest.raises(ValueError, match="the server answered with a web page, not the file") as error:
+    with pytest.raises(ValueError, match="the server sent a web page, not the file") as error:
         fetch(Archive(server.url, "a.bin"), tmp_path)
     assert server.url in str(error.value)
-    assert "by hand" in str(error.value)
+    assert "manually" in str(error.value)
     assert _left(tmp_path) == []
 
 
@@ -187,7 +187,7 @@ def test_another_file_than_expected_is_refused(server, tmp_path, known, found):
     with pytest.raises(ValueError, match=found) as error:
         fetch(archive, tmp_path)
     assert server.url in str(error.value)
-    assert f"{tmp_path / 'a.bin'} by hand" in str(error.value)
+    assert f"{tmp_path / 'a.bin'} manually" in str(error.value)
     assert _left(tmp_path) == []
     (tmp_path / "a.bin").write_bytes(CONTENT)
     with pytest.raises(ValueError, match=rf"a\.bin is damaged: .*{found}\. Delete it to download it again from http"):
@@ -297,7 +297,7 @@ def test_an_archive_is_unpacked_beside_what_is_there(tmp_path, goal, name):
 
 def test_an_entry_that_exists_is_not_replaced(tmp_path, goal):
     archive = _archive(tmp_path / "a.zip", ("first", "new"), ("mine", "new"))
-    with pytest.raises(FileExistsError, match=r"goal/mine exists already\. Remove it to unpack .*a\.zip again"):
+    with pytest.raises(FileExistsError, match=r"goal/mine already exists\. Remove it to unpack .*a\.zip again"):
         extract(archive, goal)
     assert _left(goal) == ["mine"]
     assert (goal / "mine").read_text() == "mine"
@@ -344,7 +344,7 @@ def test_an_encrypted_zip_is_refused(tmp_path, goal):
 @pytest.mark.parametrize("suffix", ["zip", "tgz"])
 def test_a_bomb_is_refused_and_a_small_one_is_not(tmp_path, goal, suffix):
     archive = _archive(tmp_path / f"a.{suffix}", ("bomb", "0" * (11 << 20)))
-    _refused(archive, goal, ValueError, "would be more than 10485760 bytes when unpacked, from the member 'bomb' on")
+    _refused(archive, goal, ValueError, "would exceed 10485760 bytes when unpacked, from the member 'bomb' on")
     small = _archive(tmp_path / f"b.{suffix}", ("zeros", "0" * (9 << 20)))
     assert small.stat().st_size < 90_000
     extract(small, goal)
@@ -357,7 +357,7 @@ def test_a_truncated_archive_is_refused(tmp_path, goal, name, keep):
     archive = _archive(tmp_path / name, ("a", CONTENT[:9000].hex()), ("b", CONTENT[9000:90000].hex()))
     content = archive.read_bytes()
     archive.write_bytes(content[: int(len(content) * keep)])
-    _refused(archive, goal, ValueError, "damaged, truncated or of another format")
+    _refused(archive, goal, ValueError, "damaged, truncated or in another format")
 
 
 @pytest.mark.parametrize("fault", ["between members", "checksum", "no checksum", "header"])
@@ -374,17 +374,17 @@ def test_damage_that_tarfile_does_not_see_is_refused(tmp_path, goal, fault):
     archive.write_bytes(content[fault])
     with tarfile.open(archive) as file:
         assert file.getnames() in (["a"], ["a", "b"])
-    _refused(archive, goal, ValueError, "damaged, truncated or of another format")
+    _refused(archive, goal, ValueError, "damaged, truncated or in another format")
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tgz"])
 def test_what_is_no_archive_is_refused(tmp_path, goal, name):
     (tmp_path / name).write_bytes(CONTENT)
-    _refused(tmp_path / name, goal, ValueError, "damaged, truncated or of another format")
+    _refused(tmp_path / name, goal, ValueError, "damaged, truncated or in another format")
     (tmp_path / name).write_bytes(PAGE)
-    _refused(tmp_path / name, goal, ValueError, r"is a web page, not the file\. Get it again: download it")
+    _refused(tmp_path / name, goal, ValueError, r"is a web page, not the file\. Download it or save it again")
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
         extract(tmp_path / name, goal)
 
 
@@ -424,7 +424,7 @@ def test_arrays_are_read(tmp_path):
             assert read.dtype == array.dtype
             assert isinstance(read, np.memmap) == mmap
     assert list(load_npz(tmp_path / "a.npz", ["label"])) == ["label"]
-    with pytest.raises(ValueError, match=r"a\.npz has no array 'test', only image, label, none\. Name one"):
+    with pytest.raises(ValueError, match=r"a\.npz has no array 'test'; it has image, label, none\. Name one"):
         load_npz(tmp_path / "a.npz", ["label", "test"])
 
 
@@ -441,16 +441,16 @@ def test_python_objects_are_not_loaded(tmp_path, name):
 @pytest.mark.parametrize("name", LOADERS)
 def test_what_holds_no_arrays_is_named(tmp_path, name):
     path = tmp_path / name
-    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
         LOADERS[name](path)
     (np.savez if name == "a.npz" else np.save)(path, np.arange(1000))
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:20], b"", CONTENT):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} is damaged, truncated .*Get it again: download it"):
+        with pytest.raises(ValueError, match=rf"{name} is damaged, truncated .*Download it or save it again"):
             LOADERS[name](path)
     path.write_bytes(PAGE)
-    with pytest.raises(ValueError, match=rf"{name} is a web page, not the file\. Get it again"):
+    with pytest.raises(ValueError, match=rf"{name} is a web page, not the file\. Download it"):
         LOADERS[name](path)
 
 

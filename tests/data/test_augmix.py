@@ -243,19 +243,19 @@ def test_small_batches(count):
 
 @pytest.mark.parametrize("severity", [0, 0.05, 10.5, -3, float("nan")])
 def test_impossible_severity(severity):
-    with pytest.raises(ValueError, match=rf"severity={severity} is outside \[0.1, 10\]"):
+    with pytest.raises(ValueError, match=rf"severity is {severity}; it must be in \[0.1, 10\]"):
         make(severity=severity)
 
 
 def test_impossible_width():
-    with pytest.raises(ValueError, match="width=0 must be at least 1"):
+    with pytest.raises(ValueError, match="width is 0; it must be at least 1"):
         make(width=0)
 
 
 @pytest.mark.parametrize(
     ("image", "named"),
     [
-        (torch.zeros(2, 3, 8, 8), r"torch.float32 images of shape \(2, 3, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8), r"images are torch.float32 of shape \(2, 3, 8, 8\)"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"shape \(3, 8, 8\)"),
         (torch.zeros(2, 4, 8, 8, dtype=torch.uint8), r"shape \(2, 4, 8, 8\)"),
     ],

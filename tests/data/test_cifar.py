@@ -119,7 +119,9 @@ def test_damaged_files_are_left_alone_and_nothing_is_downloaded(small_cifar100, 
     path = root / CIFAR100.base_folder / "train"
     path.write_bytes(path.read_bytes()[:100])
     monkeypatch.setattr("calib_lightning.data.downloads.fetch", None)
-    with pytest.raises(FileNotFoundError, match="cifar-100-python is not whole: remove it, and it is downloaded again"):
+    with pytest.raises(
+        FileNotFoundError, match="cifar-100-python is incomplete or damaged: remove it to download it again"
+    ):
         CIFAR100DataModule(root=root).prepare_data()
     assert path.stat().st_size == 100
 

@@ -217,10 +217,10 @@ def test_files_that_cannot_be_used_are_all_named_before_the_start(tmp_path):
         FolderDataModule(tmp_path).prepare_data()
     message = str(error.value)
     for name, reason in (
-        ("page.png", "it is no image of the formats"),
-        ("empty.jpg", "it is no image of the formats"),
-        ("huge.png", "Make the image smaller"),
-        ("deep.png", "allowed: 8 bits a channel; convert it to RGB or grey"),
+        ("page.png", "it is not an image in one of the formats"),
+        ("empty.jpg", "it is not an image in one of the formats"),
+        ("huge.png", "Reduce the image size"),
+        ("deep.png", "it must have 8 bits per channel: convert it to RGB or grey"),
     ):
         (line,) = [line for line in message.splitlines() if name in line]
         assert reason in line
@@ -287,11 +287,11 @@ def _twice(root):
     ("make", "message"),
     [
         (_nothing, "root is .*nothing'; it must be a folder"),
-        (_no_classes, "has 0 folders; a classifier needs two classes at least"),
-        (_one_class, "has 1 folders; a classifier needs two classes"),
-        (_empty_class, r"has no images .* of 1 of 3 classes: cat"),
-        (_only_val, "has a folder val but none called train"),
-        (_new_class_in_test, "has the class 'wasp', which is not trained on; it must be one of ant, bee"),
+        (_no_classes, "has 0 folders; it must have one for each of at least two classes"),
+        (_one_class, "has 1 folders; it must have one for each of at least two"),
+        (_empty_class, r"has no images .* for 1 of 3 classes: cat"),
+        (_only_val, "has the folders val, but none called train"),
+        (_new_class_in_test, "has the class 'wasp', which has no training images; it must be one of ant, bee"),
         (_twice, "has two folders of val images, val and valid"),
     ],
 )
@@ -303,7 +303,7 @@ def test_folders_that_are_refused(tmp_path, make, message):
 def test_other_folders_beside_the_sets_are_named(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path / "calibration")
-    with pytest.warns(UserWarning, match=r"beside train, val and test are not read: \['calibration'\]"):
+    with pytest.warns(UserWarning, match=r"other than train, val and test are ignored: \['calibration'\]"):
         FolderDataModule(tmp_path)
 
 
@@ -312,7 +312,7 @@ def test_other_folders_beside_the_sets_are_named(tmp_path):
     [
         ({"channels": 4}, "channels is 4"),
         ({"size": 0}, "size is 0; it must be"),
-        ({"mean": (0.5,) * 3}, "must have 1 numbers"),
+        ({"mean": (0.5,) * 3}, "must have 1 values"),
     ],
 )
 def test_settings_that_are_refused(tmp_path, options, message):
@@ -414,23 +414,35 @@ IMAGES, LABELS = arrays()
     [
         ({"x": IMAGES, "y": LABELS}, "holds x, y; it must hold images and labels"),
         ({"images": IMAGES}, "holds images but no labels. Save both"),
-        ({"images": IMAGES, "labels": LABELS[:-1]}, "has 39 labels for 40 train images. Save one for each"),
+        (
+            {"images": IMAGES, "labels": LABELS[:-1]},
+            "has 39 labels for 40 train images; it must have one label per image",
+        ),
         ({"images": IMAGES, "labels": LABELS * 1.0}, r"labels.astype\(int\)"),
         ({"images": IMAGES, "labels": np.eye(4, dtype=int)[LABELS]}, r"Save labels.argmax\(1\) of one-hot labels"),
         (
             {"images": IMAGES / 255, "labels": LABELS},
-            r"images of .* are float64; they must be uint8.* Save fractions as",
+            r"images of .* is float64; it must be uint8.* Save fractions as",
         ),
-        ({"images": IMAGES[:, 0], "labels": LABELS}, r"images of .* are of shape \(40, 6\); .* Reshape them"),
-        ({"images": IMAGES, "labels": LABELS - 1}, "labels of .* hold -1; they must be numbers from 0 on. Map them"),
-        ({"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b"])}, "label 2 in row 2 .* outside 0..1"),
+        ({"images": IMAGES[:, 0], "labels": LABELS}, r"images of .* has shape \(40, 6\); .* Reshape it"),
+        (
+            {"images": IMAGES, "labels": LABELS - 1},
+            "labels of .* holds -1; labels must be integers from 0 on. Map them",
+        ),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b"])},
+            "label in row 2 .* is 2; it must be in 0..1",
+        ),
         ({"images": IMAGES, "labels": LABELS.astype(object)}, "Python objects"),
-        ({"images": IMAGES, "labels": LABELS * 0}, "has 1 class; it needs two at least"),
+        ({"images": IMAGES, "labels": LABELS * 0}, "has 1 class; it must have at least two"),
         (
             {"images": IMAGES, "labels": LABELS + 1},
-            r"are 1..4; they must begin with 0. Save labels - 1, or say num_classes=5",
+            r"are 1..4; they must start at 0. Save labels - 1, or set num_classes=5",
         ),
-        ({"images": IMAGES, "labels": LABELS * np.nan}, r"are float64 of shape \(40,\); .* Save one for each image"),
+        (
+            {"images": IMAGES, "labels": LABELS * np.nan},
+            r"is float64 of shape \(40,\); .* Save one label per image",
+        ),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, r"of shape \(0,\)"),
         (
             {
@@ -439,7 +451,7 @@ IMAGES, LABELS = arrays()
                 "test_images": IMAGES[:, None].repeat(3, 1),
                 "test_labels": LABELS,
             },
-            "the test images of .* have 3 channels, but there are 1 means",
+            "The test images of .* have 3 channels, but there are 1 means",
         ),
     ],
 )
@@ -516,7 +528,7 @@ def test_a_coloured_image_among_grey_ones_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "_LOOKED_AT", 2)
     fill(tmp_path)
     Image.new("RGB", (6, 6)).save(tmp_path / "ant" / "05.png")
-    with pytest.raises(ValueError, match=r"ant/05.png has colours, most images are grey; set channels to 1 or 3"):
+    with pytest.raises(ValueError, match=r"ant/05.png is in colour, but most images are grey. Set channels to 1 or 3"):
         FolderDataModule(tmp_path).prepare_data()
     FolderDataModule(tmp_path, channels=1).prepare_data()
 
@@ -524,7 +536,7 @@ def test_a_coloured_image_among_grey_ones_is_named(tmp_path, monkeypatch):
 def test_an_image_that_is_a_line_is_named(tmp_path):
     fill(tmp_path)
     Image.new("L", (1, 2000)).save(tmp_path / "bee" / "line.png")
-    with pytest.raises(ValueError, match=r"line.png: it is 1 x 2000, too long and narrow; crop it"):
+    with pytest.raises(ValueError, match=r"line.png: it is 1 x 2000, too elongated; crop it"):
         FolderDataModule(tmp_path).prepare_data()
 
 

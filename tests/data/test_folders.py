@@ -29,10 +29,10 @@ def test_what_is_no_image_is_left_out(tmp_path):
 
 def test_classes_without_images_are_named(tmp_path):
     _touch(tmp_path, "a/1.jpg", "b/2.png", *(f"c{number}/none.txt" for number in range(9)))
-    with pytest.raises(FileNotFoundError, match=r"has no images \(\.jpg\) of 2 of 3 classes: b, gone\.") as error:
+    with pytest.raises(FileNotFoundError, match=r"has no images \(\.jpg\) for 2 of 3 classes: b, gone\.") as error:
         class_files(tmp_path, ["a", "b", "gone"], [".jpg"])
     assert str(tmp_path) in str(error.value)
-    with pytest.raises(FileNotFoundError, match="of 9 of 10 classes: c0, c1, c2, c3, c4 and 4 more"):
+    with pytest.raises(FileNotFoundError, match="for 9 of 10 classes: c0, c1, c2, c3, c4 and 4 more"):
         class_files(tmp_path, ["a", *(f"c{number}" for number in range(9))], [".jpg"])
 
 
@@ -51,7 +51,7 @@ def test_every_folder_is_read_once_and_no_file_is_touched(tmp_path, monkeypatch)
 def test_counts_that_do_not_match(tmp_path):
     check_counts(tmp_path, ["a", "b"], torch.tensor([1, 0, 0, 1]), 2)
     with pytest.raises(
-        ValueError, match=r"has 1 images of the class b; each class must have 2 \(2 of 3 classes"
+        ValueError, match=r"has 1 images of the class b; it must have 2 of each class \(2 of 3 classes"
     ) as error:
         check_counts(tmp_path, ["a", "b", "c"], torch.tensor([1, 0, 0]), 2)
     assert str(tmp_path) in str(error.value)

@@ -212,7 +212,7 @@ def test_nothing_there(tmp_path, step):
 def test_a_class_without_a_folder_is_named(tmp_path):
     _write_val(tmp_path)
     (tmp_path / "val" / "n02").rename(tmp_path / "val" / "n05")  # would shift no rank, and be wrong
-    with pytest.raises(FileNotFoundError, match="of 1 of 3 classes: n02"):
+    with pytest.raises(FileNotFoundError, match="for 1 of 3 classes: n02"):
         _module(tmp_path)
 
 
@@ -220,11 +220,11 @@ def test_a_class_without_a_folder_is_named(tmp_path):
 def test_partial_sets_warn_and_say_what_does_not_fit(tmp_path):
     _write_val(tmp_path)
     next((tmp_path / "val" / "n02").iterdir()).unlink()
-    with pytest.warns(UserWarning, match="has 11 images, not 12"):
+    with pytest.warns(UserWarning, match="has 11 images instead of 12"):
         assert len(_module(tmp_path).source_rows("test")) == 5
     split = SplitSpec(calibration=11, calibration_from="test")
     message = r"split.calibration is 11; it must be below 11, .* Set split.calibration=0"
-    with pytest.warns(UserWarning, match="images, not"), pytest.raises(ValueError, match=message):
+    with pytest.warns(UserWarning, match="images instead of"), pytest.raises(ValueError, match=message):
         _module(tmp_path, split)
 
 
@@ -269,7 +269,7 @@ def test_classes_are_sorted_and_have_words():
 
 
 def test_real_pictures(real_data):
-    with pytest.warns(UserWarning, match="has 1000 images, not 50000"):
+    with pytest.warns(UserWarning, match="has 1000 images instead of 50000"):
         data = _module(real_data / "imagenet-sample", SplitSpec())
     assert data.set_names == ["test"]
     assert data.class_names[281] == "tabby, tabby cat"
@@ -284,10 +284,10 @@ def test_real_pictures(real_data):
 
 def test_real_pictures_are_too_few_for_the_default(real_data):
     message = r"split.calibration is 25000; it must be below 1000, .* Set split.calibration=0"
-    with pytest.warns(UserWarning, match="images, not"), pytest.raises(ValueError, match=message):
+    with pytest.warns(UserWarning, match="images instead of"), pytest.raises(ValueError, match=message):
         _module(real_data / "imagenet-sample", None)
     halves = SplitSpec(calibration=0.5, calibration_from="test", choose="proportional")
-    with pytest.warns(UserWarning, match="images, not 50000"):
+    with pytest.warns(UserWarning, match="images instead of 50000"):
         data = _module(real_data / "imagenet-sample", halves)
     rows = [data.source_rows(name).tolist() for name in ("calibration", "test")]
     assert [len(part) for part in rows] == [500, 500]
@@ -359,7 +359,7 @@ def test_v2_counts(served):
     members.pop(next(name for name in members if "/7/" in name))
     _tar(path, members, "w:gz")
     module().prepare_data()
-    with pytest.raises(ValueError, match="has 1 images of the class 7; each class must have 2"):
+    with pytest.raises(ValueError, match="has 1 images of the class 7; it must have 2 of each class"):
         module().setup()
 
 
@@ -367,7 +367,7 @@ def test_v2_missing_class(served):
     path, module = served
     _tar(path, _v2_members(classes=11), "w:gz")
     module().prepare_data()
-    with pytest.raises(FileNotFoundError, match="of 1 of 12 classes: 11"):
+    with pytest.raises(FileNotFoundError, match="for 1 of 12 classes: 11"):
         module().setup()
 
 

@@ -255,9 +255,9 @@ def test_lightning_finds_the_sampler():
 @pytest.mark.parametrize(
     ("rows", "changed", "message"),
     [
-        (3, {"batch_size": 0}, "batch_size=0 must be at least 1"),
-        (3, {"num_workers": -1}, "num_workers=-1 must be 0"),
-        (0, {}, "the set has 0 rows"),
+        (3, {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        (3, {"num_workers": -1}, "num_workers is -1; it must be at least 0"),
+        (0, {}, "The set has 0 rows"),
     ],
 )
 def test_bad_arguments(rows, changed, message):
@@ -270,7 +270,7 @@ def test_going_on_with_another_global_batch_is_refused(as_rank):
     state = {"epoch": 0, "position": 5, "global_batch": 16}
     other = ResumableLoader(make_set(300), 32, shuffle=True, seed=0)
     other.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"5 batches of 16 rows.*batches of 32"):
+    with pytest.raises(ValueError, match=r"global batch size is 32 .* 5 batches of 16 rows"):
         next(iter(other))
     as_rank(1, 2)  # half the batch on twice as many processes is the same step
     same = ResumableLoader(make_set(300), 8, shuffle=True, seed=0)

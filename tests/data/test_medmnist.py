@@ -120,7 +120,7 @@ def test_every_set_but_those_that_do_not_fit():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "chestmnist"}, "An image of that set has several labels"),
+        ({"name": "chestmnist"}, "That set has several labels per image"),
         ({"name": "organmnist3d"}, "That set is 3-D"),
         ({"name": "mnist"}, "name is 'mnist'; it must be one of pathmnist, dermamnist"),
         ({"size": 32}, "size is 32; it must be one of 28, 64, 128, 224"),
@@ -135,10 +135,13 @@ def test_what_is_refused(options, message):
     ("other", "message"),
     [
         ({"val_images": np.zeros((15, 28, 28, 3), np.uint8)}, r"val_images is uint8 of shape \(15, 28, 28, 3\)"),
-        ({"train_images": np.zeros((24, 28, 28), np.uint8)}, r"it must be whole numbers of shape \(24, 28, 28, 3\)"),
+        ({"train_images": np.zeros((24, 28, 28), np.uint8)}, r"it must hold integers of shape \(24, 28, 28, 3\)"),
         ({"test_labels": np.zeros(8, np.uint8)}, r"test_labels is uint8 of shape \(8,\)"),
         ({"train_labels": np.full((24, 1), 0.5)}, "train_labels is float64"),
-        ({"train_labels": np.full((24, 1), 8, np.uint8)}, r"label 8 in row 0 of the train file is outside 0\.\.7"),
+        (
+            {"train_labels": np.full((24, 1), 8, np.uint8)},
+            r"label in row 0 of the train file is 8; it must be in 0\.\.7",
+        ),
         ({"test_images": np.array([{}] * 8)}, "Python objects"),
     ],
 )
@@ -146,7 +149,7 @@ def test_a_file_that_is_not_that_of_the_set(small, other, message):
     path, _ = small(**other)
     with pytest.raises(ValueError, match=message) as error:
         _module(path).setup()
-    assert "label 8" in str(error.value) or str(path) in str(error.value)
+    assert "file is 8" in str(error.value) or str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("step", ["prepare_data", "setup"])

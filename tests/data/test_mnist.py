@@ -69,7 +69,7 @@ FAULTS = {
     "truncated": (lambda raw: gzip.compress(raw)[:-20], "is damaged or truncated"),
     "web page": (lambda raw: b"<html>", "is damaged or truncated"),
     "too short": (lambda raw: gzip.compress(raw[:-1]), "bytes; it must have"),
-    "other type": (lambda raw: gzip.compress(raw[:2] + b"\x0d" + raw[3:]), "holds no unsigned bytes"),
+    "other type": (lambda raw: gzip.compress(raw[:2] + b"\x0d" + raw[3:]), "must hold unsigned bytes"),
     "other shape": (lambda raw: gzip.compress(idx(np.zeros((19, 28, 28), np.uint8))), r"found \(19, 28, 28\)"),
     "empty": (lambda raw: gzip.compress(b""), "found no IDX file"),
 }
@@ -153,7 +153,7 @@ def test_svhn_wrong_checksum(small_svhn):
     (root / "test_32x32.mat").write_bytes(b"half")
     with pytest.raises(FileNotFoundError, match=r"test_32x32.mat: damaged, its md5 is"):
         SVHNDataModule(root=root, download=False).prepare_data()
-    with pytest.raises(FileNotFoundError, match=r"test_32x32.mat is not whole: remove it"):
+    with pytest.raises(FileNotFoundError, match=r"test_32x32.mat is incomplete or damaged: remove it"):
         SVHNDataModule(root=root).prepare_data()
 
 

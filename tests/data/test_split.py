@@ -191,15 +191,15 @@ def test_left_over_held_out_images_go_to_seeded_classes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"val": -1}, r"val=-1 is negative"),
-        ({"calibration": -5}, r"calibration=-5 is negative"),
-        ({"imbalance": 0.0}, r"imbalance=0.0 is outside \(0, 1\]"),
-        ({"imbalance": 10}, r"imbalance=10 is outside \(0, 1\]"),
-        ({"imbalance": float("nan")}, r"imbalance=nan is outside"),
-        ({"profile": "linear"}, r"profile='linear' is unknown: use one of exponential, step"),
-        ({"seed": -1}, r"seed=-1 is outside"),
-        ({"seed": 2**32}, r"seed=4294967296 is outside"),
-        ({"subset": 0}, r"subset=0 keeps no image"),
+        ({"val": -1}, r"val is -1; it must be at least 0"),
+        ({"calibration": -5}, r"calibration is -5; it must be at least 0"),
+        ({"imbalance": 0.0}, r"imbalance is 0.0; it must be in \(0, 1\]"),
+        ({"imbalance": 10}, r"imbalance is 10; it must be in \(0, 1\]"),
+        ({"imbalance": float("nan")}, r"imbalance is nan"),
+        ({"profile": "linear"}, r"profile is 'linear'; it must be one of exponential, step"),
+        ({"seed": -1}, r"seed is -1"),
+        ({"seed": 2**32}, r"seed is 4294967296"),
+        ({"subset": 0}, r"subset is 0; it must be at least 1"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -210,11 +210,11 @@ def test_impossible_settings(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"val": 15}, r"val=15 takes 5 images of class 0, which has 5, .* hold out fewer than 15 images"),
-        ({"val": 6, "calibration": 9}, r"val=6 \+ calibration=9 takes 5 images of class 0"),
-        ({"subset": 16}, r"subset=16 is more than the 15 training images"),
-        ({"val": 3, "subset": 13}, r"subset=13 is more than the 12 training images"),
-        ({"imbalance": 0.1}, r"imbalance=0.1 keeps no image of class 2: .* must be at least 0.2"),
+        ({"val": 15}, r"val=15 takes 5 of the 5 images of class 0 .* Hold out fewer than 15 images"),
+        ({"val": 6, "calibration": 9}, r"val=6 \+ calibration=9 takes 5 of the 5 images of class 0"),
+        ({"subset": 16}, r"subset is 16; it must be at most 15, the training images"),
+        ({"val": 3, "subset": 13}, r"subset is 13; it must be at most 12, the training images"),
+        ({"imbalance": 0.1}, r"imbalance is 0.1, which keeps no image of class 2; .* must be at least 0.2"),
     ],
 )
 def test_requests_too_large_for_the_file(settings, message):
@@ -307,7 +307,7 @@ def test_another_set_does_not_change_the_rows_of_the_balanced_ones():
 
 def test_everything_is_test():
     assert sizes(divide(SplitSpec(test=1.0), train=UNEVEN)) == {"test": ("train", 1000)}
-    with pytest.raises(ValueError, match=r"test=1.0, but there are test images already"):
+    with pytest.raises(ValueError, match=r"test is 1.0, but the data already has .* test images"):
         divide(SplitSpec(test=1.0), train=UNEVEN, test=UNEVEN)
 
 
@@ -328,10 +328,10 @@ def test_sizes_of_sets_with_a_file_are_dropped():
 @pytest.mark.parametrize(
     ("settings", "files", "message"),
     [
-        ({"val": 10}, "train val", r"val=10, but there are val images already \(1000\): leave split.val at 0"),
-        ({"test": 0.5}, "train test", "test=0.5, but there are test images already"),
-        ({"calibration": 5, "calibration_from": "val"}, "train", "'val', but the data has no such file"),
-        ({"share": True}, "train", "no validation images: set split.val above 0"),
+        ({"val": 10}, "train val", r"val is 10, but the data already has 1000 val images. Leave split.val at 0"),
+        ({"test": 0.5}, "train test", "test is 0.5, but the data already has .* test images"),
+        ({"calibration": 5, "calibration_from": "val"}, "train", "is 'val'; it must be one of the data's files: train"),
+        ({"share": True}, "train", "no validation images. Set split.val above 0"),
         ({"val": 600, "calibration": 400, "choose": "last"}, "train", "takes 1000 of 1000 images and leaves none"),
         ({"val": 0.6, "test": 0.4, "choose": "proportional"}, "train", "takes 1000 of 1000 images"),
     ],
@@ -344,11 +344,14 @@ def test_files_and_settings_that_do_not_fit_together(settings, files, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"val": 1.0}, "val=1.0 is no fraction"),
-        ({"test": 5000.0}, "test=5000.0 is no fraction"),
-        ({"val": 10, "calibration": 20, "share": True}, "share=True makes the calibration images those of"),
-        ({"choose": "first"}, "choose='first' is unknown: use one of balanced, proportional, shuffled, last"),
-        ({"calibration_from": "extra"}, "calibration_from='extra' is unknown: use one of train, val, test"),
+        ({"val": 1.0}, "val is 1.0; it must be an integer"),
+        ({"test": 5000.0}, "test is 5000.0; it must be an integer"),
+        (
+            {"val": 10, "calibration": 20, "share": True},
+            "share is true, calibration is .* the validation set is also the calibration set",
+        ),
+        ({"choose": "first"}, "choose is 'first'; it must be one of balanced, proportional, shuffled, last"),
+        ({"calibration_from": "extra"}, "calibration_from is 'extra'; it must be one of train, val, test"),
     ],
 )
 def test_values_outside_their_range(settings, message):

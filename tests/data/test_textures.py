@@ -100,11 +100,11 @@ def _drop_class(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_drop_line, r"val1\.txt has 3 images of the class banded; each class must have 4"),
+        (_drop_line, r"val1\.txt has 3 images of the class banded; it must have 4 of each class"),
         (_drop_class, r"test1\.txt has 2 classes; it must have 3"),
         (
             lambda folder: (folder / "images/dotted/dotted_0003.jpg").unlink(),
-            "lacks 1 of 12 train images, dotted/dotted_",
+            "lacks 1 of 12 train images, such as dotted/dotted_",
         ),
         (lambda folder: (folder / "labels/train1.txt").unlink(), r"dtd/labels/train1\.txt: missing"),
     ],

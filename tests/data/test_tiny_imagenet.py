@@ -132,8 +132,8 @@ def _unknown_class(folder):
     ("damage", "message"),
     [
         (lambda folder: (folder / "train/n02/images/n02_5.JPEG").unlink(), "5 images of the class n02; .* must have 6"),
-        (lambda folder: (folder / "train/n02").rename(folder / "n02"), "no images .* of 1 of 4 classes: n02"),
-        (lambda folder: (folder / "val/images/val_3.JPEG").unlink(), "lacks 1 of 12 images, images/val_3.JPEG among"),
+        (lambda folder: (folder / "train/n02").rename(folder / "n02"), "no images .* for 1 of 4 classes: n02"),
+        (lambda folder: (folder / "val/images/val_3.JPEG").unlink(), "lacks 1 of 12 images, such as images/val_3.JPEG"),
         (lambda folder: (folder / "wnids.txt").write_text("n01\nn02\n"), "has 2 classes; it must have 4"),
         (_drop_annotation, "val_annotations.txt has 2 images of the class"),
         (_unknown_class, r"the line \['val_.*'n99'"),

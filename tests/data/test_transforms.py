@@ -94,7 +94,7 @@ def test_transforms_take_an_empty_batch(image):
 
 
 def test_negative_padding():
-    with pytest.raises(ValueError, match="padding=-1 is negative"):
+    with pytest.raises(ValueError, match="padding is -1; it must be at least 0"):
         CropFlip(padding=-1)
 
 

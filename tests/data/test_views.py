@@ -268,7 +268,7 @@ def test_they_take_an_empty_batch_and_refuse_all_but_bytes(views):
     transform = views.transform(Normalize((0.5,) * 3, (0.2,) * 3), None, 0)
     found = transform(pictures()[:0], INDEX[:0], 0)
     assert found.shape == (0, *(() if found.ndim == 4 else (2,)), 3, 12, 10)
-    with pytest.raises(ValueError, match=r"the images are torch.float32 of shape \(8, 3, 12, 10\)"):
+    with pytest.raises(ValueError, match=r"The images are torch.float32 of shape \(8, 3, 12, 10\)"):
         transform(pictures().float(), INDEX, 0)
     with pytest.raises(ValueError, match=r"torch.uint8 of shape \(3, 12, 10\)"):
         transform(pictures()[0], INDEX, 0)
@@ -282,7 +282,7 @@ def test_clean_views_are_the_normalisation_alone():
 @pytest.mark.parametrize("views", [ResizedCropFlip, ContrastiveViews])
 @pytest.mark.parametrize("scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1), (math.nan, 1.0), (0.5,)])
 def test_a_bad_scale_is_refused(views, scale):
-    with pytest.raises(ValueError, match="must be the smallest and the largest area"):
+    with pytest.raises(ValueError, match="must hold the smallest and the largest area"):
         views(scale=scale)
 
 
@@ -290,12 +290,12 @@ def test_a_bad_scale_is_refused(views, scale):
     "jitter", [(0.4, 0.4, 0.4), (1.1, 0, 0, 0), (0, -0.1, 0, 0), (0, 0, math.nan, 0), (0, 0, 0, 0.6)]
 )
 def test_a_bad_jitter_is_refused(jitter):
-    with pytest.raises(ValueError, match="must be four strengths"):
+    with pytest.raises(ValueError, match="must hold four strengths"):
         ContrastiveViews(jitter=jitter)
 
 
 def test_other_channels_have_no_colours_to_change():
-    with pytest.raises(ValueError, match=r"\(8, 2, 12, 10\); it changes colours and needs C = 1 or 3"):
+    with pytest.raises(ValueError, match=r"\(8, 2, 12, 10\); ContrastiveViews changes colours and needs C = 1 or 3"):
         ContrastiveViews().transform(Bytes(), None, 0)(pictures(channels=2), INDEX, 0)
 
 
