@@ -1,4 +1,4 @@
-"""What all calibrators share: one way to fit and to apply them, checks, and state that travels in checkpoints."""
+"""What all calibrators share: one way to fit and apply them, checks, and state that is saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.rows import check_shapes, check_values, seem_probs
+from calib_lightning.metrics.functional.rows import check_shapes, check_values
 from calib_lightning.posthoc.evidence import (
+    PROBS_HINT,
     Evidence,
     Images,
     Need,
     Network,
-    asked_logits,
     check_features,
     check_shape_of_features,
+    frozen,
+    look_like_probs,
     missing,
+    with_logits,
 )
 from calib_lightning.posthoc.fit_report import FitReport, FitValues, Optimum
 from calib_lightning.posthoc.state import FittedState
@@ -31,22 +34,22 @@ _BLOCK = 2**18
 
 
 class Calibrator(FittedState, Described, ABC):
-    """Maps what a network says to calibrated log-probabilities, fitted to rows that the network was not trained on.
+    """Maps a network's outputs to calibrated log-probabilities; fitted to rows that the network was not trained on.
 
-    Every calibrator is fitted with `fit` and applied with `predict`, and says in `needs` which arguments of them it
-    looks at; the others are ignored. So a caller that has an `Evidence` need not know which calibrator it holds:
+    Every calibrator is fitted with `fit` and applied with `predict`. `needs` names the arguments that it uses; the
+    others are ignored. A caller that has an `Evidence` therefore treats all calibrators alike:
     ``calibrator.fit(labels=labels, **evidence._asdict())``, ``calibrator.predict(*evidence)``.
 
-    A subclass names its state with `register_state` and writes `fit_rows`, which assigns that state at its very end,
-    and `transform`. State lies in buffers, so it moves with the module and travels in checkpoints.
+    A subclass names its state with `register_state` and implements `transform` and `fit_rows`, which assigns the state
+    as its last step. State is kept in buffers, so that it moves with the module and is saved in checkpoints.
 
     Attributes:
         needs: Some of ``"logits"``, ``"features"`` and ``"network"``, which stands for network and images.
         preserves_argmax: Whether the predicted class never changes.
         full_distribution: Whether all K probabilities are calibrated, not only that of the predicted class.
-        per_class: Whether it has parameters of every class, which need rows of every class.
-        num_classes: K, 0 before the fit.
-        report: How the last fit went, ``None`` before.
+        per_class: Whether it has parameters for every class, which need rows of every class.
+        num_classes: K; 0 before the fit.
+        report: How the last fit went; ``None`` before.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("logits",)
@@ -61,54 +64,54 @@ class Calibrator(FittedState, Described, ABC):
 
     @property
     def fitted(self) -> bool:
-        """Whether it can be used."""
+        """Whether it has been fitted."""
         return self.num_classes > 0
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a report of the fit adds to `report`; plain data."""
+        """More about the fit than `report` has, as plain data."""
         return {}
 
-    # --- what a subclass writes --------------------------------------------------------------------------------------
+    # --- what a subclass implements ----------------------------------------------------------------------------------
 
     @abstractmethod
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
-        """Fit to rows that were checked, and assign the state.
+        """Fit to checked rows and assign the state.
 
         Args:
             logits: ``(N, K)`` float32 or float64, finite; N >= 1, K >= 2.
             labels: ``(N,)`` int64 in ``0..K-1``.
-            features: ``(N, d)``, finite, where the calibrator needs them.
+            features: ``(N, d)``, finite, if the calibrator needs them.
 
         Returns:
-            How it went.
+            How the fit went.
         """
 
     @abstractmethod
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
-        """Calibrate; nothing here may depend on the values of a tensor in Python, so that it can be exported.
+        """Calibrate; must be traceable by `torch.export`, so no Python branch may depend on the values of a tensor.
 
         Args:
             logits: ``(N, K)`` float32 or float64; K >= 2.
-            features: ``(N, d)`` where the calibrator needs them.
+            features: ``(N, d)`` if the calibrator needs them.
 
         Returns:
             Log-probabilities ``(N, K)`` in the dtype of the logits.
         """
 
     def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
-        """Return the result of `transform`, with a confidence ``(N,)`` where it is not the largest probability."""
+        """Return the result of `transform`, and the confidence ``(N,)`` if it is not the largest probability."""
         return Prediction(self.transform(logits, features))
 
     def of_fitted_rows(self, logits: Tensor, features: Tensor | None, place: Tensor) -> Prediction:
         """Apply to rows of the fit as if they were new.
 
-        Only a calibrator that looks a row up among those of its fit overrides this: there a row would find itself.
+        Only a calibrator that compares a row with those of its fit overrides this, so that no row finds itself.
 
         Args:
             logits: As in `transform`, of some rows of the fit.
             features: As in `transform`.
-            place: Places ``(N,)`` of these rows in the fit, int64.
+            place: Positions ``(N,)`` of these rows in the fit, int64.
 
         Returns:
             As `with_confidence`.
@@ -116,12 +119,12 @@ class Calibrator(FittedState, Described, ABC):
         return self.with_confidence(logits, features)
 
     def fit_evidence(self, evidence: Evidence, labels: Tensor) -> Optimum:
-        """Fit to checked evidence; only a calibrator that uses the network overrides this."""
+        """Fit to checked evidence; overridden only by calibrators that use the network."""
         assert evidence.logits is not None
         return self.fit_rows(evidence.logits, labels, evidence.features)
 
     def logits_of(self, evidence: Evidence) -> Tensor:
-        """Return the logits ``(N, K)`` that `transform` takes; one that uses the network asks it."""
+        """Return the logits ``(N, K)`` for `transform`; calibrators that use the network run it."""
         assert evidence.logits is not None
         return evidence.logits
 
@@ -135,46 +138,45 @@ class Calibrator(FittedState, Described, ABC):
         network: Network | None = None,
         images: Images | None = None,
     ) -> Self:
-        """Fit to the calibration split: held-out rows, neither trained nor tested on.
+        """Fit to the calibration split: held-out rows, used for neither training nor testing.
 
         Args:
-            logits: ``(N, K)``, floating point, N >= 1; half precision is widened. Pass probabilities as `as_logits`.
+            logits: ``(N, K)``, floating point, N >= 1; half precision is widened. Pass probabilities through
+                `as_logits`. Calibrators that need the network compute them if they are ``None``.
             labels: Class labels ``(N,)``, integer, in ``0..K-1``.
             features: ``(N, d)``, floating point, for calibrators that need them.
-            network: In evaluation mode, for calibrators that need it.
-            images: ``(N, C, H, W)``, normalised as the network takes them, for calibrators that need the network.
+            network: For calibrators that need it; a module is used in evaluation mode.
+            images: ``(N, C, H, W)``, normalised as the network expects, for calibrators that need the network; or
+                batches in the order of the labels.
 
         Returns:
-            Itself; how it went is in ``report``, and a warning tells what went wrong.
+            The calibrator itself. `report` says how the fit went, and warnings name its problems.
 
         Raises:
             TypeError: A wrong dtype.
-            ValueError: A wrong shape, an invalid value (the first bad row is named), no rows, or something missing.
+            ValueError: A wrong shape, an invalid value (the first bad row is named), no rows, or a missing argument.
         """
         where = f"{type(self).__name__}.fit"
-        evidence = self._complete(Evidence(logits, features, network, images), where)
+        evidence = self._needed(Evidence(logits, features, network, images), where)
+        with frozen(evidence.network):
+            evidence = with_logits(evidence)
         logits = evidence.logits
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"{where}: labels are {labels!r:.100}; give a tensor (N,) of class numbers")
         assert logits is not None
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"{where}: labels is {labels!r:.100}; it must be a tensor (N,) of class numbers.")
         check_shapes(logits, labels, None, where)
         if len(labels) == 0:
-            raise ValueError(f"{where}: no rows were given; give the logits and labels of the calibration split")
+            raise ValueError(f"{where}: no rows were given; give the logits and labels of the calibration split.")
         check_values(logits, labels, None, "logits", where)
-        # One row usually tells, and costs nothing.
-        if logits.shape[1] > 1 and seem_probs(at_least_float32(logits[:1])) and seem_probs(at_least_float32(logits)):
-            warnings.warn(
-                f"{where}: all logits lie in [0, 1] and each row sums to 1; if they are probabilities, give "
-                "as_logits(probs)",
-                stacklevel=2,
-            )
-        if "features" in self.needs and evidence.features is not None:
+        if look_like_probs(logits):
+            warnings.warn(f"{where}: {PROBS_HINT}", stacklevel=2)
+        if evidence.features is not None:
             evidence = evidence._replace(features=check_features(evidence.features, len(labels), where))
         evidence = evidence._replace(logits=at_least_float32(logits.detach()))
         labels = labels.detach().long()
-        self.num_classes, self.report = 0, None  # a fit that fails leaves nothing that could be used
-        # State made in inference mode could not be used where gradients are asked for.
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(labels):
+        self.num_classes, self.report = 0, None  # after a failed fit the calibrator counts as not fitted
+        # Tensors created in inference mode could not be used with gradients later.
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast(labels), frozen(evidence.network):
             optimum = self.fit_evidence(evidence, labels) if logits.shape[1] > 1 else Optimum()
             self.num_classes = logits.shape[1]
             self.report = self._reported(optimum, evidence, labels)
@@ -182,21 +184,26 @@ class Calibrator(FittedState, Described, ABC):
             warnings.warn(f"{where}: {problem}", stacklevel=2)
         return self
 
-    def _complete(self, evidence: Evidence, where: str) -> Evidence:
-        """Refuse what is missing; without logits the network is asked for them."""
+    def _needed(self, evidence: Evidence, where: str) -> Evidence:
+        """Raise if a needed argument is missing, and drop those that are not needed."""
         lacking = missing(evidence, self.needs)
         if lacking:
-            raise ValueError(f"{where}: {lacking} is missing; give it for the same rows")
-        if evidence.logits is None and evidence.network is not None and evidence.images is not None:
-            return evidence._replace(logits=asked_logits(evidence.network, evidence.images))
-        return evidence
+            raise ValueError(f"{where} needs {lacking}. Pass it for the same rows.")
+        features = evidence.features if "features" in self.needs else None
+        if "network" in self.needs:
+            return evidence._replace(features=features)
+        return Evidence(evidence.logits, features)
 
     def _reported(self, optimum: Optimum, evidence: Evidence, labels: Tensor) -> FitReport:
+        """Compare the rows of the fit before and after."""
         assert evidence.logits is not None
         before, after = FitValues(), FitValues()
-        seen, features = self.logits_of(evidence), evidence.features
+        seen = self.logits_of(evidence) if self.num_classes > 1 else evidence.logits
+        # The network may be on another device than the rows.
+        given, labels = evidence.logits.to(seen.device), labels.to(seen.device)
+        features = None if evidence.features is None else evidence.features.to(seen.device)
         for rows in torch.split(torch.arange(len(labels), device=labels.device), max(1, _BLOCK // seen.shape[1])):
-            before.add(evidence.logits[rows], labels[rows])
+            before.add(given[rows], labels[rows])
             if seen.shape[1] == 1:
                 calibrated = Prediction(torch.zeros_like(seen[rows]))
             else:
@@ -243,9 +250,9 @@ class Calibrator(FittedState, Described, ABC):
             Log-probabilities ``(N, K)``, float32 or float64.
 
         Raises:
-            RuntimeError: It was not fitted.
-            TypeError: The logits are not a tensor.
-            ValueError: Another K than it was fitted to, or something is missing.
+            RuntimeError: The calibrator is not fitted.
+            TypeError: Logits or images of a wrong type.
+            ValueError: A wrong shape, another K than in the fit, or a missing argument.
         """
         seen, features = self._seen(Evidence(logits, features, network, images))
         if self.num_classes == 1:
@@ -260,7 +267,7 @@ class Calibrator(FittedState, Described, ABC):
         network: Network | None = None,
         images: Images | None = None,
     ) -> Prediction:
-        """Calibrated log-probabilities, and the confidence where it is not the largest of them.
+        """Calibrate, and return the confidence too if it is not the largest probability.
 
         Args:
             logits: As in `forward`.
@@ -269,7 +276,7 @@ class Calibrator(FittedState, Described, ABC):
             images: As in `forward`.
 
         Returns:
-            Both, as `calib_lightning.metrics.EvaluationState.update` takes them.
+            Log-probabilities and confidence, as `calib_lightning.metrics.EvaluationState.update` takes them.
         """
         seen, features = self._seen(Evidence(logits, features, network, images))
         if self.num_classes == 1:
@@ -278,39 +285,39 @@ class Calibrator(FittedState, Described, ABC):
             return self.with_confidence(seen, features)
 
     def _seen(self, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
-        """Checked logits, and features where they are needed."""
+        """Return checked logits, and the features if they are needed."""
         name = type(self).__name__
         if not self.fitted:
-            raise RuntimeError(f"{name} is not fitted: call fit or load a fitted one.")
-        lacking = missing(evidence, self.needs)
-        if lacking:
-            raise ValueError(f"{name} needs {lacking}.")
-        logits = self.logits_of(evidence)
+            raise RuntimeError(f"{name} is not fitted. Call fit or load a fitted one.")
+        evidence = self._needed(evidence, name)
+        # With one class there is nothing to calibrate, and parts of the calibrator may not be fitted.
+        logits = self.logits_of(evidence) if self.num_classes != 1 else with_logits(evidence).logits
         if not isinstance(logits, Tensor):
-            raise TypeError(f"{name}: logits must be a tensor, got {type(logits).__name__}")
+            raise TypeError(f"{name}: logits is {type(logits).__name__}; it must be a tensor.")
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"{name} was fitted to {self.num_classes} classes, but the logits have shape {tuple(logits.shape)}; "
-                f"give (N, {self.num_classes})."
+                f"{name} was fitted to {self.num_classes} classes: logits has shape {tuple(logits.shape)}; it must "
+                f"have shape (N, {self.num_classes})."
             )
-        features = None
-        if "features" in self.needs and evidence.features is not None:
-            features = at_least_float32(evidence.features)
-            check_shape_of_features(features, len(logits), name)
+        features = evidence.features
+        if features is not None:
+            check_shape_of_features(features, logits.shape[0], name)  # `len` would fix the rows of an exported graph
+            features = at_least_float32(features)
+            features = features if features.device == logits.device else features.to(logits.device)
         return at_least_float32(logits), features
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """K and the report, as plain data."""
+        """Return K and the report as plain data."""
         report = None if self.report is None else {**self.report._asdict(), "notes": list(self.report.notes)}
         return {"num_classes": self.num_classes, "report": report}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take K and the report from a checkpoint.
+        """Restore K and the report from a checkpoint.
 
         Raises:
-            ValueError: They are damaged.
+            ValueError: The state is damaged.
         """
         try:
             self.num_classes = int(state["num_classes"])
@@ -321,8 +328,8 @@ class Calibrator(FittedState, Described, ABC):
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off, which would multiply in half precision what was fitted in float64."""
+    """Switch off autocast, which would multiply in half precision what was fitted in float64."""
     kind = tensor.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
-    return nullcontext()  # an exported graph has no need of it
+    return nullcontext()  # keeps the context out of exported graphs

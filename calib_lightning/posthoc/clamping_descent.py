@@ -19,29 +19,16 @@ from calib_lightning.posthoc.temperature import FocalTemperature, Temperature
 from calib_lightning.utils.described import Described
 
 Penalty = Literal["l2sq", "l2"]
-"""R, the squared Euclidean norm of delta or the norm."""
+"""R: the squared Euclidean norm of delta, or the norm."""
 
 
 def focal_rows(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    """Focal loss (Lin et al., 2017) of each row, ``-(1 - p_y)^gamma log p_y``; ``gamma = 0`` is cross-entropy.
-
-    Args:
-        logits: ``(N, K)``, floating point; half precision is widened.
-        labels: ``(N,)`` int64 in ``0..K-1``.
-        gamma: Focusing parameter, at least 0.
-
-    Returns:
-        ``(N,)`` in nats.
-
-    Example:
-        >>> focal_rows(torch.zeros(1, 2), torch.tensor([0]), 1.0)
-        tensor([0.3466])
-    """
+    """Focal loss (Lin et al., 2017) of each row, ``-(1 - p_y)^gamma log p_y``; ``gamma = 0`` is cross-entropy."""
     log_probs = torch.log_softmax(at_least_float32(logits), dim=-1)
     of_label = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     if gamma == 0.0:
         return -of_label
-    # The slope of x^gamma at 0 is not finite for gamma < 1.
+    # For gamma < 1 the derivative of x^gamma is infinite at 0.
     return -torch.expm1(of_label).neg().clamp_min(1e-12).pow(gamma) * of_label
 
 
@@ -61,7 +48,7 @@ class PenaltyWeight(Described, ABC):
 
     @abstractmethod
     def weight(self, loss: float, penalty: float) -> float:
-        """Work it out.
+        """Compute lambda.
 
         Args:
             loss: Mean focal loss L0 at the start, T = 1.
@@ -74,16 +61,23 @@ class PenaltyWeight(Described, ABC):
 
 @dataclass(frozen=True)
 class RelativeWeight(PenaltyWeight):
-    """``lambda = factor L0``: a tenth of the initial loss is the coefficient.
+    """``lambda = factor L0``: by default lambda is a tenth of the initial loss.
 
     Args:
         factor: At least 0.
+
+    Raises:
+        ValueError: A factor that is negative or not finite.
+
+    Example:
+        >>> RelativeWeight(0.5).weight(loss=2.0, penalty=4.0)
+        1.0
     """
 
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse a negative factor."""
+        """Check the factor."""
         _check_at_least_zero("factor", self.factor)
 
     def weight(self, loss: float, penalty: float) -> float:
@@ -93,26 +87,29 @@ class RelativeWeight(PenaltyWeight):
 
 @dataclass(frozen=True)
 class TermWeight(PenaltyWeight):
-    """``lambda = factor L0 / R(delta_0)``: a tenth of the initial loss is the initial penalty, lambda included.
+    """``lambda = factor L0 / R(delta_0)``: by default the penalty term starts at a tenth of the initial loss.
 
     Args:
         factor: At least 0.
+
+    Raises:
+        ValueError: A factor that is negative or not finite.
+
+    Example:
+        >>> TermWeight(0.5).weight(loss=2.0, penalty=4.0)
+        0.25
     """
 
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse a negative factor."""
+        """Check the factor."""
         _check_at_least_zero("factor", self.factor)
 
     def weight(self, loss: float, penalty: float) -> float:
-        """See `PenaltyWeight.weight`; a start of zero has none.
-
-        Raises:
-            ValueError: The start is zero.
-        """
+        """See `PenaltyWeight.weight`; raises ``ValueError`` if the start, and so its penalty, is zero."""
         if penalty == 0.0:
-            raise ValueError(f"{self.name}: the start is zero, so its penalty is; use RelativeWeight or another start")
+            raise ValueError(f"{self.name}: the start is zero; it must not be. Use RelativeWeight or another start.")
         return self.factor * loss / penalty
 
 
@@ -122,12 +119,19 @@ class FixedWeight(PenaltyWeight):
 
     Args:
         value: At least 0.
+
+    Raises:
+        ValueError: A value that is negative or not finite.
+
+    Example:
+        >>> FixedWeight(0.3).weight(loss=2.0, penalty=4.0)
+        0.3
     """
 
     value: float
 
     def __post_init__(self) -> None:
-        """Refuse a negative weight."""
+        """Check the weight."""
         _check_at_least_zero("value", self.value)
 
     def weight(self, loss: float, penalty: float) -> float:
@@ -137,7 +141,7 @@ class FixedWeight(PenaltyWeight):
 
 def _check_at_least_zero(name: str, value: float) -> None:
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r}: it must be at least 0 and finite")
+        raise ValueError(f"{name} is {value!r}; it must be finite and >= 0.")
 
 
 class Objective(NamedTuple):
@@ -156,15 +160,15 @@ class Objective(NamedTuple):
     penalty: Penalty
 
     def sums(self, batch: tuple[Tensor, Tensor] | None, delta: Tensor, log_t: Tensor) -> Tensor:
-        """Sum up what a step needs over the rows of a batch of all processes, without the penalty.
+        """Sum over the rows of a batch on all processes, without the penalty.
 
         Args:
-            batch: Images and labels; ``None`` where this process has no more.
+            batch: Images and labels; ``None`` if this process has no more.
             delta: ``(C, H, W)``, with gradient.
             log_t: log T, 0-d, with gradient.
 
         Returns:
-            The slope by every entry of delta, then the slope by log T, the loss, and the number of rows.
+            The derivatives by the entries of delta, then that by log T, the loss and the number of rows.
         """
         sums = torch.zeros(delta.numel() + 3, dtype=delta.dtype, device=delta.device)
         if batch is not None:
@@ -179,13 +183,13 @@ class Objective(NamedTuple):
 
 
 class Clamped(NamedTuple):
-    """Where delta and T ended.
+    """Final delta and T.
 
     Attributes:
         delta: ``(C, H, W)``.
         log_temperature: log T.
-        slope: Mean slope of the objective by log T in the last epoch; 0 where T is exact.
-        at_bound: Whether T would grow or fall for ever.
+        slope: Mean derivative of the objective by log T in the last epoch; 0 if T is exact.
+        at_bound: Whether T was stopped at its bound, because the likelihood has no maximum.
     """
 
     delta: Tensor
@@ -198,14 +202,21 @@ class Clamped(NamedTuple):
 class ClampDescent(Described):
     """Stochastic gradient descent on delta and log T; the defaults are those of Tang et al. (2024).
 
-    Their code uses a momentum of 0.9, and its demonstration a rate of 0.01. Every process takes a batch in each step,
-    and gradients are averaged over the rows of all.
+    Their code uses a momentum of 0.9, and its demonstration a learning rate of 0.01. In each step every process takes a
+    batch, and gradients are averaged over all their rows.
 
     Args:
         epochs: Passes over the rows, at least 1.
-        lr: Rate.
+        lr: Learning rate.
         momentum: In ``[0, 1)``.
-        seed: Of the order of the rows; batches that are given keep theirs.
+        seed: Seed of the order of the rows; it does not reorder given batches.
+
+    Raises:
+        ValueError: An argument out of range.
+
+    Example:
+        >>> ClampDescent(epochs=20, lr=0.1).name
+        'ClampDescent(epochs=20, lr=0.1)'
     """
 
     epochs: int = 100
@@ -214,12 +225,12 @@ class ClampDescent(Described):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot step."""
+        """Check the arguments."""
         if self.epochs < 1 or not 0.0 < self.lr < math.inf or not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"{self!r}: epochs must be at least 1, lr above 0 and momentum in [0, 1)")
+            raise ValueError(f"{self!r}: epochs must be >= 1, lr finite and > 0, and momentum in [0, 1).")
 
     def run(self, objective: Objective, start: Tensor, after_epoch: Callable[[], Any]) -> Clamped:
-        """Minimise from a start with T = 1; the last point is the result.
+        """Minimise from a start with T = 1, and return the last point.
 
         Args:
             objective: The objective.
@@ -227,7 +238,7 @@ class ClampDescent(Described):
             after_epoch: Called after every epoch.
 
         Returns:
-            Where it ended, with the mean slope of the last epoch by log T.
+            Final delta and T.
 
         Raises:
             FloatingPointError: The loss is not finite, or log T has left ``[-16, 16]``.
@@ -238,7 +249,7 @@ class ClampDescent(Described):
         slope = 0.0
         for epoch in range(self.epochs):
             batches, slopes, total = objective.rows.batches(generator), 0.0, 0.0
-            # A process whose rows are used up goes on with none until those of all are.
+            # A process that has used up its rows takes part, without any, until all have.
             while True:
                 sums = objective.sums(next(batches, None), delta, log_t)
                 loss, count = sums[-2:].tolist()
@@ -261,21 +272,12 @@ class ClampDescent(Described):
     def _diverged(self, objective: Objective, what: str) -> FloatingPointError:
         return FloatingPointError(
             f"{WHERE}: {what} with gamma={objective.gamma:g}, lambda={objective.weight:g} and lr={self.lr:g}; use a "
-            "lower lr"
+            "lower lr."
         )
 
 
 def with_exact_temperature(rows: ClampRows, delta: Tensor, gamma: float) -> Clamped:
-    """Find the best T for a delta that stays as it is; the logits of all processes are gathered.
-
-    Args:
-        rows: Images and network.
-        delta: ``(C, H, W)``.
-        gamma: Focusing parameter of the loss; 0 is cross-entropy.
-
-    Returns:
-        delta as it was, with T.
-    """
+    """Find the best T for a fixed delta from the gathered logits of all processes."""
     pairs = [(rows.logits(image + delta.to(image.dtype)), label) for image, label in rows.batches()]
     # A process without rows does not know K.
     classes = int(reduced(torch.tensor([pairs[0][0].shape[1] if pairs else 0], device=delta.device), "MAX"))

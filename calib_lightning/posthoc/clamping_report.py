@@ -1,4 +1,4 @@
-"""What is known of a fit of Neural Clamping."""
+"""Results of a fit of Neural Clamping."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from calib_lightning.posthoc.fit_report import FitReport
 _BINS = 15
 
 STILL_MOVING = 1e-2
-"""Slope of the objective by log T above which a run was stopped too early."""
+"""Slope of the objective by log T above which a run counts as stopped too early."""
 
 
 class ClampCandidate(NamedTuple):
-    """One run, with a gamma and a lambda; figures are those of the calibration rows.
+    """One run with a gamma and a lambda; the values are those of the calibration rows.
 
     Attributes:
         gamma: Focusing parameter of its loss.
-        weight: lambda; 0 where delta was not trained.
+        weight: lambda; 0 if delta was not trained.
         loss_start: Objective at the start, T = 1.
         loss_end: Objective at the end.
         ece: Expected calibration error (15 bins) at the end, a fraction.
         nll: Mean negative log-likelihood at the end, in nats.
         temperature: T.
         delta_norm: Euclidean norm of delta.
-        accuracy_change: Accuracy at the end less that of the network alone, a fraction.
+        accuracy_change: Accuracy at the end minus that of the network alone, a fraction.
     """
 
     gamma: float
@@ -52,11 +52,11 @@ class ClampReport(NamedTuple):
 
     Attributes:
         rows: N.
-        chosen: The run with the least calibration error, the first of equal ones.
+        chosen: The run with the lowest calibration error, the first of equals.
         candidates: All runs, in the order of gammas, then of weights.
         nll_before: Mean negative log-likelihood of the network alone, in nats.
         ece_before: Its expected calibration error (15 bins), a fraction.
-        start_moved: Share of the entries of delta_0 that are not 0.
+        start_moved: Fraction of the entries of delta_0 that are not 0.
         notes: What a user should know.
     """
 
@@ -69,7 +69,7 @@ class ClampReport(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def summary(self, name: str, passes: int, end: Clamped) -> FitReport:
-        """The same in the form that all calibrators have."""
+        """Convert to the report that all calibrators have."""
         return FitReport(
             calibrator=name,
             rows=self.rows,
@@ -95,12 +95,7 @@ def as_plain(report: ClampReport | None) -> dict[str, Any] | None:
 
 
 def from_plain(state: Mapping[str, Any] | None) -> ClampReport | None:
-    """Read what `as_plain` wrote.
-
-    Raises:
-        KeyError: A part is missing.
-        TypeError: It is something else.
-    """
+    """Read the result of `as_plain`; raise ``KeyError`` or ``TypeError`` for anything else."""
     if state is None:
         return None
     runs = tuple(ClampCandidate(*run) for run in state["candidates"])
@@ -108,15 +103,15 @@ def from_plain(state: Mapping[str, Any] | None) -> ClampReport | None:
     return ClampReport(**{**state, "chosen": chosen, "candidates": runs, "notes": notes})
 
 
-class Figures(NamedTuple):
-    """What the rows of all processes say about ``f(x + delta) / T``.
+class Measured(NamedTuple):
+    """``f(x + delta) / T`` on the rows of all processes.
 
     Attributes:
         rows: N.
         nll: Mean negative log-likelihood in nats.
         ece: Expected calibration error (15 bins).
         accuracy: Accuracy.
-        losses: Mean focal loss of each gamma.
+        losses: Mean focal loss for each gamma.
     """
 
     rows: int
@@ -126,22 +121,8 @@ class Figures(NamedTuple):
     losses: tuple[float, ...]
 
 
-def measured(rows: ClampRows, delta: Tensor | None, log_temperature: float, gammas: Sequence[float]) -> Figures:
-    """Go through the rows once, without gradients.
-
-    Args:
-        rows: Images and network.
-        delta: ``(C, H, W)``; ``None`` is no perturbation.
-        log_temperature: log T.
-        gammas: Focusing parameters of the losses that are asked for.
-
-    Returns:
-        The figures, the same on every process.
-
-    Raises:
-        TypeError: A wrong dtype.
-        ValueError: A wrong shape or an invalid value, here or on another process, or no rows at all.
-    """
+def measured(rows: ClampRows, delta: Tensor | None, log_temperature: float, gammas: Sequence[float]) -> Measured:
+    """Go through the rows once without gradients; invalid rows, here or on another process, raise an error."""
     totals = torch.zeros(4 + len(gammas) + 3 * _BINS, dtype=torch.float64)
     fault: TypeError | ValueError | None = None
     try:
@@ -156,7 +137,7 @@ def measured(rows: ClampRows, delta: Tensor | None, log_temperature: float, gamm
             totals += torch.cat([torch.tensor(firsts, dtype=torch.float64), bins])
         rows.like()
     except (TypeError, ValueError) as error:
-        # The other processes must hear of it, or they would wait for this one.
+        # Raised only after the reduction, or the other processes would wait for this one.
         fault = error
         totals[3] = 1.0
     if several_processes():
@@ -165,8 +146,8 @@ def measured(rows: ClampRows, delta: Tensor | None, log_temperature: float, gamm
         raise fault
     count, nll, correct, faults, *losses = totals[: 4 + len(gammas)].tolist()
     if faults:
-        raise ValueError(f"{WHERE}: {int(faults)} of the other processes found a fault in its rows; see its message")
+        raise ValueError(f"{WHERE}: {int(faults)} of the other processes found invalid rows; see its message.")
     if count == 0.0:
-        raise ValueError(f"{WHERE}: no rows were given; give the images and labels of the calibration split")
+        raise ValueError(f"{WHERE}: no rows were given; give the images and labels of the calibration split.")
     ece = float(ece_from_bins(totals[4 + len(gammas) :].view(_BINS, 3)))
-    return Figures(int(count), nll / count, ece, correct / count, tuple(loss / count for loss in losses))
+    return Measured(int(count), nll / count, ece, correct / count, tuple(loss / count for loss in losses))

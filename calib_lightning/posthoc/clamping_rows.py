@@ -1,64 +1,29 @@
-"""What Neural Clamping reads: a network that stays as it is, and images with labels, in batches, on every process."""
+"""Input of Neural Clamping: a frozen network and images with labels, in batches, on every process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.posthoc.evidence import Images, Network
+from calib_lightning.posthoc.evidence import Images, Network, look_like_probs
 
 WHERE = "NeuralClamping.fit"
-"""Who speaks in messages."""
-
-
-@contextmanager
-def frozen(network: Network) -> Iterator[None]:
-    """Put a module in evaluation mode without gradients of its parameters, and leave it as it was found.
-
-    Args:
-        network: A module; another callable is left alone.
-
-    Yields:
-        Nothing.
-    """
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
-    parameters = list(network.parameters()) if isinstance(network, nn.Module) else []
-    training = [module.training for module in modules]
-    wanted = [parameter.requires_grad for parameter in parameters]
-    try:
-        for module in modules:
-            module.training = False
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
-        for parameter, flag in zip(parameters, wanted, strict=True):
-            parameter.requires_grad_(flag)
+"""Prefix of messages."""
 
 
 def several_processes() -> bool:
-    """Whether there are other processes that must do the same."""
+    """Whether this is one of several processes of a group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def reduced(values: Tensor, op: Literal["SUM", "MIN", "MAX"] = "SUM") -> Tensor:
-    """Reduce a tensor over all processes, which must all call it with the same shape.
-
-    Args:
-        values: Any tensor.
-        op: How.
-
-    Returns:
-        The same on every process; with one process, ``values``.
-    """
+    """Reduce a tensor over all processes, each of which must call this with the same shape."""
     if several_processes():
         values = values.clone()
         dist.all_reduce(values, op=getattr(dist.ReduceOp, op))
@@ -66,75 +31,66 @@ def reduced(values: Tensor, op: Literal["SUM", "MIN", "MAX"] = "SUM") -> Tensor:
 
 
 class ClampRows:
-    """Images and labels of this process, as the network takes them.
+    """Images and labels of this process, on the device of the network.
 
     Args:
         network: The network.
         images: ``(N, C, H, W)``, floating point and normalised, or batches.
-        labels: ``(N,)`` integer; ``None`` where ``images`` are batches.
-        batch_size: Rows of a batch; where ``images`` are batches, they stay as they are.
+        labels: ``(N,)`` integer; may be ``None`` if ``images`` are batches, and is else compared to theirs.
+        batch_size: Batch size for a tensor of images.
+
+    Attributes:
+        classes: K; 0 before the network has run.
+        look_like_probs: Whether all outputs of the network so far look like probabilities.
 
     Raises:
-        TypeError: Images that are neither, or not floating point.
-        ValueError: Labels are missing or not of the same rows, or the batches can be read only once.
+        TypeError: Images or labels of a wrong type or dtype, or batches that can be read only once.
+        ValueError: Labels are missing or have a wrong shape.
     """
 
     def __init__(self, network: Network, images: Images, labels: Tensor | None, batch_size: int) -> None:
         self._network, self._images, self._labels, self._size = network, images, labels, batch_size
+        if labels is not None:
+            _check_labels(labels)
         if isinstance(images, Tensor):
-            if labels is None or labels.ndim != 1 or len(labels) != len(images):
-                found = None if labels is None else tuple(labels.shape)
-                raise ValueError(
-                    f"{WHERE}: images of shape {tuple(images.shape)} need labels of shape ({len(images)},), got {found}"
-                )
             _check_images(images)
-        elif labels is not None:
-            raise ValueError(f"{WHERE}: labels were given beside batches; batches bring their own as the second entry")
-        elif not isinstance(images, Iterable) or isinstance(images, Iterator):
+            if labels is None or labels.shape != images.shape[:1]:
+                found = "labels is None" if labels is None else f"labels has shape {tuple(labels.shape)}"
+                raise ValueError(
+                    f"{WHERE}: {found}; it must have shape ({len(images)},) to match images of shape "
+                    f"{tuple(images.shape)}."
+                )
+        elif not isinstance(images, Iterable) or isinstance(images, Iterator | np.ndarray):
             raise TypeError(
-                f"{WHERE}: images must be a tensor (N, C, H, W) or batches that can be read again and again, such as a "
-                f"DataLoader or a list, got {type(images).__name__}"
+                f"{WHERE}: images is {type(images).__name__}; it must be a tensor (N, C, H, W) or batches that can be "
+                "read repeatedly. Pass a DataLoader or a list of batches."
             )
         some = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
         self._device = None if some is None else some.device
         self._like = images[:0].to(self._device) if isinstance(images, Tensor) else None
-        self.classes = 0  # K, once the network has been asked
+        self.classes = 0
+        self.look_like_probs = True
 
     @property
     def device(self) -> torch.device:
-        """Where the network reads images, as far as that is known."""
+        """Device of the network, as far as it is known."""
         known = self._device if self._like is None else self._like.device
         return torch.device("cpu") if known is None else known
 
     def like(self) -> Tensor:
-        """Zeros of the shape ``(C, H, W)`` and device of an image, float32 or float64; known after the first batch.
-
-        Raises:
-            ValueError: There was no batch.
-        """
+        """Zeros of the shape ``(C, H, W)`` and device of an image, float32 or float64; known after the first batch."""
         if self._like is None:
-            raise ValueError(f"{WHERE}: there are no batches; every process needs at least one")
+            raise ValueError(f"{WHERE}: images has no batches; every process needs at least one.")
         return torch.zeros(self._like.shape[1:], dtype=at_least_float32(self._like).dtype, device=self._like.device)
 
     def batches(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go through all rows once, on the device of the network's parameters.
+        """Yield images and labels (int64) of all rows once, on the network's device.
 
         Args:
-            generator: Draws the order of the rows; ``None`` keeps it. Batches keep theirs in any case.
-
-        Yields:
-            Images and labels (int64).
-
-        Raises:
-            TypeError: Images of a batch are not floating point.
+            generator: Draws the order of the rows; ``None`` keeps it. Batches are never reordered.
         """
         if not isinstance(self._images, Tensor):
-            for batch in self._images:
-                _check_images(batch[0])
-                image = batch[0].to(self._device)
-                if self._like is None:
-                    self._like = image[:0]
-                yield image, batch[1].to(image.device).long()
+            yield from self._given_batches(self._labels if generator is None else None)
             return
         assert self._labels is not None
         rows = len(self._images)
@@ -144,45 +100,46 @@ class ClampRows:
             image, label = self._images[some].to(self._device), self._labels[index.to(self._labels.device)]
             yield image, label.to(image.device).long()
 
+    def _given_batches(self, expected: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches that were given; their labels must be the expected ones."""
+        first = 0
+        for batch in self._images:
+            _check_images(batch[0])
+            _check_labels(batch[1])
+            image = batch[0].to(self._device)
+            if self._like is None:
+                self._like = image[:0]
+            last = first + len(batch[1])
+            if expected is not None and not torch.equal(expected[first:last].cpu().long(), batch[1].cpu().long()):
+                raise ValueError(
+                    f"{WHERE}: labels differs from those of the batches in rows {first}..{last - 1}; it must be in "
+                    "their order. Use a loader that does not shuffle, or labels=None."
+                )
+            first = last
+            yield image, batch[1].to(image.device).long()
+        if expected is not None and first != len(expected):
+            raise ValueError(f"{WHERE}: labels has {len(expected)} rows; it must have {first}, as the batches have.")
+
     def logits(self, image: Tensor) -> Tensor:
-        """Ask the network.
-
-        Args:
-            image: ``(N, C, H, W)``.
-
-        Returns:
-            ``(N, K)``, float32 or float64.
-
-        Raises:
-            ValueError: It returns something else.
-        """
+        """Run the network; return logits ``(N, K)``, float32 or float64."""
         logits = self._network(image)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(image):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"{WHERE}: the network must return logits of shape ({len(image)}, K), got {found}; wrap it in a "
-                "function that returns them"
+                f"{WHERE}: the network's output is {found}; it must be logits of shape ({len(image)}, K). Wrap the "
+                "network in a function that returns them."
             )
         self.classes = logits.shape[1]
+        self.look_like_probs = self.look_like_probs and look_like_probs(logits.detach())
         return at_least_float32(logits)
 
     def differentiable_logits(self, image: Tensor) -> Tensor:
-        """Ask the network, as `logits` does, for logits whose gradient by the image will be asked for.
-
-        Args:
-            image: ``(N, C, H, W)``, with gradient.
-
-        Returns:
-            ``(N, K)``, float32 or float64.
-
-        Raises:
-            ValueError: The logits have no gradient.
-        """
+        """Run the network as `logits` does; raise ``ValueError`` if the logits have no gradient by the image."""
         logits = self.logits(image)
         if not logits.requires_grad:
             raise ValueError(
-                f"{WHERE}: the logits have no gradient by the image; give a network that does not detach them, or "
-                "keep delta at a random start with descent=None"
+                f"{WHERE}: the logits have no gradient by the image. Use a network that does not detach them, or keep "
+                "delta at a random start with descent=None."
             )
         return logits
 
@@ -191,6 +148,12 @@ def _check_images(image: Any) -> None:
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim < 2:
         found = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(
-            f"{WHERE}: images must be floating point of shape (N, C, H, W), normalised as the network takes them, "
-            f"got {found}"
+            f"{WHERE}: images is {found}; it must be a tensor, floating point of shape (N, C, H, W), normalised as the "
+            "network expects."
         )
+
+
+def _check_labels(labels: Any) -> None:
+    found = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"{WHERE}: labels is {found}; it must be a tensor of class numbers of an integer dtype.")

@@ -1,4 +1,4 @@
-"""Where Neural Clamping starts from: a random perturbation, or the one that raises the entropy most."""
+"""Starting points of Neural Clamping: a random perturbation, or the one that raises the entropy most."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from calib_lightning.utils.described import Described
 
 
 class ClampStart(Described, ABC):
-    """A perturbation ``delta_0`` to start from, the same on every process."""
+    """An initial perturbation ``delta_0``, the same on every process."""
 
     @abstractmethod
     def delta(self, rows: ClampRows, like: Tensor) -> Tensor:
-        """Make it.
+        """Compute ``delta_0``.
 
         Args:
             rows: Images and network.
-            like: Of the shape ``(C, H, W)``, dtype and device of the result.
+            like: A tensor of the shape ``(C, H, W)``, dtype and device of the result.
 
         Returns:
             ``(C, H, W)``.
@@ -32,42 +32,49 @@ class ClampStart(Described, ABC):
 
 @dataclass(frozen=True)
 class RandomStart(ClampStart):
-    """Normal numbers, as in the experiments of Tang et al. (2024).
+    """Gaussian noise, as in the experiments of Tang et al. (2024).
 
     Args:
-        scale: Their standard deviation, in units of the normalised image; 0 starts without a perturbation.
+        scale: Standard deviation in units of the normalised image; 0 starts without a perturbation.
         seed: Any integer.
+
+    Raises:
+        ValueError: A scale that is negative or not finite.
+
+    Example:
+        >>> RandomStart(0.1).name
+        'RandomStart(scale=0.1)'
     """
 
     scale: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a negative scale."""
+        """Check the scale."""
         if not 0.0 <= self.scale < math.inf:
-            raise ValueError(f"scale={self.scale!r}: it must be at least 0 and finite; 0.01 is customary")
+            raise ValueError(f"scale is {self.scale!r}; it must be finite and >= 0. 0.01 is the usual value.")
 
     def delta(self, rows: ClampRows, like: Tensor) -> Tensor:
-        """Draw it on the CPU, so that every device gets the same; see `ClampStart.delta`."""
+        """Draw the noise on the CPU, so that it is the same for all devices; see `ClampStart.delta`."""
         generator = torch.Generator().manual_seed(self.seed)
         return (self.scale * torch.randn(like.shape, generator=generator, dtype=torch.float64)).to(like)
 
 
 class DataDrivenStart(ClampStart):
-    """The perturbation of Theorem 3.2 of Tang et al. (2024): it raises the entropy most, to first order.
+    """The perturbation of Theorem 3.2 of Tang et al. (2024), which raises the entropy most to first order.
 
-    With ``g = sum_i grad_x H(softmax(f(x_i)))``, the least and largest value ``l`` and ``mu`` of each input over the
-    rows, and the range ``[low, high]`` of what an image can be, ``delta_0 = sign(g) eta`` with ``eta = l - low`` where
-    ``g < 0``, ``high - mu`` where ``g > 0`` and 0 where ``g = 0``: of the perturbations that keep all rows in that
-    range, the best for the linear approximation. Thousands of natural images touch both ends of the range at nearly
-    every pixel, so that nearly all of it is 0; the report tells how much is not.
+    With ``g = sum_i grad_x H(softmax(f(x_i)))``, the smallest and largest value ``l`` and ``mu`` of each input over the
+    rows, and the valid range ``[low, high]`` of an image, ``delta_0 = sign(g) eta`` with ``eta = l - low`` where
+    ``g < 0``, ``high - mu`` where ``g > 0`` and 0 where ``g = 0``. Among the perturbations that keep all rows in the
+    range, it is the best one for the linear approximation. Thousands of natural images reach both ends of the range at
+    nearly every pixel, so most entries are 0; ``search.start_moved`` is the fraction of the others.
 
     Args:
-        low: Least value of each channel in normalised space, ``(0 - mean) / std`` for images in ``[0, 1]``.
+        low: Smallest value of each channel in normalised space, ``(0 - mean) / std`` for images in ``[0, 1]``.
         high: Largest value of each channel, ``(1 - mean) / std``.
 
     Raises:
-        ValueError: They are not of the same number of channels, or not in order.
+        ValueError: Different numbers of channels, or ``low`` not below ``high``.
 
     Example:
         >>> DataDrivenStart(low=[-1.0], high=[1.0]).name
@@ -77,26 +84,26 @@ class DataDrivenStart(ClampStart):
     def __init__(self, low: Sequence[float], high: Sequence[float]) -> None:
         self.low, self.high = tuple(map(float, low)), tuple(map(float, high))
         if not self.low or len(self.low) != len(self.high):
-            raise ValueError(f"low={low!r} and high={high!r}: give one number of each for every channel")
+            raise ValueError(f"low is {low!r} and high {high!r}; both must have one number per channel.")
         if not all(-math.inf < a < b < math.inf for a, b in zip(self.low, self.high, strict=True)):
-            raise ValueError(f"low={low!r} must be finite and below high={high!r} in every channel")
+            raise ValueError(f"low is {low!r} and high {high!r}; they must be finite, and low < high in every channel.")
 
     def delta(self, rows: ClampRows, like: Tensor) -> Tensor:
         """Go through the rows once, forwards and backwards; see `ClampStart.delta`."""
         channels = like.shape[0]
         if len(self.low) != channels:
-            raise ValueError(f"{self.name}: it has {len(self.low)} channels, the images have {channels}")
+            raise ValueError(f"{self.name}: low has {len(self.low)} channels; it must have {channels}, as images have.")
         slope, least, largest = _entropy_slope_and_range(rows, like)
         shape = (channels,) + (1,) * (like.ndim - 1)
         low, high = like.new_tensor(self.low).view(shape), like.new_tensor(self.high).view(shape)
         width = high - low
         if bool((least < low - 1e-3 * width).any()) or bool((largest > high + 1e-3 * width).any()):
             raise ValueError(
-                f"{self.name}: the images reach from {float(least.min()):g} to {float(largest.max()):g}, outside of "
-                "that range; give low=(0 - mean) / std and high=(1 - mean) / std of their normalisation"
+                f"{self.name}: the images are in [{float(least.min()):g}, {float(largest.max()):g}]; they must be in "
+                "that range. Pass low=(0 - mean) / std and high=(1 - mean) / std of their normalisation."
             )
         eta = torch.where(slope < 0, least - low, torch.where(slope > 0, high - largest, 0.0))
-        # What only rounding of the normalisation leaves is no room.
+        # A gap as small as the rounding of the normalisation counts as none.
         return torch.sign(slope) * torch.where(eta > 1e-5 * width, eta, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Calibration by the densities of right and wrong predictions over confidence and proximity (Xiong et al., 2023)."""
+"""Calibration by densities of correct and wrong predictions over confidence and proximity (Xiong et al., 2023)."""
 
 from __future__ import annotations
 
@@ -14,32 +14,19 @@ from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
 from calib_lightning.types import Prediction
 
 FEWEST = 5
-"""With fewer right or fewer wrong predictions there is no density to speak of."""
+"""Fewest correct, and fewest wrong, predictions for an estimate of their density."""
 
 FLOOR = 1e-10
-"""Density below which the confidence is left as it was."""
+"""Density below which the confidence stays as it is."""
 
 _LEAST_SPREAD = 1e-3
 _BLOCK = 2**22
 
 
 def proximity(features: Tensor, reference: Tensor, neighbours: int, power: float, *, own: Tensor | None) -> Tensor:
-    """Nearness to a set, ``D(x) = mean_k exp(-d_k^power)`` over the nearest neighbours.
+    """``D(x) = mean_k exp(-d_k^power)`` over the nearest neighbours, ``(N,)`` in ``[0, 1]``.
 
-    Args:
-        features: ``(N, d)``, each row of length one.
-        reference: ``(M, d)``, each row of length one.
-        neighbours: How many neighbours, at most M (M - 1 with ``own``).
-        power: Exponent of the Euclidean distance ``d_k``.
-        own: Place ``(N,)`` of each row in the reference, where it is no neighbour of itself; ``None`` for other rows.
-
-    Returns:
-        ``(N,)`` in ``[0, 1]``.
-
-    Example:
-        >>> circle = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> proximity(circle, circle, 1, 2.0, own=torch.arange(2))  # the squared distance is 2
-        tensor([0.1353, 0.1353])
+    Rows of both sets have length one. Rows at the positions ``own`` of the reference are not their own neighbours.
     """
     cosine = features @ reference.T
     if own is not None:
@@ -50,22 +37,9 @@ def proximity(features: Tensor, reference: Tensor, neighbours: int, power: float
 
 
 def log_density(points: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
-    """Logarithm of a kernel density estimate with a Gaussian kernel, a product over the columns.
-
-    Args:
-        points: ``(N, c)``.
-        centres: ``(M, c)``.
-        widths: Bandwidth of each column, ``(c,)``.
-
-    Returns:
-        ``(N,)``.
-
-    Example:
-        >>> log_density(torch.zeros(1, 2), torch.zeros(3, 2), torch.ones(2)).exp()  # 1 / (2 pi)
-        tensor([0.1592])
-    """
+    """Logarithm of a kernel density estimate at ``points``, with a product of Gaussian kernels of the given widths."""
     exponent = torch.zeros(points.shape[0], centres.shape[0], dtype=points.dtype, device=points.device)
-    # Column by column: a tensor of all differences would be larger.
+    # Column by column, since a tensor of all differences would be larger.
     for column in range(points.shape[1]):
         gap = (points[:, column : column + 1] - centres[:, column]) / widths[column]
         exponent = exponent - 0.5 * gap * gap
@@ -74,14 +48,7 @@ def log_density(points: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
 
 
 def reference_widths(points: Tensor) -> Tensor:
-    """Normal-reference bandwidths, ``1.06 std_j m^(-1 / (4 + c))``; a spread below 1e-3 counts as 1e-3.
-
-    Args:
-        points: ``(m, c)``.
-
-    Returns:
-        ``(c,)``.
-    """
+    """Normal-reference bandwidths ``1.06 std_j m^(-1 / (4 + c))`` of points ``(m, c)``, ``std_j`` at least 1e-3."""
     rows, columns = points.shape
     shrinking: float = rows ** (-1.0 / (4 + columns))
     return points.std(dim=0, correction=0).clamp_min(_LEAST_SPREAD) * (1.06 * shrinking)
@@ -90,17 +57,18 @@ def reference_widths(points: Tensor) -> Tensor:
 class DensityRatio(Calibrator):
     """Proximity-informed calibration by density ratios (Xiong et al., NeurIPS 2023).
 
-    With c the confidence and D the proximity of a row to the calibration rows (the mean of ``exp(-d^power)`` over its
-    nearest neighbours there, features scaled to length one), f1 and f0 the densities of (c, D) over the right and the
-    wrong calibration rows, and n1 and n0 their numbers, ``c' = f1 / (f1 + f0 n0 / n1)``. The densities are Gaussian
-    kernel estimates with bandwidths ``1.06 std n^(-1/6)``. The other classes share ``1 - c'`` in their old proportions,
-    and the predicted class is kept as in `with_top_confidence`. It is mostly put behind a temperature.
+    ``c' = f1 / (f1 + f0 n0 / n1)``, where f1 and f0 are the densities of (c, D) over the correct and the wrong
+    calibration rows, and n1 and n0 their numbers. c is the confidence and D the proximity of a row to the calibration
+    rows: the mean of ``exp(-d^power)`` over its nearest neighbours there, with features scaled to length one. The
+    densities are Gaussian kernel estimates with bandwidths ``1.06 std n^(-1/6)``. The other classes share ``1 - c'`` in
+    their old proportions, and the predicted class is kept as in `with_top_confidence`. It is usually applied after a
+    temperature.
 
-    It keeps the features of all calibration rows, and the cost of a row is proportional to their number.
+    It stores the features of all calibration rows, and the cost per row is proportional to their number.
 
     Args:
         neighbours: Number of neighbours, at least 1.
-        distance_power: Exponent of the Euclidean distance; 2 is what the code of the authors does, 1 what they write.
+        distance_power: Exponent of the Euclidean distance; 2 as in the authors' code, 1 as in the paper.
 
     Raises:
         ValueError: An argument out of range.
@@ -108,7 +76,7 @@ class DensityRatio(Calibrator):
     Deviations:
         Where both densities fall below 1e-10, that code returns a confidence of 0. Here ``1e-10 c`` is added to f1 and
         ``1e-10 (1 - c)`` to the other term, so that far from all calibration rows the confidence stays c. With fewer
-        than 5 right or wrong calibration rows nothing is changed, and the report says so.
+        than 5 correct or wrong calibration rows nothing changes, and the report says so.
 
     Example:
         >>> logits, labels, features = torch.randn(60, 3), torch.arange(60) % 3, torch.randn(60, 8)
@@ -127,14 +95,14 @@ class DensityRatio(Calibrator):
     def __init__(self, neighbours: int = 10, distance_power: float = 2.0) -> None:
         super().__init__()
         if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
-            raise ValueError(f"neighbours={neighbours!r}: it must be a whole number from 1 on; 10 is customary")
+            raise ValueError(f"neighbours is {neighbours!r}; it must be an integer >= 1. 10 is the usual value.")
         if not 0.0 < distance_power < math.inf:
-            raise ValueError(f"distance_power={distance_power!r}: it must be above 0, such as 2")
+            raise ValueError(f"distance_power is {distance_power!r}; it must be finite and > 0. 2 is the usual value.")
         self.neighbours, self.distance_power = neighbours, distance_power
         self.register_state("reference", "right", "wrong")
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
-        """Note where the right and the wrong rows lie; see `Calibrator.fit_rows`."""
+        """Store the points of correct and wrong rows; see `Calibrator.fit_rows`."""
         assert features is not None
         correct = logits.argmax(dim=1) == labels
         rows, right = len(labels), int(correct.sum())
@@ -142,7 +110,7 @@ class DensityRatio(Calibrator):
             self.reference = features[:0]
             self.right = self.wrong = torch.zeros(0, 2, dtype=torch.float64, device=logits.device)
             note = (
-                f"{right} right and {rows - right} wrong predictions are too few for densities (at least {FEWEST} of "
+                f"{right} correct and {rows - right} wrong predictions are too few for densities (at least {FEWEST} of "
                 "each): the confidence is not changed"
             )
             return Optimum(notes=(note,))
@@ -161,11 +129,11 @@ class DensityRatio(Calibrator):
         return self.with_confidence(logits, features).logits
 
     def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
-        """The confidence ``(N,)`` is c' in float64, which may be below ``1 / K``; see `Calibrator.with_confidence`."""
+        """Return the confidence c', ``(N,)`` float64; it may be below ``1 / K``. See `Calibrator.with_confidence`."""
         return self._predicted(logits, features, None)
 
     def of_fitted_rows(self, logits: Tensor, features: Tensor | None, place: Tensor) -> Prediction:
-        """No row is a neighbour of itself; see `Calibrator.of_fitted_rows`."""
+        """Exclude each row from its own neighbours; see `Calibrator.of_fitted_rows`."""
         return self._predicted(logits, features, place)
 
     def _predicted(self, logits: Tensor, features: Tensor | None, own: Tensor | None) -> Prediction:
@@ -176,8 +144,8 @@ class DensityRatio(Calibrator):
         assert features is not None
         if features.shape[1] != self.reference.shape[1]:
             raise ValueError(
-                f"DensityRatio was fitted to {self.reference.shape[1]} features, got {features.shape[1]}: shape "
-                f"{tuple(features.shape)}"
+                f"DensityRatio was fitted to {self.reference.shape[1]} features: features has shape "
+                f"{tuple(features.shape)}; it must have shape (N, {self.reference.shape[1]})."
             )
         if self.reference.shape[0] == 0:
             return top_log_odds(logits.double())

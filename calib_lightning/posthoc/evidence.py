@@ -1,37 +1,43 @@
-"""What calibrators look at: logits, features, or the network with its images."""
+"""What calibrators use: logits, features, or the network with its images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.rows import check_shapes, check_values
+from calib_lightning.metrics.functional.rows import check_shapes, check_values, seem_probs
 
 Need = Literal["logits", "features", "network"]
-"""What a calibrator may ask for; ``"network"`` is the network together with the images."""
+"""What a calibrator may need; ``"network"`` is the network together with the images."""
 
 Network = Callable[[Tensor], Tensor]
-"""Maps images ``(N, C, H, W)`` to logits ``(N, K)``; mostly an ``nn.Module``."""
+"""Maps images ``(N, C, H, W)`` to logits ``(N, K)``; usually an ``nn.Module``."""
 
 Images = Tensor | Iterable[Sequence[Any]]
 """Images ``(N, C, H, W)``, or batches (a ``DataLoader``) whose first two entries are images and labels."""
 
+PROBS_HINT = (
+    "the logits are all in [0, 1] and each row sums to 1. If they are probabilities, pass as_logits(probs) instead."
+)
+"""What to say where logits `look_like_probs`."""
 
 _BATCH = 512
 
 
 class Evidence(NamedTuple):
-    """Everything that is known of the same N rows; a calibrator takes from it what its `needs` name.
+    """Everything known about the same N rows; a calibrator uses what its `needs` name.
 
     Attributes:
         logits: ``(N, K)``, floating point.
         features: ``(N, d)``, floating point.
         network: The network, in evaluation mode.
-        images: ``(N, C, H, W)``, floating point, normalised as the network takes them; or batches of them.
+        images: ``(N, C, H, W)``, floating point, normalised as the network expects; or batches of them.
     """
 
     logits: Tensor | None = None
@@ -40,10 +46,10 @@ class Evidence(NamedTuple):
     images: Images | None = None
 
     def blocks(self, rows: int) -> Iterator[Evidence]:
-        """Cut logits and features into blocks; images stay whole, since they come in batches of their own.
+        """Cut logits and features into blocks; with images there is one block, since these have their own batches.
 
         Args:
-            rows: Most rows of a block.
+            rows: Largest number of rows of a block.
 
         Yields:
             At least one block.
@@ -57,7 +63,7 @@ class Evidence(NamedTuple):
 
 
 def missing(evidence: Evidence, needs: Sequence[Need]) -> str:
-    """What a calibrator needs and was not given, in words; empty where it has all."""
+    """Name the arguments that a calibrator needs and was not given; empty if it has all."""
     wanted = {
         "logits": (evidence.logits is None, "logits=(N, K)"),
         "features": (evidence.features is None, "features=(N, d)"),
@@ -67,37 +73,80 @@ def missing(evidence: Evidence, needs: Sequence[Need]) -> str:
 
 
 def asked_logits(network: Network, images: Images) -> Tensor:
-    """Ask a network for the logits ``(N, K)`` of images, without gradients, a batch at a time."""
-    batches = torch.split(images, _BATCH) if isinstance(images, Tensor) else (batch[0] for batch in images)
+    """Compute the logits ``(N, K)`` of images without gradients, one batch at a time."""
+    batches = torch.split(images, _BATCH) if isinstance(images, Tensor) else image_batches(images)
     some = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
     device = None if some is None else some.device
     with torch.no_grad():
         return torch.cat([network(image.to(device)) for image in batches])
 
 
+def with_logits(evidence: Evidence) -> Evidence:
+    """Add the network's logits if none were given."""
+    if evidence.logits is not None or evidence.network is None or evidence.images is None:
+        return evidence
+    return evidence._replace(logits=asked_logits(evidence.network, evidence.images))
+
+
+def image_batches(images: Iterable[Sequence[Any]]) -> Iterator[Tensor]:
+    """Yield the images of batches; raise ``TypeError`` if they are not batches."""
+    if not isinstance(images, Iterable) or isinstance(images, np.ndarray):
+        raise TypeError(f"images is {type(images).__name__}; it must be a tensor (N, C, H, W) or batches of such.")
+    for batch in images:
+        yield batch[0]
+
+
+@contextmanager
+def frozen(network: Network | None) -> Iterator[None]:
+    """Put a module in evaluation mode, its parameters without gradients, and restore it at the end."""
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    parameters = list(network.parameters()) if isinstance(network, nn.Module) else []
+    training = [module.training for module in modules]
+    wanted = [parameter.requires_grad for parameter in parameters]
+    try:
+        for module in modules:
+            module.training = False
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, flag in zip(modules, training, strict=True):
+            module.training = flag
+        for parameter, flag in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def look_like_probs(logits: Tensor) -> bool:
+    """Whether logits of more than one class look like probabilities; the first row usually decides."""
+    wide = logits.shape[1] > 1
+    return wide and seem_probs(at_least_float32(logits[:1])) and seem_probs(at_least_float32(logits))
+
+
 def check_shape_of_features(features: Tensor, rows: int, where: str) -> None:
-    """Refuse features that are not floating point of shape ``(rows, d)``."""
+    """Raise ``ValueError`` unless features are floating point of shape ``(rows, d)``."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{where}: features is {type(features).__name__}; it must be a tensor.")
     if features.ndim != 2 or features.shape[0] != rows or not features.is_floating_point():
         raise ValueError(
-            f"{where}: features are {features.dtype} of shape {tuple(features.shape)}; they must be floating point of "
-            f"shape ({rows}, d). Give the features of the same rows."
+            f"{where}: features is {features.dtype} of shape {tuple(features.shape)}; it must be floating point of "
+            f"shape ({rows}, d). Pass the features of the same rows."
         )
 
 
 def check_features(features: Tensor, rows: int, where: str) -> Tensor:
-    """Refuse features that are not a finite row for each row of logits; return them as float32 or float64."""
+    """Check that features are ``(rows, d)`` and finite; return them as float32 or float64."""
     check_shape_of_features(features, rows, where)
     bad = ~features.isfinite().all(dim=1)
     if bool(bad.any()):
         raise ValueError(
             f"{where}: {int(bad.sum())} of {rows} rows have features that are not finite; the first is row "
-            f"{int(bad.int().argmax())}"
+            f"{int(bad.int().argmax())}. Leave such rows out."
         )
     return at_least_float32(features.detach())
 
 
 def as_logits(probs: Tensor) -> Tensor:
-    """Turn probabilities into logits for a calibrator: ``log p``, at least the log of the smallest normal number.
+    """Convert probabilities to logits for a calibrator: ``log p``, bounded below by that of the least normal number.
 
     Args:
         probs: ``(N, K)``, rows >= 0 that sum to 1 +- 1e-3.

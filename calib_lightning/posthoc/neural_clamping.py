@@ -1,4 +1,4 @@
-"""Neural Clamping (Tang et al., 2024): an input perturbation and a temperature that are trained on a frozen network."""
+"""Neural Clamping (Tang et al., 2024): an input perturbation and a temperature, trained on a frozen network."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from calib_lightning.posthoc.clamping_report import (
     STILL_MOVING,
     ClampCandidate,
     ClampReport,
-    Figures,
+    Measured,
     as_plain,
     from_plain,
     measured,
 )
-from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, frozen, reduced, several_processes
+from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
 from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
-from calib_lightning.posthoc.evidence import Evidence, Images, Network, missing
+from calib_lightning.posthoc.evidence import PROBS_HINT, Evidence, Images, Network, frozen, image_batches
 from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.utils.described import build
 
 ANY_CLASSES = -1
-"""K of a fit that did not note it."""
+"""K of a fit of version 0.1, which did not record it; it is set at the first use."""
 
 _WEIGHTS: tuple[PenaltyWeight, ...] = (RelativeWeight(),)
 _START = RandomStart()
@@ -49,37 +49,37 @@ _DESCENT = ClampDescent()
 class NeuralClamping(Calibrator):
     """Input perturbation and temperature, trained jointly on a frozen network (Tang et al., TMLR 2024).
 
-    ``z = f(x + delta) / T`` with one delta for all images, added after normalisation, minimises
-    ``mean_i focal_gamma(z_i, y_i) + lambda R(delta)`` over the calibration rows, starting from T = 1. Every pair of a
-    gamma and a lambda is a run of its own; the one with the least calibration error (15 bins) on the same rows is kept.
-    The network is used in evaluation mode, and neither its parameters nor its buffers change.
+    ``z = f(x + delta) / T``, with one delta for all images that is added after normalisation, minimises
+    ``mean_i focal_gamma(z_i, y_i) + lambda R(delta)`` over the calibration rows, starting from T = 1. Each pair of a
+    gamma and a lambda is a separate run; the run with the lowest calibration error (15 bins) on the same rows is kept.
+    The fit uses the network in evaluation mode, and changes neither its parameters nor its buffers.
 
-    With ``descent=None`` delta stays where it starts and T alone is fitted, exactly: with a `DataDrivenStart` that is
-    the cheap variant of the paper, at the cost of one backward pass. Then there is no penalty to weigh.
+    With ``descent=None`` delta keeps its starting value and only T is fitted, exactly. With a `DataDrivenStart` this is
+    the cheap variant of the paper and costs one backward pass. There is no penalty then.
 
-    Where several processes have been initialised each gives its own rows, and all end with the same delta and T.
+    In a group of several processes each process passes its own rows, and all end with the same delta and T.
 
     Args:
         gammas: Focusing parameters of the loss, each at least 0; 0 is cross-entropy.
-        weights: Rules for lambda, or one rule.
-        start: Where delta starts.
-        descent: How delta and T are trained, or ``None``.
+        weights: One or more rules for lambda.
+        start: Initial delta.
+        descent: How delta and T are trained; ``None`` fits T alone.
         penalty: R, ``"l2sq"`` for the squared Euclidean norm of delta or ``"l2"`` for the norm.
-        batch_size: Rows of a batch of each process, where images are a tensor.
+        batch_size: Batch size of each process if images are a tensor.
 
     Attributes:
         delta: Perturbation ``(C, H, W)`` in units of the normalised image.
-        log_temperature: log T, 0-d float64, so that T is above 0 always.
-        report: How the last fit went, ``None`` before.
-        search: The runs of the last fit, ``None`` before.
+        log_temperature: log T, 0-d float64, so that T is always above 0.
+        report: How the last fit went; ``None`` before.
+        search: The runs of the last fit; ``None`` before.
 
     Raises:
         ValueError: An argument out of range.
 
     Deviations:
-        The code of the authors penalises the norm and not its square, has T itself as the parameter, clips
-        probabilities to ``[1e-7, 1 - 1e-7]``, and crops and flips the calibration images unless told not to. Nothing
-        keeps ``x + delta`` in the range of images, there as here.
+        The authors' code penalises the norm instead of its square, uses T itself as the parameter, clips probabilities
+        to ``[1e-7, 1 - 1e-7]``, and by default crops and flips the calibration images. As there, ``x + delta`` may
+        leave the range of images.
 
     Example:
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
@@ -110,19 +110,19 @@ class NeuralClamping(Calibrator):
         self.weights = (weights,) if isinstance(weights, PenaltyWeight) else tuple(weights)
         self.start, self.descent, self.penalty, self.batch_size = start, descent, penalty, batch_size
         if not self.gammas or not all(0.0 <= gamma < math.inf for gamma in self.gammas):
-            raise ValueError(f"gammas={gammas!r}: give at least one number, each at least 0 and finite")
+            raise ValueError(f"gammas is {gammas!r}; it must be one or more finite numbers >= 0. 1.0 is the default.")
         if not self.weights:
-            raise ValueError("weights is empty: give at least one rule, such as RelativeWeight(0.1)")
+            raise ValueError("weights is empty; it must be one or more rules. Pass RelativeWeight(0.1), for example.")
         if penalty not in ("l2sq", "l2"):
-            raise ValueError(f"penalty={penalty!r}: it must be 'l2sq' or 'l2'")
+            raise ValueError(f"penalty is {penalty!r}; it must be 'l2sq' or 'l2'.")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: it must be a whole number, at least 1")
+            raise ValueError(f"batch_size is {batch_size!r}; it must be an integer >= 1.")
         self.search: ClampReport | None = None
         self.register_state("delta", "log_temperature")
 
     @property
     def fitted(self) -> bool:
-        """Whether it can be used."""
+        """Whether it has been fitted."""
         return self.delta.numel() > 0
 
     @property
@@ -142,24 +142,25 @@ class NeuralClamping(Calibrator):
             The same shape and dtype.
 
         Raises:
-            RuntimeError: It was not fitted.
-            TypeError: Images that are not floating point: delta is one of normalised images.
-            ValueError: Another shape than it was fitted to.
+            RuntimeError: It is not fitted.
+            TypeError: Images that are not floating point; delta belongs to normalised images.
+            ValueError: Another shape than in the fit.
         """
         self._check_fitted()
-        if not image.is_floating_point():
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            found = str(image.dtype) if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(
-                f"NeuralClamping: images must be floating point, normalised as in the fit, got {image.dtype}"
+                f"NeuralClamping: images is {found}; it must be a tensor, floating point, normalised as in the fit."
             )
         if image.shape[1:] != self.delta.shape:
             raise ValueError(
-                f"NeuralClamping was fitted to images of shape (N, {', '.join(map(str, self.delta.shape))}), "
-                f"got {tuple(image.shape)}"
+                f"NeuralClamping was fitted to other images: images has shape {tuple(image.shape)}; it must have shape "
+                f"(N, {', '.join(map(str, self.delta.shape))})."
             )
         return image + self.delta.to(image.dtype)
 
     def logits_of(self, evidence: Evidence) -> Tensor:
-        """Ask the network, which must be in evaluation mode, for ``f(x + delta)``, a batch at a time."""
+        """Compute ``f(x + delta)``, one batch at a time; the network must be in evaluation mode."""
         network, images = evidence.network, evidence.images
         assert network is not None
         assert images is not None
@@ -167,7 +168,7 @@ class NeuralClamping(Calibrator):
             whole = torch.compiler.is_compiling() or len(images) <= self.batch_size
             batches = iter([images] if whole else torch.split(images, self.batch_size))
         else:
-            batches = (batch[0] for batch in images)
+            batches = image_batches(images)
         logits = torch.cat([network(self.perturb(image.to(self.delta.device))) for image in batches])
         if self.num_classes == ANY_CLASSES:
             self.num_classes = logits.shape[1]
@@ -175,16 +176,16 @@ class NeuralClamping(Calibrator):
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
         """Divide the logits of perturbed images by T; see `Calibrator.transform`."""
-        # The largest logit is subtracted first, so that a small T cannot overflow.
+        # Subtracting the largest logit first prevents an overflow for small T.
         shifted = logits - logits.amax(dim=-1, keepdim=True)
         return torch.log_softmax(shifted * torch.exp(-self.log_temperature).to(logits.dtype), dim=-1)
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
-        """Refuse: logits do not say how images change them."""
-        raise TypeError("NeuralClamping is fitted to the network and its images: fit(network=..., images=...)")
+        """Raise: logits alone do not show how images change them."""
+        raise TypeError("NeuralClamping needs the network and its images. Call fit(network=..., images=...).")
 
     def input_only(self) -> NeuralClamping:
-        """Keep the perturbation alone, ``f(x + delta)``: one of the paper's ablations.
+        """Keep only the perturbation, ``f(x + delta)``: one of the paper's ablations.
 
         Returns:
             A copy with T = 1, without a report.
@@ -192,7 +193,7 @@ class NeuralClamping(Calibrator):
         return self._with(self.delta, torch.zeros_like(self.log_temperature))
 
     def output_only(self) -> NeuralClamping:
-        """Keep the temperature alone, ``f(x) / T``: the other ablation.
+        """Keep only the temperature, ``f(x) / T``: the other ablation.
 
         Returns:
             A copy with delta = 0, without a report.
@@ -207,7 +208,7 @@ class NeuralClamping(Calibrator):
 
     def _check_fitted(self) -> None:
         if not self.fitted:
-            raise RuntimeError("NeuralClamping is not fitted: call fit(network=..., images=...) or load a fitted one.")
+            raise RuntimeError("NeuralClamping is not fitted. Call fit(network=..., images=...) or load a fitted one.")
 
     # --- fit ---------------------------------------------------------------------------------------------------------
 
@@ -220,34 +221,36 @@ class NeuralClamping(Calibrator):
         images: Images | None = None,
         progress: bool = True,
     ) -> Self:
-        """Train on the calibration split: held-out rows, clean, neither augmented nor trained nor tested on.
+        """Train on the calibration split: held-out rows without augmentation, used for neither training nor testing.
 
         Args:
             logits: Not used.
-            labels: ``(N,)`` integer; ``None`` with batches.
+            labels: ``(N,)`` integer; may be ``None`` with batches, which bring their own, and is else compared to them.
             features: Not used.
-            network: A module, or a function of images that is differentiable and in evaluation mode.
-            images: ``(N, C, H, W)``, floating point, normalised as the network takes them; or batches that can be read
-                again and again (a ``DataLoader``), whose first two entries are images and labels. Batches are taken as
-                they come, so a loader that shuffles should have a generator of its own.
-            progress: Whether the first process shows a bar, if its output is a terminal.
+            network: A module, or a differentiable function of images that is in evaluation mode.
+            images: ``(N, C, H, W)``, floating point, normalised as the network expects; or batches that can be read
+                repeatedly (a ``DataLoader``), whose first two entries are images and labels. Batches are used as they
+                come, so a loader that shuffles should have its own generator.
+            progress: Whether the first process shows a progress bar if its output is a terminal.
 
         Returns:
-            Itself; how it went is in ``report`` and ``search``, and a warning tells what went wrong.
+            The calibrator itself. `report` and `search` say how the fit went, and warnings name its problems.
 
         Raises:
-            TypeError: A wrong dtype.
-            ValueError: A wrong shape, an invalid value, no rows, something missing, or a network without gradients.
-            FloatingPointError: The descent diverges.
+            TypeError: A wrong type or dtype.
+            ValueError: A wrong shape, an invalid value, no rows, a missing argument, or a network without gradients.
+            FloatingPointError: The descent diverged.
         """
-        lacking = missing(Evidence(network=network, images=images), self.needs)
-        if lacking or network is None or images is None:
-            raise ValueError(f"{WHERE}: {lacking} is missing; give the network and the images of the calibration split")
-        rows = ClampRows(network, images, labels, self.batch_size)
-        # A fit that fails leaves nothing that could be used.
+        evidence = self._needed(Evidence(network=network, images=images), WHERE)
+        assert evidence.network is not None
+        assert evidence.images is not None
+        rows = ClampRows(evidence.network, evidence.images, labels, self.batch_size)
+        # After a failed fit the calibrator counts as not fitted.
         self.delta, self.report, self.search, self.num_classes = self.delta.new_empty(0), None, None, 0
         with torch.inference_mode(False), torch.no_grad(), frozen(network):
             before = measured(rows, None, 0.0, ())
+            if rows.look_like_probs:
+                warnings.warn(f"{WHERE}: {PROBS_HINT}", stacklevel=2)
             start = self.start.delta(rows, rows.like())
             losses = measured(rows, start, 0.0, self.gammas).losses
             runs: list[ClampCandidate] = []
@@ -258,9 +261,9 @@ class NeuralClamping(Calibrator):
                     runs.append(_candidate(objective, loss, start, end, before, after))
                     if runs[-1].ece < min((run.ece for run in runs[:-1]), default=math.inf):
                         best, chosen = end, runs[-1]
-        self.delta = best.delta
-        self.num_classes = int(reduced(torch.tensor([rows.classes], device=rows.device), "MAX"))
-        self.log_temperature = torch.tensor(best.log_temperature, dtype=torch.float64, device=best.delta.device)
+            self.delta = best.delta
+            self.log_temperature = torch.tensor(best.log_temperature, dtype=torch.float64, device=best.delta.device)
+            self.num_classes = int(reduced(torch.tensor([rows.classes], device=rows.device), "MAX"))
         self.search = ClampReport(
             rows=before.rows,
             chosen=chosen,
@@ -284,7 +287,7 @@ class NeuralClamping(Calibrator):
         )
 
     def _objectives(self, rows: ClampRows, start: Tensor, losses: Sequence[float]) -> Iterator[tuple[Objective, float]]:
-        """Every objective, with its focal loss at the start."""
+        """Yield every objective with its focal loss at the start."""
         size = penalty_of(start, self.penalty)
         for gamma, loss in zip(self.gammas, losses, strict=True):
             weights = [0.0] if self.descent is None else [float(rule.weight(loss, size)) for rule in self.weights]
@@ -302,34 +305,34 @@ class NeuralClamping(Calibrator):
 
     @property
     def details(self) -> dict[str, Any]:
-        """The runs of the search, as plain data."""
+        """The runs of the search as plain data."""
         if self.search is None:
             return {}
         runs = [run._asdict() for run in self.search.candidates]
         return {"chosen": self.search.chosen._asdict(), "candidates": runs, "start_moved": self.search.start_moved}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """K, the report and the search, as plain data."""
+        """Return K, the report and the search as plain data."""
         return {**super().get_extra_state(), "search": as_plain(self.search)}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take them from a checkpoint.
+        """Restore them from a checkpoint.
 
         Raises:
-            ValueError: They are damaged.
+            ValueError: The state is damaged.
         """
         try:
             if "search" in state:
                 super().set_extra_state(state)
                 self.search = from_plain(state["search"])
-            else:  # version 0.1 kept the search alone, under another name, and no K
-                self.search, self.num_classes = from_plain(state["report"]), ANY_CLASSES
+            else:  # version 0.1 saved only the search, under another name, and not K
+                self.search, self.num_classes, self.report = from_plain(state["report"]), ANY_CLASSES, None
         except (KeyError, TypeError) as error:
             raise ValueError(f"The state of NeuralClamping is damaged: {error!r}.") from None
 
 
 def _candidate(
-    objective: Objective, loss: float, start: Tensor, end: Clamped, before: Figures, after: Figures
+    objective: Objective, loss: float, start: Tensor, end: Clamped, before: Measured, after: Measured
 ) -> ClampCandidate:
     return ClampCandidate(
         gamma=objective.gamma,
@@ -344,15 +347,15 @@ def _candidate(
     )
 
 
-def _notes(end: Clamped, chosen: ClampCandidate, before: Figures) -> Iterator[str]:
+def _notes(end: Clamped, chosen: ClampCandidate, before: Measured) -> Iterator[str]:
     if chosen.ece >= before.ece:
         yield f"the calibration error is {chosen.ece:.4f}, not below the {before.ece:.4f} of the network alone"
     if chosen.loss_end > chosen.loss_start:
         yield f"the objective rose from {chosen.loss_start:.4g} to {chosen.loss_end:.4g}; use a lower lr"
     elif abs(end.slope) > STILL_MOVING:
         yield (
-            f"it was stopped before the optimum: the slope by log T was {end.slope:.2g} in the last epoch; raise lr, "
+            f"the descent stopped before the optimum (slope {end.slope:.2g} by log T in the last epoch); raise lr, "
             "momentum or epochs"
         )
     if end.at_bound:
-        yield "the likelihood rises without end, so that T was stopped at its bound"
+        yield "the likelihood has no maximum, so T was stopped at its bound"

@@ -1,4 +1,4 @@
-"""Calibrators one after the other."""
+"""Calibrators applied one after the other."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _BLOCK = 2**22
 
 
 class Sequential(Calibrator):
-    """Fits calibrators one after the other, each to what those before it make of the same rows.
+    """Fits calibrators one after the other, each to the output of those before it for the same rows.
 
-    It keeps the predicted class if all of its members do, is of the full distribution if they are, and so on.
+    ``q = g_n(... g_2(g_1(z)))``. It preserves the predicted class if all members do, calibrates the full distribution
+    if all members do, and so on.
 
     Args:
-        calibrators: At least one. After one that calibrates the predicted class alone (`TopLabel`), no member may
-            calibrate the full distribution.
+        calibrators: At least one. One that needs the network must come first, and no member that calibrates the full
+            distribution may follow one that calibrates only the predicted class (`TopLabel`).
 
     Raises:
-        TypeError: Something else than a `Calibrator`.
-        ValueError: None, one object twice, or a member for the full distribution after one for the predicted class.
+        TypeError: An argument that is not a `Calibrator`.
+        ValueError: No calibrator, the same object twice, or an order that makes no sense.
 
     Example:
         >>> from calib_lightning.posthoc import FixedTemperature
@@ -41,26 +42,26 @@ class Sequential(Calibrator):
     def __init__(self, *calibrators: Calibrator) -> None:
         super().__init__()
         if not calibrators:
-            raise ValueError("Sequential(): give at least one calibrator, such as Sequential(FixedTemperature(1.5))")
+            raise ValueError("Sequential() has no calibrators; it must have at least one. Pass Temperature(), say.")
         for calibrator in calibrators:
             if not isinstance(calibrator, Calibrator):
                 raise TypeError(
-                    f"Sequential({calibrator!r:.100}): it must be a Calibrator; wrap one of a single probability in "
-                    "OneVsRest or TopLabel"
+                    f"Sequential: an argument is {calibrator!r:.100}; it must be a Calibrator. Wrap calibrators of one "
+                    "probability in OneVsRest or TopLabel."
                 )
         for calibrator in calibrators[1:]:
             if "network" in calibrator.needs:
                 raise ValueError(
-                    f"Sequential: {calibrator.name} changes the images that the network sees, before there are logits; "
-                    "put it first"
+                    f"Sequential: {calibrator.name} changes the images that the network sees; it must come before all "
+                    "others, so put it first."
                 )
         if len({id(calibrator) for calibrator in calibrators}) < len(calibrators):
-            raise ValueError("Sequential: the same object is given twice, and has room for one fit; make two of it")
+            raise ValueError("Sequential: the same object is given twice; it holds one fit. Create two of them.")
         for before, after in pairwise(calibrators):
             if after.full_distribution and not before.full_distribution:
                 raise ValueError(
-                    f"Sequential: {after.name} after {before.name} would use probabilities of classes that were not "
-                    "calibrated, and undo the confidence of the predicted class; put it first"
+                    f"Sequential: {after.name} after {before.name} would use uncalibrated probabilities and undo the "
+                    "confidence of the predicted class; put it first."
                 )
         self.calibrators = nn.ModuleList(calibrators)
 
@@ -71,7 +72,7 @@ class Sequential(Calibrator):
 
     @property
     def preserves_argmax(self) -> bool:  # type: ignore[override]
-        """Whether all members keep the predicted class."""
+        """Whether all members preserve the predicted class."""
         return all(member.preserves_argmax for member in self.members)
 
     @property
@@ -81,21 +82,21 @@ class Sequential(Calibrator):
 
     @property
     def needs(self) -> tuple[Need, ...]:  # type: ignore[override]
-        """What the first member needs, and the features if another one needs them."""
+        """What the first member needs, and the features if any other member needs them."""
         first, *others = self.members
         more: tuple[Need, ...] = ("features",) if any("features" in member.needs for member in others) else ()
         return tuple(dict.fromkeys((*first.needs, *more)))
 
     @property
     def temperature(self) -> float | None:
-        """The product of the temperatures, ``None`` where a member has none."""
+        """Product of the members' temperatures; ``None`` if a member has none."""
         found = [getattr(member, "temperature", None) for member in self.members]
         known = [value for value in found if isinstance(value, float)]
         return math.prod(known) if len(known) == len(found) else None
 
     @property
     def per_class(self) -> bool:  # type: ignore[override]
-        """Whether a member has parameters of every class."""
+        """Whether any member has parameters for every class."""
         return any(member.per_class for member in self.members)
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
@@ -103,17 +104,20 @@ class Sequential(Calibrator):
         return self.fit_evidence(Evidence(logits, features), labels)
 
     def fit_evidence(self, evidence: Evidence, labels: Tensor) -> Optimum:
-        """Fit the members in order, each to what those before it make of the rows."""
+        """Fit the members in order, each to the output of those before it."""
         reports: list[FitReport] = []
         for member in self.members:
             with warnings.catch_warnings():
-                # A member's problems are in its report, and are told once, with its name.
+                # A member's problems are in its report and are reported once, with its name.
                 warnings.filterwarnings("ignore", re.escape(f"{type(member).__name__}.fit: "))
                 member.fit(labels=labels, **evidence._asdict())
             if member.report is not None:
                 reports.append(member.report)
             if member is not self.members[-1]:
-                evidence = Evidence(self._after(member, evidence), evidence.features)
+                logits, features = self._after(member, evidence), evidence.features
+                # The network may be on another device than the rows.
+                evidence = Evidence(logits, None if features is None else features.to(logits.device))
+                labels = labels.to(logits.device)
         norms = [report.gradient_norm for report in reports if not math.isnan(report.gradient_norm)]
         return Optimum(
             converged=all(report.converged for report in reports),
@@ -124,7 +128,7 @@ class Sequential(Calibrator):
         )
 
     def logits_of(self, evidence: Evidence) -> Tensor:
-        """Logits that the first member takes; see `Calibrator.logits_of`."""
+        """Return the logits for the first member; see `Calibrator.logits_of`."""
         return self.members[0].logits_of(evidence)
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
@@ -134,7 +138,7 @@ class Sequential(Calibrator):
         return logits
 
     def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
-        """Apply the members in order; the confidence is that of the last one, where it has one."""
+        """Apply the members in order; the confidence is that of the last one, if it has one."""
         *before, last = self.members
         for member in before:
             logits = member.transform(logits, features)
@@ -149,7 +153,9 @@ class Sequential(Calibrator):
 
     @staticmethod
     def _after(member: Calibrator, evidence: Evidence) -> Tensor:
-        logits, features = member.logits_of(evidence), evidence.features
+        """Apply a fitted member to the rows of the fit."""
+        logits, features = member.logits_of(evidence), evidence.features if "features" in member.needs else None
+        features = None if features is None else features.to(logits.device)
         rows = torch.arange(len(logits), device=logits.device)
         parts = [
             member.of_fitted_rows(logits[some], None if features is None else features[some], some).logits

@@ -41,8 +41,14 @@ def method(kind: str) -> NeuralClamping:
 
 def plain(clamping: NeuralClamping) -> dict[str, Any]:
     assert clamping.report is not None
-    report = clamping.report._asdict()
-    return {"delta": clamping.delta.tolist(), "log_t": float(clamping.log_temperature), "report": report}
+    assert clamping.search is not None
+    return {
+        "delta": clamping.delta.tolist(),
+        "log_t": float(clamping.log_temperature),
+        "classes": clamping.num_classes,
+        "search": clamping.search._asdict(),
+        "report": clamping.report._asdict(),
+    }
 
 
 def case_fit(rank: int, world: int, kind: str, sizes: list[int], loader: bool, batch: int) -> dict[str, Any]:
@@ -83,5 +89,5 @@ def case_bar(rank: int, world: int) -> str:
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     with contextlib.redirect_stderr(terminal) as written:
-        method("random").fit(network(), image, label, progress=True)
+        method("random").fit(network=network(), images=image, labels=label, progress=True)
     return written.getvalue()

@@ -31,13 +31,16 @@ def test_full_batches_end_where_one_process_does(pool2, kind, sizes, loader):
     first, second = pool2.run(cases.case_fit, kind, sizes, loader, 200)
     assert first == second, "the processes differ"
     expected = alone(kind)
-    assert first["report"]["rows"] == cases.TOTAL
+    assert first["report"]["rows"] == first["search"]["rows"] == cases.TOTAL
+    assert first["classes"] == 4, "a process without rows knows K all the same"
     np.testing.assert_allclose(first["delta"], expected["delta"], atol=1e-9)
     assert first["log_t"] == pytest.approx(expected["log_t"], abs=1e-9)
     assert first["log_t"] != 0.0
-    assert first["report"]["start_moved"] == expected["report"]["start_moved"]
-    for ours, theirs in zip(first["report"]["candidates"], expected["report"]["candidates"], strict=True):
+    assert first["search"]["start_moved"] == expected["search"]["start_moved"]
+    for ours, theirs in zip(first["search"]["candidates"], expected["search"]["candidates"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-9)
+    for name in ("nll_before", "nll_after", "ece_before", "ece_after", "accuracy_change", "gradient_norm"):
+        assert first["report"][name] == pytest.approx(expected["report"][name], rel=1e-9, abs=1e-9), name
 
 
 @pytest.mark.parametrize("loader", [False, True])
@@ -50,7 +53,7 @@ def test_mini_batches_of_different_numbers_end_equal(pool2, loader):
 def test_a_fault_of_one_process_is_told_on_both(pool2):
     other, faulty = pool2.run(cases.case_fault)
     assert "label 9" in faulty
-    assert "1 of the other processes found a fault" in other
+    assert "1 of the other processes found invalid rows" in other
 
 
 def test_only_the_first_process_has_a_bar(pool2):

@@ -277,6 +277,10 @@ DEGENERATE = {
 @ALL
 def test_little_to_fit_gives_a_finite_result(name, case):
     logits, labels = DEGENERATE[case]()
+    if ROWS[name].diverges and case == "huge logits":
+        with pytest.raises(FloatingPointError, match="use a lower lr"):
+            fitted(name, logits, labels, features_of(logits))
+        return
     calibrator = fitted(name, logits, labels, features_of(logits))
     log_probs = applied(calibrator, logits, features_of(logits).float())
     assert log_probs.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
@@ -340,7 +344,7 @@ def test_wrong_input_is_named(name):
         fit(bad)
     with pytest.raises(ValueError, match="no rows were given"):
         fit(logits[:0], labels[:0], features[:0])
-    with pytest.raises(ValueError, match=r"has label 5, allowed: 0..4"):
+    with pytest.raises(ValueError, match=r"has label 5; it must be in 0\.\.4"):
         fit(labels=labels + 1)
     with pytest.raises(TypeError, match="integer dtype"):
         fit(labels=labels.float())
@@ -355,7 +359,7 @@ def test_wrong_input_is_named(name):
         fit()
     with pytest.raises(ValueError, match="was fitted to"):
         applied(calibrator, torch.randn(3, 4))
-    with pytest.raises(TypeError, match="must be a tensor.*ndarray|ndarray.*must be a tensor"):
+    with pytest.raises(TypeError, match=r"ndarray; it must be a tensor"):
         calibrator(logits.numpy(), features, torch.nn.Flatten(), logits[:, :, None, None].numpy())
     with pytest.raises(ValueError, match="row 17"):
         fit(bad)
@@ -387,8 +391,8 @@ def test_wrong_features_are_named(name):
             applied(calibrator, logits, wrong)
         with pytest.raises(ValueError, match=r"floating point of shape \(500, d\)"):
             fitted(name, logits, labels, wrong)
-    with pytest.raises(ValueError, match="fitted to 8 features, .*3"):
-        applied(calibrator, logits, features[:, :3])
+    with pytest.raises(ValueError, match=r"fitted to 8 features.*\(500, 3\)"):
+        predicted(calibrator, logits, features[:, :3])
     with pytest.raises(ValueError, match="not finite; the first is row 4"):
         fitted(name, logits, labels, features.index_fill(0, torch.tensor([4]), math.nan))
 
@@ -403,7 +407,7 @@ def test_what_is_not_needed_is_not_looked_at(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         calibrator.fit(labels=labels, **bare)
-    assert calibrator.report == pytest.approx(fitted(name).report, nan_ok=True)
+    assert repr(calibrator.report) == repr(fitted(name).report)  # as text nan is nan
     wanted = applied(fitted(name), logits, features)
     assert torch.equal(calibrator(**bare), wanted)
     assert torch.equal(calibrator.predict(**bare).logits, wanted)

@@ -67,7 +67,7 @@ def test_distribution_has_that_confidence_and_the_same_prediction():
     torch.testing.assert_close(log_probs.exp().amax(1)[above], confidence[above])
     assert calibrator.report.ece_after < calibrator.report.ece_before
     assert calibrator.report.accuracy_change == 0.0
-    assert calibrator.needs_features
+    assert calibrator.needs == ("logits", "features")
     assert not calibrator.full_distribution
 
 
@@ -180,11 +180,11 @@ def test_exports_with_any_number_of_rows():
 def test_refuses():
     logits, labels, features = the_set()
     for neighbours in (0, 2.5):
-        with pytest.raises(ValueError, match="from 1 on"):
+        with pytest.raises(ValueError, match=r"neighbours is .* must be an integer >= 1"):
             DensityRatio(neighbours)
-    with pytest.raises(ValueError, match="fitted to 6 features, got 2"):
+    with pytest.raises(ValueError, match=r"fitted to 6 features.*\(500, 2\)"):
         DensityRatio().fit(logits, labels, features)(logits, features[:, :2])
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match=r"distance_power is 0\.0; it must be finite and > 0"):
         DensityRatio(distance_power=0.0)
-    with pytest.raises(ValueError, match="features are missing"):
+    with pytest.raises(ValueError, match=r"DensityRatio\.fit needs features="):
         DensityRatio().fit(logits, labels)

@@ -437,5 +437,5 @@ def test_more_classes_than_rows():
 
 
 def test_strengths_may_be_an_array():
-    calibrator = MatrixScalingODIR(10.0 ** np.arange(-1, 2), mus=torch.tensor([1.0, 2.0]))
+    calibrator = MatrixScalingODIR(10.0 ** np.arange(-1, 2), mus=np.array([1.0, 2.0]))
     assert calibrator.spec == MatrixScalingODIR((0.1, 1.0, 10.0), mus=(1.0, 2.0)).spec

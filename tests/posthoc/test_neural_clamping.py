@@ -1,6 +1,7 @@
 """Neural Clamping against finite differences, random search, explicit loops and a real network."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from calib_lightning.metrics.functional import ece
 from calib_lightning.metrics.functional.temperature import optimal_inverse_temperature
 from calib_lightning.posthoc.clamping_descent import (
     ClampDescent,
@@ -49,6 +51,12 @@ def rows(n=60, dtype=torch.float64, seed=1, wrong=0.3):
         said = net(image).argmax(1)
     other = torch.randint(4, (n,), generator=generator)
     return image, torch.where(torch.rand(n, generator=generator) < wrong, other, said)
+
+
+def predicted(clamping, net, image):
+    """Log-probabilities of a clamped network."""
+    with torch.no_grad():
+        return clamping.predict(network=net, images=image).logits
 
 
 def softmax(z):
@@ -183,9 +191,9 @@ def test_images_that_touch_the_range_leave_no_room():
     clamping.fit(network=network(dtype=torch.float32), images=image, labels=label, progress=False)
     assert clamping.search.start_moved == 0.0
     assert clamping.search.chosen.delta_norm == 0.0
-    with pytest.raises(ValueError, match="outside of that range"):
+    with pytest.raises(ValueError, match="they must be in that range"):
         clamping.start.delta(ClampRows(network(dtype=torch.float32), image + 1, label, 9), image[0])
-    with pytest.raises(ValueError, match="has 1 channels, the images have 2"):
+    with pytest.raises(ValueError, match="low has 1 channels; it must have 2"):
         DataDrivenStart([0.0], [1.0]).delta(ClampRows(network(), image, label, 9), image[0])
 
 
@@ -231,8 +239,7 @@ def test_pool_chooses_what_an_explicit_loop_chooses():
         alone = NeuralClamping((gamma,), weight, descent=descent).fit(
             network=network(), images=image, labels=label, progress=False
         )
-        with torch.no_grad():
-            p = alone.logits(network().eval(), image).softmax(1).numpy()
+        p = predicted(alone, network().eval(), image).exp().numpy()
         c, a = p.max(1), p.argmax(1) == label.numpy()
         m = np.clip(np.ceil(c * 15) - 1, 0, 14)
         error = sum(abs((a - c)[m == b].sum()) for b in range(15)) / 300
@@ -278,7 +285,11 @@ def test_fixed_delta_of_zero_and_cross_entropy_is_temperature_scaling():
     assert clamping.temperature == pytest.approx(1 / optimal_inverse_temperature(logits, label).beta, rel=1e-9)
     assert clamping.search.chosen.nll <= clamping.report.nll_before
     assert clamping.search.chosen.accuracy_change == 0.0
-    torch.testing.assert_close(clamping(logits), (logits / clamping.temperature).log_softmax(1))
+    torch.testing.assert_close(
+        predicted(clamping, network().eval(), image), (logits / clamping.temperature).log_softmax(1)
+    )
+    assert clamping.report.converged
+    assert clamping.report.gradient_norm == 0.0
 
 
 def test_temperature_by_focal_loss_is_the_best_of_a_fine_grid():
@@ -383,10 +394,10 @@ def test_loss_falls_and_no_gradient_is_asked_for_outside():
     clamping = NeuralClamping(descent=ClampDescent(epochs=30, lr=0.1)).fit(
         network=network(), images=image, labels=label, progress=False
     )
-    report = clamping.report
-    assert report.chosen.loss_end < 0.97 * report.chosen.loss_start
-    assert report.chosen.nll < report.nll_before
-    assert report.start_moved == 1.0
+    search = clamping.search
+    assert search.chosen.loss_end < 0.97 * search.chosen.loss_start
+    assert search.chosen.nll < search.nll_before
+    assert search.start_moved == 1.0
     assert not clamping.delta.requires_grad
     with torch.no_grad():
         NeuralClamping(descent=FEW).fit(network=network(), images=image, labels=label, progress=False)
@@ -398,7 +409,7 @@ def test_half_precision_network_and_images():
     clamping = NeuralClamping(descent=FEW).fit(network=net, images=image.bfloat16(), labels=label, progress=False)
     assert clamping.delta.dtype == torch.float32
     assert clamping.perturb(image.bfloat16()).dtype == torch.bfloat16
-    assert clamping.logits(net.eval(), image.bfloat16()).dtype == torch.float32
+    assert predicted(clamping, net.eval(), image.bfloat16()).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         mixed = NeuralClamping(descent=FEW).fit(
             network=network(dtype=torch.float32), images=image, labels=label, progress=False
@@ -417,13 +428,17 @@ def test_ablations_keep_one_half():
     )
     with torch.no_grad():
         both = net(image + clamping.delta) / clamping.temperature
-        torch.testing.assert_close(clamping.logits(net, image), both)
-        torch.testing.assert_close(clamping(net(clamping.perturb(image))), both.log_softmax(1))
-        torch.testing.assert_close(clamping.input_only().logits(net, image), net(image + clamping.delta))
-        torch.testing.assert_close(clamping.output_only().logits(net, image), net(image) / clamping.temperature)
+        torch.testing.assert_close(predicted(clamping, net, image), both.log_softmax(1))
+        torch.testing.assert_close(clamping.transform(net(clamping.perturb(image)), None), both.log_softmax(1))
+        moved, cooled = net(image + clamping.delta), net(image) / clamping.temperature
+        torch.testing.assert_close(predicted(clamping.input_only(), net, image), moved.log_softmax(1))
+        torch.testing.assert_close(predicted(clamping.output_only(), net, image), cooled.log_softmax(1))
     assert clamping.input_only().temperature == 1.0
     assert clamping.temperature != 1.0
     assert clamping.report is not None
+    assert clamping.input_only().report is None
+    with pytest.raises(RuntimeError, match="not fitted"):
+        NeuralClamping().input_only()
 
 
 def test_travels_as_spec_and_state():
@@ -436,23 +451,76 @@ def test_travels_as_spec_and_state():
     again.load_state_dict(clamping.state_dict())
     assert again.spec == clamping.spec
     assert again.report == clamping.report
+    assert again.search == clamping.search
     assert torch.equal(again.perturb(image), clamping.perturb(image))
-    assert torch.equal(again(image.flatten(1)), clamping(image.flatten(1)))
+    assert torch.equal(predicted(again, network().eval(), image), predicted(clamping, network().eval(), image))
     assert parse(clamping.name, NeuralClamping).spec == clamping.spec
     assert parse("NeuralClamping(descent=None)", NeuralClamping).descent is None
     assert NeuralClamping().name == "NeuralClamping"
-    with pytest.raises(ValueError, match="damaged"):
-        again.set_extra_state({"report": {"rows": 3}})
+    for damaged in ({"report": {"rows": 3}}, {"search": None}, {"num_classes": 4, "report": None, "search": 3}, None):
+        with pytest.raises(ValueError, match="damaged"):
+            again.set_extra_state(damaged)
+
+
+def test_report_is_that_of_the_chosen_run():
+    image, label = rows()
+    clamping = NeuralClamping((0.0, 2.0), (FixedWeight(0.0), FixedWeight(1.0)), descent=FEW)
+    with pytest.warns(UserWarning, match="NeuralClamping.fit"):
+        clamping.fit(network=network(), images=image, labels=label, progress=False)
+    report, search = clamping.report, clamping.search
+    with torch.no_grad():
+        before, after = network().eval()(image), predicted(clamping, network().eval(), image)
+    assert report.calibrator == clamping.name
+    assert report.rows == search.rows == 60
+    assert report.passes == 4 * FEW.epochs
+    assert report.nll_before == pytest.approx(nn.functional.cross_entropy(before, label).item())
+    assert report.nll_after == pytest.approx(nn.functional.nll_loss(after, label).item()) == search.chosen.nll
+    assert report.ece_before == pytest.approx(float(ece(before, label)))
+    assert report.ece_after == pytest.approx(float(ece(after, label))) == search.chosen.ece
+    gained = (after.argmax(1) == label).double().mean() - (before.argmax(1) == label).double().mean()
+    assert report.accuracy_change == pytest.approx(float(gained))
+    assert not report.converged
+    assert report.gradient_norm > 1e-2
+    assert report.notes == search.notes
+    assert report.problems[0] == report.notes[0]
+    assert clamping.details["chosen"] == search.chosen._asdict()
+    assert [run["gamma"] for run in clamping.details["candidates"]] == [0.0, 0.0, 2.0, 2.0]
+    assert NeuralClamping().details == {}
+    assert json.loads(json.dumps(clamping.details)) == clamping.details
+
+
+def test_large_sets_are_seen_a_batch_at_a_time():
+    image, label = rows()
+    clamping = NeuralClamping(descent=FEW, batch_size=60)
+    clamping.fit(network=network(), images=image, labels=label, progress=False)
+    net = network().eval()
+    whole = predicted(clamping, net, image)
+    sizes = []
+    net.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    clamping.batch_size = 25
+    torch.testing.assert_close(predicted(clamping, net, image), whole)
+    assert sizes == [25, 25, 10]
+    loader = DataLoader(TensorDataset(image, label), batch_size=40)
+    torch.testing.assert_close(predicted(clamping, net, loader), whole)
+    assert sizes == [25, 25, 10, 40, 20]
+
+
+def test_a_network_of_probabilities_is_told():
+    image, label = rows()
+    net = nn.Sequential(network(), nn.Softmax(1))
+    with pytest.warns(UserWarning, match=r"NeuralClamping\.fit: .*as_logits"):
+        NeuralClamping(descent=FEW).fit(network=net, images=image, labels=label, progress=False)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gammas": ()}, "at least one number"),
-        ({"gammas": (-1.0,)}, "at least 0"),
-        ({"weights": ()}, "at least one rule"),
+        ({"gammas": ()}, "one or more finite numbers >= 0"),
+        ({"gammas": (-1.0,)}, "one or more finite numbers >= 0"),
+        ({"weights": ()}, "one or more rules"),
         ({"penalty": "l1"}, "'l2sq' or 'l2'"),
-        ({"batch_size": 0}, "at least 1"),
+        ({"batch_size": 0}, "an integer >= 1"),
+        ({"batch_size": True}, "an integer >= 1"),
     ],
 )
 def test_refuses_arguments(arguments, message):
@@ -482,32 +550,43 @@ def test_refuses_parts(make):
 def test_refuses_input():
     image, label = rows()
     fit = NeuralClamping(descent=FEW).fit
-    with pytest.raises(ValueError, match=r"need labels of shape \(60,\), got None"):
-        fit(network(), image, progress=False)
-    with pytest.raises(ValueError, match="beside batches"):
-        fit(network(), [(image, label)], label, progress=False)
-    with pytest.raises(TypeError, match="read again and again"):
-        fit(network(), iter([(image, label)]), progress=False)
-    with pytest.raises(TypeError, match=r"floating point of shape \(N, C, H, W\).*uint8"):
-        fit(network(), image.to(torch.uint8), label, progress=False)
+    net = network()
+    with pytest.raises(ValueError, match=r"labels is None; it must have shape \(60,\)"):
+        fit(network=net, images=image, progress=False)
+    with pytest.raises(ValueError, match=r"labels has shape \(59,\); it must have shape \(60,\)"):
+        fit(network=net, images=image, labels=label[1:], progress=False)
+    for wrong in (label.double(), label.numpy(), label > 1):
+        with pytest.raises(TypeError, match=r"labels is .*; it must be a tensor of class numbers"):
+            fit(network=net, images=image, labels=wrong, progress=False)
+        with pytest.raises(TypeError, match=r"labels is .*; it must be a tensor of class numbers"):
+            fit(network=net, images=[(image, wrong)], progress=False)
+    with pytest.raises(ValueError, match=r"needs network= and images="):
+        fit(logits=net.eval()(image), labels=label)
+    for once in (iter([(image, label)]), image.numpy(), 3):
+        with pytest.raises(TypeError, match="read repeatedly"):
+            fit(network=net, images=once, labels=label, progress=False)
+    with pytest.raises(TypeError, match=r"uint8 of shape .*; it must be a tensor, floating point of shape"):
+        fit(network=net, images=image.to(torch.uint8), labels=label, progress=False)
     with pytest.raises(ValueError, match="label 4"):
-        fit(network(), image, label.clone().fill_(4), progress=False)
+        fit(network=net, images=image, labels=label.clone().fill_(4), progress=False)
     with pytest.raises(ValueError, match="1 of 60 rows have invalid logits"):
-        fit(network(), image.index_fill(0, torch.tensor([3]), torch.nan), label, progress=False)
+        fit(network=net, images=image.index_fill(0, torch.tensor([3]), torch.nan), labels=label, progress=False)
     with pytest.raises(ValueError, match="no rows"):
-        fit(network(), image[:0], label[:0], progress=False)
+        fit(network=net, images=image[:0], labels=label[:0], progress=False)
     with pytest.raises(ValueError, match="no batches"):
-        fit(network(), [], progress=False)
-    with pytest.raises(ValueError, match="must return logits"):
-        fit(lambda x: x, image, label, progress=False)
+        fit(network=net, images=[], progress=False)
+    with pytest.raises(ValueError, match="it must be logits of shape"):
+        fit(network=lambda x: x, images=image, labels=label, progress=False)
     with pytest.raises(ValueError, match="no gradient"):
-        fit(lambda x: network().eval()(x).detach(), image, label, progress=False)
+        fit(network=lambda x: network().eval()(x).detach(), images=image, labels=label, progress=False)
+    with pytest.raises(TypeError, match="needs the network and its images"):
+        NeuralClamping().fit_rows(torch.randn(3, 2), torch.tensor([0, 1, 0]), None)
     with pytest.raises(RuntimeError, match="not fitted"):
         NeuralClamping().perturb(image)
     fitted = NeuralClamping(descent=FEW).fit(network=network(), images=image, labels=label, progress=False)
-    with pytest.raises(ValueError, match=r"shape \(N, 2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"\(60, 1, 3, 3\); it must have shape \(N, 2, 3, 3\)"):
         fitted.perturb(image[:, :1])
-    with pytest.raises(TypeError, match=r"floating point, normalised as in the fit, got torch\.uint8"):
+    with pytest.raises(TypeError, match=r"images is torch\.uint8; it must be a tensor, floating point"):
         fitted.perturb(image.to(torch.uint8))
     with pytest.raises(ValueError, match="label 4"):
         fitted.fit(network=network(), images=image, labels=label.clone().fill_(4), progress=False)
@@ -518,7 +597,7 @@ def test_divergence_is_told_by_name():
     image, label = rows(dtype=torch.float32)
     with pytest.raises(FloatingPointError, match="use a lower lr"):
         NeuralClamping((0.0,), descent=ClampDescent(epochs=50, lr=1e6)).fit(
-            network(dtype=torch.float32), image, label, progress=False
+            network=network(dtype=torch.float32), images=image, labels=label, progress=False
         )
 
 
@@ -536,7 +615,7 @@ def test_what_did_not_work_is_noted():
         slow = NeuralClamping(descent=ClampDescent(epochs=1, lr=1e-6)).fit(
             network=network(), images=image, labels=label, progress=False
         )
-    assert any("slope by log T" in note for note in slow.report.notes)
+    assert any("by log T" in note for note in slow.report.notes)
     with pytest.warns(UserWarning, match="the objective rose"):
         NeuralClamping(descent=ClampDescent(epochs=1, lr=6.0)).fit(
             network=network(), images=image, labels=label, progress=False
@@ -572,11 +651,13 @@ def test_improves_a_trained_network_on_digits():
     start = DataDrivenStart([-0.3], [0.7])
     clamping = NeuralClamping((0.0, 1.0), start=start, descent=descent, batch_size=128)
     report = clamping.fit(network=net, images=image[calibration], labels=noisy[calibration], progress=False).report
-    assert report.chosen.loss_end < report.chosen.loss_start
-    assert report.chosen.nll < report.nll_before
-    assert report.chosen.ece < report.ece_before
-    assert 0.0 < report.start_moved < 1.0, "digits have pixels that are always black and others that never are white"
+    assert clamping.search.chosen.loss_end < clamping.search.chosen.loss_start
+    assert report.nll_after < report.nll_before
+    assert report.ece_after < report.ece_before
+    assert 0.0 < clamping.search.start_moved < 1.0, (
+        "digits have pixels that are always black and others that never are white"
+    )
     cheap = NeuralClamping((0.0,), start=start, descent=None).fit(
-        net, image[calibration], noisy[calibration], progress=False
+        network=net, images=image[calibration], labels=noisy[calibration], progress=False
     )
     assert cheap.search.chosen.nll < report.nll_before

@@ -2,11 +2,15 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.posthoc import Calibrator, FixedTemperature, calibrator_of, calibrator_record, parse
 from calib_lightning.posthoc.base import Optimum
 from calib_lightning.posthoc.beta import Beta
+from calib_lightning.posthoc.clamping_descent import ClampDescent
 from calib_lightning.posthoc.isotonic import Isotonic
+from calib_lightning.posthoc.neural_clamping import NeuralClamping
 from calib_lightning.posthoc.platt import Platt
 from calib_lightning.posthoc.sequential import Sequential
 from calib_lightning.posthoc.wrappers import OneVsRest, TopLabel
@@ -17,7 +21,7 @@ class FeatureShift(Calibrator):
     """Adds the first K features; says something that can be looked for."""
 
     preserves_argmax = False
-    needs_features = True
+    needs = ("logits", "features")
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ def test_features_are_passed_on():
     torch.testing.assert_close(shift.seen[0], torch.log_softmax(logits / 2, dim=1))
     torch.testing.assert_close(shift.seen[1], features)
     torch.testing.assert_close(both(logits, features), torch.log_softmax(logits / 2 + features, dim=1))
-    with pytest.raises(ValueError, match="features"):
+    with pytest.raises(ValueError, match=r"Sequential\.fit needs features=\(N, d\)"):
         Sequential(FeatureShift()).fit(logits, labels)
 
 
@@ -78,15 +82,18 @@ def test_reports_are_joined_and_told_once():
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
-        ((FixedTemperature(2.0),), (True, True, False, False)),
-        ((FixedTemperature(2.0), TopLabel(Beta())), (True, False, False, False)),
-        ((OneVsRest(Beta()), FixedTemperature(2.0)), (False, True, False, True)),
-        ((FixedTemperature(2.0), FeatureShift()), (False, True, True, False)),
+        ((FixedTemperature(2.0),), (True, True, ("logits",), False)),
+        ((FixedTemperature(2.0), TopLabel(Beta())), (True, False, ("logits",), False)),
+        ((OneVsRest(Beta()), FixedTemperature(2.0)), (False, True, ("logits",), True)),
+        ((FixedTemperature(2.0), FeatureShift()), (False, True, ("logits", "features"), False)),
+        ((NeuralClamping(), FixedTemperature(2.0)), (False, True, ("network",), False)),
+        ((NeuralClamping(), FeatureShift()), (False, True, ("network", "features"), False)),
+        ((Sequential(NeuralClamping()), FeatureShift()), (False, True, ("network", "features"), False)),
     ],
 )
 def test_what_it_is_follows_from_the_members(members, expected):
     both = Sequential(*members)
-    assert (both.preserves_argmax, both.full_distribution, both.needs_features, both.per_class) == expected
+    assert (both.preserves_argmax, both.full_distribution, both.needs, both.per_class) == expected
 
 
 def test_the_last_member_gives_the_confidence():
@@ -108,6 +115,60 @@ def test_travels():
     assert torch.equal(loaded.predict(logits).confidence, both.predict(logits).confidence)
 
 
+# --- behind the network ----------------------------------------------------------------------------------------------
+
+
+def image_set():
+    """A network with batch normalisation and dropout, images and labels."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(), nn.Linear(8, 4))
+    images = torch.randn(80, 3, 2, 2, dtype=torch.float64)
+    return network.double(), images, torch.arange(80) % 4
+
+
+def clamping():
+    return NeuralClamping(descent=ClampDescent(epochs=5, lr=0.1))
+
+
+@pytest.mark.filterwarnings("ignore:Sequential.fit", "ignore:NeuralClamping.fit")
+def test_a_clamped_network_and_what_follows_are_fitted_in_order():
+    network, images, labels = image_set()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    both = Sequential(clamping(), OneVsRest(Platt())).fit(network=network.train(), images=images, labels=labels)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.training, "it must be left as it was"
+    network.eval()
+    first = clamping().fit(network=network, images=images, labels=labels, progress=False)
+    log_probs = first(network=network, images=images)
+    second = OneVsRest(Platt()).fit(log_probs, labels)
+    torch.testing.assert_close(both(network=network, images=images), second(log_probs))
+    assert both.report.nll_before == pytest.approx(nn.functional.cross_entropy(network(images), labels).item())
+    assert both.report.nll_after == pytest.approx(second.report.nll_after)
+    assert both.members[1].report.nll_before == pytest.approx(first.report.nll_after)
+    # The features of the rows pass by the network.
+    features = torch.arange(320.0, dtype=torch.float64).view(80, 4) / 320
+    shifted = Sequential(clamping(), FeatureShift()).fit(None, labels, features, network, images)
+    torch.testing.assert_close(
+        shifted(features=features, network=network, images=images), (log_probs + features).log_softmax(1)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Sequential.fit", "ignore:NeuralClamping.fit")
+def test_batches_of_images_are_those_of_the_labels():
+    network, images, labels = image_set()
+    network.eval()
+    loader = DataLoader(TensorDataset(images, labels), batch_size=30)
+    batched = Sequential(clamping(), FixedTemperature(2.0)).fit(network=network, images=loader, labels=labels)
+    first = clamping().fit(network=network, images=loader, progress=False)
+    found = batched(network=network, images=loader)
+    torch.testing.assert_close(found, (first(network=network, images=images) / 2).log_softmax(1))
+    assert batched.report.rows == 80
+    with pytest.raises(ValueError, match=r"rows 0\.\.29; it must be in their order.*does not shuffle"):
+        Sequential(clamping()).fit(network=network, images=loader, labels=labels.flip(0))
+    with pytest.raises(ValueError, match="labels has 80 rows; it must have 60"):
+        clamping().fit(network=network, images=list(loader)[:2], labels=labels)
+
+
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         Sequential()
@@ -117,6 +178,10 @@ def test_what_makes_no_sense_is_refused():
         Sequential(TopLabel(Beta()), FixedTemperature(2.0))
     with pytest.raises(ValueError, match="put it first"):
         Sequential(Sequential(TopLabel(Beta())), Sequential(FixedTemperature(2.0)))
+    with pytest.raises(ValueError, match=r"NeuralClamping changes the images .* put it first"):
+        Sequential(FixedTemperature(2.0), NeuralClamping())
+    with pytest.raises(ValueError, match=r"changes the images .* put it first"):
+        Sequential(NeuralClamping(), Sequential(NeuralClamping()))
     twice = FixedTemperature(2.0)
     with pytest.raises(ValueError, match="same object"):
         Sequential(twice, twice)
