@@ -12,11 +12,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.__main__ import main
-from calib_lightning.commands.calibrate_arguments import split_names
 from calib_lightning.commands.list import method_table
+from calib_lightning.commands.names import COMMANDS, TRAINER
 from calib_lightning.deploy import CalibratedClassifier, Preprocessing, export_onnx
 from calib_lightning.methods import MaskedLinearHead
-from calib_lightning.posthoc import Calibrator, FixedTemperature, NeuralClamping, Temperature, parse, save_calibrator
+from calib_lightning.posthoc import FixedTemperature, Temperature, save_calibrator
+from calib_lightning.predictions.calibrating import named_calibrators
 from calib_lightning.utils.config_search import find_config
 from tests.methods.table import ROWS
 
@@ -27,12 +28,16 @@ SHELL = "".join(text for kind, text in BLOCKS if kind == "bash")
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 
-# commands of ours that are no commands of the trainer; each is tested with small files below
-OWN = ("score", "calibrate", "paper")
+# commands of ours that are not the trainer's; each is tested with small files below or needs none
+OWN = tuple(name for name, command in COMMANDS.items() if command.module != TRAINER)
 
 
 def _of_trainer(command):
-    return command[0] not in OWN and "--images" not in command
+    return command[0] not in OWN and "--help" not in command
+
+
+def _only_prints(command):
+    return command[0] in ("list", "--help") or (command[0] not in OWN and "--help" in command)
 
 
 def _commands():
@@ -61,8 +66,14 @@ def test_commands_parse(command, monkeypatch, tmp_path, capsys):
     (tmp_path / "my_module.py").write_text(own)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as leaving:
-        main(command if "--help" in command else [*command, "--print_config"])
+        main([*command, "--print_config"])
     assert leaving.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in _commands() if _only_prints(c)], ids=" ".join)
+def test_commands_that_only_print_do_so(command, capsys):
+    assert main(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
 
 
 @pytest.mark.parametrize("command", [c for c in _commands() if c[0] == "paper"], ids=" ".join)
@@ -121,7 +132,7 @@ class _Own(LightningModule):
 
 
 def test_the_table_of_methods_is_that_of_their_docstrings():
-    assert method_table() in README, "paste what `python -m calib_lightning.commands.list` prints"
+    assert method_table() in README, "paste what `calib list methods --markdown` prints"
 
 
 def test_methods_without_soft_labels_are_named():
@@ -190,11 +201,10 @@ def test_calibrate_commands_do_what_they_say(monkeypatch, tmp_path, capsys):
         assert "Temperature" in capsys.readouterr().out, command
     assert Path("calibrated/Temperature.pt").is_file()
     for command in (c for c in _commands() if c[0] == "calibrate" and "--calibrators" in c):
-        for name in split_names(command[command.index("--calibrators") + 1]):
-            parse(name, NeuralClamping if name.startswith("Neural") else Calibrator)
+        assert named_calibrators(command[command.index("--calibrators") + 1])
 
 
-def test_predict_command_does_what_it_says(monkeypatch, tmp_path, capsys):
+def test_classify_command_does_what_it_says(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     calibrator = FixedTemperature(1.5).fit(torch.randn(9, 3), torch.arange(9) % 3)
@@ -202,6 +212,6 @@ def test_predict_command_does_what_it_says(monkeypatch, tmp_path, capsys):
     export_onnx(CalibratedClassifier(network, calibrator, preprocessing=plain), "classifier.onnx")
     Path("DIR").mkdir()
     Image.new("RGB", (4, 4), (200, 10, 10)).save("DIR/red.png")
-    (command,) = [c for c in _commands() if "--images" in c]
+    (command,) = [c for c in _commands() if c[0] == "classify"]
     assert main(command) == 0, capsys.readouterr().err
     assert "red.png" in Path("answers.csv").read_text()
