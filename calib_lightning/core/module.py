@@ -350,7 +350,7 @@ class ClassificationModule(LightningModule):
             if name in self._soft:
                 self._log_state(name, self._soft[name][1])
             rows: Tensor = self.trainer.strategy.reduce(state.count.clone(), reduce_op="sum")
-            self.log(f"{name}/n", rows.float(), add_dataloader_idx=False)
+            self.log(f"{name}/n", rows.float(), add_dataloader_idx=False, sync_dist=True)
 
     def on_predict_start(self) -> None:
         """Compare the class names with those of the data."""
@@ -366,9 +366,9 @@ class ClassificationModule(LightningModule):
         return prediction
 
     def _log_state(self, prefix: str, state: EvaluationState | SoftLabelScores) -> None:
-        # compute() has already summed over the ranks
+        # compute() has already summed over the ranks: the mean over them, which Lightning asks for, changes nothing
         values = {f"{prefix}/{name}": value.float() for name, value in state.compute().items()}
-        self.log_dict(values, add_dataloader_idx=False)
+        self.log_dict(values, add_dataloader_idx=False, sync_dist=True)
 
     def _take_class_names(self) -> None:
         names, known = class_names_of(datamodule_in_use(self.trainer)), self.class_names
@@ -614,10 +614,9 @@ def module_of(checkpoint: dict[str, Any]) -> ClassificationModule:
 
 
 def _stored_arguments(frame: FrameType | None) -> dict[str, Any]:
-    """The constructor's arguments as plain data, with what base classes were given; others are left out.
+    """The constructor's storable arguments as plain data, including those of base classes.
 
-    An object that remembers how it was built is kept as its spec, if it was given to the class itself: what a class
-    hands to its base it will make again.
+    Described objects are stored as specs if they were passed to the class itself; it recreates those of its bases.
     """
     assert frame is not None
     *bases, own = collect_init_args(frame, [], classes=(HyperparametersMixin,))
