@@ -11,7 +11,7 @@ import pytest
 import timm
 import yaml
 
-from calib_lightning import paper_command
+from calib_lightning.commands import paper as paper_command
 from calib_lightning.core import encoder_names
 from calib_lightning.utils.config_search import find_config
 from calib_lightning.utils.papers import cell, rows_and_columns, tables
@@ -283,7 +283,7 @@ def test_a_cell_is_comments_and_a_command(calib):
     assert "# published: accuracy % 94.98, ECE % 0.71 (the average over networks)\n" in done.out
     done = calib("paper", "mac_cal", "table1", "--row", "mac_cal_recommended", "--column", "cifar10/resnet50")
     assert "# published: nothing\n" in done.out
-    assert "# Ours, not the paper's; it looks at the calibration images, which are held out.\n" in done.out
+    assert "# Ours, not the paper's; it uses the calibration images, which are held out.\n" in done.out
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_what_the_index_does_not_know(calib, where, message):
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("calib: error: ")
     assert message in done.err
-    assert done.err.endswith("calib paper lists them all.\n")
+    assert done.err.endswith("`calib paper` lists all names.\n")
 
 
 def test_a_wrong_command_line_and_help(calib):
