@@ -318,7 +318,7 @@ def _run(calib, folder):
 def test_the_table_of_a_run_shows_distributions_only_where_there_are_any():
     from rich.console import Console
 
-    from calib_lightning.predictions.report import result_table
+    from calib_lightning.predictions.results import result_table
 
     def text(metrics):
         console = Console(width=200, file=io.StringIO())
