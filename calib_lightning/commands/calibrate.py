@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_lightning.commands.options import parse
-from calib_lightning.commands.running import check_metrics, one_line, print_report, reported
+from calib_lightning.commands.running import check_metrics, one_line, print_report, reported, wrong
 from calib_lightning.predictions.settings import DEFAULT_RESAMPLES, Reading, Settings
 from calib_lightning.utils.files import check_writable
 
@@ -108,8 +108,7 @@ def main(argv: Sequence[str]) -> int:
             if "network" in calibrator.needs and options.run is None:
                 raise ValueError(f"{calibrator.name} needs the network and its images: give a RUN")
     except ValueError as error:
-        print(f"calib calibrate: error: --calibrators: {one_line(error)}", file=sys.stderr)
-        return 2
+        wrong("calibrate", f"--calibrators: {one_line(error)}")
     return reported(lambda: _run(options, calibrators))
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from calib_lightning.utils.files import check_writable, write_whole
 
@@ -39,8 +39,13 @@ def check_metrics(command: str, metrics: str | None) -> None:
     try:
         selected_metrics(metrics, classes=2)
     except ValueError as error:
-        print(f"calib {command}: error: --{error}", file=sys.stderr)
-        sys.exit(2)
+        wrong(command, f"--{error}")
+
+
+def wrong(command: str, message: str) -> NoReturn:
+    """End with code 2: the command line is at fault."""
+    print(f"calib {command}: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def check_output(output: Path | None) -> None:

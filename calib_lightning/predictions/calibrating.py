@@ -84,12 +84,11 @@ def calibrate(
     selected_metrics(asked.metrics, classes=2)
     built = named_calibrators(calibrators)
     needs = {need: calibrator.name for calibrator in built for need in calibrator.needs if need != "logits"}
-    if isinstance(calibration, str | Path) and Path(calibration).is_dir():
-        if test is not None:
-            raise ValueError(
-                f"test is given beside the run {calibration}; a run brings its own test sets. Leave it out."
-            )
-        inputs, evidence = _of_run(Path(calibration), asks_network=bool(needs))
+    path = Path(calibration) if isinstance(calibration, str | Path) else None
+    if path is not None and path.is_dir() and test is not None:
+        raise ValueError(f"test is given beside the run {path}; a run brings its own test sets. Leave it out.")
+    if path is not None and test is None:
+        inputs, evidence = _of_run(path, asks_network=bool(needs))
     else:
         if "network" in needs:
             raise ValueError(f"{needs['network']} needs the network and its images: give the folder of a run (RUN)")

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from calib_lightning.__main__ import main
-from calib_lightning.commands.calibrate_arguments import DEFAULT_METRICS, split_names
 from calib_lightning.core import ClassificationModule, load_module
 from calib_lightning.data import DigitsDataModule
 from calib_lightning.metrics import EvaluationState, bootstrap_intervals
@@ -24,6 +23,7 @@ from calib_lightning.posthoc.neural_clamping import NeuralClamping
 from calib_lightning.posthoc.sequential import Sequential
 from calib_lightning.posthoc.temperature import Temperature
 from calib_lightning.posthoc.wrappers import OneVsRest, TopLabel
+from calib_lightning.predictions.calibrating import DEFAULT_METRICS, split_names
 
 from ..metrics.golden import golden_set, random_set
 from .conftest import QUICK
@@ -33,14 +33,14 @@ GOLDEN_LOGITS, GOLDEN_LABELS = golden_set()
 GOLDEN_LOGITS = GOLDEN_LOGITS / 1.6
 HALVES = {"cal": slice(0, None, 2), "test": slice(1, None, 2)}
 FILES = ("--calibration", "cal.npz", "--test", "test.npz")
-FAST = ("--no-intervals",)
+FAST = ("--no_intervals",)
 
 
 class FeatureScaling(Calibrator):
     """Divides logits by one plus the mean length of the features."""
 
     preserves_argmax = True
-    needs_features: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("logits", "features")
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def test_probabilities_are_taken_as_such(calib, calibrated, tmp_path):
     for name in HALVES:
         logits, labels = half(name)
         np.savez(tmp_path / f"{name}.npz", p=logits.softmax(dim=1).numpy(), y=labels.numpy())
-    keys = ("--input", "probs", "--scores-key", "p", "--labels-key", "y")
+    keys = ("--input", "probs", "--scores_key", "p", "--labels_key", "y")
     report = calibrated(*FILES, *keys, *FAST)
     logits, labels = half("test")
     direct = Temperature().fit(*half("cal"))(logits)
@@ -366,16 +366,16 @@ def test_what_a_fit_warns_of_is_in_the_report(calib, calibrated, tmp_path):
 
 
 def test_help_names_the_commands_beside_the_trainer(calib):
-    text = " ".join(calib("--help").out.split())
-    for command in ("calib score FILE", "calib calibrate RUN", "calib predict --images DIR --model FILE"):
-        assert command in text
+    text = calib("--help").out
+    for command in ("score", "calibrate", "classify", "list", "paper"):
+        assert any(line.split()[:1] == [command] for line in text.splitlines()), text
 
 
 def test_an_interrupted_command_ends_without_a_traceback(calib, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calib_lightning.predictions.calibration_sets.read_inputs", interrupted)
+    monkeypatch.setattr("calib_lightning.predictions.reading.read_predictions", interrupted)
     done = calib("calibrate", *FILES, "--output=out")
     assert done.code == 130
     assert done.err == "calib: interrupted\n"
@@ -430,12 +430,12 @@ def _empty(folder):
 
 
 def _without_features(folder):
-    return (*FILES, "--calibrators", "FeatureScaling"), ["cal.npz", "'features'", "--features-key"]
+    return (*FILES, "--calibrators", "FeatureScaling"), ["cal.npz", "'features'", "features_key"]
 
 
 def _short_features(folder):
     save(folder / "cal.npz", *half("cal"), f=np.zeros((9, 2)))
-    return (*FILES, "--calibrators", "FeatureScaling", "--features-key", "f"), ["'f' has shape (9, 2)", "(250, d)"]
+    return (*FILES, "--calibrators", "FeatureScaling", "--features_key", "f"), ["'f' has shape (9, 2)", "(250, d)"]
 
 
 def _other_width(folder):
@@ -481,7 +481,10 @@ def _run_without_test_sets(folder):
 
 
 BAD = {
-    "same file": lambda folder: (("--calibration", "cal.npz", "--test", "./cal.npz"), ["--calibration and as --test"]),
+    "same file": lambda folder: (
+        ("--calibration", "cal.npz", "--test", "./cal.npz"),
+        ["for calibration and as a test set"],
+    ),
     "same rows": _same_rows,
     "few same rows": _fewer_rows_than_classes_in_another_order,
     "some of its rows": _some_rows_in_another_order,
@@ -511,7 +514,7 @@ def test_bad_input_is_found_before_anything_is_computed(files, calib, monkeypatc
         raise AssertionError("computed before all inputs were checked")
 
     monkeypatch.setattr("calib_lightning.posthoc.Calibrator.fit", compute)
-    monkeypatch.setattr("calib_lightning.predictions.scoring.EvaluationState", compute)
+    monkeypatch.setattr("calib_lightning.predictions.values.EvaluationState", compute)
     argv, words = BAD[case](files)
     before = tree(files)
     done = calib(
@@ -561,7 +564,7 @@ def test_shared_rows_are_said_and_chance_is_not_blamed(files, calib):
         ((*FILES, "--calibrators", "Isotonic()"), ["Isotonic"]),
         ((*FILES, "--calibrators", "NeuralClamping"), ["NeuralClamping", "RUN"]),
         ((*FILES, "--metrics", "eec"), ["'eec'", "ece"]),
-        ((*FILES, "--intervals", "1"), ["'1'", ">= 2"]),
+        ((*FILES, "--intervals", "1"), ["intervals is 1;", ">= 2"]),
         ((*FILES, "--frobnicate"), ["--frobnicate"]),
     ],
 )
@@ -576,23 +579,13 @@ def test_names_are_split_outside_brackets_and_quotes():
     assert split_names("A, B(C(), d=(1, 2)),E(f='x,y')") == ["A", "B(C(), d=(1, 2))", "E(f='x,y')"]
 
 
-def test_calibrators_are_listed_with_a_line_each(calib):
-    done = calib("calibrate", "--list")
-    assert done.code == 0
-    lines = [line.split(maxsplit=1) for line in done.out.splitlines() if line.startswith("  ")]
-    listed = dict(lines)
-    assert "temperature" in listed["FixedTemperature"].lower()
-    assert "Calibrator" not in listed
-    assert "FeatureScaling" not in listed
-
-
 def test_the_command_starts_without_the_trainer(files):
     program = (
         "import sys\n"
         "from calib_lightning.__main__ import main\n"
         "try:\n    main(['calibrate', '--help'])\nexcept SystemExit as leaving:\n    print('code', leaving.code)\n"
         "print('torch', 'torch' in sys.modules)\n"
-        f"print('done', main(['calibrate', *{FILES!r}, '--no-intervals', '--calibrators', 'FixedTemperature(2)']))\n"
+        f"print('done', main(['calibrate', *{FILES!r}, '--no_intervals', '--calibrators', 'FixedTemperature(2)']))\n"
         "print('network', 'calib_lightning.core' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=files, check=True)
@@ -609,7 +602,7 @@ def test_score_applies_a_calibrator_with_features(files, calib, calibrated):
     for name in HALVES:
         logits, labels = half(name)
         torch.save({"logits": logits, "labels": labels, "f": features[name]}, files / f"{name}.pt")
-    options = ("--features-key", "f")
+    options = ("--features_key", "f")
     paths = ("--calibration", "cal.pt", "--test", "test.pt")
     report = calibrated(*paths, *FAST, *options, "--calibrators", "FeatureScaling")
     logits, labels = half("test")
@@ -629,7 +622,7 @@ def test_score_applies_a_calibrator_with_features(files, calib, calibrated):
     assert scored["sets"]["test"]["values"] == rows_of(report)["FeatureScaling"]["values"]
     done = calib(*score)
     assert done.code == 1
-    assert all(word in done.err for word in ("test.pt", "'features'", "--features-key"))
+    assert all(word in done.err for word in ("test.pt", "'features'", "features_key"))
 
 
 def test_score_refuses_a_calibrator_that_does_not_fit(files, calib):
@@ -652,7 +645,7 @@ def test_a_confidence_of_the_method_is_replaced(files, calib):
     for name in HALVES:
         save(files / f"{name}.npz", *half(name), confidence=np.linspace(0.01, 0.99, 250))
     done = calib("calibrate", *FILES, *FAST, "--output", "out", "--metrics", "signed_gap")
-    assert "test: the file has a confidence of its own, in whose place" in done.out
+    assert "test: the confidence in the file is replaced by that of the calibrated logits" in done.out
     report = json.loads((files / "out" / "report.json").read_text())
     logits, labels = half("test")
     rows = rows_of(report)
@@ -663,7 +656,7 @@ def test_a_confidence_of_the_method_is_replaced(files, calib):
     confidence = Temperature().fit(*half("cal"))(logits).exp().amax(1).mean().item()
     assert rows["Temperature"]["values"]["signed_gap"] == pytest.approx(confidence - accuracy, abs=1e-9)
     scored = calib("score", "test.npz", "--calibrator", "out/Temperature.pt", "--metrics", "signed_gap").out
-    assert "in whose place" in scored
+    assert "is replaced by" in scored
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -790,13 +783,13 @@ def test_neural_clamping_of_a_run(run, calib):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images, labels = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:2])
-        direct.fit(module, images, labels, progress=False)
+        direct.fit(network=module, images=images, labels=labels, progress=False)
     batches = list(data.evaluation_loader("test"))
     with torch.no_grad():
-        logits = torch.cat([direct.logits(module, batch.image) for batch in batches])
+        logits = torch.cat([direct.predict(network=module, images=batch.image).logits for batch in batches])
     labels = torch.cat([batch.label for batch in batches])
     assert rows_of(report, "test")[name]["values"] == pytest.approx(values_of(logits, labels), abs=1e-6)
-    assert entry["fit"]["chosen"]["nll"] == pytest.approx(direct.report.chosen.nll, abs=1e-9)
+    assert entry["fit"]["chosen"]["nll"] == pytest.approx(direct.search.chosen.nll, abs=1e-9)
     content = torch.load(run / "calibrate" / entry["file"], weights_only=True)["calib_lightning.calibrator"]
     again = build(content["spec"], NeuralClamping)
     again.load_state_dict(content["state"])
@@ -831,7 +824,7 @@ def test_the_same_rows_with_fewer_digits_are_refused(tmp_path, capsys):
     np.savetxt(tmp_path / "test.csv", table, delimiter=",", fmt="%.5f")
     code = main(["calibrate", "--calibration", str(tmp_path / "cal.npz"), "--test", str(tmp_path / "test.csv")])
     assert code == 1
-    assert "the same rows but for rounding" in capsys.readouterr().err
+    assert "the same rows up to rounding" in capsys.readouterr().err
 
 
 def test_probabilities_taken_for_logits_are_refused(tmp_path, capsys):
@@ -841,7 +834,7 @@ def test_probabilities_taken_for_logits_are_refused(tmp_path, capsys):
         np.savez(tmp_path / f"{name}.npz", logits=probs, labels=labels)
     files = ["--calibration", str(tmp_path / "cal.npz"), "--test", str(tmp_path / "test.npz")]
     assert main(["calibrate", *files]) == 1
-    assert "say --input probs" in capsys.readouterr().err
+    assert "say input=probs" in capsys.readouterr().err
 
 
 def test_what_cannot_stand_alone_says_how_to_write_it(capsys):

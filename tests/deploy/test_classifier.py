@@ -9,6 +9,7 @@ from calib_lightning.methods import CrossEntropy
 from calib_lightning.posthoc import Calibrator, FixedTemperature, Optimum, parse
 from calib_lightning.posthoc.isotonic import Isotonic
 from calib_lightning.posthoc.neural_clamping import ClampDescent, NeuralClamping
+from calib_lightning.posthoc.sequential import Sequential
 from calib_lightning.posthoc.temperature import Temperature
 from calib_lightning.posthoc.wrappers import TopLabel
 
@@ -19,7 +20,7 @@ class ByFeatures(Calibrator):
     """Divides the logits by a temperature that grows with the mean feature."""
 
     preserves_argmax = True
-    needs_features = True
+    needs = ("logits", "features")
 
     def fit_rows(self, logits, labels, features):
         assert len(features) == len(logits)
@@ -110,13 +111,12 @@ def test_training_mode_does_not_reach_the_fit():
 def test_clamping_comes_first_with_its_temperature():
     image, label = labelled()
     clamping = NeuralClamping(descent=ClampDescent(epochs=3, lr=0.1))
-    clamping.fit(network=SmallNet().eval(), images=image, labels=label, progress=False)
+    made = classifier(Sequential(clamping, FixedTemperature(2.0)))
     assert clamping.delta.abs().max() > 1e-3
-    made = classifier(FixedTemperature(2.0), clamping=clamping)
     expected = logits_of(image + clamping.delta) / clamping.temperature / 2.0
     torch.testing.assert_close(made(image), expected.log_softmax(dim=1))
     assert made.metadata["temperature"] == pytest.approx(2.0 * clamping.temperature)
-    with pytest.raises(ValueError, match=r"perturbation.*give batches"):  # logits without it are others
+    with pytest.raises(ValueError, match=r"changes the images.*give batches"):  # logits without it are others
         made.set_threshold(logits_of(image), label)
     assert made.set_threshold([(image, label)], risk=0.3).rows == len(label)
 
@@ -179,7 +179,7 @@ class Pair(nn.Module):
         (lambda: CalibratedClassifier(SmallNet(), Temperature()).fit([images(2)]), TypeError, "gives Tensor; batches"),
         (lambda: CalibratedClassifier(SmallNet(), Temperature()).fit([{"image": 1}]), TypeError, "gives dict"),
         (lambda: classifier().set_threshold(torch.zeros(2, 5)), TypeError, "without labels"),
-        (lambda: classifier().set_threshold(batches(), risk=2), ValueError, "risk=2"),
+        (lambda: classifier().set_threshold(batches(), risk=2), ValueError, "risk is 2"),
     ],
 )
 def test_bad_input_is_named(make, error, message):

@@ -86,7 +86,7 @@ def check(made, path, image):
 )
 def test_every_kind_of_calibrator(suffix, calibrator, tmp_path):
     new = CALIBRATORS[calibrator]()
-    made = classifier(new, features="pool" if new.needs_features else None)
+    made = classifier(new, features="pool" if "features" in new.needs else None)
     path = tmp_path / f"file{suffix}"
     EXPORTS[suffix](made, path, images(3))
     for n in (1, 4, 50):
@@ -108,8 +108,8 @@ def test_timm_models(suffix, tmp_path):
 def test_modules_of_the_package_with_a_perturbation(suffix, tmp_path):
     network = CrossEntropy(len(CLASSES), encoder="digits_cnn").eval()
     image, label = labelled(50)
-    clamping = NeuralClamping(descent=None).fit(network, image, label, progress=False)
-    made = CalibratedClassifier(network, FixedTemperature(1.5), clamping=clamping, preprocessing=PREPROCESSING)
+    both = Sequential(NeuralClamping(descent=None), FixedTemperature(1.5))
+    made = CalibratedClassifier(network, both, preprocessing=PREPROCESSING)
     made.fit([(image, label)])
     EXPORTS[suffix](made, tmp_path / f"file{suffix}")  # the preprocessing says the size
     check(made, tmp_path / f"file{suffix}", image[:5])

@@ -13,6 +13,8 @@ from calib_lightning.methods import CrossEntropy
 from calib_lightning.posthoc import FixedTemperature
 from calib_lightning.posthoc.isotonic import Isotonic
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
+from calib_lightning.posthoc.saving import calibrator_record
+from calib_lightning.posthoc.sequential import Sequential
 from calib_lightning.posthoc.temperature import Temperature
 from calib_lightning.posthoc.wrappers import TopLabel
 
@@ -80,9 +82,9 @@ def test_half_precision_stays_half_precision(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:NeuralClamping")
 def test_every_part_comes_back(tmp_path):
-    image, label = labelled()
-    clamping = NeuralClamping(descent=None).fit(network=SmallNet().eval(), images=image, labels=label, progress=False)
-    made = classifier(TopLabel(Isotonic()), clamping=clamping, preprocessing=PREPROCESSING, classes=CLASSES)
+    image, _ = labelled()
+    both = Sequential(NeuralClamping(descent=None), TopLabel(Isotonic()))
+    made = classifier(both, preprocessing=PREPROCESSING, classes=CLASSES)
     made.set_threshold(batches(seed=5), risk=0.2)
     save_classifier(made, tmp_path / "file.pt")
     found = load_classifier(tmp_path / "file.pt", network=SmallNet(seed=9))
@@ -91,7 +93,21 @@ def test_every_part_comes_back(tmp_path):
     assert found.preprocessing == PREPROCESSING
     for mine, theirs in zip(found.predict(image), made.predict(image), strict=True):
         assert torch.equal(mine, theirs)
-    assert torch.equal(found.clamping.delta, clamping.delta)
+    assert torch.equal(found.calibrator.members[0].delta, both.members[0].delta)
+
+
+@pytest.mark.filterwarnings("ignore:NeuralClamping")
+def test_a_perturbation_beside_the_calibrator_as_in_files_of_before(tmp_path):
+    image, label = labelled()
+    clamping = NeuralClamping(descent=None).fit(network=SmallNet().eval(), images=image, labels=label, progress=False)
+    expected = clamping.predict(network=SmallNet().eval(), images=image).logits / 2.0
+    save_classifier(classifier(FixedTemperature(2.0)), tmp_path / "file.pt")
+    content = torch.load(tmp_path / "file.pt", weights_only=True)
+    content[FILE_KEY]["clamping"] = dict(calibrator_record(clamping))
+    torch.save(content, tmp_path / "file.pt")
+    found = load_classifier(tmp_path / "file.pt", network=SmallNet())
+    torch.testing.assert_close(found(image), expected.log_softmax(dim=1))
+    assert found.metadata["temperature"] == pytest.approx(2.0 * clamping.temperature)
 
 
 def test_features_and_a_threshold_out_of_reach_come_back(tmp_path):
@@ -116,7 +132,7 @@ def test_what_is_not_fitted_is_not_saved(tmp_path):
     with pytest.raises(RuntimeError, match="Temperature is not fitted"):
         save_classifier(CalibratedClassifier(SmallNet(), Temperature()), tmp_path / "file.pt")
     made = classifier()
-    made.clamping = NeuralClamping()
+    made.calibrator = NeuralClamping()
     with pytest.raises(RuntimeError, match="NeuralClamping is not fitted"):
         save_classifier(made, tmp_path / "file.pt")
     assert not list(tmp_path.iterdir())
@@ -155,7 +171,7 @@ def changed(tmp_path):
         (("network",), None, "no weights of a network"),
         (("network", "state"), {}, "cannot be built"),
         (("network", "module"), {}, "cannot be built"),
-        (("network", "module", "calib_lightning", "class_path"), "os.system", "no class 'os.system'|not a Classif"),
+        (("network", "module", "calib_lightning", "class_path"), "os.system", "class_path is 'os.system'"),
         (("network", "module", "hyper_parameters"), {"num_classes": "many"}, "cannot be built"),
         (("network", "module"), 3, "cannot be built"),
         (("calibrator", "spec"), {"class_path": "builtins.print", "init_args": {}}, "calibrator is damaged"),

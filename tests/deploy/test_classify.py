@@ -1,4 +1,4 @@
-"""``calib predict --images``: one table from every kind of file, and what cannot be read is named."""
+"""``calib classify``: one table from every kind of file, and what cannot be read is named."""
 
 import csv
 import json
@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from calib_lightning.commands.classify_arguments import is_for_images
 from calib_lightning.deploy import CalibratedClassifier, export_onnx, export_torch, save_classifier
 from calib_lightning.methods import CrossEntropy
 from calib_lightning.posthoc import FixedTemperature
@@ -76,7 +75,7 @@ def table(path):
 @pytest.mark.parametrize("size", [2, 32])
 def test_every_format_gives_the_same_table(suffix, size, calib, pictures, models, confidences, tmp_path):
     model = models / f"model.{suffix}"
-    done = calib("predict", "--images", pictures, "--model", model, "--output=out.csv", f"--batch-size={size}")
+    done = calib("classify", pictures, "--model", model, "--output=out.csv", f"--batch_size={size}")
     assert (done.code, done.out, done.err) == (0, "", "")
     rows = table(tmp_path / "out.csv")
     assert [row["file"] for row in rows] == NAMES
@@ -89,7 +88,7 @@ def test_every_format_gives_the_same_table(suffix, size, calib, pictures, models
 
 
 def test_json_and_the_table_say_the_same(calib, pictures, models, tmp_path):
-    argv = ("predict", f"--images={pictures}", f"--model={models / 'model.pt'}")
+    argv = ("classify", pictures, f"--model={models / 'model.pt'}")
     assert calib(*argv, "--output=out.json").code == 0
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["file"] for row in rows] == NAMES
@@ -105,7 +104,7 @@ def test_json_and_the_table_say_the_same(calib, pictures, models, tmp_path):
 
 
 def test_the_threshold_of_the_command_line_comes_first(calib, pictures, models, tmp_path):
-    argv = ("predict", "--images", pictures, "--model", models / "model.onnx", "--output=out.csv")
+    argv = ("classify", pictures, "--model", models / "model.onnx", "--output=out.csv")
     for threshold, abstain in ((0, "false"), (1, "true")):
         assert calib(*argv, "--threshold", threshold).code == 0
         assert {row["abstain"] for row in table(tmp_path / "out.csv")} == {abstain}
@@ -122,17 +121,17 @@ def test_bad_images_are_named_and_the_others_predicted(calib, pictures, models, 
     Image.new("L", (9, 9)).save(folder / "scan.tiff")
     (folder / "notes.txt").write_text("not meant")
     (folder / ".hidden.png").write_text("not meant")
-    done = calib("predict", "--images", folder, "--model", models / "model.pt", "--output=out.csv")
+    done = calib("classify", folder, "--model", models / "model.pt", "--output=out.csv")
     assert done.code == 1
     assert [row["file"] for row in table(tmp_path / "out.csv")] == NAMES
     for said in (
         "broken.png: ",
         "text.jpg: is no image of the formats",
         "empty.bmp: is no image",
-        "deep/sixteen.png: the image is of mode I;16",
+        "deep/sixteen.png: the image has mode I;16",
         "gif.png: is no image of the formats JPEG, PNG, WEBP, BMP",
         "scan.tiff: is not read; convert it",
-        "note: no images: notes.txt",
+        "note: not images: notes.txt",
     ):
         assert said in done.err
     assert "hidden" not in done.err
@@ -142,7 +141,7 @@ def test_bad_images_are_named_and_the_others_predicted(calib, pictures, models, 
 def test_without_a_threshold_nothing_abstains_and_it_is_said(calib, pictures, made, tmp_path):
     plain = CalibratedClassifier(made.network, made.calibrator, preprocessing=PREPROCESSING)
     save_classifier(plain, tmp_path / "plain.pt")
-    done = calib("predict", "--images", pictures, "--model", "plain.pt", "--output=out.csv")
+    done = calib("classify", pictures, "--model", "plain.pt", "--output=out.csv")
     assert done.code == 0
     assert "has no operating threshold, so nothing abstains" in done.err
     rows = table(tmp_path / "out.csv")
@@ -161,7 +160,7 @@ def test_what_is_missing_is_named(calib, pictures, made, models, tmp_path):
         ("nothing", models / "model.pt", "holds no image; read are .jpg"),
         ("nowhere", models / "model.pt", "--images nowhere: is not a folder"),
     ):
-        done = calib("predict", "--images", images, "--model", model)
+        done = calib("classify", images, "--model", model)
         assert (done.code, done.out) == (1, "")
         assert f"calib: error: {said}" in done.err or said in done.err
         assert done.err.count("\n") == 1
@@ -169,7 +168,7 @@ def test_what_is_missing_is_named(calib, pictures, made, models, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["pt", "pt2", "onnx"])
 def test_a_device_that_is_not_there_is_named(suffix, calib, pictures, models):
-    done = calib("predict", "--images", pictures, "--model", models / f"model.{suffix}", "--device", "nowhere")
+    done = calib("classify", pictures, "--model", models / f"model.{suffix}", "--device", "nowhere")
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("calib: error: ")
     assert "nowhere" in done.err
@@ -177,22 +176,22 @@ def test_a_device_that_is_not_there_is_named(suffix, calib, pictures, models):
 
 def test_a_folder_as_output_is_refused_before_the_work(calib, pictures, tmp_path):
     (tmp_path / "out.csv").mkdir()
-    done = calib("predict", "--images", pictures, "--model", "none.pt", "--output=out.csv")
+    done = calib("classify", pictures, "--model", "none.pt", "--output=out.csv")
     assert (done.code, done.err) == (1, "calib: error: --output out.csv: is a folder; name a file\n")
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("--images", "x"), "--model"),
-        (("--images", "x", "--model", "y", "--output", "z.txt"), "must be .csv or .json"),
-        (("--images", "x", "--model", "y", "--threshold", "80"), "'80' is not a fraction"),
-        (("--images", "x", "--model", "y", "--batch-size", "0"), "'0' is not an integer >= 1"),
-        (("--images",), "expected one argument"),
+        (("x",), "--model"),
+        (("x", "--model", "y", "--output", "z.txt"), "must be .csv or .json"),
+        (("x", "--model", "y", "--threshold", "80"), "--threshold is 80.0; it must be a fraction"),
+        (("x", "--model", "y", "--batch_size", "0"), "--batch_size is 0; it must be >= 1"),
+        (("--model", "y"), "DIR"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2(calib, argv, said):
-    done = calib("predict", *argv)
+    done = calib("classify", *argv)
     assert done.code == 2
     assert said in done.err
 
@@ -200,18 +199,19 @@ def test_a_wrong_command_line_ends_with_2(calib, argv, said):
 def test_help_needs_no_torch():
     code = (
         "import sys; from calib_lightning.__main__ import main\n"
-        "try: main(['predict', '--images', '--help'])\n"
+        "try: main(['classify', '--help'])\n"
         "except SystemExit as left: print(left.code, 'torch' in sys.modules, 'PIL' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--threshold C" in done.stdout
+    assert "--threshold X" in done.stdout
     assert done.stdout.endswith("0 False False\n")
 
 
-def test_the_trainer_keeps_its_own_predict():
-    assert is_for_images(["predict", "--model=y", "--images=x"])
-    assert not is_for_images(["predict", "-c", "runs/x/config.yaml"])
-    assert not is_for_images(["score", "--images"])
+@pytest.mark.parametrize("argv", [("--images", "x", "--model", "y"), ("--model=y", "--images=x")])
+def test_the_old_spelling_says_the_new_one(calib, argv):
+    done = calib("predict", *argv)
+    assert (done.code, done.out) == (2, "")
+    assert "calib classify DIR --model FILE" in done.err
 
 
 def test_images_without_an_answer_are_named(calib, pictures, tmp_path):
@@ -219,15 +219,15 @@ def test_images_without_an_answer_are_named(calib, pictures, tmp_path):
     network.head.linear.weight.data.fill_(torch.nan)
     calibrator = FixedTemperature(1.5).fit(torch.randn(20, 5), torch.arange(20) % 5)
     save_classifier(CalibratedClassifier(network, calibrator, preprocessing=PREPROCESSING), tmp_path / "nan.pt")
-    done = calib("predict", "--images", pictures, "--model", tmp_path / "nan.pt", "--output=out.json")
+    done = calib("classify", pictures, "--model", tmp_path / "nan.pt", "--output=out.json")
     assert done.code == 1
-    assert "a.png: the network gives no numbers for it" in done.err
+    assert "a.png: the network returns nan for it" in done.err
     assert "NaN" not in (text := (tmp_path / "out.json").read_text())
     assert json.loads(text) == []
 
 
 def test_where_nothing_can_be_written_nothing_is_predicted(calib, pictures, models, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = calib("predict", "--images", pictures, "--model", tmp_path / "missing.pt", "--output=file/out.csv")
+    done = calib("classify", pictures, "--model", tmp_path / "missing.pt", "--output=file/out.csv")
     assert done.code == 1
     assert "is not a folder" in done.err
