@@ -17,13 +17,7 @@ _LEAST_WEIGHT = 1e-6
 
 
 class BinningModel(NamedTuple):
-    """One binning, with the mean of its posterior.
-
-    Attributes:
-        edges: Inner edges ``(B - 1,)`` in log-odds.
-        probs: Probability ``(B,)`` of each bin.
-        score: Logarithm of the marginal likelihood of the hits.
-    """
+    """One binning: inner edges ``(B - 1,)`` in log-odds, posterior means ``(B,)``, and log marginal likelihood."""
 
     edges: Tensor
     probs: Tensor
@@ -31,20 +25,12 @@ class BinningModel(NamedTuple):
 
 
 def binning_model(log_odds: Tensor, hits: Tensor, edges: Tensor) -> BinningModel:
-    """Marginal likelihood and posterior mean of a binning with a beta prior in each bin.
+    """Marginal likelihood and posterior means of a binning with a beta prior in each bin.
 
     With ``n_b`` rows and ``m_b`` hits in bin b, whose middle is ``p_b``, and ``a_b = 2 p_b / B``,
     ``b_b = 2 (1 - p_b) / B``, the likelihood is the product over bins of
     ``G(2 / B) / G(n_b + 2 / B) * G(m_b + a_b) / G(a_b) * G(n_b - m_b + b_b) / G(b_b)``, G the gamma function, and the
     mean ``(m_b + a_b) / (n_b + 2 / B)``.
-
-    Args:
-        log_odds: ``(N,)`` float64.
-        hits: ``(N,)`` bool.
-        edges: ``(B - 1,)`` float64.
-
-    Returns:
-        Both.
     """
     bins = len(edges) + 1
     index = torch.bucketize(log_odds, edges)
@@ -63,11 +49,11 @@ def binning_model(log_odds: Tensor, hits: Tensor, edges: Tensor) -> BinningModel
 class BBQ(Binned):
     """Bayesian binning into quantiles (Naeini et al., 2015): the mean of histogram binnings of many sizes.
 
-    Binnings of equal mass with ``N^(1/3) / 10`` to ``10 N^(1/3)`` bins, each weighted by its marginal likelihood, see
-    `binning_model`. The state is their mean, a step function itself.
+    Binnings of equal mass with ``N^(1/3) / 10`` to ``10 N^(1/3)`` bins, each weighted by its marginal likelihood; see
+    `binning_model`. The state is their weighted mean, itself a step function.
 
-    Deviations: Binnings with less than a millionth of the best one's weight are left out. Values are kept between 1e-6
-    and ``1 - 1e-6``.
+    Deviations: Binnings with less than a millionth of the weight of the best one are left out. Values are kept between
+    1e-6 and ``1 - 1e-6``.
 
     Example:
         >>> bbq = BBQ()
@@ -85,7 +71,7 @@ class BBQ(Binned):
         best = max(model.score for model in models)
         kept = [model for model in models if model.score >= best + math.log(_LEAST_WEIGHT)]
         edges = torch.unique(torch.cat([model.edges for model in kept]))
-        # A cell between two edges is inside one bin of every binning: that of its upper end.
+        # Each cell between two edges lies inside one bin of every binning: that of its upper end.
         cells = torch.cat([edges, edges.new_full((1,), torch.inf)])
         total = torch.zeros_like(cells)
         for model in kept:

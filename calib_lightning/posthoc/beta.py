@@ -13,36 +13,29 @@ from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.platt import fit_logistic
 
 Variant = Literal["abm", "am", "ab"]
-"""Which of the parameters of beta calibration are free."""
+"""Which parameters of beta calibration are free."""
 
 
 def beta_columns(log_odds: Tensor) -> Tensor:
-    """The two features of beta calibration, ``ln p`` and ``-ln(1 - p)``, without cancellation.
-
-    Args:
-        log_odds: ``(N,)``.
-
-    Returns:
-        ``(N, 2)``.
-    """
+    """The two features of beta calibration, ``ln p`` and ``-ln(1 - p)``, ``(N, 2)`` without cancellation."""
     return torch.stack([log_sigmoid(log_odds), -log_sigmoid(-log_odds)], dim=-1)
 
 
 class Beta(BinaryCalibrator):
     """Beta calibration (Kull et al., 2017), ``sigmoid(a ln p - b ln(1 - p) + c)`` with ``a, b >= 0``.
 
-    The map of two beta distributions, one of the scores of hits and one of those of misses. With a = b = 1, c = 0 it
-    changes nothing. The state is ``coefficients = (a, b, c)``.
+    The map follows from beta distributions of the scores of hits and of misses. With a = b = 1, c = 0 it is the
+    identity. The state is ``coefficients = (a, b, c)``.
 
     Args:
         variant: ``"abm"``: all three; ``"am"``: a = b, the same as `Platt`; ``"ab"``: one half stays one half,
             ``c = (a - b) ln 2``.
 
     Raises:
-        ValueError: Another variant.
+        ValueError: An unknown variant.
 
-    Deviations: The authors' code stops its solver early, so that its coefficients differ in the third digit. Where
-    the likelihood has no maximum the targets are smoothed, see `fit_logistic`.
+    Deviations: The authors' code stops its solver early, so its coefficients differ in the third digit. If the
+    likelihood has no maximum, the targets are smoothed; see `fit_logistic`.
 
     Example:
         >>> log_odds = torch.tensor([2.0, 2.0, 2.0, 2.0, 0.0, 0.0])
@@ -57,7 +50,7 @@ class Beta(BinaryCalibrator):
     def __init__(self, variant: Variant = "abm") -> None:
         super().__init__()
         if variant not in ("abm", "am", "ab"):
-            raise ValueError(f"variant={variant!r}: it must be 'abm', 'am' or 'ab'")
+            raise ValueError(f"variant is {variant!r}; it must be 'abm', 'am' or 'ab'.")
         self.variant = variant
         self.register_state("coefficients")
 

@@ -13,7 +13,7 @@ class Dirichlet(RidgedMatrix):
     """Dirichlet calibration, with the ridge ODIR (Kull et al., NeurIPS 2019, "Beyond temperature scaling").
 
     ``q = softmax(W ln p + b)`` with ``p = softmax(z)``; W and b minimise the objective of `RidgedMatrix`, whose
-    arguments and attributes it has. ``ln p`` is at least the logarithm of the smallest normal float32 number, -87.3.
+    arguments and attributes it has. ``ln p`` is bounded below by the log of the smallest normal float32 number, -87.3.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]] * 5)
@@ -23,5 +23,5 @@ class Dirichlet(RidgedMatrix):
     """
 
     def inputs(self, logits: Tensor) -> Tensor:
-        """Logarithms of the probabilities."""
+        """Return the logarithms of the probabilities."""
         return torch.log_softmax(logits, dim=-1).clamp_min(LOG_TINY)

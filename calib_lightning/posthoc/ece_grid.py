@@ -1,4 +1,4 @@
-"""Temperature scaling with the temperature of the lowest calibration error on a grid."""
+"""Temperature scaling with the temperature of lowest calibration error on a grid."""
 
 from __future__ import annotations
 
@@ -26,17 +26,7 @@ _MOST_TEMPERATURES = 100_000
 
 
 def grid_ece(logits: Tensor, labels: Tensor, temperatures: Tensor, n_bins: int = 15) -> Tensor:
-    """Expected calibration error of ``softmax(z / T)`` for many temperatures, in float64.
-
-    Args:
-        logits: ``(N, K)`` float32 or float64, finite; N >= 1.
-        labels: ``(N,)`` in ``0..K-1``.
-        temperatures: ``(J,)`` float64, above 0.
-        n_bins: Number of bins M.
-
-    Returns:
-        ``(J,)`` float64, what `calib_lightning.metrics.functional.ece` gives for ``logits / T`` but for rounding.
-    """
+    """ECE ``(J,)`` in float64 of ``softmax(z / T)`` for temperatures ``(J,)``, as `metrics.functional.ece` gives it."""
     scales = (_LOG2_E / temperatures).tolist()
     correct = Rows(logits, labels, None, "logits").correct
     sums = _Sums(len(scales), n_bins, logits)
@@ -53,25 +43,16 @@ def grid_ece(logits: Tensor, labels: Tensor, temperatures: Tensor, n_bins: int =
 
 
 def grid_ece_interpolated(logits: Tensor, labels: Tensor, temperatures: Tensor, n_bins: int = 15) -> Tensor:
-    """Do what `grid_ece` does for an evenly spaced grid, with most confidences interpolated: some 1e-8 off.
+    """Compute `grid_ece` for an evenly spaced grid, accurate to about 1e-8, with most confidences interpolated.
 
     With d the gaps between the predicted class and the others, ``f(T) = -T logsumexp(-d / T)`` is T times the log-odds
-    of the confidence. It is smooth in T, and its slope is minus the entropy of the other classes. Both are calculated
-    for temperatures 5 % apart, and cubic polynomials give f between them.
-
-    Args:
-        logits: ``(N, K)`` float32 or float64, finite; N >= 1.
-        labels: ``(N,)`` in ``0..K-1``.
-        temperatures: ``(J,)`` float64, above 0, rising in even steps.
-        n_bins: Number of bins M.
-
-    Returns:
-        ``(J,)`` float64.
+    of the confidence. It is smooth in T, and its slope is minus the entropy of the other classes. Both are computed at
+    temperatures 5 % apart, with cubic interpolation of f in between.
     """
     nodes = _nodes(temperatures)
     correct = Rows(logits, labels, None, "logits").correct
     sums = _Sums(len(temperatures), n_bins, logits)
-    for rows, hits in zip(torch.split(logits, _ROWS), torch.split(correct, _ROWS), strict=True):
+    for rows, own in zip(torch.split(logits, _ROWS), torch.split(correct, _ROWS), strict=True):
         value, slope = _scaled_log_odds(rows, temperatures[nodes])
         for cell, (first, last) in enumerate(pairwise(nodes)):
             width = temperatures[last] - temperatures[first]
@@ -80,12 +61,13 @@ def grid_ece_interpolated(logits: Tensor, labels: Tensor, temperatures: Tensor, 
             left, right = width * slope[cell], width * slope[cell + 1]
             powers = torch.cat([((inside - inside[0]) / width) ** p for p in range(4)], dim=1)
             factors = torch.stack([value[cell], left, 3.0 * rise - 2.0 * left - right, left + right - 2.0 * rise])
-            sums.add(first, torch.sigmoid((powers / inside) @ factors), hits)
-        sums.add(nodes[-1], torch.sigmoid(value[-1:] / temperatures[-1]), hits)
+            sums.add(first, torch.sigmoid((powers / inside) @ factors), own)
+        sums.add(nodes[-1], torch.sigmoid(value[-1:] / temperatures[-1]), own)
     return sums.ece(len(labels))
 
 
 def _nodes(temperatures: Tensor) -> list[int]:
+    """Indices of the temperatures at which f is computed."""
     step, nodes = float(temperatures[0]), [0]
     while nodes[-1] < len(temperatures) - 1:
         ahead = int(_NODE_SPACING * float(temperatures[nodes[-1]]) / step)
@@ -97,7 +79,7 @@ def _scaled_log_odds(logits: Tensor, temperatures: Tensor) -> tuple[Tensor, Tens
     """``f(T)`` and its slope, each ``(J, N)`` float64."""
     parts = []
     for some in torch.split(logits, max(1, _BLOCK // logits.shape[1])):
-        # Of the other classes, relative to the runner-up, so that nothing underflows.
+        # The other classes relative to the runner-up, so that nothing underflows.
         wide = some.double()
         top, index = wide.max(dim=-1, keepdim=True)
         others = wide.scatter(-1, index, -torch.inf)
@@ -123,7 +105,7 @@ class _Sums:
         self.bins = torch.zeros(temperatures, n_bins, dtype=torch.float64, device=like.device)
 
     def add(self, first: int, confidence: Tensor, correct: Tensor) -> None:
-        """Add rows with confidences ``(J, N)`` at J temperatures from the given one on."""
+        """Add rows with confidences ``(J, N)`` at J temperatures, starting with number ``first``."""
         count, n_bins = len(confidence), self.bins.shape[1]
         index = bin_index(confidence.flatten(), n_bins).view(confidence.shape)
         index += n_bins * torch.arange(count, device=index.device)[:, None]
@@ -131,29 +113,30 @@ class _Sums:
         self.bins[first : first + count] += sums_in_bins(index.flatten(), count * n_bins, [gaps]).view(count, n_bins)
 
     def ece(self, rows: int) -> Tensor:
+        """Expected calibration errors ``(J,)``."""
         return self.bins.abs().sum(dim=1) / rows
 
 
 class ECETemperature(_Tempered):
-    """Temperature scaling with the T of the lowest expected calibration error on a grid.
+    """Temperature scaling with the T of lowest expected calibration error on a grid.
 
-    ``q = softmax(z / T)``, T in ``step, 2 step, ..., largest``. The grid is scored on the calibration rows themselves:
-    the ECE that it reports is the lowest of thousands and looks better than that of new rows. Where several T have the
-    lowest ECE, the one that is the closest, in log T, to the T of the likelihood is taken.
+    ``q = softmax(z / T)``, T in ``step, 2 step, ..., largest``. The grid is evaluated on the calibration rows, so the
+    reported ECE is the lowest of thousands and better than that of new rows. Of several T with the lowest ECE, the one
+    closest in log T to the maximum likelihood T is used.
 
-    By default the confidences are calculated for temperatures 5 % apart and interpolated between them, to some 1e-8;
-    the ECE of all temperatures that could be the best is then calculated exactly.
+    By default the confidences are computed for temperatures 5 % apart and interpolated in between, accurate to about
+    1e-8; then the ECE of all temperatures that could be best is computed exactly.
 
     Args:
-        step: Distance of two temperatures, and the first of them.
-        largest: The last.
+        step: Distance between temperatures, and the first temperature.
+        largest: The last temperature.
         n_bins: Number of equal-width bins M.
-        exhaustive: Whether to calculate every ECE exactly, which takes up to ten times as long.
+        exhaustive: Whether to compute every ECE exactly, which takes up to ten times as long.
 
     Raises:
-        ValueError: An invalid value.
+        ValueError: An argument out of range.
 
-    Deviations: the code of Mukhoti et al. (2020) uses ``step=0.1, largest=10.0``, and of several best T the smallest.
+    Deviations: the code of Mukhoti et al. (2020) uses ``step=0.1, largest=10.0``, and the smallest of several best T.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
@@ -164,10 +147,10 @@ class ECETemperature(_Tempered):
     def __init__(self, step: float = 0.001, largest: float = 5.0, n_bins: int = 15, exhaustive: bool = False) -> None:
         super().__init__()
         if not 0.0 < step <= largest < math.inf:
-            raise ValueError(f"step={step!r}, largest={largest!r}: 0 < step <= largest must hold, as 0.001 and 5.0 do")
+            raise ValueError(f"step is {step!r} and largest {largest!r}; it must be 0 < step <= largest < inf.")
         if largest / step > _MOST_TEMPERATURES:
             raise ValueError(
-                f"step={step!r}, largest={largest!r}: at most {_MOST_TEMPERATURES:,} temperatures are tried"
+                f"largest / step is {largest / step:,.0f}; it must be at most {_MOST_TEMPERATURES:,}. Raise step."
             )
         check_n_bins(n_bins)
         self.step, self.largest, self.n_bins, self.exhaustive = step, largest, n_bins, exhaustive
@@ -179,7 +162,7 @@ class ECETemperature(_Tempered):
         tried, passes = grid, count
         if not self.exhaustive:
             near = grid_ece_interpolated(logits, labels, grid, self.n_bins)
-            # A confidence beside an edge may have been put into the wrong bin, which moves 2 / N at most.
+            # A confidence next to an edge may be in the wrong bin, which changes the ECE by at most 2 / N.
             tried = grid[near <= near.min() + _ERROR + 4.0 / len(labels)]
             passes = len(_nodes(grid)) + len(tried)
         errors = grid_ece(logits, labels, tried, self.n_bins)

@@ -28,16 +28,7 @@ Model = tuple[float, Array, Array]
 
 
 def mixed(logits: Tensor, beta: Tensor, weights: Tensor) -> Tensor:
-    """Log-probabilities of ``w1 softmax(beta z) + w2 softmax(z) + w3 / K``.
-
-    Args:
-        logits: ``(N, K)`` float32 or float64.
-        beta: Inverse temperature ``1 / T``, 0-d.
-        weights: ``(3,)``, >= 0, with sum one.
-
-    Returns:
-        ``(N, K)`` in the dtype of the logits.
-    """
+    """Log-probabilities of ``w1 softmax(beta z) + w2 softmax(z) + w3 / K``, ``(N, K)`` in the dtype of the logits."""
     log_weights = torch.log(weights.to(logits.dtype))
     uniform = torch.full_like(logits, -math.log(logits.shape[-1]))
     parts = torch.stack([tempered(logits, beta), torch.log_softmax(logits, dim=-1), uniform])
@@ -47,19 +38,19 @@ def mixed(logits: Tensor, beta: Tensor, weights: Tensor) -> Tensor:
 class EnsembleTemperature(Calibrator):
     """Ensemble temperature scaling, ETS (Zhang et al., 2020).
 
-    ``q = w1 softmax(z / T) + w2 softmax(z) + w3 / K`` with ``w >= 0`` and ``w1 + w2 + w3 = 1``. T is fitted first, with
+    ``q = w1 softmax(z / T) + w2 softmax(z) + w3 / K`` with ``w >= 0`` and ``w1 + w2 + w3 = 1``. First T is fitted with
     w = (1, 0, 0), then w with T fixed, both to the optimum. w3 is at most ``1 - 1e-6``, so that classes keep their
     order.
 
     Args:
-        loss: What both steps minimise: ``"mse"``, the squared distance between probabilities and one-hot labels (mean
+        loss: Objective of both steps: ``"mse"``, the squared distance between probabilities and one-hot labels (mean
             over rows and classes), or ``"nll"``, the mean negative log-likelihood.
 
     Raises:
-        ValueError: Another ``loss``.
+        ValueError: An unknown ``loss``.
 
-    Deviations: the authors' code looks for T between 0.05 and 5 from 1 on, and uses ``"mse"`` whatever is asked for.
-    Here T is the best of all between the bounds of `Temperature`.
+    Deviations: the authors' code searches T between 0.05 and 5, starting from 1, and always uses ``"mse"``. Here T is
+    the best value between the bounds of `Temperature`.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
@@ -75,7 +66,7 @@ class EnsembleTemperature(Calibrator):
     def __init__(self, loss: Literal["mse", "nll"] = "mse") -> None:
         super().__init__()
         if loss not in ("mse", "nll"):
-            raise ValueError(f"loss={loss!r}: it must be 'mse' or 'nll'")
+            raise ValueError(f"loss is {loss!r}; it must be 'mse' or 'nll'.")
         self.loss = loss
         self.register_state("beta", "weights")
 
@@ -96,9 +87,9 @@ class EnsembleTemperature(Calibrator):
         weights, gradient, steps = _best_weights(objective)
         notes: tuple[str, ...] = ()
         if weights[2] > _MOST_UNIFORM:
-            # What is left goes to the part that was not flattened.
+            # The rest goes to the part without a temperature.
             weights = np.array([0.0, 1.0 - _MOST_UNIFORM, _MOST_UNIFORM])
-            notes = ("the uniform distribution fits best: the logits do not tell the labels",)
+            notes = ("the uniform distribution fits best: the logits carry no information about the labels",)
         self.beta = logits.new_tensor(beta, dtype=torch.float64)
         self.weights = torch.from_numpy(weights).to(logits.device)
         return Optimum(
@@ -115,6 +106,7 @@ class EnsembleTemperature(Calibrator):
 
 
 def _squared(logits: Tensor, labels: Tensor, beta: float, dtype: torch.dtype) -> Sloped:
+    """Mean squared distance to the one-hot labels and its derivative by beta."""
     # With s the logits less their mean under q, half the slope of a row's squares is sum_k (q_k - y_k) q_k s_k.
     value = slope = 0.0
     step = max(1, _BLOCK // logits.shape[1])
@@ -131,7 +123,7 @@ def _squared(logits: Tensor, labels: Tensor, beta: float, dtype: torch.dtype) ->
 
 
 def _products(logits: Tensor, labels: Tensor, beta: float) -> tuple[Array, Array]:
-    """Means over rows and classes of the products of the three parts, ``(3, 3)``, and of them and the label."""
+    """Means over rows and classes of the products of the parts, ``(3, 3)``, and of parts and one-hot labels."""
     gram, inner = np.zeros((3, 3)), np.zeros(3)
     step = max(1, _BLOCK // logits.shape[1])
     for some, own in zip(torch.split(logits, step), torch.split(labels, step), strict=True):
@@ -142,6 +134,7 @@ def _products(logits: Tensor, labels: Tensor, beta: float) -> tuple[Array, Array
 
 
 def _parts(logits: Tensor, beta: float) -> Tensor:
+    """The three distributions that are mixed, ``(3, N, K)`` float64."""
     wide = logits.double()
     shifted = wide - wide.amax(dim=-1, keepdim=True)
     uniform = torch.full_like(wide, 1.0 / wide.shape[1])
@@ -149,6 +142,8 @@ def _parts(logits: Tensor, beta: float) -> Tensor:
 
 
 def _quadratic(gram: Array, inner: Array) -> Callable[[Array], Model]:
+    """The squared distance as a function of the weights."""
+
     def at(w: Array) -> Model:
         return float(w @ gram @ w - 2.0 * inner @ w), 2.0 * (gram @ w - inner), 2.0 * gram
 
@@ -156,6 +151,7 @@ def _quadratic(gram: Array, inner: Array) -> Callable[[Array], Model]:
 
 
 def _log_likelihood(logits: Tensor, labels: Tensor, beta: float) -> Callable[[Array], Model]:
+    """The negative log-likelihood as a function of the weights."""
     nll = torch.stack([tempered_rows(logits, labels, b)[0] for b in (beta, 1.0)])
     uniform = torch.full_like(nll[:1], 1.0 / logits.shape[1])
     own = torch.cat([torch.exp(-nll), uniform]).cpu().numpy()
@@ -171,11 +167,7 @@ def _log_likelihood(logits: Tensor, labels: Tensor, beta: float) -> Callable[[Ar
 
 
 def _best_weights(objective: Callable[[Array], Model]) -> tuple[Array, float, int]:
-    """Minimise a convex loss on the simplex: each Newton step goes to where its quadratic model is least on it.
-
-    Returns:
-        The weights; how far the gradient is from that of an optimum; how often the loss was evaluated.
-    """
+    """Minimise a convex loss on the simplex by Newton steps; return weights, gradient residual and evaluations."""
     w = np.full(3, 1.0 / 3.0)
     value, gradient, hessian = objective(w)
     passes = 1
@@ -199,7 +191,8 @@ def _best_weights(objective: Callable[[Array], Model]) -> tuple[Array, float, in
 
 
 def _least_on_simplex(linear: Array, hessian: Array) -> Array:
-    # The optimum of a convex quadratic is that of the equations on one of the seven faces.
+    """Minimise a convex quadratic function on the simplex."""
+    # The optimum solves the linear equations on one of the seven faces.
     best, point = math.inf, np.zeros(3)
     for size in (1, 2, 3):
         for face in map(list, combinations(range(3), size)):

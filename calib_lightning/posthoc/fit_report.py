@@ -1,4 +1,4 @@
-"""What is known of a fit."""
+"""Results of a fit."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _BINS = 15
 
 
 class Optimum(NamedTuple):
-    """What a calibrator knows about its own fit.
+    """What a calibrator reports about its own fit.
 
     Attributes:
-        converged: Whether the optimum was reached (the gradient is zero up to rounding), or the fit has none to reach
-            (counts, sorting).
+        converged: Whether the optimum was reached (the gradient is zero up to rounding); true for fits without
+            optimisation (counts, sorting).
         passes: Number of passes over the rows.
-        gradient_norm: Largest absolute entry of the gradient at the end; nan where there is none.
-        at_bound: Whether a parameter ended at its bound, or would grow for ever without one.
-        notes: What a user should know.
+        gradient_norm: Largest absolute entry of the gradient at the end; nan if there is none.
+        at_bound: Whether a parameter ended at its bound, or would grow without limit.
+        notes: Remarks for the user.
     """
 
     converged: bool = True
@@ -34,7 +34,7 @@ class Optimum(NamedTuple):
 
 
 class FitReport(NamedTuple):
-    """How a fit went; the values are those of the rows that it was fitted to.
+    """How a fit went; the values are those of the rows of the fit.
 
     Attributes:
         calibrator: Name of the calibrator.
@@ -48,7 +48,7 @@ class FitReport(NamedTuple):
         ece_before: Expected calibration error (15 bins) before, a fraction.
         ece_after: The same after calibration.
         accuracy_change: Accuracy after minus accuracy before, a fraction.
-        notes: What a user should know.
+        notes: Remarks for the user.
     """
 
     calibrator: str
@@ -66,10 +66,10 @@ class FitReport(NamedTuple):
 
     @property
     def problems(self) -> list[str]:
-        """The notes, and what else a user should be warned about."""
+        """The notes and all other problems that a user should be warned about."""
         problems = list(self.notes)
         if self.at_bound:
-            problems.append("a parameter was stopped at its bound: the best value for these rows lies beyond it")
+            problems.append("a parameter was stopped at its bound; the best value for these rows lies beyond it")
         if not self.converged and not self.at_bound:
             problems.append(
                 f"stopped after {self.passes} passes before the optimum (largest gradient {self.gradient_norm:.2g})"
@@ -78,14 +78,14 @@ class FitReport(NamedTuple):
 
 
 class FitValues:
-    """NLL, ECE and accuracy of rows that come in blocks."""
+    """NLL, ECE and accuracy, accumulated over blocks of rows."""
 
     def __init__(self) -> None:
         self.rows = self.total_nll = self.correct = 0.0
         self.bins = torch.zeros(_BINS, 3, dtype=torch.float64)
 
     def add(self, logits: Tensor, labels: Tensor, confidence: Tensor | None = None) -> None:
-        """Add a block: logits ``(N, K)``, labels ``(N,)`` and perhaps confidences ``(N,)``."""
+        """Add a block of logits ``(N, K)``, labels ``(N,)`` and optionally confidences ``(N,)``."""
         rows = Rows(logits, labels, confidence, "logits")
         self.rows += len(labels)
         self.total_nll += float(rows.nll.sum())

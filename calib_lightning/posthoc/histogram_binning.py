@@ -1,4 +1,4 @@
-"""Histogram binning (Zadrozny and Elkan, 2001): how often the event happened in each bin."""
+"""Histogram binning (Zadrozny and Elkan, 2001): the frequency of the event in each bin."""
 
 from __future__ import annotations
 
@@ -10,37 +10,19 @@ from calib_lightning.posthoc.fit_report import Optimum
 
 
 def equal_width_edges(n_bins: int) -> Tensor:
-    """Log-odds of the inner edges ``1/M .. (M-1)/M`` of M bins of equal width.
-
-    Args:
-        n_bins: M >= 1.
-
-    Returns:
-        ``(M - 1,)`` float64.
-    """
+    """Log-odds ``(M - 1,)`` float64 of the inner edges ``1/M .. (M-1)/M`` of M bins of equal width."""
     upto = torch.arange(1, n_bins, dtype=torch.float64)
     return torch.log(upto) - torch.log(n_bins - upto)
 
 
 def equal_mass_edges(values: Tensor, n_bins: int) -> Tensor:
-    """Inner edges of at most M bins ``(lo, hi]`` with as equal numbers of values as ties allow, and none empty.
+    """Inner edges of at most M bins ``(lo, hi]`` with numbers of values as equal as ties allow, and none empty.
 
-    An edge lies halfway between the neighbours it parts; equal values stay together, in the lower bin.
-
-    Args:
-        values: ``(N,)``; N >= 1.
-        n_bins: M >= 1.
-
-    Returns:
-        Strictly increasing, at most ``(M - 1,)``.
-
-    Example:
-        >>> equal_mass_edges(torch.tensor([3.0, 1.0, 2.0, 4.0]), 2)
-        tensor([2.5000])
+    An edge lies halfway between the values it separates; equal values stay together, in the lower bin.
     """
     ordered = values.sort().values
     rows = len(ordered)
-    # The first rows of groups 1.. where the sizes differ by one at most, the larger first; few rows make empty groups.
+    # First rows of groups whose sizes differ by one at most, larger ones first; with few rows some groups are empty.
     number = torch.arange(1, n_bins, device=values.device)
     first = number * (rows // n_bins) + number.clamp_max(rows % n_bins)
     first = first[(first > 0) & (first < rows)]
@@ -52,10 +34,9 @@ def equal_mass_edges(values: Tensor, n_bins: int) -> Tensor:
 
 
 class Binned(BinaryCalibrator):
-    """One value for each bin ``(lo, hi]`` of the log-odds.
+    """One value per bin ``(lo, hi]`` of the log-odds.
 
-    A subclass's fit assigns the state: ``edges``, the inner edges ``(M - 1,)`` in log-odds, and ``values``, the
-    calibrated log-odds ``(M,)`` of the bins.
+    The fit of a subclass assigns the inner edges ``(M - 1,)`` and the calibrated log-odds ``(M,)`` of the bins.
     """
 
     edges: Tensor
@@ -71,38 +52,28 @@ class Binned(BinaryCalibrator):
             values = self.values.expand_as(log_odds)
         else:
             values = self.values[torch.bucketize(log_odds, self.edges)]
-        # In the order of bins nan comes last: a broken row would be the surest.
+        # nan sorts into the last bin, so a broken row would be the most confident one.
         return torch.where(log_odds.isnan(), log_odds, values)
 
 
 def check_bins(n_bins: int) -> int:
-    """Refuse a number of bins that is none.
-
-    Args:
-        n_bins: The number.
-
-    Returns:
-        The same.
-
-    Raises:
-        ValueError: It is not a whole number from 1 on.
-    """
+    """Return a number of bins, or raise ``ValueError`` unless it is an integer >= 1."""
     if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
-        raise ValueError(f"n_bins={n_bins!r}: it must be a whole number from 1 on, such as 15")
+        raise ValueError(f"n_bins is {n_bins!r}; it must be an integer >= 1. 15 is the usual value.")
     return n_bins
 
 
 class HistogramBinning(Binned):
-    """Histogram binning (Zadrozny and Elkan, 2001): the value of a bin ``(lo, hi]`` is the share of hits in it.
+    """Histogram binning (Zadrozny and Elkan, 2001): the value of a bin ``(lo, hi]`` is the fraction of hits in it.
 
-    A bin without rows has its centre as value.
+    The value of an empty bin is its centre.
 
     Args:
-        n_bins: M, number of bins.
-        equal_mass: Whether the bins have the same number of rows each; else the same width in probability.
+        n_bins: Number of bins M.
+        equal_mass: Whether the bins have equal numbers of rows instead of equal widths in probability.
 
     Raises:
-        ValueError: ``n_bins`` is not a whole number from 1 on.
+        ValueError: ``n_bins`` is not an integer >= 1.
 
     Deviations: Values are kept between 1e-6 and ``1 - 1e-6``, so that no outcome has probability 0.
 
@@ -118,7 +89,7 @@ class HistogramBinning(Binned):
         self.n_bins, self.equal_mass = check_bins(n_bins), equal_mass
 
     def fit_rows(self, log_odds: Tensor, hits: Tensor) -> Optimum:
-        """Count; see `BinaryCalibrator.fit_rows`."""
+        """Count the hits in each bin; see `BinaryCalibrator.fit_rows`."""
         if self.equal_mass:
             edges = equal_mass_edges(log_odds, self.n_bins)
         else:

@@ -15,12 +15,12 @@ _TILT = 1e-9
 
 
 class IRM(Calibrator):
-    """One isotonic map of all ``N * K`` pairs of a probability and whether its class is the label (Zhang et al., 2020).
+    """One isotonic map, fitted to all ``N * K`` pairs of a probability and whether its class is the label (IRM).
 
-    ``q_k = (f(p_k) + 1e-9 p_k) / sum_j (f(p_j) + 1e-9 p_j)`` with one non-decreasing f for all classes, linear between
-    the ends of its steps. The sum rises strictly with p, so that the predicted class stays; it is held above the others
-    by some units in the last place, which the second term would lose in float32. The fit sorts all pairs in memory,
-    some 50 bytes each.
+    ``q_k = (f(p_k) + 1e-9 p_k) / sum_j (f(p_j) + 1e-9 p_j)`` (Zhang et al., 2020) with one non-decreasing f for all
+    classes, linear between the ends of its steps. The numerator increases strictly with p, so the predicted class stays
+    the same; it is kept a few units in the last place above the others, because the second term is lost in float32. The
+    fit sorts all pairs in memory, about 50 bytes each.
 
     Deviations: f is kept above 1e-9, so that no label has probability 0.
 
@@ -41,8 +41,8 @@ class IRM(Calibrator):
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
         """Pool adjacent violators among all pairs; see `Calibrator.fit_rows`."""
-        hits = one_hot(labels, logits.shape[1], torch.bool)
-        knots, values = isotonic_knots(logits.double().softmax(dim=1).flatten(), hits.flatten())
+        own = one_hot(labels, logits.shape[1], torch.bool)
+        knots, values = isotonic_knots(logits.double().softmax(dim=1).flatten(), own.flatten())
         self.knots, self.values = knots, values.clamp_min(_TILT)
         return Optimum()
 

@@ -1,4 +1,4 @@
-"""Isotonic regression (Zadrozny and Elkan, 2002): the non-decreasing map with the least squared error."""
+"""Isotonic regression (Zadrozny and Elkan, 2002): the non-decreasing map with least squared error."""
 
 from __future__ import annotations
 
@@ -13,14 +13,9 @@ _TILT = 1e-9
 
 
 def isotonic_knots(scores: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends of the steps of the non-decreasing function with the least squared error, by pooling adjacent violators.
+    """Ends of the steps ``(M,)``, M >= 2, and values there, of the non-decreasing function with least squared error.
 
-    Args:
-        scores: ``(N,)`` float64, finite; N >= 1. Equal ones are pooled.
-        hits: ``(N,)`` bool.
-
-    Returns:
-        Scores ``(M,)``, strictly increasing, M >= 2, and the values there, in ``[0, 1]``.
+    Adjacent violators are pooled, and so are equal scores ``(N,)``.
     """
     fit = IsotonicRegression(y_min=0.0, y_max=1.0)  # type: ignore[no-untyped-call]
     fit.fit(scores.cpu().numpy(), hits.double().cpu().numpy())
@@ -34,9 +29,9 @@ def isotonic_knots(scores: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
 class Isotonic(BinaryCalibrator):
     """Isotonic regression (Zadrozny and Elkan, 2002), ``(f(p) + 1e-9 p) / (1 + 1e-9)`` with f non-decreasing.
 
-    f is constant on the steps of the fit and linear in the log-odds between them; outside it goes on with its first and
-    last value. Equal scores are pooled. The second term keeps the order of rows on one step in float64; rounded to
-    float32 they are tied, so that the AUROC of a ranking may drop.
+    f is constant on the steps of the fit, linear in the log-odds between them, and constant outside. Equal scores are
+    pooled. The second term keeps the order of rows on the same step in float64; rounded to float32 they are tied, which
+    can lower the AUROC.
 
     Deviations: Values are kept between 1e-6 and ``1 - 1e-6``, so that no outcome has probability 0.
 

@@ -1,7 +1,7 @@
-"""What affine maps of logits share: the likelihood and its gradient, the ridge, and the curvature that speeds them up.
+"""What affine maps of logits share: likelihood and gradient, ridge, and an approximate Hessian for preconditioning.
 
-A full map is kept as one matrix ``M = [W, b]`` of shape ``(K, K + 1)``, a map of each class by itself as ``[w; b]`` of
-shape ``(2, K)``.
+A full map is stored as one matrix ``M = [W, b]`` of shape ``(K, K + 1)``, a diagonal map as ``[w; b]`` of shape
+``(2, K)``.
 """
 
 from __future__ import annotations
@@ -17,20 +17,14 @@ from calib_lightning.metrics.functional.temperature import fit_inverse_temperatu
 from calib_lightning.posthoc.solver import Preconditioner, Solution, Solver
 
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
-"""Logarithm of the smallest normal float32 number; log-probabilities are not taken below it."""
+"""Logarithm of the smallest normal float32 number, a lower bound for log-probabilities."""
 
 _BLOCK = 2**18
 _JITTER = 1e-9
 
 
 class Ridge(NamedTuple):
-    """Factors of the squared distances of the parameters from those of ``start``; see `full_objective`.
-
-    Attributes:
-        off_diagonal: Of each entry of W off the diagonal.
-        diagonal: Of each entry on it.
-        bias: Of each entry of b.
-    """
+    """Factors of the squared distances of the entries of W and b from those of the identity; see `FullMap`."""
 
     off_diagonal: float = 0.0
     diagonal: float = 0.0
@@ -38,13 +32,13 @@ class Ridge(NamedTuple):
 
 
 def blocks(inputs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut rows into blocks of which a few copies fit into the cache."""
+    """Cut rows into blocks of which a few copies fit in the cache."""
     step = max(64, _BLOCK // inputs.shape[1])
     return zip(torch.split(inputs, step), torch.split(labels, step), strict=True)
 
 
 def _nll_and_residual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the negative log-likelihoods, and ``softmax(logits) - onehot(labels)``, which replaces the logits."""
+    """Sum of the negative log-likelihoods, and ``softmax(logits) - onehot(labels)``, which overwrites the logits."""
     column = labels.unsqueeze(1)
     logits -= logits.amax(dim=1, keepdim=True)
     of_label = logits.gather(1, column).sum()
@@ -56,16 +50,7 @@ def _nll_and_residual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def full_nll(inputs: Tensor, labels: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean negative log-likelihood of ``softmax(W x + b)`` and its gradient.
-
-    Args:
-        inputs: ``(N, K)`` float64.
-        labels: ``(N,)``.
-        matrix: ``[W, b]``, ``(K, K + 1)``.
-
-    Returns:
-        The value in nats (0-d) and the gradient ``(K, K + 1)``.
-    """
+    """Mean negative log-likelihood (0-d) of ``softmax(W x + b)`` and its gradient by ``[W, b]``, ``(K, K + 1)``."""
     value, gradient = matrix.new_zeros(()), torch.zeros_like(matrix)
     weight, bias = matrix[:, :-1], matrix[:, -1]
     for some, own in blocks(inputs, labels):
@@ -77,16 +62,7 @@ def full_nll(inputs: Tensor, labels: Tensor, matrix: Tensor) -> tuple[Tensor, Te
 
 
 def diagonal_nll(inputs: Tensor, labels: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean negative log-likelihood of ``softmax(w * x + b)`` and its gradient.
-
-    Args:
-        inputs: ``(N, K)`` float64.
-        labels: ``(N,)``.
-        matrix: ``[w; b]``, ``(2, K)``.
-
-    Returns:
-        The value in nats (0-d) and the gradient ``(2, K)``.
-    """
+    """Mean negative log-likelihood (0-d) of ``softmax(w * x + b)`` and its gradient by ``[w; b]``, ``(2, K)``."""
     value, gradient = matrix.new_zeros(()), torch.zeros_like(matrix)
     for some, own in blocks(inputs, labels):
         nll, residual = _nll_and_residual(torch.addcmul(matrix[1], some, matrix[0]), own)
@@ -97,41 +73,29 @@ def diagonal_nll(inputs: Tensor, labels: Tensor, matrix: Tensor) -> tuple[Tensor
 
 
 def separates(logits: Tensor, labels: Tensor) -> bool:
-    """Whether every label has more than every other class, so that larger logits are more likely without end.
-
-    Args:
-        logits: ``(N, K)``.
-        labels: ``(N,)``.
-
-    Returns:
-        Whether it is so.
-    """
+    """Whether the label's logit is the largest in every row, so that the likelihood has no maximum."""
     column = labels.unsqueeze(1)
     others = logits.scatter(1, column, -torch.inf).amax(dim=1)
     return bool((logits.gather(1, column).squeeze(1) > others).all())
 
 
 class Fit(NamedTuple):
-    """An affine map that was fitted.
-
-    Attributes:
-        matrix: ``[W, b]`` or ``[w; b]``; b has mean zero.
-        solution: How the solver ended; its value is the objective with the ridge.
-    """
+    """A fitted affine map ``[W, b]`` or ``[w; b]``, b with mean zero, and where the solver stopped."""
 
     matrix: Tensor
     solution: Solution
 
 
 class FullMap:
-    """``softmax(W x + b)`` on given rows, to be fitted with one ridge after the other.
+    """``softmax(W x + b)`` on given rows, which can be fitted with several ridges.
 
-    The objective is the mean negative log-likelihood plus ``sum_ij R_ij (M_ij - [I, 0]_ij)^2``. A row added to all rows
-    of M leaves the likelihood as it is, so of all equivalent M the one with the least ridge is meant; in this way the
-    ridge alone never has to hold such a direction, which would be slow.
+    The objective is the mean negative log-likelihood plus ``sum_ij R_ij (M_ij - [I, 0]_ij)^2``. Adding the same row to
+    all rows of M does not change the likelihood; of all equivalent M the one with the smallest ridge is used, so that
+    the solver need not find it along directions in which only the ridge changes, which would be slow.
 
-    What could grow for ever because a class has no labels stays at the start: without a ridge its row of M, and the
-    mean over the other rows; with a ridge that leaves the diagonal free, its diagonal entry.
+    Parameters that could grow without bound because a class has no labels keep their starting values: without a ridge
+    the row of M of that class, and the mean over the other rows; with a ridge that leaves the diagonal free, its
+    diagonal entry.
 
     Args:
         inputs: ``(N, K)`` float64.
@@ -139,8 +103,8 @@ class FullMap:
 
     Attributes:
         identity: ``[I, 0]``, ``(K, K + 1)``.
-        start: ``[I / T, 0]`` with the likeliest temperature T.
-        temperature: How T was found.
+        start: ``[I / T, 0]`` with the maximum likelihood temperature T.
+        temperature: Result of the search for T.
         present: Which classes have labels, ``(K,)``.
     """
 
@@ -153,16 +117,7 @@ class FullMap:
         self.present = torch.bincount(labels, minlength=classes) > 0
 
     def fit(self, ridge: Ridge, solver: Solver, start: Tensor | None = None) -> Fit:
-        """Fit.
-
-        Args:
-            ridge: R.
-            solver: How.
-            start: ``[W, b]``; ``None`` is the attribute `start`.
-
-        Returns:
-            Where the solver stopped.
-        """
+        """Fit with a ridge R, from ``[W, b]`` or the attribute `start`."""
         shape = self.identity.shape
         factors = torch.full_like(self.identity, ridge.off_diagonal)
         factors[:, -1] = ridge.bias
@@ -191,7 +146,7 @@ class FullMap:
         return Fit(matrix, solution)
 
     def _free(self, ridge: Ridge) -> Callable[[Tensor], Tensor]:
-        """Projects changes of M on those that are allowed."""
+        """Return the projection of changes of M on those that are allowed."""
         if bool(self.present.all()) or ridge.diagonal > 0.0:
             return lambda change: change
         if ridge.off_diagonal == 0.0:
@@ -207,12 +162,13 @@ class FullMap:
         return lambda change: change - held * ((held * change).sum(dim=0) / length)
 
     def _inverse_hessian(self, ridge: Ridge, matrix: Tensor) -> Callable[[Tensor], Tensor]:
-        """About the inverse of the Hessian at ``matrix``, which is taken apart into one block for each row of M.
+        """Approximate the inverse Hessian at ``matrix`` by one block for each row of M.
 
-        The block of row k, ``E[p_k (1 - p_k) [x, 1] [x, 1]^T] + 2 diag(R_k)``, is taken for ``s_k C + 2 diag(R_k)``
-        with C the mean of its first part over classes and s_k the share of the class. In units of b that make its ridge
-        that of the off-diagonals the second part is a multiple of the identity but for one entry, so that the
-        eigenvectors of C serve all rows, and the formula of Sherman and Morrison does the rest.
+        The block of row k, ``E[p_k (1 - p_k) [x, 1] [x, 1]^T] + 2 diag(R_k)``, is approximated by
+        ``s_k C + 2 diag(R_k)``, where C is the mean of the first part over classes and s_k the weight of the class. If
+        b is scaled so that its ridge equals that of the off-diagonal entries, the second part is a multiple of the
+        identity except for one entry. Then the eigenvectors of C serve all rows, with the formula of Sherman and
+        Morrison for that entry.
         """
         classes = len(matrix)
         moments, shares = matrix.new_zeros(classes + 1, classes + 1), matrix.new_zeros(classes)
@@ -221,7 +177,7 @@ class FullMap:
             spread = probs * (1.0 - probs)
             shares += spread.sum(dim=0)
             design = torch.cat([some, torch.ones_like(some[:, :1])], dim=1)
-            # Rows that are certain count a little too, for the case that all are.
+            # Certain rows get a little weight too, in case all rows are certain.
             moments.addmm_((design * (spread.mean(dim=1, keepdim=True) + _JITTER)).T, design)
         rows = len(self.labels)
         shares = (shares / (shares.mean() + rows * _JITTER)).clamp_min_(1e-3)
@@ -247,8 +203,8 @@ class FullMap:
 class DiagonalMap:
     """``softmax(w * x + b)`` on given rows; the ridge is ``r (|w - 1|^2 + |b|^2)``.
 
-    Without a ridge w and b of classes without labels stay at the start, and b of the others keeps mean zero, as these
-    could else rise together for ever.
+    Without a ridge w and b of classes without labels keep their starting values, and b of the others keeps mean zero,
+    since otherwise all could grow together without bound.
 
     Args:
         inputs: ``(N, K)`` float64.
@@ -261,16 +217,7 @@ class DiagonalMap:
         self.identity = torch.stack([ones, 0.0 * ones])
 
     def fit(self, ridge: float, solver: Solver, beta: float) -> Fit:
-        """Fit.
-
-        Args:
-            ridge: r.
-            solver: How.
-            beta: What w starts from; b starts from zero.
-
-        Returns:
-            Where the solver stopped.
-        """
+        """Fit with a ridge r, from w = beta and b = 0."""
         shape = self.identity.shape
         fitted = torch.bincount(self.labels, minlength=shape[1]) > 0
         if ridge > 0.0:
@@ -295,7 +242,7 @@ class DiagonalMap:
         return Fit(matrix, solution)
 
     def _inverse_hessian(self, ridge: float, matrix: Tensor) -> Callable[[Tensor], Tensor]:
-        """The inverse of the two by two blocks of the Hessian at ``matrix``, one for each class."""
+        """Invert the two by two blocks of the Hessian at ``matrix``, one for each class."""
         sums = matrix.new_zeros(3, matrix.shape[1])
         for some, _ in blocks(self.inputs, self.labels):
             probs = torch.softmax(torch.addcmul(matrix[1], some, matrix[0]), dim=1)
@@ -304,7 +251,7 @@ class DiagonalMap:
             sums += torch.stack([spread.sum(dim=0), first.sum(dim=0), (first * some).sum(dim=0)])
         one, cross, square = sums / len(self.labels)
         one, square = one + 2.0 * ridge, square + 2.0 * ridge
-        # A logit that never changes leaves w and b to each other.
+        # If a logit is constant, w and b are not identified separately.
         square = square * (1.0 + _JITTER) + _JITTER
         determinant = (one * square - cross.square()).clamp_min(_JITTER * one * square)
 

@@ -1,4 +1,4 @@
-"""Matrix scaling (Guo et al., 2017), as it is and with the off-diagonal and intercept ridge of Kull et al. (2019)."""
+"""Matrix scaling (Guo et al., 2017), plain and with the off-diagonal and intercept ridge of Kull et al. (2019)."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from calib_lightning.posthoc.solver import LBFGS, Solver, checked_solver
 class MatrixScaling(Calibrator):
     """Matrix scaling (Guo et al., "On calibration of modern neural networks", 2017): an affine map of the logits.
 
-    ``q = softmax(W z + b)`` with the likeliest W and b: logistic regression of the label on the logits. Its K (K + 1)
-    parameters fit the calibration rows too well unless there are many times more of these: prefer
-    `MatrixScalingODIR`. Without a solver they are fitted to the optimum, from ``W = I/T`` with the likeliest
-    temperature T. Only differences of the rows of W matter; their mean is that of the start.
+    ``q = softmax(W z + b)`` with the maximum likelihood W and b: logistic regression of the label on the logits. Its
+    K (K + 1) parameters overfit unless there are many times more calibration rows; prefer `MatrixScalingODIR`. Without
+    a solver they are fitted to the optimum, from ``W = I/T`` with the maximum likelihood temperature T. Only
+    differences between the rows of W matter; their mean is that of the start.
 
     Args:
-        solver: How papers fitted it, from ``W = I, b = 0``, such as `GradientDescent` or `AdamDescent`; ``None`` fits
-            to the optimum.
+        solver: A method of the literature, from ``W = I, b = 0``, such as `GradientDescent` or `AdamDescent`; ``None``
+            fits to the optimum.
 
     Raises:
-        TypeError: ``solver`` is no `Solver`.
+        TypeError: ``solver`` is not a `Solver`.
 
     Attributes:
         weight: W, ``(K, K)``.
-        bias: b, ``(K,)``, its mean zero.
+        bias: b, ``(K,)``, with mean zero.
 
     Deviations:
-        As with `VectorScaling`, gradient descent stops far from the optimum, and the report says so. Where a class has
-        no rows, its row of W and its b stay at the start, b at the mean of the others.
+        As with `VectorScaling`, gradient descent stops far from the optimum, and the report says so. For a class
+        without rows, its row of W keeps the starting value and its b is the mean of the others.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]] * 5)
@@ -75,7 +75,7 @@ class MatrixScalingODIR(RidgedMatrix):
     """Matrix scaling with the ridge ODIR (Kull et al., NeurIPS 2019, "Beyond temperature scaling").
 
     ``q = softmax(W z + b)``; W and b minimise the objective of `RidgedMatrix`, whose arguments and attributes it has.
-    The logits are taken as they are, so a constant added to a row changes the result; `Dirichlet` does not have this.
+    A constant added to all logits of a row changes the result; this is not so with `Dirichlet`.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]] * 5)
@@ -85,5 +85,5 @@ class MatrixScalingODIR(RidgedMatrix):
     """
 
     def inputs(self, logits: Tensor) -> Tensor:
-        """The logits themselves."""
+        """Return the logits themselves."""
         return logits

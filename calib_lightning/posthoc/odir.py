@@ -17,7 +17,7 @@ from calib_lightning.posthoc.linear import Fit, FullMap, Ridge, full_nll, separa
 from calib_lightning.posthoc.solver import LBFGS
 from calib_lightning.utils.seeding import row_uniform
 
-# What a strength is worth is known long before the optimum is.
+# Strengths can be compared long before the optimum is reached.
 _ROUGH = LBFGS(max_passes=40, tolerance=1e-4)
 # With some 10,000 parameters and no more rows the last digits of the gradient can take thousands of passes.
 _EXACT = LBFGS(max_passes=500, tolerance=1e-8)
@@ -26,43 +26,27 @@ Pair = tuple[float, float]
 
 
 def stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
-    """Deal rows to folds, so that the folds' sizes, and those of each class in them, differ by one row at most.
-
-    Args:
-        labels: ``(N,)``.
-        folds: How many.
-        seed: Which of the rows of a class come first.
-
-    Returns:
-        Number of the fold of each row, ``(N,)`` int64.
-    """
+    """Assign rows to folds, ``(N,)`` int64, whose sizes, overall and within each class, differ by one row at most."""
     index = torch.arange(len(labels), device=labels.device)
     shuffled = row_uniform(index, 1, seed=seed).squeeze(1).argsort()
-    # Dealt on from class to class, so that classes of few rows do not all go to the first folds.
+    # Dealing continues across classes, so that small classes do not all go to the first folds.
     order = shuffled[labels[shuffled].argsort(stable=True)]
     return torch.empty_like(index).index_copy_(0, order, index % folds)
 
 
 def _mapped(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Log-probabilities of an affine map."""
     return torch.log_softmax(inputs @ weight.mT + bias, dim=-1)
 
 
 def mapped_log_probs(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``log mean_f softmax(W_f x + b_f)``: the average of the probabilities of several maps.
-
-    Args:
-        inputs: ``(N, K)``.
-        weight: ``(F, K, K)``.
-        bias: ``(F, K)``.
-
-    Returns:
-        ``(N, K)``.
-    """
+    """``log mean_f softmax(W_f x + b_f)``, ``(N, K)``, for W ``(F, K, K)`` and b ``(F, K)``."""
     each = _mapped(inputs, weight, bias.unsqueeze(1))
     return torch.logsumexp(each, dim=0) - math.log(len(weight))
 
 
 def _stacked(models: list[Fit]) -> tuple[Tensor, Tensor]:
+    """Weights and biases of several maps."""
     matrices = torch.stack([fit.matrix for fit in models])
     return matrices[..., :-1].contiguous(), matrices[..., -1].contiguous()
 
@@ -79,33 +63,33 @@ class RidgedMatrix(Calibrator):
     """An affine map with off-diagonal and intercept regularisation, ODIR (Kull et al., 2019).
 
     ``J = NLL + lambda / (K (K-1)) sum_{i != j} W_ij^2 + mu / K sum_j b_j^2``, NLL the mean negative log-likelihood in
-    nats. The diagonal is free, as it is the temperature. J is minimised to the optimum, from ``W = I/T`` with the
-    likeliest temperature T, along the strengths from the largest to the smallest.
+    nats. The diagonal is not penalised, since it is the temperature. J is minimised to the optimum, from ``W = I/T``
+    with the maximum likelihood temperature T, for strengths in decreasing order.
 
     Args:
-        lambdas: The strengths lambda > 0 to choose from; of one alone there is no choice.
-        mus: The strengths mu > 0, each tried with each lambda; ``None`` takes mu equal to lambda.
-        folds: The strengths with the least negative log-likelihood in cross-validation of so many stratified folds are
-            chosen; ``None`` looks at the rows of the fit themselves, which nearly always chooses the weakest.
-        ensemble: Average the probabilities of the folds' models, as the authors do; else one model is fitted to all
-            rows with the chosen strengths.
-        normalize: Divide the sums by ``K (K-1)`` and K as above; else use them as they are, as the authors' code does:
+        lambdas: Candidate strengths lambda > 0.
+        mus: Candidate strengths mu > 0, each combined with each lambda; ``None`` sets mu = lambda.
+        folds: Number of stratified folds of the cross-validation that chooses the strengths by negative log-likelihood;
+            ``None`` chooses on the rows of the fit themselves, which nearly always selects the weakest.
+        ensemble: Average the probabilities of the folds' models, as the authors do, instead of fitting one model with
+            the chosen strengths to all rows.
+        normalize: Divide the sums by ``K (K-1)`` and K as above; ``False`` does not, as in the authors' code:
             ``lambda`` here is then ``K (K-1)`` times theirs, and ``mu`` K times.
-        seed: Of the folds.
+        seed: Seed of the folds.
 
     Attributes:
         penalty: The chosen lambda.
         bias_penalty: The chosen mu.
         weight: W, ``(K, K)``; with `ensemble` ``(folds, K, K)``.
-        bias: b, ``(K,)``, its mean zero; with `ensemble` ``(folds, K)``.
+        bias: b, ``(K,)``, with mean zero; with `ensemble` ``(folds, K)``.
 
     Raises:
-        ValueError: No strength, or one that is not above 0; fewer than two folds, or none with `ensemble`.
+        ValueError: No strengths, or one that is not above 0; fewer than two folds, or none with `ensemble`.
 
     Deviations:
-        The authors' code minimises with Adam and stops early; this goes to the optimum. Where a class has no rows its
-        diagonal entry stays at 1/T and the rest of its column has mean zero, as the likelihood would else rise without
-        end; the ridge decides the rest.
+        The authors' code minimises with Adam and stops early; here the optimum is reached. For a class without rows the
+        diagonal entry stays at 1/T and the rest of its column has mean zero, since the likelihood would otherwise have
+        no maximum; the ridge determines the rest.
     """
 
     preserves_argmax = False
@@ -129,11 +113,11 @@ class RidgedMatrix(Calibrator):
         mus = None if mus is None else tuple(float(value) for value in mus)
         for name, values in (("lambdas", lambdas), ("mus", (1.0,) if mus is None else mus)):
             if not values or not all(0.0 < value < math.inf for value in values):
-                raise ValueError(f"{name}={values!r}: give one or more numbers above 0, such as (0.1, 1.0, 10.0)")
+                raise ValueError(f"{name} is {values!r}; it must be one or more numbers > 0. Try (0.1, 1.0, 10.0).")
         if folds is not None and folds < 2:
-            raise ValueError(f"folds={folds!r}: give 2 or more, or None to choose on the rows of the fit themselves")
+            raise ValueError(f"folds is {folds!r}; it must be >= 2, or None to choose on the rows of the fit.")
         if folds is None and ensemble:
-            raise ValueError("ensemble=True averages the models of folds: give folds=5, or ensemble=False")
+            raise ValueError("folds is None; it must be >= 2 with ensemble=True, which averages the folds' models.")
         self.lambdas, self.mus = lambdas, mus
         self.folds = folds
         self.ensemble = ensemble
@@ -143,7 +127,7 @@ class RidgedMatrix(Calibrator):
 
     @abstractmethod
     def inputs(self, logits: Tensor) -> Tensor:
-        """What is mapped, ``(N, K)`` in the dtype of the logits."""
+        """Return the input of the map, ``(N, K)`` in the dtype of the logits."""
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
         """Choose the strengths and minimise J; see `Calibrator.fit_rows`."""
@@ -151,7 +135,7 @@ class RidgedMatrix(Calibrator):
         full = FullMap(inputs, labels)
         chains = self._chains()
         choose = sum(map(len, chains)) > 1
-        # One row cannot be divided.
+        # A single row cannot be split into folds.
         folds = min(self.folds or 1, len(labels)) if choose or self.ensemble else 1
         fold = stratified_folds(labels, folds, self.seed)
         parts = [FullMap(inputs[fold != k], labels[fold != k]) for k in range(folds)] if folds > 1 else []
@@ -170,7 +154,7 @@ class RidgedMatrix(Calibrator):
         if models:
             averaged = mapped_log_probs(inputs, *_stacked(models))
             if float(F.nll_loss(averaged, labels)) > float(F.nll_loss(torch.log_softmax(logits.double(), -1), labels)):
-                notes.append("the average of the folds' models is less likely than the raw logits: one model is used")
+                notes.append("the average of the folds' models is less likely than the raw logits; one model is used")
                 passes += sum(fit.solution.passes for fit in models)
                 models = []
         models = models or [full.fit(ridge, _EXACT, warm)]
@@ -183,19 +167,20 @@ class RidgedMatrix(Calibrator):
             converged=all(fit.solution.converged for fit in models),
             passes=passes + sum(fit.solution.passes for fit in models),
             gradient_norm=max(fit.solution.gradient_norm for fit in models),
-            # The diagonal is what no ridge holds.
+            # Only the diagonal is not held by the ridge.
             at_bound=any(separates(inputs * fit.matrix.diagonal(), labels) for fit in models),
             notes=tuple(notes),
         )
 
     def _chains(self) -> list[list[Pair]]:
-        """All pairs of strengths in chains along which none rises, so that each fit starts below its own start."""
+        """All pairs of strengths, in chains along which no strength increases, for warm starts."""
         lambdas = sorted(set(self.lambdas), reverse=True)
         if self.mus is None:
             return [[(value, value) for value in lambdas]]
         return [[(value, mu) for mu in sorted(set(self.mus), reverse=True)] for value in lambdas]
 
     def _ridge(self, pair: Pair, classes: int) -> Ridge:
+        """Factors of the squared entries for a pair of strengths."""
         shares = (classes * (classes - 1), classes) if self.normalize else (1, 1)
         return Ridge(off_diagonal=pair[0] / shares[0], bias=pair[1] / shares[1])
 

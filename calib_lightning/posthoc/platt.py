@@ -18,19 +18,13 @@ _MOST_HALVINGS = 40
 _ROUNDING = 1e-14
 _NEGATIVE = 1e-9
 _SEPARATED = (
-    "the log-odds separate hits from misses, so that the likelihood has no maximum; the targets were those of "
-    "Platt (1999), (n + 1) / (n + 2) and 1 / (n + 2)"
+    "the log-odds separate hits from misses, so the likelihood has no maximum; the smoothed targets of Platt (1999), "
+    "(n + 1) / (n + 2) and 1 / (n + 2), were used"
 )
 
 
 class Logistic(NamedTuple):
-    """A logistic regression ``sigmoid(columns @ slopes + intercept)``.
-
-    Attributes:
-        slopes: ``(P,)`` float64, each >= 0.
-        intercept: 0-d float64.
-        optimum: How the fit went.
-    """
+    """A logistic regression ``sigmoid(columns @ slopes + intercept)`` with slopes ``(P,)`` >= 0."""
 
     slopes: Tensor
     intercept: Tensor
@@ -40,20 +34,13 @@ class Logistic(NamedTuple):
 def fit_logistic(columns: Tensor, log_odds: Tensor, hits: Tensor, *, intercept: bool) -> Logistic:
     """Logistic regression with slopes >= 0 by exact maximum likelihood.
 
-    Newton's method to rounding. If a slope comes out negative, the best fit with some slopes at zero is taken, which is
-    the maximum under the constraint, as the problem is convex. A column that is constant keeps the slope 1. Where
-    the likelihood rises without end (hits and misses are separated, or one of them is missing), the targets are
+    Newton's method runs until rounding stops it. If a slope is negative, the best fit with some slopes at zero is used,
+    which is the constrained maximum since the problem is convex. A constant column keeps the slope 1. If the likelihood
+    has no maximum (hits and misses are separated, or there are none of one kind), the targets are
     ``(n_hits + 1) / (n_hits + 2)`` and ``1 / (n_misses + 2)`` (Platt, 1999). The result is never less likely than
     all slopes 1 and intercept 0.
 
-    Args:
-        columns: ``(N, P)`` float64; each must not fall with the log-odds and, without intercept, have their sign.
-        log_odds: ``(N,)`` float64.
-        hits: ``(N,)`` bool.
-        intercept: Whether to fit one.
-
-    Returns:
-        The fit.
+    Columns must not decrease with the log-odds and, without intercept, must have their sign.
     """
     separated = _separated(log_odds, hits, intercept)
     targets = hits.double()
@@ -79,12 +66,14 @@ def fit_logistic(columns: Tensor, log_odds: Tensor, hits: Tensor, *, intercept: 
     constant = best.intercept
     if _loss(columns @ start, labels) < _loss(columns @ slopes + constant, labels):
         slopes, constant = start, torch.zeros_like(constant)
-        notes.append("nothing was more likely than the probabilities as they came, so they were kept")
+        notes.append("nothing was more likely than the uncalibrated probabilities, so they were kept")
     converged = best.gradient_norm <= CONVERGED
     return Logistic(slopes, constant, Optimum(converged, passes, best.gradient_norm, separated, tuple(notes)))
 
 
 class _Stop(NamedTuple):
+    """Where Newton's method stopped."""
+
     slopes: Tensor
     intercept: Tensor
     value: float
@@ -93,11 +82,13 @@ class _Stop(NamedTuple):
 
     @property
     def feasible(self) -> bool:
+        """Whether no slope is negative."""
         return bool((self.slopes >= -_NEGATIVE).all())
 
 
 def _newton(columns: Tensor, targets: Tensor, intercept: bool) -> _Stop:
-    # Centred columns leave a slope alone that the rows cannot tell from the intercept.
+    """Maximise the likelihood without constraints."""
+    # Columns are centred, so that a slope that the rows cannot tell from the intercept does not change.
     shift = columns.mean(dim=0) if intercept else torch.zeros_like(columns[0])
     design = columns - shift
     constant = design.abs().amax(dim=0) <= 1e-9 * (1.0 + shift.abs())
@@ -105,8 +96,8 @@ def _newton(columns: Tensor, targets: Tensor, intercept: bool) -> _Stop:
     if intercept:
         design = torch.cat([design, torch.ones_like(targets).unsqueeze(1)], dim=1)
     count = columns.shape[1]
-    # Where all probabilities are 0 or 1 there is no curvature, so Newton's method starts from scores of some size 1; a
-    # slope that the rows cannot tell from the intercept stays 1.
+    # Where all probabilities are 0 or 1 the Hessian vanishes, so Newton's method starts from scores of about 1; a slope
+    # that the rows cannot tell from the intercept stays 1.
     reach = torch.where(constant, 0.0, design[:, :count].abs().amax(dim=0))
     point = torch.cat([1.0 / (1.0 + reach), reach.new_zeros(design.shape[1] - count)])
     point[:count][constant] = 1.0
@@ -124,13 +115,13 @@ def _newton(columns: Tensor, targets: Tensor, intercept: bool) -> _Stop:
         if norm(gradient) <= _ROUNDING:
             break
         step = _solve((design * weights.unsqueeze(1)).mT @ design / len(targets), gradient)
-        # Shorter steps than these change the value by less than its rounding.
+        # Shorter steps would change the value by less than its rounding error.
         promised = float(gradient @ step) / (_ROUNDING * (1.0 + value))
         for halvings in range(max(1, min(_MOST_HALVINGS, int(math.log2(max(promised, 1.0))) + 1))):
             following = point - step * 0.5**halvings
             new = slope_of(following)
             passes += 1
-            # At the end the value is all rounding, and the gradient says more.
+            # Near the optimum differences of the value are rounding errors, so the gradient decides.
             near = new[0] <= value + _ROUNDING * (1.0 + value) and norm(new[1]) < norm(gradient)
             if new[0] < value - _ROUNDING * (1.0 + value) or near:
                 break
@@ -143,7 +134,8 @@ def _newton(columns: Tensor, targets: Tensor, intercept: bool) -> _Stop:
 
 
 def _solve(hessian: Tensor, gradient: Tensor) -> Tensor:
-    # Columns of very different size are first brought to one; directions without curvature get no step.
+    """Newton step; directions without curvature get none."""
+    # Columns of very different sizes are scaled first.
     scale = hessian.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     scale = torch.where(hessian.diagonal() > 0.0, scale, 0.0)
     inverse = torch.linalg.pinv(hessian * scale * scale.unsqueeze(1), rtol=1e-13, hermitian=True)
@@ -152,10 +144,12 @@ def _solve(hessian: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _loss(scores: Tensor, targets: Tensor) -> float:
+    """Mean cross-entropy."""
     return -float((targets * log_sigmoid(scores) + (1.0 - targets) * log_sigmoid(-scores)).mean())
 
 
 def _separated(log_odds: Tensor, hits: Tensor, intercept: bool) -> bool:
+    """Whether a threshold separates hits from misses, so that the likelihood has no maximum."""
     above, below = log_odds[hits], log_odds[~hits]
     if not intercept:
         return bool((above >= 0.0).all() and (below <= 0.0).all() and (log_odds != 0.0).any())
@@ -167,9 +161,9 @@ def _separated(log_odds: Tensor, hits: Tensor, intercept: bool) -> bool:
 class Platt(BinaryCalibrator):
     """Platt scaling (Platt, 1999), ``sigmoid(w l + b)`` of the log-odds l, ``w >= 0``.
 
-    Deviations: The paper fits scores of a support vector machine and always smooths the targets; here they are the
-    labels, and smoothed only where the likelihood has no maximum otherwise. A slope below 0 would turn the order of
-    the rows round, and becomes 0.
+    Deviations: The paper fits scores of a support vector machine and always smooths the targets; here targets are
+    smoothed only if the likelihood has no maximum otherwise. A negative slope would reverse the order of the rows and
+    is set to 0.
 
     Example:
         >>> log_odds = torch.tensor([2.0, 2.0, 2.0, 2.0, 0.0, 0.0])

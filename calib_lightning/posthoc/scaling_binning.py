@@ -1,4 +1,4 @@
-"""The scaling-binning calibrator (Kumar, Liang and Ma, 2019): Platt scaling, rounded to its mean in bins."""
+"""The scaling-binning calibrator (Kumar, Liang and Ma, 2019): Platt scaling, averaged within bins."""
 
 from __future__ import annotations
 
@@ -13,23 +13,15 @@ from calib_lightning.utils.seeding import row_uniform
 
 
 def mean_log_odds(log_odds: Tensor, index: Tensor, bins: int) -> Tensor:
-    """Log-odds of the mean probability of each bin, from the sums of p and of ``1 - p``, so that neither saturates.
-
-    Args:
-        log_odds: ``(N,)`` float64.
-        index: Bin of each row, ``(N,)`` int64.
-        bins: M.
-
-    Returns:
-        ``(M,)`` float64; nan for bins without rows.
-    """
+    """Log-odds ``(M,)`` of the mean probability of each bin, without saturation; nan for empty bins."""
     rows = torch.bincount(index, minlength=bins)
-    # Relative to a bin's largest, which is some log p: no sum can underflow.
-    hits, misses = (_log_sum(log_sigmoid(side), index, bins) for side in (log_odds, -log_odds))
-    return torch.where(rows > 0, hits - misses, torch.nan)
+    # Relative to the largest term of a bin no sum can underflow.
+    above, below = (_log_sum(log_sigmoid(side), index, bins) for side in (log_odds, -log_odds))
+    return torch.where(rows > 0, above - below, torch.nan)
 
 
 def _log_sum(terms: Tensor, index: Tensor, bins: int) -> Tensor:
+    """Logarithm of the sum of ``exp(terms)`` in each bin."""
     largest = terms.new_full((bins,), -torch.inf).scatter_reduce(0, index, terms, "amax")
     return largest + torch.log(terms.new_zeros(bins).scatter_add(0, index, torch.exp(terms - largest[index])))
 
@@ -37,19 +29,19 @@ def _log_sum(terms: Tensor, index: Tensor, bins: int) -> Tensor:
 class ScalingBinning(Binned):
     """The scaling-binning calibrator (Kumar et al., 2019): the value of a bin is the mean of a Platt scaling g in it.
 
-    Three steps: fit g; part its values into bins of equal mass; average g, not the labels, in each bin. The mean of g
-    varies less than the share of hits, and the calibration error of the result can be measured, as it has few values.
+    It fits g, divides its values into bins of equal mass, and averages g, not the labels, in each bin. The mean of g
+    varies less than the fraction of hits, and the calibration error can be measured since there are few values.
 
     Args:
-        n_bins: M, number of bins.
-        split: Whether each step has a third of the rows to itself, as the paper's theorem asks; else all steps use all
-            rows, as the authors' code does. The thirds are drawn by position with a fixed seed.
+        n_bins: Number of bins M.
+        split: Use a separate third of the rows for each step, as the paper's theorem requires, instead of all rows for
+            all steps, as in the authors' code. The thirds are drawn by position with a fixed seed.
 
     Raises:
-        ValueError: ``n_bins`` is not a whole number from 1 on.
+        ValueError: ``n_bins`` is not an integer >= 1.
 
-    Deviations: Edges lie halfway in log-odds, not in probability. With ``split``, a bin without rows in the last third
-    takes the mean over the second; with fewer than three rows nothing is split.
+    Deviations: Edges lie halfway in log-odds, not in probability. With ``split``, a bin that has no rows in the last
+    third uses the mean over the second; fewer than three rows are not split.
 
     Example:
         >>> log_odds = torch.linspace(-2, 2, 100)
@@ -64,10 +56,10 @@ class ScalingBinning(Binned):
         self.n_bins, self.split = check_bins(n_bins), split
 
     def fit_rows(self, log_odds: Tensor, hits: Tensor) -> Optimum:
-        """Do the three steps; see `BinaryCalibrator.fit_rows`."""
+        """Fit g and average it in bins; see `BinaryCalibrator.fit_rows`."""
         scaled, parted, averaged = self._thirds(log_odds)
         fit = fit_logistic(log_odds[scaled].unsqueeze(1), log_odds[scaled], hits[scaled], intercept=True)
-        # g does not fall, so that bins of the log-odds are bins of g.
+        # g is non-decreasing, so bins of the log-odds are bins of g.
         edges = equal_mass_edges(log_odds[parted], self.n_bins)
         index, g = torch.bucketize(log_odds, edges), fit.slopes[0] * log_odds + fit.intercept
         values = mean_log_odds(g[averaged], index[averaged], len(edges) + 1)
@@ -76,6 +68,7 @@ class ScalingBinning(Binned):
         return fit.optimum
 
     def _thirds(self, log_odds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the three steps."""
         rows = torch.arange(len(log_odds), device=log_odds.device)
         if not self.split or len(rows) < 3:
             return rows, rows, rows

@@ -1,4 +1,4 @@
-"""How a smooth function of a vector is minimised: to the optimum, or as the papers did it."""
+"""Minimisation of smooth functions: to the optimum, or as in the literature."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps a point ``(P,)`` float64 to its value (0-d) and gradient ``(P,)``, float64, without autograd."""
 
 Preconditioner = Callable[[Tensor], Tensor]
-"""Maps a gradient ``(P,)`` to about the inverse Hessian times it; linear, symmetric and positive semidefinite."""
+"""Multiplies a gradient ``(P,)`` by an approximate inverse Hessian; linear, symmetric and positive semidefinite."""
 
 Curvature = Callable[[Tensor], Preconditioner]
-"""Maps a point ``(P,)`` to about the inverse Hessian there."""
+"""Maps a point ``(P,)`` to an approximate inverse Hessian."""
 
 CONVERGED = 1e-6
-"""A gradient with no entry above this (in nats by unit of a parameter) is taken for zero."""
+"""A gradient whose entries are all at most this (nats per unit of a parameter) counts as zero."""
 
 _PAIRS = 10
 _RENEWAL = 20
 _MOST_TRIALS = 30
-# Two values closer than this share of them are told apart by their slopes, not by their rounded difference.
+# Values whose relative difference is below this are compared by their slopes instead.
 _NOISE = 1e-14
 
 
@@ -50,7 +50,7 @@ class Solution(NamedTuple):
 
     @property
     def converged(self) -> bool:
-        """Whether the gradient is zero but for rounding."""
+        """Whether the gradient is zero up to rounding."""
         return self.gradient_norm <= CONVERGED
 
 
@@ -59,20 +59,20 @@ class Solver(Described, ABC):
 
     @abstractmethod
     def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
-        """Minimise.
+        """Minimise a function.
 
         Args:
             objective: The function.
             start: ``(P,)`` float64.
-            curvature: About the inverse Hessian, for solvers that can use it; those of the papers do not.
+            curvature: Approximate inverse Hessian, for solvers that use it; those of the literature do not.
 
         Returns:
-            Where it stopped.
+            Where the solver stopped.
         """
 
 
 class _Counted:
-    """Counts how often an objective is evaluated."""
+    """Counts the evaluations of an objective."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective, self.passes = objective, 0
@@ -83,7 +83,7 @@ class _Counted:
 
 
 class _Place(NamedTuple):
-    """A point with its value, gradient, and slope along the direction of search."""
+    """A point with its value, gradient, and slope along the search direction."""
 
     point: Tensor
     value: float
@@ -93,13 +93,13 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class LBFGS(Solver):
-    """L-BFGS until the gradient is zero but for rounding (Nocedal and Wright, 2006, algorithm 7.5).
+    """L-BFGS until the gradient is zero up to rounding (Nocedal and Wright, 2006, algorithm 7.5).
 
-    A step is accepted by the approximate Wolfe conditions (Hager and Zhang, 2005): slopes tell a decrease even where
-    the values have run out of digits. The result is never above the start, but for rounding in the last digit.
+    Steps are accepted by the approximate Wolfe conditions (Hager and Zhang, 2005), in which slopes show a decrease even
+    where values no longer differ. Up to rounding, the result is never above the start.
 
     Args:
-        max_passes: Most evaluations of the objective.
+        max_passes: Largest number of evaluations of the objective.
         tolerance: Largest absolute entry of the gradient at the end.
 
     Example:
@@ -124,14 +124,14 @@ class LBFGS(Solver):
             steps += 1
             direction = -_quasi_newton(here.gradient, pairs, precondition)
             slope = float(direction @ here.gradient)
-            # Without any curvature the length of the gradient says nothing about that of the step.
+            # Without curvature the gradient does not determine the length of the step.
             first = 1.0 if pairs or precondition else min(1.0, 1.0 / float(here.gradient.abs().sum()))
             trials = min(_MOST_TRIALS, self.max_passes - counted.passes)
             found = _search(counted, here._replace(slope=slope), direction, first, trials) if slope < 0.0 else None
             if found is None:
                 if not pairs:
                     break
-                pairs.clear()  # the pairs may be what misleads it: once more from the gradient alone
+                pairs.clear()  # they may be misleading; retry with the gradient alone
                 continue
             moved, turned = found.point - here.point, found.gradient - here.gradient
             product = moved @ turned
@@ -144,7 +144,7 @@ class LBFGS(Solver):
 def _quasi_newton(
     gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, Tensor]], precondition: Preconditioner | None
 ) -> Tensor:
-    """The inverse Hessian that the pairs of steps and changes of the gradient suggest, times the gradient."""
+    """The gradient times the inverse Hessian estimated from pairs of steps and changes of the gradient."""
     rest = gradient.clone()
     shares = []
     for moved, turned, product in reversed(pairs):
@@ -161,9 +161,9 @@ def _quasi_newton(
 
 
 def _search(objective: Objective, start: _Place, direction: Tensor, first: float, trials: int) -> _Place | None:
-    """A step along the direction whose slope is much flatter and whose value is not higher; ``None`` if none is found.
+    """Find a step with a much flatter slope and no higher value, or the best one found; ``None`` if none is lower.
 
-    The step lies between one where the function still falls steeply and one where it rises or is too high.
+    It lies between one where the function still decreases steeply and one where it increases or is too high.
     """
     ceiling = start.value + _NOISE * abs(start.value)
     low, low_slope, high, high_slope = 0.0, start.slope, math.inf, math.nan
@@ -186,29 +186,20 @@ def _search(objective: Objective, start: _Place, direction: Tensor, first: float
 
 
 def _between(low: float, low_slope: float, high: float, high_slope: float) -> float:
+    """Next step to try."""
     if high == math.inf:
         return 4.0 * low
     if not 0.0 < high_slope < math.inf:
         return low + 0.3 * (high - low)
-    # where a straight line through the slopes is zero, but not so near an end that little would be gained
+    # The zero of a line through the slopes, kept away from both ends.
     part = low_slope / (low_slope - high_slope)
     return low + min(max(part, 0.1), 0.9) * (high - low)
 
 
 def checked_solver(solver: Solver | None) -> Solver | None:
-    """Refuse what is no solver when it is given, not in the fit.
-
-    Args:
-        solver: A solver, or ``None`` for the optimum.
-
-    Returns:
-        The same.
-
-    Raises:
-        TypeError: It is neither.
-    """
+    """Return a solver or ``None``; raise ``TypeError`` for anything else, at once instead of in the fit."""
     if not (solver is None or isinstance(solver, Solver)):
-        raise TypeError(f"solver={solver!r}: give a solver such as PlainLBFGS(), or None for the optimum")
+        raise TypeError(f"solver is {solver!r}; it must be a Solver such as PlainLBFGS(), or None for the optimum.")
     return solver
 
 
@@ -217,15 +208,19 @@ class PlainLBFGS(Solver):
     """L-BFGS with a fixed step and no line search, as in the code of Guo et al. (2017); it stops far from the optimum.
 
     Args:
-        lr: Length of a step.
+        lr: Step length.
         steps: Number of steps.
+
+    Example:
+        >>> PlainLBFGS(steps=20).name
+        'PlainLBFGS(steps=20)'
     """
 
     lr: float = 0.01
     steps: int = 50
 
     def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
-        """Minimise; the last point is the result, as in that code."""
+        """Minimise; return the last point, as that code does."""
         counted, point = _Counted(objective), start.clone().requires_grad_()
         optimizer = torch.optim.LBFGS([point], lr=self.lr, max_iter=self.steps)
 
@@ -239,18 +234,23 @@ class PlainLBFGS(Solver):
 
 @dataclass(frozen=True)
 class GradientDescent(Solver):
-    """Full-batch gradient descent with a fixed rate, as some papers fit vector and matrix scaling.
+    """Full-batch gradient descent with a fixed learning rate, used by some papers for vector and matrix scaling.
 
     Args:
-        lr: Rate.
+        lr: Learning rate.
         epochs: Number of steps.
+
+    Example:
+        >>> bowl = lambda x: ((x - 3).square().sum(), 2 * (x - 3))
+        >>> GradientDescent(lr=0.5, epochs=1).minimise(bowl, torch.zeros(1, dtype=torch.float64)).point
+        tensor([3.], dtype=torch.float64)
     """
 
     lr: float = 1e-3
     epochs: int = 1000
 
     def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
-        """Minimise; the last point is the result."""
+        """Minimise; return the last point."""
         counted, point = _Counted(objective), start.clone()
         for _ in range(self.epochs):
             point = point - self.lr * counted(point)[1]
@@ -259,18 +259,22 @@ class GradientDescent(Solver):
 
 @dataclass(frozen=True)
 class AdamDescent(Solver):
-    """Full-batch Adam with a fixed rate.
+    """Full-batch Adam with a fixed learning rate.
 
     Args:
-        lr: Rate.
+        lr: Learning rate.
         epochs: Number of steps.
+
+    Example:
+        >>> AdamDescent(epochs=10).name
+        'AdamDescent(epochs=10)'
     """
 
     lr: float = 1e-3
     epochs: int = 1000
 
     def minimise(self, objective: Objective, start: Tensor, curvature: Curvature | None = None) -> Solution:
-        """Minimise; the last point is the result."""
+        """Minimise; return the last point."""
         counted, point = _Counted(objective), start.clone().requires_grad_()
         adam = torch.optim.Adam([point], lr=self.lr)
         for _ in range(self.epochs):
@@ -280,5 +284,6 @@ class AdamDescent(Solver):
 
 
 def _at(counted: _Counted, point: Tensor) -> Solution:
+    """Evaluate the objective at the last point."""
     value, gradient = counted(point)
     return Solution(point, float(value), float(gradient.abs().max()), counted.passes)

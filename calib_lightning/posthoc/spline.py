@@ -1,4 +1,4 @@
-"""Spline calibration (Gupta et al., 2021): the slope of a smooth fit to the cumulative gap."""
+"""Spline calibration (Gupta et al., 2021): the derivative of a smooth fit to the cumulative gap."""
 
 from __future__ import annotations
 
@@ -16,20 +16,12 @@ _ROWS_A_KNOT = 16
 
 
 def spline_slope(gap: NDArray[np.float64], knots: int) -> NDArray[np.float64]:
-    """Slope of the natural cubic spline that fits the running mean of a gap with least squares.
+    """Slope ``(N,)`` of the natural cubic spline fitted by least squares to ``h(i / N) = sum_{j <= i} gap_j / N``.
 
-    With ``h(i / N) = sum_{j <= i} gap_j / N``, ``i = 0..N``, the spline has equally spaced knots on ``[0, 1]``, and its
-    slope at the middle ``(i - 1/2) / N`` of the i-th step is the smoothed gap there.
-
-    Args:
-        gap: ``(N,)``; N >= 1.
-        knots: At least 2.
-
-    Returns:
-        ``(N,)``.
+    The spline has equally spaced knots on ``[0, 1]``; its slope is read at the middle ``(i - 1/2) / N`` of each step.
     """
     rows = len(gap)
-    # Natural splines are linear in their values at the knots: one column for each.
+    # Natural splines are linear in their values at the knots: one column per knot.
     basis = CubicSpline(np.linspace(0.0, 1.0, knots), np.eye(knots), bc_type="natural")  # type: ignore[no-untyped-call]
     cumulative = np.concatenate([[0.0], np.cumsum(gap) / rows])
     values = np.linalg.lstsq(basis(np.linspace(0.0, 1.0, rows + 1)), cumulative, rcond=None)[0]
@@ -40,20 +32,20 @@ def spline_slope(gap: NDArray[np.float64], knots: int) -> NDArray[np.float64]:
 class Spline(BinaryCalibrator):
     """Spline calibration (Gupta et al., 2021): ``p + h'(t)``, h a natural cubic spline through the cumulative gap.
 
-    With the rows in order of p, t is the share of rows up to a score and ``h(t)`` the sum over these rows of
-    ``(hit - p) / N``, fitted with least squares. Between scores the result is linear in p, outside of them constant. It
-    need not rise with p.
+    With the rows sorted by p, t is the fraction of rows up to a score and ``h(t)`` the sum of ``(hit - p) / N`` over
+    these rows, fitted by least squares. The result is linear in p between scores and constant outside. It need not
+    increase with p.
 
     Args:
-        knots: Number of equally spaced knots on ``[0, 1]``, at least 2. Fewer than 16 rows a knot take fewer knots; two
-            of them shift all probabilities by the mean gap.
+        knots: Number of equally spaced knots on ``[0, 1]``, at least 2. With fewer than 16 rows per knot fewer knots
+            are used; two knots shift all probabilities by the mean gap.
 
     Raises:
-        ValueError: ``knots`` is not a whole number from 2 on.
+        ValueError: ``knots`` is not an integer >= 2.
 
     Deviations: Equal scores get the mean of their results; the authors' code fails on them. The slope is read in the
-    middle of a row's step, and h starts from 0 before the first row. At most 1024 points are kept, at equal steps of
-    the rank. Values are kept between 1e-6 and ``1 - 1e-6``.
+    middle of a row's step, and h is 0 before the first row. At most 1024 points are kept, at equal steps of the rank.
+    Values are kept between 1e-6 and ``1 - 1e-6``.
 
     Example:
         >>> log_odds = torch.zeros(40)
@@ -69,7 +61,7 @@ class Spline(BinaryCalibrator):
     def __init__(self, knots: int = 6) -> None:
         super().__init__()
         if isinstance(knots, bool) or not isinstance(knots, int) or knots < 2:
-            raise ValueError(f"knots={knots!r}: it must be a whole number from 2 on, such as 6")
+            raise ValueError(f"knots is {knots!r}; it must be an integer >= 2. 6 is the usual value.")
         self.knots = knots
         self.register_state("scores", "values")
 
@@ -90,7 +82,7 @@ class Spline(BinaryCalibrator):
             scores, values = np.append(scores, 2.0), np.repeat(values, 2)
         self.scores = torch.from_numpy(scores).to(log_odds)
         self.values = torch.from_numpy(values.clip(0.0, 1.0)).to(log_odds)
-        few = f"{len(probs)} rows are few for a spline: {knots} of {self.knots} knots were used"
+        few = f"{len(probs)} rows are few for a spline: only {knots} of {self.knots} knots were used"
         return Optimum(notes=(few,) if knots < self.knots else ())
 
     def transform(self, log_odds: Tensor) -> Tensor:

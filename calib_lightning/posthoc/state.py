@@ -1,4 +1,4 @@
-"""State of a fit: buffers that are empty before it and whose shapes follow from it."""
+"""State of a fit, in buffers that are empty before it and get their shapes from it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 class FittedState(nn.Module):
-    """A module whose state lies in buffers, so that it moves with the module and travels in checkpoints.
+    """A module that keeps its state in buffers, so that it moves with the module and is saved in checkpoints.
 
-    Their dtype stays that of the fit, whatever ``half()``, ``float()`` or ``to(dtype)`` does to the network around it:
-    rounded, the edges of bins would meet, and a temperature would be off by half a percent.
+    Buffers keep the dtype of the fit even if ``half()``, ``float()`` or ``to(dtype)`` is applied to a module around
+    them: rounding would merge the edges of bins and change a temperature by half a percent.
     """
 
     def register_state(self, *names: str) -> None:
-        """Name buffers that a fit assigns; they are empty until then.
+        """Register the buffers that a fit assigns; they are empty until then.
 
         Args:
             names: Names of the buffers.
@@ -36,13 +36,13 @@ class FittedState(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             exact = before[name]
-            # There are devices that have no float64.
+            # MPS devices do not support float64.
             if buffer is not None and exact is not None and buffer.dtype != exact.dtype and buffer.device.type != "mps":
                 self._buffers[name] = exact.to(buffer.device)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # The shapes of the state follow from the fit, so the buffers take those of the checkpoint.
+        # Shapes depend on the fit, so the buffers take those of the checkpoint.
         for name, buffer in self._buffers.items():
             saved = state_dict.get(prefix + name)
             if isinstance(saved, Tensor) and buffer is not None:

@@ -13,16 +13,7 @@ from calib_lightning.posthoc.solver import LBFGS
 
 
 def smoothed_log_probs(logits: Tensor, beta: Tensor, share: Tensor) -> Tensor:
-    """``log((1 - w) softmax(beta z) + w / K)``: probabilities of which a share w is spread over all classes.
-
-    Args:
-        logits: ``(N, K)``.
-        beta: Inverse temperature, 0-d.
-        share: w, 0-d, ``0 < w < 1``.
-
-    Returns:
-        ``(N, K)`` in the dtype of the logits.
-    """
+    """``log((1 - w) softmax(beta z) + w / K)``: a share w of the probability is spread over all classes."""
     beta, share = beta.to(logits.dtype), share.to(logits.dtype)
     shifted = (logits - logits.amax(dim=-1, keepdim=True)) * beta
     tempered = torch.log_softmax(shifted, dim=-1)
@@ -30,7 +21,7 @@ def smoothed_log_probs(logits: Tensor, beta: Tensor, share: Tensor) -> Tensor:
 
 
 class _Structured(Calibrator):
-    """A ridge around smoothed temperature scaling."""
+    """An affine map with a ridge towards smoothed temperature scaling."""
 
     preserves_argmax = False
     per_class = True
@@ -44,12 +35,14 @@ class _Structured(Calibrator):
         self.register_state("beta", "share", "weight", "bias")
 
     def _start(self, logits: Tensor, labels: Tensor) -> tuple[OptimalTemperature, Tensor]:
+        """Fit T, and return it with the input of the map."""
         temperature = fit_inverse_temperature(logits, labels)
         wide = logits.double()
         self.beta, self.share = wide.new_tensor(temperature.beta), wide.new_tensor(1.0 / (len(labels) + 1))
         return temperature, smoothed_log_probs(wide, self.beta, self.share)
 
     def _ended(self, temperature: OptimalTemperature, fit: Fit, weight: Tensor, bias: Tensor) -> Optimum:
+        """Assign the map, and say how the fit went."""
         self.weight, self.bias = weight.contiguous(), bias.contiguous()
         solution = fit.solution
         return Optimum(solution.converged, solution.passes, solution.gradient_norm, temperature.at_bound)
@@ -58,19 +51,18 @@ class _Structured(Calibrator):
 class StructuredVectorScaling(_Structured):
     """Structured vector scaling, SVS (Berta, Holzmüller, Jordan and Bach, AISTATS 2026, "Structured matrix scaling").
 
-    Vector scaling that is pulled towards temperature scaling where rows are few.
-    ``q = softmax((1 + v) * x + b)`` with ``x = log((1 - w) softmax(z/T) + w/K)``, T the likeliest temperature and
-    ``w = 1/(N + 1)``; v and b minimise ``NLL + K/N (|v|^2 + |b|^2)``, NLL the mean negative log-likelihood.
+    Vector scaling with a ridge towards temperature scaling that is stronger with fewer rows.
+    ``q = softmax((1 + v) * x + b)`` with ``x = log((1 - w) softmax(z/T) + w/K)``, T the maximum likelihood temperature
+    and ``w = 1/(N + 1)``; v and b minimise ``NLL + K/N (|v|^2 + |b|^2)``, NLL the mean negative log-likelihood.
 
     Attributes:
         beta: 1/T.
         share: w.
         weight: ``1 + v``, ``(K,)``.
-        bias: b, ``(K,)``, its mean zero.
+        bias: b, ``(K,)``, with mean zero.
 
     Deviations:
-        None known. As w is above 0, a perfect set of rows ends with a likelihood below 1; a floor under x would never
-        be reached.
+        None known. Since w > 0, even perfectly predicted rows have a likelihood below 1, and x needs no lower bound.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]] * 5)
@@ -94,7 +86,7 @@ class StructuredVectorScaling(_Structured):
 class StructuredMatrixScaling(_Structured):
     """Structured matrix scaling, SMS (Berta, Holzmüller, Jordan and Bach, AISTATS 2026, "Structured matrix scaling").
 
-    Matrix scaling that is pulled towards temperature scaling where rows are few.
+    Matrix scaling with a ridge towards temperature scaling that is stronger with fewer rows.
     ``q = softmax((I + D) x + b)`` with the x of `StructuredVectorScaling`; D and b minimise
     ``NLL + K/N (sum_k D_kk^2 + |b|^2) + K (K - 1)/N sum_{i != j} D_ij^2``.
 
@@ -102,7 +94,7 @@ class StructuredMatrixScaling(_Structured):
         beta: 1/T.
         share: w.
         weight: ``I + D``, ``(K, K)``.
-        bias: b, ``(K,)``, its mean zero.
+        bias: b, ``(K,)``, with mean zero.
 
     Deviations:
         None known; see `StructuredVectorScaling`.

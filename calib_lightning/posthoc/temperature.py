@@ -1,4 +1,4 @@
-"""Temperature scaling by likelihood (Guo et al., 2017), with a fixed value, or by the focal loss."""
+"""Temperature scaling by likelihood (Guo et al., 2017), with a given value, or by the focal loss."""
 
 from __future__ import annotations
 
@@ -25,16 +25,8 @@ _VALLEYS = 3
 
 
 def tempered(logits: Tensor, beta: Tensor) -> Tensor:
-    """Log-probabilities of ``softmax(beta z)``.
-
-    Args:
-        logits: ``(N, K)`` float32 or float64.
-        beta: Inverse temperature ``1 / T``, 0-d.
-
-    Returns:
-        ``(N, K)`` in the dtype of the logits.
-    """
-    # The largest logit is taken off first, so that a large beta cannot overflow.
+    """Log-probabilities of ``softmax(beta z)``, ``(N, K)`` in the dtype of the logits."""
+    # Subtracting the largest logit first prevents an overflow for large beta.
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     return torch.log_softmax(shifted * beta.to(logits.dtype), dim=-1)
 
@@ -60,10 +52,15 @@ class _Tempered(Calibrator):
 
 
 class FixedTemperature(_Tempered):
-    """Temperature scaling with a given T; the fit looks at K alone.
+    """Temperature scaling with a given T; the fit only records K.
+
+    ``q = softmax(z / T)``.
 
     Args:
         temperature: T > 0.
+
+    Raises:
+        ValueError: A temperature that is not finite and above 0.
 
     Example:
         >>> FixedTemperature(1.5).fit(torch.randn(4, 3), torch.tensor([0, 1, 2, 0])).temperature
@@ -73,7 +70,7 @@ class FixedTemperature(_Tempered):
     def __init__(self, temperature: float) -> None:
         super().__init__()
         if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature={temperature!r}: it must be a number above 0, such as 1.5")
+            raise ValueError(f"temperature is {temperature!r}; it must be finite and > 0.")
         self._given = float(temperature)
 
     @property
@@ -82,7 +79,7 @@ class FixedTemperature(_Tempered):
         return self._given
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
-        """Take T as it is; see `Calibrator.fit_rows`."""
+        """Set the given T; see `Calibrator.fit_rows`."""
         self.beta = logits.new_tensor(1.0 / self._given, dtype=torch.float64)
         return Optimum()
 
@@ -90,22 +87,22 @@ class FixedTemperature(_Tempered):
 class Temperature(_Tempered):
     """Temperature scaling by likelihood (Guo et al., 2017).
 
-    ``q = softmax(z / T)`` with the T of the least mean negative log-likelihood. The optimum is found by Newton steps in
-    a bracket, in float64, for logits of any scale. Where all labels are the largest logits T is stopped at
-    ``exp(-16)``. Where the labels have no more than the average logit the best distribution is uniform, and T is
-    stopped where the logits of a row still differ by 1e-3 on average, so that float32 can tell the classes apart.
+    ``q = softmax(z / T)`` with the T of lowest mean negative log-likelihood. The optimum is found by safeguarded Newton
+    steps in float64, for logits of any scale. If all predictions are correct, T stops at ``exp(-16)``. If the logits of
+    the labels are not above average, the best distribution is uniform, and T stops where the logits of a row still
+    differ by 1e-3 on average, so that float32 can tell the classes apart.
 
     Args:
-        solver: ``None`` for the optimum. A solver descends on T as papers did: `PlainLBFGS` from T = 1.5 is the fit of
-            the code of Guo et al., ``GradientDescent()`` from T = 1 that of papers which name 1000 epochs; others start
-            from T = 1 too. The report says how far from the optimum it stopped. Where it ends higher than it began, or
-            with T <= 0, T = 1 is used, and a warning says so.
+        solver: ``None`` for the optimum, or a method of the literature: `PlainLBFGS` starts from T = 1.5, as the code
+            of Guo et al.; ``GradientDescent()`` and others start from T = 1, as papers with 1000 epochs. The report
+            says how far from the optimum it stopped. If it ends above its starting value or with T <= 0, T = 1 is used,
+            with a warning.
 
     Raises:
-        TypeError: ``solver`` is no `Solver`.
+        TypeError: ``solver`` is not a `Solver`.
 
-    Deviations: Guo et al. stop L-BFGS without a line search after 50 steps. With a best T of 2.5 that ends 0.08 nats
-    above the optimum for 10 classes and 0.17 for 100; gradient descent ends 0.1 above. The default ends at it.
+    Deviations: Guo et al. stop L-BFGS without a line search after 50 steps. For an optimal T of 2.5 this ends 0.08 nats
+    above the optimum with 10 classes and 0.17 with 100; gradient descent ends 0.1 above. The default reaches it.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
@@ -130,14 +127,14 @@ class Temperature(_Tempered):
 class FocalTemperature(_Tempered):
     """Temperature scaling by the focal loss (Lin et al., 2017).
 
-    ``q = softmax(z / T)`` with the T of the least ``mean (1 - q_y)^gamma (-log q_y)``. It is above the T of the
-    likelihood. The loss may have several minima: it is scanned, and the lowest of those found is taken.
+    ``q = softmax(z / T)`` with the T of lowest ``mean (1 - q_y)^gamma (-log q_y)``, which is above the maximum
+    likelihood T. The loss can have several minima: it is scanned, and the lowest minimum found is used.
 
     Args:
         gamma: Exponent >= 0; 0 is the likelihood.
 
     Raises:
-        ValueError: ``gamma`` < 0.
+        ValueError: ``gamma`` is negative or not finite.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
@@ -148,7 +145,7 @@ class FocalTemperature(_Tempered):
     def __init__(self, gamma: float = 1.0) -> None:
         super().__init__()
         if not 0.0 <= gamma < math.inf:
-            raise ValueError(f"gamma={gamma!r}: it must be a number >= 0, such as 1.0")
+            raise ValueError(f"gamma is {gamma!r}; it must be finite and >= 0. 1.0 is the usual value.")
         self.gamma = gamma
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
@@ -168,15 +165,7 @@ class FocalTemperature(_Tempered):
 
 
 def most_likely(logits: Tensor, labels: Tensor) -> tuple[float, Optimum]:
-    """Inverse temperature of the least mean negative log-likelihood, stopped where the order of classes would be lost.
-
-    Args:
-        logits: ``(N, K)``, finite; N >= 1.
-        labels: ``(N,)`` in ``0..K-1``.
-
-    Returns:
-        ``beta = 1 / T``, and how it went; the gradient is that by ``log T``.
-    """
+    """Maximum likelihood inverse temperature, bounded to keep the order of classes; the gradient is by ``log T``."""
     (beta, _, at_bound), slope, passes = search_inverse_temperature(logits, labels)
     gradient = abs(beta * slope)
     optimum = Optimum(not at_bound and gradient <= CONVERGED, passes, gradient, at_bound)
@@ -191,18 +180,10 @@ class Sloped(NamedTuple):
 
 
 def lowest(loss: Callable[[float, torch.dtype], Sloped], logits: Tensor, labels: Tensor) -> tuple[float, Optimum]:
-    """Inverse temperature of the least loss, which may have several minima.
+    """Inverse temperature of the lowest loss, which may have several minima, and how the search went.
 
-    The loss is scanned on ``log T`` in steps of 1/2 between the bounds of `Temperature`. In the three lowest valleys
-    that are seen the root of the slope is found by Brent's method, and the lowest of them is the result.
-
-    Args:
-        loss: Maps ``beta`` and a dtype to calculate in to the loss; what it gives for float32 is only compared.
-        logits: ``(N, K)``, finite; N >= 1.
-        labels: ``(N,)`` in ``0..K-1``.
-
-    Returns:
-        ``beta = 1 / T``, and how it went; the gradient is that by ``log T``.
+    The loss, computed in the given dtype, is scanned in float32 over ``log T`` in steps of 1/2 between the bounds of
+    `Temperature`. In the three lowest valleys Brent's method finds the root of the slope. The gradient is by ``log T``.
     """
     likely = search_inverse_temperature(logits, labels)
     centre, passes = math.log(likely.optimum.beta), likely.passes
@@ -235,16 +216,18 @@ def lowest(loss: Callable[[float, torch.dtype], Sloped], logits: Tensor, labels:
 
 
 def _still_ordered(beta: float, logits: Tensor) -> float:
-    # The bound on T is where float32 log-probabilities still differ.
+    """Bound T where float32 log-probabilities still differ."""
     spread = float((logits.amax(dim=-1).double() - logits.amin(dim=-1).double()).mean())
     return max(beta, min(_LEAST_RANGE / spread, 1.0)) if spread > 0.0 else beta
 
 
 def _descended(solver: Solver, logits: Tensor, labels: Tensor) -> tuple[float, Optimum]:
+    """Inverse temperature of a method of the literature, which minimises over T itself."""
+
     def by_temperature(point: Tensor) -> tuple[Tensor, Tensor]:
         temperature = float(point)
         beta = 1.0 / temperature if temperature else math.nan
-        # A step may lead below zero, where the order of the logits is reversed.
+        # A step can lead to T < 0, which reverses the order of the logits.
         sign = math.copysign(1.0, beta)
         value, slope, _ = tempered_rows(sign * logits, labels, abs(beta))
         return value.mean(), (-sign * slope.mean() * beta**2).reshape(1)
@@ -257,7 +240,7 @@ def _descended(solver: Solver, logits: Tensor, labels: Tensor) -> tuple[float, O
     raw, raw_slope = (float(part) for part in by_temperature(torch.ones_like(start)))
     passes = found.passes + 2
     if not (0.0 < temperature < math.inf and found.value <= highest):
-        note = f"{solver.name} ran away to T = {temperature:.4g}; T = 1 is used. Temperature() finds the optimum"
+        note = f"{solver.name} diverged to T = {temperature:.4g}; T = 1 is used. Temperature() finds the optimum"
         return 1.0, Optimum(False, passes, abs(raw_slope), notes=(note,))
     worse = (f"{solver.name} stopped at T = {temperature:.4g}, which is worse than T = 1",)
     return 1.0 / temperature, Optimum(gradient <= CONVERGED, passes, gradient, notes=worse * (found.value > raw))

@@ -13,29 +13,28 @@ from calib_lightning.posthoc.solver import LBFGS, Solver, checked_solver
 
 
 class VectorScaling(Calibrator):
-    """Vector scaling (Guo et al., "On calibration of modern neural networks", 2017): a weight and a bias each class.
+    """Vector scaling (Guo et al., "On calibration of modern neural networks", 2017): a weight and a bias per class.
 
-    ``q = softmax(w * z + b)`` with the likeliest w and b. Without a solver they are fitted to the optimum, from
-    ``w = 1/T`` with the likeliest temperature T. The logits are taken as they are, so a
-    constant added to a row changes the result.
+    ``q = softmax(w * z + b)`` with the maximum likelihood w and b. Without a solver they are fitted to the optimum,
+    from ``w = 1/T`` with the maximum likelihood temperature T. A constant added to all logits of a row changes the
+    result.
 
     Args:
-        solver: How papers fitted it, from ``w = 1, b = 0``, such as `GradientDescent` or `AdamDescent`; ``None`` fits
-            to the optimum.
+        solver: A method of the literature, from ``w = 1, b = 0``, such as `GradientDescent` or `AdamDescent`; ``None``
+            fits to the optimum.
 
     Raises:
-        TypeError: ``solver`` is no `Solver`.
+        TypeError: ``solver`` is not a `Solver`.
 
     Attributes:
         weight: w, ``(K,)``.
-        bias: b, ``(K,)``, its mean zero.
+        bias: b, ``(K,)``, with mean zero.
 
     Deviations:
-        Gradient descent with rate 1e-3 for 1000 epochs, as some papers do it, stops far from the optimum, and the
-        report says so: of 5000 rows whose logits were 2.5 times too large the negative log-likelihood ended 0.38 nats
-        above the least for 10 classes and 1.24 for 100; Adam with the same rate ended 9e-5 and 3e-3 above.
-        Where a class has no rows its w stays at 1/T and its b at the mean of the others: the likelihood would lower
-        its bias without end.
+        Gradient descent with learning rate 1e-3 for 1000 epochs, as in some papers, stops far from the optimum, and the
+        report says so: for 5000 rows with logits 2.5 times too large the negative log-likelihood ended 0.38 nats above
+        the optimum with 10 classes and 1.24 with 100; Adam with the same rate ended 9e-5 and 3e-3 above. A class
+        without rows keeps w = 1/T, and its b is the mean of the others, since the likelihood has no maximum in b.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]] * 5)

@@ -1,4 +1,4 @@
-"""Calibrators of K classes made of calibrators of one probability."""
+"""Calibrators of K classes built from calibrators of one probability."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
 from calib_lightning.types import Prediction
 
-FEWEST_HITS = 5
+FEWEST_ROWS = 5
 """A class with fewer calibration rows keeps its probabilities in `OneVsRest`."""
 
 _BLOCK = 2**20
 
 
 class RowOdds(NamedTuple):
-    """What the log-odds of all classes of a row are made of.
+    """Parts of the log-odds of all classes of a row.
 
     Attributes:
         predicted: Predicted class ``(N,)``, the first of the largest.
@@ -38,38 +38,18 @@ class RowOdds(NamedTuple):
 
 
 def row_odds(logits: Tensor) -> RowOdds:
-    """Find the predicted class, its log-odds, and the logarithm of the sum of exponentials.
-
-    Args:
-        logits: ``(N, K)``, finite; K >= 2.
-
-    Returns:
-        All three.
-    """
+    """Return the predicted class, its log-odds, and the logsumexp of each row."""
     wide = logits.double()
     return RowOdds(wide.argmax(dim=-1), top_log_odds(wide), wide.logsumexp(dim=-1))
 
 
 def class_log_odds(logits: Tensor, label: int, rows: RowOdds) -> Tensor:
-    """Log-odds of one class against the others, ``z_k - logsumexp(z without k)``, without cancellation.
+    """Log-odds of one class against the others, ``z_k - logsumexp(z without k)``, ``(N,)`` without cancellation.
 
-    Only the predicted class has a probability above one half, so for the others ``log p - log(1 - p)`` is exact.
-
-    Args:
-        logits: ``(N, K)``.
-        label: k.
-        rows: Of `row_odds`.
-
-    Returns:
-        ``(N,)`` float64.
-
-    Example:
-        >>> logits = torch.tensor([[50.0, 0.0]])
-        >>> class_log_odds(logits, 0, row_odds(logits))
-        tensor([50.], dtype=torch.float64)
+    Only the predicted class can have a probability above one half, so ``log p - log(1 - p)`` is exact for the others.
     """
     log_prob = logits[:, label].double() - rows.total
-    # Where this is the predicted class the value is not used; the bound only keeps it finite.
+    # For the predicted class the value is not used; the bound only keeps it finite.
     others = torch.log1p(-torch.exp(log_prob.clamp_max(-0.5)))
     return torch.where(rows.predicted == label, rows.top, log_prob - others)
 
@@ -80,14 +60,14 @@ class OneVsRest(Calibrator):
     ``q_k = g_k(p_k) / sum_j g_j(p_j)``. The predicted class may change.
 
     Args:
-        calibrator: What is fitted to each class; it is copied, and itself never fitted.
+        calibrator: The calibrator of each class; copies are fitted, not the object itself.
 
     Raises:
-        TypeError: It is no `BinaryCalibrator`.
+        TypeError: ``calibrator`` is not a `BinaryCalibrator`.
 
     Attributes:
-        copies: The fitted copies, one for each class. That of a class with fewer than 5 rows, or with all of them, is
-            not fitted: the class keeps its probabilities before the division.
+        copies: The copies, one per class. The copy of a class that has fewer than 5 rows, or all of them, is not
+            fitted: ``g_k`` is then the identity.
 
     Example:
         >>> from calib_lightning.posthoc.platt import Platt
@@ -111,14 +91,14 @@ class OneVsRest(Calibrator):
         blocks = [row_odds(block) for block in torch.split(logits, step)]
         rows = RowOdds(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
         counts = torch.bincount(labels, minlength=classes).tolist()
-        # It may have been fitted to something else before it was given.
+        # The given object may already be fitted to something else.
         fresh = copy.deepcopy(self.calibrator)
         fresh.clear_state()
         copies = [copy.deepcopy(fresh) for _ in range(classes)]
         optima = {
             label: copies[label].fit(class_log_odds(logits, label, rows), labels == label)
             for label in range(classes)
-            if FEWEST_HITS <= counts[label] < len(labels)
+            if FEWEST_ROWS <= counts[label] < len(labels)
         }
         self.copies = nn.ModuleList(copies)
         return _joined(optima, classes)
@@ -140,20 +120,21 @@ class OneVsRest(Calibrator):
 
 
 def _checked(calibrator: BinaryCalibrator, where: str) -> BinaryCalibrator:
+    """Return a calibrator of one probability; raise ``TypeError`` for anything else."""
     if not isinstance(calibrator, BinaryCalibrator):
         raise TypeError(
-            f"{where}({calibrator!r:.100}): it must be a calibrator of one probability (Beta(), Platt(), Isotonic(), "
-            "HistogramBinning(), ...)"
+            f"{where}: calibrator is {calibrator!r:.100}; it must be a calibrator of one probability. Pass Beta(), "
+            "Platt(), Isotonic() or HistogramBinning(), for example."
         )
     return calibrator
 
 
 def _joined(optima: Mapping[int, Optimum], classes: int) -> Optimum:
-    """One account of the fits of some classes."""
+    """Combine the results of the fits of some classes."""
     notes = []
     if len(optima) < classes:
         notes.append(
-            f"{classes - len(optima)} of {classes} classes have fewer than {FEWEST_HITS} rows, or all of them, and "
+            f"{classes - len(optima)} of {classes} classes have fewer than {FEWEST_ROWS} rows, or all of them, and "
             "keep their probabilities"
         )
     told = Counter(note for optimum in optima.values() for note in optimum.notes)
@@ -169,18 +150,18 @@ def _joined(optima: Mapping[int, Optimum], classes: int) -> Optimum:
 
 
 class TopLabel(Calibrator):
-    """Calibrates the confidence in the predicted class alone; the others share the rest in their old proportions.
+    """Calibrates only the confidence in the predicted class; the others share the rest in their old proportions.
 
-    With c' the calibrated confidence, ``q_k = p_k (1 - c') / (1 - c)`` for the classes that are not predicted. c' can
-    be so low that another class would be predicted. The predicted class is kept nevertheless: in the distribution, c'
-    is raised to just above ``1 / K`` and the others are brought below it, see `with_top_confidence`. `predict` gives c'
-    itself beside the distribution, and metrics of the confidence use that.
+    With the calibrated confidence c', ``q_k = p_k (1 - c') / (1 - c)`` for the classes that are not predicted. Even if
+    c' is so low that another class would be predicted, the predicted class is kept: in the distribution c' is raised to
+    just above ``1 / K`` and the others are reduced below it; see `with_top_confidence`. `predict` also returns c'
+    itself, which metrics of the confidence use.
 
     Args:
-        calibrator: Fitted to the confidence and whether the prediction is right; it is not copied.
+        calibrator: Fitted to the confidence and whether the prediction is correct; not copied.
 
     Raises:
-        TypeError: It is no `BinaryCalibrator`.
+        TypeError: ``calibrator`` is not a `BinaryCalibrator`.
 
     Example:
         >>> from calib_lightning.posthoc.beta import Beta
@@ -201,19 +182,19 @@ class TopLabel(Calibrator):
         """Fit to the confidence; see `Calibrator.fit_rows`."""
         step = max(1, _BLOCK // logits.shape[1])
         log_odds = torch.cat([top_log_odds(block.double()) for block in torch.split(logits, step)])
-        hits = logits.argmax(dim=1) == labels
-        optimum = self.calibrator.fit(log_odds, hits)
-        if bool(hits.all()) or not bool(hits.any()):
-            kind = "right" if bool(hits.all()) else "wrong"
-            note = f"all {len(hits)} predictions are {kind}, so that nothing tells sure from unsure ones"
+        correct = logits.argmax(dim=1) == labels
+        optimum = self.calibrator.fit(log_odds, correct)
+        if bool(correct.all()) or not bool(correct.any()):
+            kind = "correct" if bool(correct.all()) else "wrong"
+            note = f"all {len(correct)} predictions are {kind}, so no row shows how confidence relates to errors"
             return optimum._replace(notes=(note, *optimum.notes))
         return optimum
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
-        """Give the predicted class its confidence; see `Calibrator.transform`."""
+        """Set the confidence of the predicted class; see `Calibrator.transform`."""
         return self.with_confidence(logits, features).logits
 
     def with_confidence(self, logits: Tensor, features: Tensor | None) -> Prediction:
-        """The confidence ``(N,)`` is c' in float64, which may be below ``1 / K``; see `Calibrator.with_confidence`."""
+        """Return the confidence c', ``(N,)`` float64; it may be below ``1 / K``. See `Calibrator.with_confidence`."""
         log_odds = self.calibrator(top_log_odds(logits.double()))
         return Prediction(with_top_confidence(logits, log_odds), torch.sigmoid(log_odds))

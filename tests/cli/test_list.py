@@ -101,7 +101,7 @@ def test_metrics_networks_and_calibrators(capsys):
     found = listed(capsys, "calibrators")
     assert set(found) <= set(posthoc.__all__)
     assert {"Temperature", "NeuralClamping", "OneVsRest", "Platt"} <= set(found)
-    assert found["FixedTemperature"] == "Temperature scaling with a given T; the fit looks at K alone."
+    assert found["FixedTemperature"] == "Temperature scaling with a given T; the fit only records K."
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_bad_input_is_refused():
         Platt().fit(torch.zeros(2), hits.long())
     with pytest.raises(ValueError, match=r"\(3,\)"):
         Platt().fit(torch.zeros(3), hits)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="with N >= 1"):
         Platt().fit(torch.zeros(0), hits[:0])
     with pytest.raises(ValueError, match=r"log_odds\[1\]"):
         Platt().fit(torch.tensor([0.0, math.inf]), hits)

@@ -171,5 +171,5 @@ def test_many_classes_in_blocks():
 
 
 def test_unknown_loss_is_named():
-    with pytest.raises(ValueError, match=r"loss='brier'.*'mse' or 'nll'"):
+    with pytest.raises(ValueError, match=r"loss is 'brier'.*'mse' or 'nll'"):
         EnsembleTemperature("brier")

@@ -93,5 +93,5 @@ def test_the_input_is_not_changed():
 
 @pytest.mark.parametrize("n_bins", [0, -1, 2.0, True])
 def test_a_wrong_number_of_bins_is_refused(n_bins):
-    with pytest.raises(ValueError, match="whole number"):
+    with pytest.raises(ValueError, match="an integer >= 1"):
         HistogramBinning(n_bins)

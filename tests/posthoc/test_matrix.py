@@ -410,11 +410,11 @@ def test_logits_that_are_wrong_but_separable():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lambdas": ()}, "lambdas="),
-        ({"lambdas": (1.0, 0.0)}, "lambdas="),
-        ({"mus": (-1.0,)}, "mus="),
-        ({"mus": (float("inf"),)}, "mus="),
-        ({"folds": 1}, "folds=1"),
+        ({"lambdas": ()}, "lambdas is"),
+        ({"lambdas": (1.0, 0.0)}, "lambdas is"),
+        ({"mus": (-1.0,)}, "mus is"),
+        ({"mus": (float("inf"),)}, "mus is"),
+        ({"folds": 1}, "folds is 1"),
         ({"folds": None, "ensemble": True}, "ensemble=True"),
     ],
 )

@@ -160,5 +160,5 @@ def test_a_gradient_that_lies_ends_the_search_at_the_start():
 
 @pytest.mark.parametrize("calibrator", [Temperature, VectorScaling, MatrixScaling])
 def test_what_is_no_solver_is_refused_before_the_fit(calibrator):
-    with pytest.raises(TypeError, match=r"solver='gd': give a solver such as PlainLBFGS\(\)"):
+    with pytest.raises(TypeError, match=r"solver is 'gd'; it must be a Solver such as PlainLBFGS\(\)"):
         calibrator("gd")

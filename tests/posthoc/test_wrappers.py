@@ -238,7 +238,7 @@ def test_certain_rows():
     torch.testing.assert_close(log_probs[:, 1] - log_probs[:, 2], torch.tensor([5.0, 0.0], dtype=F64))
 
 
-@pytest.mark.parametrize(("labels", "said"), [("right", "all 40 predictions are right"), ("wrong", "are wrong")])
+@pytest.mark.parametrize(("labels", "said"), [("right", "all 40 predictions are correct"), ("wrong", "are wrong")])
 def test_one_outcome_is_said(labels, said):
     logits, _ = random_set(40, 3)
     labels = logits.argmax(dim=1) if labels == "right" else logits.argmin(dim=1)
