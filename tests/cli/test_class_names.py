@@ -102,7 +102,7 @@ def test_other_names_than_those_of_the_checkpoint_are_told_once(tmp_path):
 def test_names_of_another_number_of_classes_are_refused(tmp_path):
     data = Named()
     data.class_names, data.num_classes = (*NAMES, "dog"), 4
-    with pytest.raises(ValueError, match="names 4 classes; it must name the 3 of this module"):
+    with pytest.raises(ValueError, match="has 4 class names; it must have one for each of the module's 3 classes"):
         trainer(tmp_path).test(module(), datamodule=data, verbose=False)
 
 
@@ -301,7 +301,7 @@ def test_names_of_a_run_reach_the_answers(calib, tmp_path, suffix):
     write(classifier, tmp_path / f"model.{suffix}")
     (tmp_path / "images").mkdir()
     Image.new("L", (8, 8), 200).save(tmp_path / "images" / "a.png")
-    done = calib("predict", "--images", "images", "--model", f"model.{suffix}", "--output", "out.json")
+    done = calib("classify", "images", "--model", f"model.{suffix}", "--output", "out.json")
     assert done.code == 0, done.err
     (row,) = json.loads((tmp_path / "out.json").read_text())
     assert row["label"] in made.class_names
