@@ -1,4 +1,4 @@
-"""Callbacks: what is written down about a run, and calibration of any LightningModule."""
+"""Callbacks that record a run, and calibrate or monitor any LightningModule."""
 
 from calib_lightning.callbacks.accelerate import Accelerate
 from calib_lightning.callbacks.checkpoints import RunCheckpoint

@@ -1,4 +1,4 @@
-"""Train the same network faster: memory format and compilation of the encoder."""
+"""Faster training of the same network: memory format and compilation of the encoder."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from calib_lightning.core.submodules import submodule_of
 
 
 class Accelerate(Callback):
-    """Changes how an encoder is computed, not what: channels last in memory, compiled.
+    """Speeds up an encoder without changing its function: channels-last memory format, compilation.
 
-    Convolutions in half precision are faster where the channels of a pixel lie side by side, on GPUs and on CPUs with
-    matrix units. Parameters keep their names and shapes, so checkpoints are those of a run without this callback;
+    Convolutions in half precision are faster if the channels of a pixel are adjacent, on GPUs and on CPUs with matrix
+    units. Parameters keep their names and shapes, so checkpoints are compatible with runs without this callback;
     results differ by rounding.
 
     Args:
-        channels_last: Whether weights and activations of convolutions are laid out by pixel.
-        compile: Whether the encoder is compiled with ``torch.compile``; the first steps then take minutes.
+        channels_last: Whether convolutions use the channels-last memory format.
+        compile: Whether to compile the encoder with ``torch.compile``; the first steps then take minutes.
         encoder: Name of the submodule; ``""`` for the whole module.
 
     Raises:
-        ValueError: When a fit or an evaluation begins, if the module has no such submodule.
+        ValueError: At the start of a fit or an evaluation, if the module has no such submodule.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -1,4 +1,4 @@
-"""Figures of every evaluated set, given to the loggers of the run."""
+"""Log figures of every evaluated set with the run's loggers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from calib_lightning.plots import figures, log_figure
 
 
 class LogFigures(Callback):
-    """Gives reliability diagram, confidence histogram and risk-coverage curve of each test set to the active loggers.
+    """Logs reliability diagram, confidence histogram and risk-coverage curve of each test set.
 
-    Weights & Biases and TensorBoard show them as images; a CSV logger gets PNG files in its folder ``figures``. They
-    are drawn from the state of the metrics, so they cost no second pass.
+    Weights & Biases and TensorBoard show images; for a CSV logger, PNG files are written to its folder ``figures``.
+    They are drawn from the metrics' state, without a second pass.
 
     Example:
         ``Trainer(callbacks=[LogFigures()]).test(module, datamodule)``
@@ -28,10 +28,10 @@ class LogFigures(Callback):
         for name, state in zip(pl_module.test_sets, pl_module.test_states, strict=True):
             assert isinstance(state, EvaluationState)
             if not state.count:
-                continue  # images of other classes, which have no labels
+                continue  # unlabelled images of other classes
             try:
                 drawn = figures(state, title=name)
-            except Exception as error:  # the figures of metrics come after this; a picture must not cost them
+            except Exception as error:  # a failed figure must not prevent the metrics that follow
                 warnings.warn(f"no figures of {name}: {error}", stacklevel=2)
                 continue
             for kind, figure in drawn.items():

@@ -1,4 +1,4 @@
-"""Logits and labels of modules and batches that are not ours."""
+"""Logits and labels of modules and batches from outside this package."""
 
 from __future__ import annotations
 
@@ -14,32 +14,21 @@ from calib_lightning.core.submodules import evaluating
 
 
 def as_logits_of(output: Any, who: str) -> Tensor:
-    """Find the logits in what a module's ``forward`` returned.
-
-    Args:
-        output: A tensor ``(N, K)``, or an object with such a tensor as ``logits`` (attribute or key).
-        who: Who asks, for the message.
-
-    Returns:
-        ``(N, K)``.
-
-    Raises:
-        TypeError: If there are none.
-    """
+    """Return the logits ``(N, K)`` in the output of a module: the output itself, or its ``logits``."""
     found = output
     if not isinstance(output, Tensor):
         found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise TypeError(
-            f"{who} needs logits (N, K) from the module's forward, or an output with `logits`, but got "
-            f"{type(output).__name__}{shape}; let forward(image) return the logits."
+            f"The module's forward returned {type(output).__name__}{shape}, but {who} needs logits (N, K) or an output "
+            "with `logits`. Let forward(image) return the logits."
         )
     return found
 
 
 @contextmanager
 def ready(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Call a module outside of the trainer's loops: evaluation mode, no gradient, the trainer's precision."""
+    """Prepare to call a module outside the trainer's loops: evaluation mode, no gradients, its precision."""
     with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
         yield

@@ -1,4 +1,4 @@
-"""Calibration and ranking of any LightningModule while it is validated."""
+"""Calibration and ranking metrics of any LightningModule during validation."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from calib_lightning.plots import figures, log_figure
 class CalibrationMonitor(Callback):
     """Logs metrics, reliability diagram, confidence histogram and risk-coverage curve of any LightningModule.
 
-    Batches are tuples ``(image, label, ...)``, and ``forward(image)`` gives logits ``(N, K)``. Where the validation
-    step calls the module once (``self(image)``), that call's output is used and nothing is computed twice; otherwise
-    the module is called once more. Rows are counted exactly and once on several processes, as far as the loader gives
-    them once. What is wrong with the figures (logits that are not finite, say) is warned of and does not end the
-    training. A module that logs one of the keys itself needs another ``prefix``: Lightning refuses a key that is logged
-    twice in ``on_validation_epoch_end``, and of one that the step logs too the figure here is what others see.
+    Batches are tuples ``(image, label, ...)``, and ``forward(image)`` returns logits ``(N, K)``. If the validation step
+    calls the module once (``self(image)``), that output is used; otherwise the module is called again. On several
+    processes, every row is counted once if the loader returns it once. Invalid values (non-finite logits, for example)
+    cause a warning and do not stop the training. A module that logs one of the keys itself needs another ``prefix``:
+    Lightning rejects a key that is logged twice in ``on_validation_epoch_end``, and a key logged by the step is
+    overridden here.
 
     Args:
-        metrics: Keys of `calib_lightning.metrics.METRICS`; those that need no K scores a row by default.
+        metrics: Keys of `calib_lightning.metrics.METRICS`; by default those that do not need all K scores per row.
         prefix: The keys are ``<prefix>/<metric>``; with several loaders ``<prefix>/<number>/<metric>``.
-        figures_every: Figures are drawn in every so many-th epoch; 0 for never.
+        figures_every: Interval in epochs between figures; 0 for none.
 
     Example:
         ``Trainer(callbacks=[CalibrationMonitor()]).fit(module, loader, val_loader)`` logs ``monitor/ece`` and others.
     """
 
     def __init__(self, metrics: Sequence[str] = REPORT, prefix: str = "monitor", figures_every: int = 1) -> None:
-        EvaluationState(metrics)  # an unknown key is refused now, not after an epoch
+        EvaluationState(metrics)  # rejects unknown keys now, not after an epoch
         if figures_every < 0:
-            raise ValueError(f"figures_every={figures_every}: it must be 0 (no figures) or a number of epochs >= 1")
+            raise ValueError(
+                f"figures_every is {figures_every}; it must be at least 0, the number of epochs between figures (0 for "
+                "none)."
+            )
         self.metrics, self.prefix, self.figures_every = tuple(metrics), prefix, figures_every
         self._states: dict[int, EvaluationState] = {}
         self._outputs: list[Any] = []
@@ -46,8 +49,8 @@ class CalibrationMonitor(Callback):
         self._fault: str | None = None
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
-        # All processes compute the same sets, also one that gets no batch of them.
+        """Reset the metrics."""
+        # All processes compute the same sets, even without a batch of them.
         loaders = trainer.val_dataloaders
         count = len(loaders) if isinstance(loaders, list | tuple) else 1
         self._states = {place: EvaluationState(self.metrics).to(pl_module.device) for place in range(count)}
@@ -56,7 +59,7 @@ class CalibrationMonitor(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Listen to what the module returns when the step calls it."""
+        """Capture the module's output when the step calls it."""
         self._outputs = []
         self._hook = pl_module.register_forward_hook(self._catch)
 
@@ -83,20 +86,20 @@ class CalibrationMonitor(Callback):
                 found = {0: as_logits_of(output, type(self).__name__)}
             logits = next(iter(found.values()))
             self._states[dataloader_idx].update(logits.detach(), labels)
-        except Exception as error:  # figures must not cost a run, whatever the module's forward raises
+        except Exception as error:  # metrics must not stop a run, whatever the module's forward raises
             plain = isinstance(error, TypeError | ValueError)
             self._fault = str(error) if plain else f"{type(error).__name__}: {error}"
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute, log and draw."""
+        """Compute and log metrics, and draw figures."""
         if trainer.sanity_checking:
             return
-        # one process with a fault must not leave the others waiting for it
+        # a faulty process must not leave the others waiting
         sound = trainer.strategy.reduce_boolean_decision(self._fault is None, all=True)
         if not sound:
             warnings.warn(
                 f"CalibrationMonitor logs nothing for epoch {trainer.current_epoch}: "
-                f"{self._fault or 'another process was given what it cannot use'}",
+                f"{self._fault or 'another process had invalid input'}",
                 stacklevel=2,
             )
             return
@@ -104,7 +107,7 @@ class CalibrationMonitor(Callback):
             prefix = self.prefix if len(self._states) == 1 else f"{self.prefix}/{place}"
             try:
                 values = {f"{prefix}/{key}": value.float() for key, value in state.compute().items()}
-            except Exception as error:  # found on all processes alike, as the counts of faults are summed
+            except Exception as error:  # raised on all processes, since fault counts are summed
                 rank_zero_warn(f"CalibrationMonitor logs nothing for epoch {trainer.current_epoch}: {error}")
                 continue
             pl_module.log_dict(values, add_dataloader_idx=False)
@@ -112,20 +115,20 @@ class CalibrationMonitor(Callback):
                 self._draw(trainer, prefix, state)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
+        """Remove the hook."""
         self._stop_listening()
 
     def _draw(self, trainer: Trainer, prefix: str, state: EvaluationState) -> None:
         try:
             drawn = figures(state, title=prefix)
-        except Exception as error:  # a picture must not cost a run
+        except Exception as error:  # a failed figure must not stop a run
             rank_zero_warn(f"no figures of {prefix}: {error}")
             return
         for kind, figure in drawn.items():
             log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        # Under DDP the step itself, whose first input is the batch, runs as a call of the module.
+        # Under DDP the step itself is a call of the module, whose first input is the batch.
         if not (inputs and isinstance(inputs[0], list | tuple)):
             self._outputs.append(output)
 
@@ -136,7 +139,7 @@ class CalibrationMonitor(Callback):
 
 
 def _logits_of(output: Any, labels: Tensor) -> Tensor | None:
-    """The logits of these rows in an output, if it seems to hold them."""
+    """The logits of these rows in an output, if it appears to hold them."""
     try:
         logits = as_logits_of(output, "")
     except TypeError:

@@ -1,4 +1,4 @@
-"""Save what the network said about every evaluated set, so that every figure can be computed again."""
+"""Save the network's predictions for every evaluated set, so that every metric can be recomputed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ Columns = dict[str, npt.NDArray[Any]]
 class SavePredictions(Callback):
     """Writes ``<folder>/<set>.npz`` after ``validate``, ``test`` and ``predict``, in the order of the source file.
 
-    Arrays: ``logits`` (N, K) float32, ``labels`` (N,) int64 (-1 where a set has none), ``index`` (N,) int64 (the row
-    in the source file; of data that is not of this package the position in its set, or a running number where that is
-    not known) and, where there are any, ``confidence`` (N,) float32 (that of a method with its own),
-    ``label_distribution`` (N, K) float32 and ``class_names`` (K,). Every rank's rows are gathered; rank zero writes
-    under a temporary name and renames.
+    Arrays: ``logits`` (N, K) float32, ``labels`` (N,) int64 (-1 if unlabelled), ``index`` (N,) int64 (the row in the
+    source file; for data from outside this package, the position in its set, or a running number if that is unknown)
+    and, if available, ``confidence`` (N,) float32 (of a method that defines its own), ``label_distribution`` (N, K)
+    float32 and ``class_names`` (K,). The rows of all ranks are gathered; rank zero writes atomically.
 
     Args:
-        folder: Where the files go; made when the first one is written.
+        folder: Folder of the files; created with the first one.
 
     Example:
         ``Trainer(callbacks=[SavePredictions("predictions")]).test(module, datamodule)``
@@ -41,21 +40,21 @@ class SavePredictions(Callback):
         self._rows: dict[str, list[Columns]] = {}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the rows of an evaluation that was broken off."""
+        """Discard the rows of an interrupted evaluation."""
         self._rows.clear()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the rows of an evaluation that was broken off."""
+        """Discard the rows of an interrupted evaluation."""
         self._rows.clear()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the rows of an evaluation that was broken off."""
+        """Discard the rows of an interrupted evaluation."""
         self._rows.clear()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Keep one batch of ``validate``; validation during a fit is not kept."""
+        """Keep one batch of ``validate``; validation within a fit is not kept."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._keep(trainer, "val", outputs, batch)
 
@@ -101,7 +100,7 @@ class SavePredictions(Callback):
     def _keep(self, trainer: Trainer, name: str, outputs: Prediction, batch: Any) -> None:
         image, label, index = as_batch(batch, type(self).__name__, labelled=False)
         rows = self._rows.setdefault(name, [])
-        if not has_index(batch):  # numbered as they come, and apart from those of other processes
+        if not has_index(batch):  # numbered consecutively, separately per process
             begun = sum(len(columns["index"]) for columns in rows)
             index = (begun + torch.arange(len(image))) * trainer.world_size + trainer.global_rank
         columns: Columns = {
@@ -115,7 +114,7 @@ class SavePredictions(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         rows, self._rows = self._rows, {}
-        # Every rank has seen every set (if only as an empty batch), so the names and their order agree.
+        # Every rank has seen every set (perhaps as an empty batch), so the names and their order agree.
         for name, batches in rows.items():
             gathered = _gather(trainer, _concatenate(batches))
             if gathered is not None:
@@ -131,7 +130,7 @@ class SavePredictions(Callback):
         distributions = label_distributions_of(data, name)
         if distributions is not None:
             columns["label_distribution"] = distributions[torch.from_numpy(columns["index"])].cpu().numpy()
-        # of the data, because they name its labels
+        # from the data, whose labels they name
         names = class_names_of(data) or getattr(trainer.lightning_module, "class_names", None)
         if names is not None:
             columns["class_names"] = np.array(names, dtype=np.str_)
@@ -147,14 +146,14 @@ def _concatenate(batches: list[Columns]) -> Columns:
 
 
 def _repeated(columns: Columns) -> npt.NDArray[np.bool_]:
-    """Rows that are the row before once more: Lightning's sampler repeats some, so that all processes have as many."""
+    """Rows that repeat the previous row: Lightning's sampler pads, so that all processes have equally many."""
     same = [columns[key][1:] == columns[key][:-1] for key in ("index", "labels")]
     close = np.isclose(columns["logits"][1:], columns["logits"][:-1], rtol=1e-3, atol=1e-3).all(axis=1)
     return np.concatenate([np.zeros(min(1, len(columns["index"])), dtype=bool), same[0] & same[1] & close])
 
 
 def _gather(trainer: Trainer, columns: Columns) -> list[Columns] | None:
-    """All ranks' rows on rank zero, None elsewhere."""
+    """All ranks' rows on rank zero, ``None`` elsewhere."""
     if trainer.world_size == 1:
         return [columns]
     gathered: list[Columns] | None = [columns] * trainer.world_size if trainer.is_global_zero else None

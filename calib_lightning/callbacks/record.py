@@ -1,4 +1,4 @@
-"""What a run cost and on what it ran, in ``run.json``."""
+"""Cost and environment of a run, in ``run.json``."""
 
 from __future__ import annotations
 
@@ -26,28 +26,21 @@ _PACKAGES = ("calib-lightning", "torch", "lightning", "torchmetrics", "torchvisi
 
 
 def uses_calibration(trainer: Trainer) -> list[str]:
-    """Name the callbacks whose training looks at the calibration split.
-
-    Args:
-        trainer: The trainer.
-
-    Returns:
-        Their classes' names; after them the split is no longer independent of the network.
-    """
+    """Names of the callbacks that train on the calibration split, which is then not independent of the network."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
     return [type(callback).__name__ for callback in callbacks if getattr(callback, "uses_calibration", False)]
 
 
 class RunRecord(Callback):
-    """Keeps ``run.json`` of a run: seconds per stage, images per second, peak memory, versions, revision, results.
+    """Writes ``run.json``: seconds per stage, images per second, peak memory, versions, revision, results.
 
-    The file is written when the run starts and after every epoch and stage, so a run that dies leaves one too; a
-    resumed run adds its stages to those that are there.
+    The file is written at the start of the run and after every epoch and stage, so an aborted run leaves one too; a
+    resumed run appends its stages.
 
     Args:
         folder: The run folder.
-        keeper: The callback that chooses the checkpoint, for a fit.
-        trained_in: The folder of the run that trained the network before: its splits must be those of the data.
+        keeper: The callback that selects the checkpoint of a fit.
+        trained_in: Folder of the run that trained the network; its splits must equal those of the data.
     """
 
     def __init__(
@@ -62,9 +55,9 @@ class RunRecord(Callback):
         self._clock = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write down what is known before the stage begins."""
+        """Record what is known before the stage begins."""
         if not self._record:
-            # Only the first rank knows the folder where another program than Lightning has started the ranks.
+            # Only the first rank knows the folder if another program than Lightning has started the ranks.
             older = json.loads(self.path.read_text()) if trainer.is_global_zero and self.path.is_file() else None
             self._record = trainer.strategy.broadcast(older or {}) or {"job": job_id(), "stages": []}
         self._record_splits(trainer)
@@ -93,19 +86,19 @@ class RunRecord(Callback):
         self._stop_clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the training clock again, or write down the results of ``validate``."""
+        """Restart the training clock, or record the results of ``validate``."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._finish_evaluation(trainer)
         else:
             self._clock = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down how far the run has come."""
+        """Record the progress of the run."""
         self._stop_clock()
         self._finish_stage(trainer, "running")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down the fit's cost and the chosen checkpoint."""
+        """Record the fit's cost and the selected checkpoint."""
         if self.keeper is not None and self.keeper.best_model_path:
             self._record["checkpoint"] = {
                 "select_on": self.keeper.monitor or "last",
@@ -117,27 +110,27 @@ class RunRecord(Callback):
         self._finish_stage(trainer, "finished")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down the results of ``test``."""
+        """Record the results of ``test``."""
         self._finish_evaluation(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down the stage's cost."""
+        """Record the stage's cost."""
         self._finish_stage(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write down why the stage ended."""
+        """Record why the stage ended."""
         if not self._record.get("stages"):
-            return  # it ended before it had begun
+            return  # it ended before the stage began
         self._finish_stage(trainer, f"stopped by {type(exception).__name__}: {exception}".rstrip(": "))
 
     def _relative(self, path: str) -> str:
-        """A path inside the run folder is written relative to it, so that the folder can be moved."""
+        """A path inside the run folder becomes relative, so that the folder can be moved."""
         folder = self.path.parent.resolve()
         inside = Path(path).resolve()
         return inside.relative_to(folder).as_posix() if inside.is_relative_to(folder) else path
 
     def _record_splits(self, trainer: Trainer) -> None:
-        """Save the rows of every split once; a run whose splits have changed is not the same run."""
+        """Save the rows of every split once; reject changed splits."""
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "save_splits"):
             return
@@ -178,32 +171,24 @@ class RunRecord(Callback):
 
 
 def check_data_of_run(run: Path, datamodule: Any) -> None:
-    """Refuse data whose held-out images a network may have been trained on, and warn of images that it does not know.
-
-    Args:
-        run: The folder of the run that has trained the network.
-        datamodule: A data module of this package that is set up.
-
-    Raises:
-        ValueError: It is the same data with other splits.
-    """
+    """Reject data whose held-out images a network may have been trained on; warn about a different preparation."""
     record = json.loads((run / "run.json").read_text())
     _check_splits(record, datamodule.identity, datamodule.splits_hash, run)
     known, found = record.get("images"), datamodule.image_facts
     other = [name for name in ("shape", "mean", "std") if known and known[name] != found[name]]
     if other:
-        said = ", ".join(f"{name} {found[name]} where it was {known[name]}" for name in other)
-        rank_zero_warn(f"The images of the data are not prepared as those that the network was trained on: {said}.")
+        said = ", ".join(f"{name} is {found[name]} instead of {known[name]}" for name in other)
+        rank_zero_warn(f"The images are prepared differently from those that the network was trained on: {said}.")
 
 
 def _check_splits(record: dict[str, Any], data: str, found: str, folder: Path) -> None:
-    """Refuse other splits of the same data; other data (a shifted test set, say) has splits of its own."""
+    """Reject other splits of the same data; other data (a shifted test set, say) has its own splits."""
     known = record.get("splits")
     if known is not None and record.get("data") == data and known != found:
         raise ValueError(
-            f"The splits of the data ({found[:12]}) are not those of the run in {folder} ({known[:12]}): "
-            "held-out images would be trained on, or training images taken for held-out ones. Use the data and the "
-            "split settings of its config.yaml, or train a new network."
+            f"The splits of the data ({found[:12]}) differ from those of the run in {folder} ({known[:12]}): held-out "
+            "images would be trained on, or training images treated as held-out. Use the data and split settings of "
+            "its config.yaml, or train a new network."
         )
 
 
@@ -234,10 +219,10 @@ def _versions() -> dict[str, str]:
 
 
 def _revision() -> str | None:
-    """Git revision of the package's own checkout, with ``+changes`` where files differ from it; None elsewhere."""
+    """Git revision of the package's checkout, with ``+changes`` if files differ from it; ``None`` elsewhere."""
     clone = Path(__file__).resolve().parents[2]
     try:
-        # an environment inside another project's checkout must not report that project's revision
+        # an environment inside another project's checkout must not report that revision
         if Path(_git(clone, "rev-parse", "--show-toplevel")).resolve() != clone:
             return None
         return _git(clone, "describe", "--always", "--dirty=+changes", "--abbrev=40") or None

@@ -1,4 +1,4 @@
-"""The CSV logger of a run: appends to ``metrics.csv``, also when the run is resumed."""
+"""The CSV logger of a run, which appends to ``metrics.csv`` when the run is resumed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning.pytorch.loggers import CSVLogger
 
 
 class _AppendingWriter(_ExperimentWriter):
-    """Lightning's writer without its deletion of an older file: a resumed run keeps its history."""
+    """Lightning's writer, without deleting an older file: a resumed run keeps its history."""
 
     def _check_log_dir_exists(self) -> None:
         pass
 
     def take_over(self, before_step: int) -> None:
-        """Keep the older file's rows of earlier steps; later ones will be written again."""
+        """Keep the rows of earlier steps in the older file; later ones are written again."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
@@ -34,13 +34,13 @@ class _AppendingWriter(_ExperimentWriter):
 
 
 class RunLogger(CSVLogger):
-    """Writes ``metrics.csv`` straight into the run folder, flushed at every entry.
+    """Writes ``metrics.csv`` directly to the run folder, flushed at every entry.
 
-    Hyper-parameters are not written: ``config.yaml`` of the run holds them.
+    Hyper-parameters are not written: the run's ``config.yaml`` has them.
 
     Args:
         folder: The run folder.
-        before_step: Rows of an older file that are kept: a resumed run writes those from its first step on again.
+        before_step: Rows of earlier steps in an older file are kept; a resumed run rewrites the others.
     """
 
     def __init__(self, folder: str | Path, before_step: int = 0) -> None:
@@ -50,11 +50,11 @@ class RunLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer, made at its first use."""
+        """The writer, created on first use."""
         if self._experiment is None:
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
             self._experiment.take_over(self._before_step)
         return self._experiment
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
-        """Write nothing: the run's ``config.yaml`` says more."""
+        """Do nothing: the run's ``config.yaml`` has more."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Atomic file writing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from typing import IO
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file under a temporary name in its own folder, flush it to the disk, then rename it.
-
-    Args:
-        path: The file to write or replace; its folder is made where it is missing.
-        write: Called with the open file.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written; ``path`` is then as it was before.
-    """
+    """Write a file atomically with ``write(file)``: temporary name in the same folder, flush, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,17 +24,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def numbered_folder(wanted: Path) -> Path:
-    """Make a new folder: ``wanted``, or ``wanted-2``, ``wanted-3``, ... where that exists.
-
-    Args:
-        wanted: Path of the folder; missing folders above it are made.
-
-    Returns:
-        Path of the folder that was made.
-
-    Raises:
-        OSError: If the folder cannot be made (read-only parent, no space).
-    """
+    """Create and return a new folder: ``wanted``, or ``wanted-2``, ``wanted-3``, ... if it exists."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -56,19 +38,11 @@ def numbered_folder(wanted: Path) -> Path:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Refuse a folder that surely cannot be written; nothing is made yet, so that a fault leaves no trace.
-
-    Args:
-        path: The folder; it need not exist.
-        option: What named it, for the message.
-
-    Raises:
-        OSError: It or the folder above is a file, or may not be written to.
-    """
+    """Reject a folder that cannot be written, without creating anything; ``option`` is named in the error."""
     folder = path
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
-        raise NotADirectoryError(f"{option} {path}: {folder} is not a folder; name another")
+        raise NotADirectoryError(f"{option} is {path}, but {folder} is not a folder; choose another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{option} {path}: the folder {folder} cannot be written; name another")
+        raise PermissionError(f"{option} is {path}, but the folder {folder} is not writable; choose another folder")

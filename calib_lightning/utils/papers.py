@@ -1,4 +1,4 @@
-"""The tables of the four papers: the commands and published figures of every cell, from ``configs/papers.yaml``."""
+"""The tables of the four papers: commands and published values of every cell, from ``configs/papers.yaml``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INDEX = "papers.yaml"
 
 
 class Where(NamedTuple):
-    """Which cell: the names of paper, table, row (a method) and column (``data/network``)."""
+    """A cell: the names of paper, table, row (a method) and column (``data/network``)."""
 
     paper: str
     table: str
@@ -27,14 +27,10 @@ class Where(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table.
+    """One cell of a table, with the command lines that reproduce it.
 
-    Attributes:
-        where: Which one.
-        commands: The command lines that make the cell, in order.
-        published: Value by figure, with its unit in the name; ``mean ± std`` is text. Empty where none was published.
-        averaged: Whether the published values are averages over the networks.
-        remarks: What the table shows, which epoch is evaluated, and what differs from the paper.
+    ``published`` maps metrics, with units, to values (``mean ± std`` is text); ``averaged``: over the networks.
+    ``remarks`` describe the table, the evaluated epoch, and deviations from the paper.
     """
 
     where: Where
@@ -45,82 +41,31 @@ class Cell:
 
 
 def read_index() -> dict[str, Any]:
-    """Read the index of the papers.
-
-    Returns:
-        By paper: its title, columns, rows and tables.
-
-    Raises:
-        FileNotFoundError: If there is no such file among the configurations.
-
-    Example:
-        >>> sorted(read_index())
-        ['dark_side', 'mac_cal', 'neural_clamping', 'refcal']
-    """
+    """Read the index: title, columns, rows and tables by paper."""
     for folder in config_folders():
         if (folder / INDEX).is_file():
             index: dict[str, Any] = yaml.safe_load((folder / INDEX).read_text(encoding="utf-8"))
             return index
-    raise FileNotFoundError(f"{INDEX} is in none of {', '.join(map(str, config_folders()))}. Install the package anew.")
+    raise FileNotFoundError(f"{INDEX} is not in any of {', '.join(map(str, config_folders()))}. Reinstall the package.")
 
 
 def tables(index: Mapping[str, Any], paper: str) -> list[str]:
-    """Name the tables of a paper.
-
-    Args:
-        index: From `read_index`.
-        paper: Name of the paper.
-
-    Returns:
-        Names, as in the index.
-
-    Raises:
-        ValueError: If the index has no such paper; the nearest names are in the message.
-    """
+    """Names of the tables of a paper."""
     return list(_pick(index, paper, "paper")["tables"])
 
 
 def rows_and_columns(index: Mapping[str, Any], paper: str, table: str) -> tuple[list[str], list[str]]:
-    """Name the rows and columns of a table.
-
-    Args:
-        index: From `read_index`.
-        paper: Name of the paper.
-        table: Name of the table.
-
-    Returns:
-        Rows, columns.
-
-    Raises:
-        ValueError: If the index has no such paper or table; the nearest names are in the message.
-    """
+    """Names of the rows and columns of a table."""
     known = _pick(index, paper, "paper")
     found = _pick(known["tables"], table, f"table of {paper}")
     return list(found.get("rows", known["rows"])), list(found.get("columns", known["columns"]))
 
 
 def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str, seed: int | None = None) -> Cell:
-    """Find a cell and write its commands.
+    """Return a cell with its commands.
 
-    Args:
-        index: From `read_index`.
-        paper: Name of the paper.
-        table: Name of the table.
-        row: Name of the row.
-        column: Name of the column.
-        seed: Trains with this seed, in a folder of its own; in papers that repeat the calibrators on one network it is
-            the calibrators'. ``None`` takes the paper's.
-
-    Returns:
-        The cell.
-
-    Raises:
-        ValueError: If there is no such cell; the nearest names are in the message.
-
-    Example:
-        >>> found = cell(read_index(), "mac_cal", "table1", "flsd", "cifar100/resnet110")
-        >>> found.published
-        {'ECE %': 7.83}
+    ``seed`` trains with that seed in a separate folder; in papers that repeat the calibrators on one network, it is the
+    seed of the calibrators. ``None`` uses the paper's.
     """
     rows, columns = rows_and_columns(index, paper, table)
     known, where = index[paper], f"of {paper} {table}"
@@ -146,14 +91,7 @@ def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str
 
 
 def cells(index: Mapping[str, Any]) -> list[Cell]:
-    """List every cell of every table.
-
-    Args:
-        index: From `read_index`.
-
-    Returns:
-        All cells.
-    """
+    """All cells of all tables."""
     return [
         cell(index, paper, table, row, column)
         for paper in index
@@ -168,7 +106,7 @@ def _seeded(command: str, seed: int | None) -> str:
 
 
 def _filled(template: str, words: Mapping[str, Any]) -> str | None:
-    """Put words into a template until none is left; None where the cell lacks one, and so needs no such command."""
+    """Substitute words into a template; ``None`` if the cell lacks one and so does not need the command."""
     line = template
     while re.search(r"(?<!\{)\{\w+\}(?!\})", line):
         try:
@@ -183,4 +121,4 @@ def _pick(known: Mapping[str, Any], name: str, what: str) -> Any:
         return known[name]
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
     hint = f" The nearest: {', '.join(near)}." if near else ""
-    raise ValueError(f"{what} is {name!r}; it must be one of {', '.join(known)}.{hint} calib paper lists them all.")
+    raise ValueError(f"{what} is {name!r}; it must be one of {', '.join(known)}.{hint} `calib paper` lists all names.")

@@ -1,7 +1,7 @@
-"""Counted randomness: every random number of a run is a function of (seed, stage, epoch or step, rank or row).
+"""Counter-based randomness: every random number of a run is a function of (seed, stage, epoch or step, rank or row).
 
-Nothing here keeps state, so there is no generator to save: a resumed run draws the same numbers as the uninterrupted
-one, whatever the number of loader workers. The mixing function is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+Nothing here has state, so there is no generator to save: a resumed run draws the same numbers as an uninterrupted one,
+for any number of loader workers. The mixing function is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -17,23 +17,12 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def run_seed() -> int:
-    """Return the seed given to ``seed_everything`` (Lightning keeps it in the environment), 0 if there was none."""
+    """Return the seed given to ``seed_everything``, which Lightning stores in the environment; 0 by default."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def derive_seed(*keys: int) -> int:
-    """Mix integers into one 63-bit seed; another order or number of keys gives another seed.
-
-    Args:
-        *keys: For example ``(run_seed, stage, epoch)``.
-
-    Returns:
-        A seed in ``[0, 2**63)``.
-
-    Example:
-        >>> derive_seed(0, 1) != derive_seed(1, 0)
-        True
-    """
+    """Mix integers such as ``(run_seed, stage, epoch)`` into a seed in ``[0, 2**63)``; order and number matter."""
     state = len(keys)
     for key in keys:
         state = (state + key + _GOLDEN) & _MASK
@@ -44,21 +33,13 @@ def derive_seed(*keys: int) -> int:
 
 
 def row_uniform(index: Tensor, draws: int, *, seed: int) -> Tensor:
-    """Draw uniform numbers for each row from its own index alone, on the index's device.
+    """Draw uniform numbers ``(N, draws)`` float64 in ``[0, 1)`` as a function of seed and row index ``(N,)`` int64.
 
-    A row gets the same numbers in any batch, on any rank, in any worker.
-
-    Args:
-        index: Row numbers ``(N,)``, int64.
-        draws: How many numbers each row gets.
-        seed: Any integer; derive it from (run seed, epoch, purpose) with `derive_seed`.
-
-    Returns:
-        Numbers in ``[0, 1)``, ``(N, draws)``, float64, each a multiple of ``2**-53``.
+    A row gets the same numbers in any batch, on any rank, in any worker and on any device.
     """
     offset = torch.arange(1, draws + 1, device=index.device, dtype=torch.int64)
     start = torch.tensor(_signed(derive_seed(seed)), dtype=torch.int64, device=index.device)
-    # int64 arithmetic wraps around, so it is arithmetic modulo 2**64
+    # int64 arithmetic wraps around: it is modulo 2**64
     state = _mix(index.to(torch.int64) * _signed(_GOLDEN) + start).unsqueeze(1) + offset * _signed(_GOLDEN)
     bits = _shift_right(_mix(state), 11)
     return bits.to(torch.float64) * 2.0**-53
@@ -71,7 +52,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's ``>>`` on int64 copies the sign bit."""
+    """Logical shift; torch's ``>>`` on int64 copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

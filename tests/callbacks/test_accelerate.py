@@ -101,5 +101,7 @@ def test_another_submodule_or_the_whole_module(tmp_path):
 
 
 def test_a_submodule_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no submodule 'backbone'.*'encoder', 'head'"):
+    with pytest.raises(
+        ValueError, match=r"encoder is 'backbone'; it must be the name of a submodule.*'encoder', 'head'"
+    ):
         fitted(tmp_path, Accelerate(encoder="backbone"))

@@ -164,7 +164,7 @@ def test_checkpoints_of_a_resumed_training_do_not_hold_the_calibrator_of_earlier
 
 def test_a_damaged_calibrator_in_a_checkpoint_does_not_cost_the_training():
     callback = PostHocCalibrate(Temperature(), loader(50))
-    with pytest.warns(UserWarning, match="goes on without the calibrator.*damaged"):
+    with pytest.warns(UserWarning, match="continues without the calibrator.*damaged"):
         callback.load_state_dict({FILE_KEY: {"spec": {"class_path": "Nothing"}, "state": {}}})
     assert not callback.calibrator.fitted
 
@@ -174,6 +174,6 @@ def test_a_checkpoint_of_another_calibrator_is_left_alone(tmp_path):
     trainer.fit(Foreign(), loader(40))
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
     other = PostHocCalibrate(FixedTemperature(2.0), loader(50))
-    with pytest.warns(UserWarning, match="holds a Temperature; it is left there"):
+    with pytest.warns(UserWarning, match="holds a Temperature; it is ignored"):
         trainer_with(other).validate(Foreign(), loader(8), ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
     assert not other.calibrator.fitted

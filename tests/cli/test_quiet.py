@@ -101,7 +101,7 @@ def test_what_lightning_says_is_left_out_and_the_same_of_others_is_not(module, t
         ("lightning.pytorch.trainer.call", f"{MISSING}[{KEPT}, 'EMA']."),
         ("lightning.pytorch.loops.fit_loop", "Something else"),
         (RESULT, UNSYNCED.format("val/mine")),
-        ("calib_lightning.callbacks.record", "The images of the data are not prepared as those"),
+        ("calib_lightning.callbacks.record", "The images are prepared differently from those"),
         ("my_module", "Mine"),
     ],
 )
