@@ -129,7 +129,7 @@ def test_a_network_for_large_images_is_warned_of_and_ours_is_named(calib):
     assert done.code == 0, done.err
     assert done.err.count("The images have 8 pixels, but timm's resnet18 is designed for 224") == 1
     assert "--model.encoder=resnet18_cifar" in done.err
-    assert "is made for images of" not in calib("fit", *TOY, *SMALL, "--trainer.max_epochs=0").err
+    assert "is designed for" not in calib("fit", *TOY, *SMALL, "--trainer.max_epochs=0").err
 
 
 # --- a network that is not trained -----------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_help_says_how_data_of_ones_own_is_named(calib):
 def test_mac_cal_on_data_of_its_own(own, only_run):
     done = own("fit", "Calibrated", "mac_cal", "--model.switch.at_epoch=-1")
     assert done.code == 0, done.err
-    assert "The stage is trained on the batches that the loader gives" in done.err
+    assert "The stage uses the loader's batches" in done.err
     record = json.loads((only_run() / "run.json").read_text())
     assert record["results"]["test/n"] == 30
     assert record["calibration_used_by"] == ["MaskedClassifier"]
