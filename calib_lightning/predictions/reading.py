@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,7 +138,7 @@ def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> P
         raise TypeError(
             f"predictions are {source!r:.100}; they must be a file, Predictions, or a tuple (scores, labels)"
         )
-    scores, labels, *features = (torch.as_tensor(part).detach() for part in source)
+    scores, labels, *features = map(_as_tensor, source)
     found = Predictions(scores, labels, input=(reading or Reading()).input, features=features[0] if features else None)
     return _checked(found, Origin(), "predictions")
 
@@ -218,6 +219,11 @@ def input_notes(predictions: Predictions) -> Iterator[str]:
             "all scores lie in [0, 1] and each row sums to 1, and they are taken for logits; if they are "
             "probabilities, say input=probs"
         )
+
+
+def _as_tensor(part: Any) -> Tensor:
+    """A tensor of what a user has; lists become float64, which torch would round to float32."""
+    return part.detach() if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part))
 
 
 def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictions:
