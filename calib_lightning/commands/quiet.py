@@ -1,7 +1,7 @@
 """What Lightning says in a run that helps nobody, and is left out.
 
-Only what Lightning's own files say is looked at: messages and warnings of this package and of anybody's modules stay.
-Whoever wants to know how a run was made finds all of it in ``run.json`` and ``config.yaml``.
+Only what Lightning's own files say is looked at: warnings of this package and whatever other modules say stay, in a quiet
+run too, which leaves out progress reports of this package as well. Whoever wants to know how a run was made finds all of it in ``run.json`` and ``config.yaml``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import lightning
 
-_HOME = str(Path(lightning.__file__).parent)
+_LIGHTNING = str(Path(lightning.__file__).parent)
+_OURS = str(Path(__file__).parents[1])
 
 _LOGGERS = (
     "lightning.fabric.utilities.rank_zero",
@@ -56,16 +57,20 @@ _WARNINGS = {
 
 
 class _Noise(logging.Filter):
-    """Refuses what Lightning's own files log, if it is in the list, or below a warning in a quiet run."""
+    """Refuses what Lightning's files log if it is in the list; in a quiet run all that they and ours report."""
 
     def __init__(self) -> None:
         super().__init__()
         self.quiet = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.WARNING or not record.pathname.startswith(_HOME):
+        if record.levelno >= logging.WARNING:
             return True
-        return not self.quiet and _MESSAGES.match(record.getMessage()) is None
+        if record.pathname.startswith(_LIGHTNING):
+            return not self.quiet and _MESSAGES.match(record.getMessage()) is None
+        # that a signal ends the run, and where it goes on, is the end of a quiet run, too
+        progress = record.pathname.startswith(_OURS) and "requested: wrote" not in record.getMessage()
+        return not (self.quiet and progress)
 
 
 _noise = _Noise()
@@ -89,6 +94,6 @@ def without_noise() -> Iterator[None]:
 
 
 def be_quiet() -> None:
-    """Leave out everything that Lightning and torch say below an error, until the context of `without_noise` ends."""
+    """Leave out progress reports and all warnings of Lightning and torch, until the context of `without_noise` ends."""
     _noise.quiet = True
     warnings.filterwarnings("ignore", module=r"(lightning|torch)\.")

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import warnings
 
+import lightning
 import pytest
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+import calib_lightning
 from calib_lightning.commands.quiet import be_quiet, without_noise
 
 from .conftest import QUICK
@@ -63,7 +65,7 @@ def test_lightnings_table_of_modules_is_there_for_those_who_ask(calib):
     assert "; runs/summary\n" in done.out
 
 
-def as_of(module, text, *, stacklevel=1):
+def as_of(module, text):
     """Warn as if it came from a module."""
     warnings.warn_explicit(text, UserWarning, f"/somewhere/{module}.py", 1, module=module)
 
@@ -124,6 +126,33 @@ def test_a_quiet_run_hides_nothing_of_anybody_but_lightning_and_torch(caplog):
                 rank_zero_info("also mine")
     assert [str(warning.message) for warning in caught] == ["mine"]
     assert "also mine" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "level", "stays", "stays_in_quiet"),
+    [
+        (lightning.__file__, "Seed set to 0", "INFO", False, False),
+        (lightning.__file__, "[rank: 1] Seed set to 0", "INFO", False, False),
+        (lightning.__file__, "Restored all states from the checkpoint", "INFO", True, False),
+        (lightning.__file__, "Seed set to 0", "WARNING", True, True),
+        (calib_lightning.__file__, "Temperature, fitted to 50 calibration rows", "INFO", True, False),
+        (calib_lightning.__file__, "Stop requested: wrote last.ckpt, exiting", "INFO", True, True),
+        ("/home/me/my_module.py", "Seed set to 0", "INFO", True, True),
+    ],
+)
+def test_who_may_report_what(caplog, path, text, level, stays, stays_in_quiet):
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    levels = {"levelno": getattr(logging, level), "levelname": level}
+    record = logging.makeLogRecord({"msg": text, "pathname": path, "name": logger.name, **levels})
+    for quiet, expected in ((False, stays), (True, stays_in_quiet)):
+        caplog.clear()
+        with warnings.catch_warnings(), without_noise():
+            if quiet:
+                be_quiet()
+            logger.handle(record)
+        assert caplog.messages == ([text] if expected else [])
+    logger.handle(record)
+    assert caplog.messages[-1] == text
 
 
 def test_messages_of_lightning(calib, caplog):
