@@ -102,7 +102,7 @@ def test_size_of_the_branch():
 
 
 def test_head_is_rebuilt_with_the_classifier_that_it_had():
-    head = ConfidenceHead(6, 3, classifier=dict(LinearHead(6, 3, bias=False).spec), width=5)
+    head = ConfidenceHead(6, 3, classifier=LinearHead(6, 3, bias=False), width=5)
     again = build_head(head.spec)
     again.load_state_dict(head.state_dict())
     features = torch.randn(2, 6)
