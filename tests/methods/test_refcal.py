@@ -409,7 +409,7 @@ def test_checkpoints_of_the_second_stage_come_back(tmp_path):
         assert isinstance(loaded, RefCal)
         assert isinstance(loaded.head, LinearHead)
         given = {name: value for name, value in loaded.hparams.items() if value is not None}
-    assert given == {"num_classes": 3, "projection": 16, "encoder": "digits_cnn"}
+        assert given == {"num_classes": 3, "projection": 16, "encoder": "digits_cnn"}
         assert loaded(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
     early = load_module(tmp_path / "epoch=1.ckpt")
     assert early.head.spec == ProjectionHead(96, 16).spec
