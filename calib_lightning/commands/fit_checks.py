@@ -15,6 +15,7 @@ from calib_lightning.core import ClassificationModule
 from calib_lightning.core.data_facts import declared_classes, lacks_class_counts, num_classes_of
 from calib_lightning.data import BenchmarkDataModule
 from calib_lightning.metrics import CORE, METRICS
+from calib_lightning.utils.described import is_spec
 from calib_lightning.utils.registry import class_path_of, find_class
 
 
@@ -122,7 +123,7 @@ def is_same_method(model: Namespace, checkpoint: dict[str, Any], record: Any, pa
     saved = checkpoint.get("hyper_parameters", {})
     asked = {**(model.get("init_args") or {}), **(model.get("dict_kwargs") or {})}
     for name in sorted(set(saved) & set(asked) - {"num_classes"}):  # K comes from the data
-        if saved[name] != asked[name]:
+        if saved[name] != asked[name] and not is_spec(saved[name]):  # criteria are written differently there
             rank_zero_warn(
                 f"The checkpoint {path} was trained with {name}={saved[name]!r}; the configuration says "
                 f"{name}={asked[name]!r}, which is used.",
