@@ -57,7 +57,7 @@ class ClampReport(NamedTuple):
         nll_before: Mean negative log-likelihood of the network alone, in nats.
         ece_before: Its expected calibration error (15 bins), a fraction.
         start_moved: Fraction of the entries of delta_0 that are not 0.
-        notes: What a user should know.
+        notes: Remarks for the user.
     """
 
     rows: int

@@ -25,7 +25,7 @@ Images = Tensor | Iterable[Sequence[Any]]
 PROBS_HINT = (
     "the logits are all in [0, 1] and each row sums to 1. If they are probabilities, pass as_logits(probs) instead."
 )
-"""What to say where logits `look_like_probs`."""
+"""Warning about logits that `look_like_probs`."""
 
 _BATCH = 512
 
@@ -146,7 +146,7 @@ def check_features(features: Tensor, rows: int, where: str) -> Tensor:
 
 
 def as_logits(probs: Tensor) -> Tensor:
-    """Convert probabilities to logits for a calibrator: ``log p``, bounded below by that of the least normal number.
+    """Convert probabilities to logits for a calibrator: ``log p``, bounded below by that of the smallest normal number.
 
     Args:
         probs: ``(N, K)``, rows >= 0 that sum to 1 +- 1e-3.

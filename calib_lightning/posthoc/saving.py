@@ -127,7 +127,7 @@ def load_calibrator(path: str | Path) -> Calibrator:
 def _read(path: Path) -> Any:
     """Return the record in a file of `save_calibrator`, or the first one among the callbacks of a checkpoint."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file. Save a calibrator with save_calibrator.")
+        raise FileNotFoundError(f"There is no calibrator {path}. Save one with save_calibrator(calibrator, path).")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

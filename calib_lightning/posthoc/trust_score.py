@@ -120,7 +120,7 @@ class TrustScore(Calibrator):
     def _predicted(self, logits: Tensor, features: Tensor | None, own: Tensor | None) -> Prediction:
         assert features is not None
         scores = self._scores(features, logits.argmax(dim=-1), own)
-        # Of a row that is nan there is no predicted class.
+        # A row of nan has no predicted class.
         scores = scores.masked_fill(logits.isnan().any(dim=-1), torch.nan)
         return Prediction(self.transform(logits, features), torch.sigmoid(scores))
 
