@@ -1,7 +1,9 @@
-"""The README promises only what runs."""
+"""README and docs promise only what runs."""
 
+import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,102 +14,109 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.__main__ import main
-from calib_lightning.commands.list import method_table
+from calib_lightning.commands.list import KINDS, method_table
 from calib_lightning.commands.names import COMMANDS, TRAINER
+from calib_lightning.core import encoder_names
 from calib_lightning.deploy import CalibratedClassifier, Preprocessing, export_onnx
 from calib_lightning.methods import MaskedLinearHead
-from calib_lightning.posthoc import FixedTemperature, Temperature, save_calibrator
-from calib_lightning.predictions.calibrating import named_calibrators
+from calib_lightning.metrics import METRICS, SOFT
+from calib_lightning.posthoc import FixedTemperature
 from calib_lightning.utils.config_search import find_config
 from tests.methods.table import ROWS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-SHELL = "".join(text for kind, text in BLOCKS if kind == "bash")
-PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+README = REPOSITORY / "README.md"
+DOCUMENTS = [README, *sorted(REPOSITORY.glob("docs/*.md"))]
+TEXTS = {str(path.relative_to(REPOSITORY)): path.read_text() for path in DOCUMENTS}
+BLOCKS = {name: re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL) for name, text in TEXTS.items()}
+PYTHON = {f"{name}-{i}": text for name in BLOCKS for i, (kind, text) in enumerate(BLOCKS[name]) if kind == "python"}
+PROSE = {name: re.sub(r"```.*?```", "", text, flags=re.DOTALL) for name, text in TEXTS.items()}
 
-
-# commands of ours that are not the trainer's; each is tested with small files below or needs none
+# commands that do not train; the documents' are run with small files
 OWN = tuple(name for name, command in COMMANDS.items() if command.module != TRAINER)
 
 
-def _of_trainer(command):
-    return command[0] not in OWN and "--help" not in command
+def _lines(document):
+    text = "".join(text for kind, text in BLOCKS[document] if kind == "bash")
+    for line in text.replace("\\\n", " ").splitlines():
+        yield from (command.strip() for command in line.partition("  #")[0].split("&&"))
+
+
+def _commands(document):
+    return [shlex.split(line)[1:] for line in _lines(document) if line.startswith("calib ")]
 
 
 def _only_prints(command):
-    return command[0] in ("list", "--help") or (command[0] not in OWN and "--help" in command)
+    return command[0].startswith("--") or command[-1] == "--help" or "--model.help" in command
 
 
-def _commands():
-    for line in SHELL.replace("\\\n", " ").splitlines():
-        for command in line.partition("  #")[0].split("&&"):
-            if command.strip().startswith("calib "):
-                yield shlex.split(command)[1:]
+def _left(command):
+    """Run a command; the code that it ends with."""
+    try:
+        return main(command)
+    except SystemExit as leaving:
+        return leaving.code or 0
 
 
-def test_the_two_setup_commands_are_those_that_are_checked():
-    installs = [line for line in SHELL.splitlines() if line.startswith("pip ")]
-    assert installs == [
-        "pip install -e . && calib fit -c configs/quickstart.yaml",
-        "pip install -e '.[test]' && pytest",
-    ]
-    script = (REPOSITORY / ".ci" / "run").read_text()
-    assert "pip install --quiet -e '.[test]' && pytest" in script
+TRAINER_COMMANDS = {
+    " ".join(command): command
+    for document in TEXTS
+    for command in _commands(document)
+    if command[0] not in OWN and not _only_prints(command)
+}
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in _commands() if "RUN" not in " ".join(c) and _of_trainer(c)], ids=" ".join
-)
-def test_commands_parse(command, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(REPOSITORY)
-    own = "from lightning.pytorch import LightningDataModule\n\n\nclass MyDataModule(LightningDataModule):\n    pass\n"
-    (tmp_path / "my_module.py").write_text(own)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(SystemExit) as leaving:
-        main([*command, "--print_config"])
-    assert leaving.value.code == 0, capsys.readouterr().err
+# --- what the commands and blocks are run with -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [c for c in _commands() if _only_prints(c)], ids=" ".join)
-def test_commands_that_only_print_do_so(command, capsys):
-    assert main(command) == 0
-    assert len(capsys.readouterr().out.splitlines()) > 5
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with every file that the documents name, made small; RUN is a run of one epoch."""
+    folder = tmp_path_factory.mktemp("documents")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        _write_predictions()
+        _write_images()
+        Path("configs").symlink_to(REPOSITORY / "configs")
+        fit = ["fit", "-c", "quickstart", "--trainer.max_epochs=1", "--run_dir=RUN", "--quiet=true"]
+        assert main(fit) == 0
+        os.environ.pop("PL_GLOBAL_SEED", None)
+        assert main(["calibrate", "RUN", "--no_intervals"]) == 0
+    return folder
 
 
-@pytest.mark.parametrize("command", [c for c in _commands() if c[0] == "paper"], ids=" ".join)
-def test_commands_of_papers_print_a_script(command, capsys):
-    assert main(command) == 0
-    assert "\ncalib fit -c recipe/" in capsys.readouterr().out
-
-
-def test_commands_on_a_run_are_there():
-    # their behaviour is tested with real runs in tests/cli/test_runs.py
-    on_runs = [c for c in _commands() if "RUN" in " ".join(c) and _of_trainer(c)]
-    assert {c[0] for c in on_runs} == {"fit", "test"}
-
-
-@pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_python_runs_as_written(number, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def _write_predictions():
     generator = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(8, 3, generator=generator), torch.arange(8) % 3) for _ in range(2)]
-    train_loader = DataLoader(TensorDataset(torch.randn(16, 5), torch.arange(16) % 3), 8)
-    names = {"batches": batches, "module": _Own(), "train_loader": train_loader, "val_loader": train_loader}
-    names |= {"calibration_loader": train_loader, "images": torch.randn(4, 5)}
-    if "timm" in PYTHON[number]:
-        pictures = DataLoader(TensorDataset(torch.rand(12, 3, 64, 64), torch.arange(12) % 3), 6)
-        names |= {"calibration_loader": pictures, "val_loader": pictures, "images": torch.rand(4, 3, 64, 64)}
-    exec(compile(PYTHON[number], f"README.md, python block {number}", "exec"), names)
-    if "timm" in PYTHON[number]:
-        assert Path("classifier.onnx").exists()
-        assert names["confidence"].shape == (4,)
-    if "PostHocCalibrate" in PYTHON[number]:
-        assert names["log_probs"].exp().sum(1).allclose(torch.ones(4))
-        assert torch.equal(names["calibrator"].beta, names["calibrate"].calibrator.beta)
-    if "MaskedClassifier" in PYTHON[number]:
-        assert isinstance(names["module"].classifier, MaskedLinearHead)
+    labels = torch.arange(120) % 3
+    for name in ("val", "test", "a", "b", "mine", "theirs", "seed0", "seed1"):
+        logits = 2 * torch.randn(120, 3, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 3)
+        features = logits[:, :2] + torch.randn(120, 2, generator=generator)
+        np.savez(f"{name}.npz", logits=logits.numpy(), labels=labels.numpy(), features=features.numpy())
+        probs = np.column_stack([np.arange(120), labels, logits.double().softmax(1)])
+        np.savetxt(f"{name}.csv", probs, delimiter=",", header="id,label,0,1,2", comments="")
+    shutil.copy("a.csv", "probs.csv")
+    np.save("logits.npy", logits.numpy())
+    np.save("labels.npy", labels)
+    Path("counts.json").write_text("[200, 50, 5]")
+
+
+def _write_images():
+    own = "from lightning.pytorch import LightningDataModule\n\n\nclass MyDataModule(LightningDataModule):\n    pass\n"
+    Path("my_module.py").write_text(own)
+    Path("DIR").mkdir()
+    Image.new("RGB", (4, 4), (200, 10, 10)).save("DIR/red.png")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    calibrator = FixedTemperature(1.5).fit(torch.randn(9, 3), torch.arange(9) % 3)
+    plain = Preprocessing(size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
+    export_onnx(CalibratedClassifier(network, calibrator, preprocessing=plain), "classifier.onnx")
+
+
+@pytest.fixture
+def workplace(made, tmp_path, monkeypatch):
+    """A copy of that folder, as the working directory."""
+    folder = shutil.copytree(made, tmp_path / "workplace", symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
 
 
 class _Own(LightningModule):
@@ -115,7 +124,8 @@ class _Own(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.backbone, self.classifier = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)
+        self.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 4))
+        self.classifier = torch.nn.Linear(4, 3)
 
     def forward(self, x):
         return self.classifier(self.backbone(x).relu())
@@ -131,87 +141,159 @@ class _Own(LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
+def _names(block):
+    """What a block may use without defining it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(48) % 3
+    size = 32 if "timm" in block else 2
+    images = torch.rand(48, 3 if "timm" in block else 1, size, size, generator=generator)
+    loader = DataLoader(TensorDataset(images, labels), 24)
+    logits = 2 * torch.randn(48, 3, generator=generator) + torch.nn.functional.one_hot(labels, 3)
+    names = {"logits": logits, "labels": labels, "images": images, "features": logits[:, :2]}
+    names |= {"val_logits": logits.flip(0) + 0.1, "val_labels": labels.flip(0)}
+    names |= {"train_loader": loader, "val_loader": loader, "calibration_loader": loader}
+    names |= {"batches": [(logits[:24], labels[:24]), (logits[24:], labels[24:])]}
+    if "timm" in block:
+        import timm
+
+        return names | {"network": timm.create_model("resnet10t", num_classes=3)}
+    return names | {"module": _Own(), "network": _Own()}
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+def test_the_two_setup_commands_are_those_that_are_checked():
+    installs = [line for name in TEXTS for kind, text in BLOCKS[name] for line in text.splitlines() if "pip " in line]
+    assert installs == [
+        "pip install -e . && calib fit -c configs/quickstart.yaml",
+        "pip install -e '.[test]' && pytest",
+    ]
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    assert "pip install --quiet -e '.[test]' && pytest" in script
+
+
+def test_every_block_is_run():
+    assert {kind for blocks in BLOCKS.values() for kind, _ in blocks} == {"bash", "python"}
+    for document in TEXTS:
+        for line in filter(None, _lines(document)):
+            assert line.split()[0] in ("calib", "pip", "pytest"), (document, line)
+        for command in _commands(document):
+            assert command[0] in COMMANDS or _only_prints(command), (document, command)
+
+
+@pytest.mark.parametrize("command", TRAINER_COMMANDS.values(), ids=TRAINER_COMMANDS)
+def test_commands_of_the_trainer_parse(command, made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    monkeypatch.syspath_prepend(made)
+    code = _left([*(word for word in command if word != "--print_config"), "--print_config"])
+    done = capsys.readouterr()
+    assert code == 0, done.err
+    assert "class_path:" in done.out
+
+
+@pytest.mark.parametrize("document", [d for d in TEXTS if any(c[0] in OWN or _only_prints(c) for c in _commands(d))])
+def test_other_commands_do_what_they_say(document, workplace, capsys):
+    # in the order of the document, so that one finds what another has written
+    for command in (c for c in _commands(document) if c[0] in OWN or _only_prints(c)):
+        words = command[: command.index("--run")] if "--run" in command else command
+        words = [word for some in words for word in (sorted(map(str, Path().glob(some))) if "*" in some else [some])]
+        code, done = _left(words), capsys.readouterr()
+        assert code == 0, (command, done.err)
+        written = command[command.index("--output") + 1] if "--output" in command else ""
+        assert len(done.out.splitlines()) > 2 or Path(written).is_file(), command
+        if {"--row", "--column"} <= set(command):
+            assert "\ncalib fit -c recipe/" in done.out
+        if "--figures" in command:
+            assert len(list(Path("figures").rglob("*.svg"))) == 3
+        if command[0] == "classify":
+            assert "red.png" in Path(written).read_text()
+
+
+@pytest.mark.parametrize("block", PYTHON.values(), ids=PYTHON)
+def test_python_runs_as_written(block, workplace):
+    names = _names(block)
+    exec(compile(block, "a Python block", "exec"), names)
+    if "export_onnx" in block:
+        assert Path("classifier.onnx").stat().st_mtime > (workplace / "DIR").stat().st_mtime
+    if "abstain" in block:
+        assert names["confidence"].shape == (48,)
+    if "log_probs =" in block:
+        assert names["log_probs"].exp().sum(1).allclose(torch.ones(48), atol=1e-5)
+    if "load_calibrator(trainer" in block:
+        assert names["calibrator"].temperature == names["calibrate"].calibrator.temperature
+    if "MaskedClassifier" in block:
+        assert isinstance(names["module"].classifier, MaskedLinearHead)
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_takes_two_minutes():
+    assert len(README.read_text().splitlines()) <= 200
+
+
+def test_links_lead_somewhere():
+    for name, text in PROSE.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("http"):
+                continue
+            path, _, anchor = target.partition("#")
+            found = (REPOSITORY / name).parent / path if path else REPOSITORY / name
+            assert found.is_file(), (name, target)
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, (name, target)
+
+
+def test_the_index_has_every_page():
+    index = set(re.findall(r"^\| \[(\S+)\]\(\1\)", TEXTS["docs/index.md"], re.MULTILINE))
+    assert index == {path.name for path in REPOSITORY.glob("docs/*.md")} - {"index.md"}
+
+
+def test_options_in_the_text_are_there(capsys):
+    for name, command in COMMANDS.items():
+        _left([name, "--help_all" if command.module == TRAINER else "--help"])
+    options = set(re.findall(r"--[a-z]\w*", capsys.readouterr().out))
+    for name, text in PROSE.items():
+        codes = [code for code in re.findall(r"`([^`]+)`", text) if not code.startswith("pytest ")]
+        assert set(re.findall(r"(?<!\S)--[a-z]\w*", " ".join(codes))) <= options, name
+
+
 def test_the_table_of_methods_is_that_of_their_docstrings():
-    assert method_table() in README, "paste what `calib list methods --markdown` prints"
+    assert method_table() in TEXTS["docs/methods.md"], "paste what `calib list methods --markdown` prints"
 
 
 def test_methods_without_soft_labels_are_named():
-    sentence = re.search(r"Soft labels train all methods\nbut (.*?), whose", README, re.DOTALL).group(1)
+    sentence = re.search(r"train on soft labels except (.*?), whose", TEXTS["docs/methods.md"], re.DOTALL).group(1)
     assert sorted(re.findall(r"`(\w+)`", sentence)) == sorted(row.file for row in ROWS if not row.soft)
 
 
-def test_every_method_and_data_set_named_is_there_and_every_method_is_named():
-    table = re.findall(r"^\| `(\w+)` \| .*\|$", README.partition("| `--model` |")[2].partition("\n\n")[0], re.MULTILINE)
-    assert sorted(table) == sorted(path.stem for path in (REPOSITORY / "configs" / "method").glob("*.yaml"))
-    sentence = re.search(r"`--data` takes (.*?);", README, re.DOTALL).group(1)
-    named = re.findall(r"`(\w+)`", sentence)
-    assert sorted(named) == sorted(path.stem for path in (REPOSITORY / "configs" / "data").glob("*.yaml"))
-    for name in named:
-        assert find_config(name, "data") is not None, name
+def test_every_data_set_calibrator_network_and_recipe_is_named():
+    for kind, document in {"data": "data", "calibrators": "calibrators", "configs": "recipes"}.items():
+        named = re.findall(r"[\w-]+", " ".join(re.findall(r"`([^`]+)`", PROSE[f"docs/{document}.md"])))
+        for name, text in KINDS[kind].rows():
+            if text and (kind != "configs" or name.startswith("recipe/")):
+                assert name.removeprefix("recipe/") in named, name
+
+
+def test_tables_name_only_what_is_there():
+    for axis, document in {"data": "data", "recipe": "recipes"}.items():
+        for name in _named_in_table(document, "name" if axis == "data" else "recipe"):
+            assert find_config(name, axis) is not None, name
+    assert sorted(_named_in_table("networks", "name")) == sorted(encoder_names())
+
+
+def _named_in_table(document, title):
+    """What stands in the first column of the first table under this title."""
+    rows = TEXTS[f"docs/{document}.md"].partition(f"\n| {title} |")[2].partition("\n\n")[0].splitlines()[2:]
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert names, (document, title)
+    return names
 
 
 def test_every_metric_is_explained():
-    from calib_lightning.metrics import METRICS, SOFT
-
-    section = README.partition("## What the figures mean")[2]
     for name, metric in (METRICS | SOFT).items():
-        row = re.search(rf"^\|[^|]*`{re.escape(name)}`[^|]*\|.*\| (.*?) \|$", section, re.MULTILINE)
+        row = re.search(rf"^\|[^|]*`{re.escape(name)}`[^|]*\|.*\| (.*?) \|$", TEXTS["docs/metrics.md"], re.MULTILINE)
         assert row, name
         assert row.group(1) == {"zero": "nearest 0"}.get(metric.better, metric.better)
-
-
-def test_score_commands_do_what_they_say(monkeypatch, tmp_path, capsys):
-    # every file that they name, made small; each command must print or write something
-    monkeypatch.chdir(tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    labels = (torch.arange(60) % 3).numpy()
-    for name in ("RUN/predictions/test", "a", "b", "mine", "theirs", "seed0", "seed1"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        logits = 2 * torch.randn(60, 3, generator=generator)
-        np.savez(f"{name}.npz", logits=logits.numpy(), labels=labels)
-    np.save("logits.npy", logits.numpy())
-    np.save("labels.npy", labels)
-    np.savetxt("probs.csv", np.column_stack([logits.double().softmax(1), labels]), delimiter=",")
-    Path("counts.json").write_text("[200, 50, 5]")
-    np.savez("test.npz", logits=logits.numpy(), labels=labels)
-    Path("calibrated").mkdir()
-    save_calibrator(Temperature().fit(logits, torch.from_numpy(labels)), "calibrated/Temperature.pt")
-    commands = [c for c in _commands() if c[0] == "score"]
-    assert len(commands) == 7
-    for command in commands:
-        files = [["seed0.npz", "seed1.npz"] if word == "seed*.npz" else [word] for word in command]
-        assert main([word for some in files for word in some]) == 0, command
-        out = capsys.readouterr().out
-        assert "ECE" in out or Path("report.json").exists(), command
-    assert len(list(Path("figures").rglob("*.svg"))) == 3
-
-
-def test_calibrate_commands_do_what_they_say(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    for name in ("val", "test"):
-        labels = torch.arange(200) % 3
-        logits = 3 * torch.randn(200, 3, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 3)
-        np.savez(f"{name}.npz", logits=logits.numpy(), labels=labels.numpy())
-    # the command on a run is tested with a real one in tests/cli/test_calibrate.py
-    commands = [c for c in _commands() if c[0] == "calibrate" and "RUN" not in c]
-    assert len(commands) == 3
-    for command in commands:
-        assert main(command) == 0, command
-        assert "Temperature" in capsys.readouterr().out, command
-    assert Path("calibrated/Temperature.pt").is_file()
-    for command in (c for c in _commands() if c[0] == "calibrate" and "--calibrators" in c):
-        assert named_calibrators(command[command.index("--calibrators") + 1])
-
-
-def test_classify_command_does_what_it_says(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
-    calibrator = FixedTemperature(1.5).fit(torch.randn(9, 3), torch.arange(9) % 3)
-    plain = Preprocessing(size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
-    export_onnx(CalibratedClassifier(network, calibrator, preprocessing=plain), "classifier.onnx")
-    Path("DIR").mkdir()
-    Image.new("RGB", (4, 4), (200, 10, 10)).save("DIR/red.png")
-    (command,) = [c for c in _commands() if c[0] == "classify"]
-    assert main(command) == 0, capsys.readouterr().err
-    assert "red.png" in Path("answers.csv").read_text()
