@@ -47,9 +47,9 @@ class TrustScore(Calibrator):
 
     Example:
         >>> features, labels = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([0, 0, 1])
-        >>> trust = TrustScore().fit(torch.eye(2)[labels], labels, features)
-        >>> trust.score(torch.tensor([[2.0]]), torch.tensor([0])).exp()  # 2 to class 1, 1 to class 0
-        tensor([2.], dtype=torch.float64)
+        >>> trust = TrustScore().fit(3 * torch.eye(2)[labels], labels, features)
+        >>> round(trust.score(torch.tensor([[2.0]]), torch.tensor([0])).exp().item(), 6)  # 2 to class 1, 1 to class 0
+        2.0
     """
 
     needs = ("logits", "features")
