@@ -1,4 +1,4 @@
-"""Objects that can be written down as plain data and built again, without executing anything that a file holds."""
+"""Objects that are stored as plain data and rebuilt from it, without executing code in a file."""
 
 from __future__ import annotations
 
@@ -9,31 +9,27 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from calib_lightning.utils.registry import class_path_of, find_class
 
 
 class Spec(TypedDict):
-    """How to build an object again.
-
-    Attributes:
-        class_path: Dotted path of its class.
-        init_args: Its constructor's arguments by name; objects among them are specs themselves.
-    """
+    """Specification of an object: dotted path of its class, and constructor arguments (objects as specs) by name."""
 
     class_path: str
     init_args: dict[str, Any]
 
 
 class Described:
-    """Remembers what its constructor was called with: heads, calibrators, solvers and criteria are built again from it.
+    """Records its constructor arguments, from which heads, calibrators, solvers and criteria are rebuilt.
 
-    A subclass writes an ordinary ``__init__``; the arguments of the outermost one are recorded, defaults included, so
-    that a file does not change its meaning when a later version changes a default. They are plain data (int, float,
-    str, bool, None, lists and string-keyed dicts of them) or other `Described` objects.
+    A subclass has an ordinary ``__init__``; the arguments of the outermost one are recorded, including defaults, so
+    that a file keeps its meaning if a later version changes a default. They are plain data (int, float, str, bool,
+    None, lists and string-keyed dicts of them) or other `Described` objects.
 
     Attributes:
-        instead: What to write in place of the name alone where it cannot stand alone, with ``{0}`` for the name.
+        instead: What to write if the name alone is not sufficient, with ``{0}`` for the name.
     """
 
     instead: ClassVar[str] = ""
@@ -47,18 +43,16 @@ class Described:
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments by name."""
         recorded: dict[str, Any] | None = vars(self).get("_arguments")
-        if (
-            recorded is None
-        ):  # the constructor of a dataclass is made after `__init_subclass__`, and keeps its arguments
+        if recorded is None:  # the constructor of a dataclass is made after `__init_subclass__`; fields are arguments
             return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
         return recorded
 
     @property
     def spec(self) -> Spec:
-        """Plain data from which `build` makes an equal object that is not fitted; a copy, safe to change.
+        """Plain data from which `build` makes an equal, unfitted object; a copy that may be changed.
 
         Raises:
-            TypeError: An argument is neither plain data nor described.
+            TypeError: An argument is neither plain data nor `Described`.
         """
         owner = type(self).__name__
         arguments = {name: _plain(owner, name, value) for name, value in self.arguments.items()}
@@ -66,7 +60,7 @@ class Described:
 
     @property
     def name(self) -> str:
-        """How the object is written in reports: its class and the arguments that differ from the defaults."""
+        """Name in reports: the class and the arguments that differ from the defaults."""
         parts: list[str] = []
         arguments = self.arguments
         for name, parameter in inspect.signature(type(self)).parameters.items():
@@ -82,7 +76,7 @@ class Described:
 
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
-    """Note the arguments of the outermost constructor; calls of ``super().__init__`` find them noted."""
+    """Record the arguments of the outermost constructor, not those of ``super().__init__``."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -110,14 +104,14 @@ def _named_arguments(
 
 
 def _containers_copied(value: Any) -> Any:
-    """The value in containers of our own: those of the caller may change later."""
+    """The value with copies of its containers, which the caller may change later."""
     if type(value) is dict:
         return {name: _containers_copied(item) for name, item in value.items()}
     return [_containers_copied(item) for item in value] if type(value) is list else value
 
 
 def storable(value: Any) -> bool:
-    """Whether a checkpoint can keep an argument: plain data, or an object that remembers how it was built."""
+    """Whether a checkpoint can store an argument: plain data or a `Described` object."""
     try:
         _plain("", "", value)
     except TypeError:
@@ -126,7 +120,7 @@ def storable(value: Any) -> bool:
 
 
 def stored(value: Any) -> Any:
-    """What a checkpoint keeps of an argument that is `storable`: plain data, specs in place of objects."""
+    """A `storable` argument as plain data, with specs for objects."""
     return _plain("", "", value)
 
 
@@ -134,36 +128,36 @@ T = TypeVar("T", bound=Described)
 
 
 def build(spec: Mapping[str, Any], base: type[T]) -> T:
-    """Build what a spec describes; classes are looked up only in this package and in modules that are imported.
+    """Build an object from its spec; classes are looked up only in this package and in imported modules.
 
     Args:
-        spec: Of `Described.spec`.
-        base: What the result must be an instance of.
+        spec: A `Described.spec`.
+        base: Class that the result must be an instance of.
 
     Returns:
         A new object.
 
     Raises:
-        ValueError: It is no spec, or its class is not known, is abstract or does not take the arguments.
+        ValueError: It is not a spec, or its class is unknown, is abstract or does not accept the arguments.
     """
     if not is_spec(spec):
-        raise ValueError(f"{spec!r:.200} does not describe a {base.__name__}: it needs class_path and init_args.")
+        raise ValueError(f"the spec of a {base.__name__} is {spec!r:.200}; it must have class_path and init_args.")
     cls = find_class(spec["class_path"], base)
     return _construct(cls, {name: _built(value) for name, value in spec["init_args"].items()})
 
 
 def parse(text: str, base: type[T]) -> T:
-    """Build what is written as in Python, ``Name`` or ``Name(argument, name=value)``; nothing else is evaluated.
+    """Build an object from ``Name`` or ``Name(argument, name=value)``, as in Python; nothing else is evaluated.
 
     Args:
-        text: The expression; arguments are literals or further expressions of this kind.
-        base: What the result must be an instance of.
+        text: The expression; arguments are literals or nested expressions.
+        base: Class that the result must be an instance of.
 
     Returns:
         A new object.
 
     Raises:
-        ValueError: It cannot be read, names an unknown class, or the class does not take the arguments.
+        ValueError: The text cannot be parsed, the class is unknown, or it does not accept the arguments.
 
     Example:
         >>> from calib_lightning.posthoc import Calibrator
@@ -173,10 +167,10 @@ def parse(text: str, base: type[T]) -> T:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{text!r:.200} cannot be read; write Name or Name(argument=value).") from None
+        raise ValueError(f"{text!r:.200} cannot be parsed. Write Name or Name(argument=value).") from None
     found = _evaluate(tree, text, base)
     if not isinstance(found, base):
-        raise ValueError(f"{text!r:.200} is no {base.__name__}; write Name or Name(argument=value).")
+        raise ValueError(f"{text!r:.200} is not a {base.__name__}. Write Name or Name(argument=value).")
     return found
 
 
@@ -185,7 +179,7 @@ def _evaluate(node: ast.expr, text: str, base: type[Described]) -> Any:
         return _construct(_named(node.id, base), {})
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if any(keyword.arg is None for keyword in node.keywords):
-            raise ValueError(f"{text!r:.200}: ** is not read; write every argument by its name.")
+            raise ValueError(f"{text!r:.200}: ** is not supported. Write every argument by name.")
         positional = [_evaluate(argument, text, Described) for argument in node.args]
         named = {str(keyword.arg): _evaluate(keyword.value, text, Described) for keyword in node.keywords}
         cls = _named(node.func.id, base)
@@ -211,13 +205,13 @@ def _named(name: str, base: type[T]) -> type[T]:
         except ValueError:
             other = Described
         if other.instead:
-            raise ValueError(f"{name} is no {base.__name__} by itself; write {other.instead.format(name)}.") from None
+            raise ValueError(f"{name} alone is not a {base.__name__}. Write {other.instead.format(name)}.") from None
         raise
 
 
 def _construct(cls: type[T], arguments: Mapping[str, Any]) -> T:
     if inspect.isabstract(cls):
-        raise ValueError(f"{cls.__name__} is a base class; name one of its subclasses.")
+        raise ValueError(f"{cls.__name__} is a base class. Use one of its subclasses.")
     parameters = inspect.signature(cls).parameters
     unknown = [name for name in arguments if name not in parameters]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -241,7 +235,7 @@ def _signature(cls: type) -> str:
 
 
 def is_spec(value: Any) -> bool:
-    """Whether plain data describes an object, as `Described.spec` does."""
+    """Whether plain data is a `Described.spec`."""
     if not isinstance(value, Mapping) or set(value) != {"class_path", "init_args"}:
         return False
     return isinstance(value["init_args"], Mapping) and all(isinstance(name, str) for name in value["init_args"])
@@ -258,16 +252,16 @@ def _built(value: Any) -> Any:
 def _plain(owner: str, name: str, value: Any) -> Any:
     if isinstance(value, Described):
         return value.spec
-    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    if value is None or type(value) in (int, float, str, bool):  # exact types: an IntEnum is an int and does not load
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+    if value is None or type(value) in (int, float, str, bool):  # exact types: an IntEnum is an int, but does not load
         return value
     if type(value) in (list, tuple):
         return [_plain(owner, f"{name}[{i}]", item) for i, item in enumerate(value)]
     if type(value) is dict and all(type(key) is str for key in value):
         return {key: _plain(owner, f"{name}[{key!r}]", item) for key, item in value.items()}
     raise TypeError(
-        f"{owner}: argument {name} is {value!r:.100} of type {type(value).__name__}; it is stored in checkpoints and "
-        "must be plain data: int, float, str, bool, None, or lists and string-keyed dicts of them."
+        f"{owner}: argument {name} is {value!r:.100} of type {type(value).__name__}; it must be plain data, to be "
+        "stored in checkpoints: int, float, str, bool, None, or lists and string-keyed dicts of them."
     )
 
 
@@ -282,4 +276,4 @@ def _written(value: Any) -> str:
         return value.name
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_written, value))}]"
-    return repr(value.tolist() if isinstance(value, np.generic | np.ndarray) else value)
+    return repr(value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value)

@@ -119,7 +119,7 @@ def test_linear_head_is_an_affine_map():
     assert LinearHead(4, 3, bias=False).linear.bias is None
 
 
-@pytest.mark.parametrize("value", [{1: 2}, torch.tensor(1.0), print, nn.Linear(1, 1), [1, {"a": {2}}], b"x"])
+@pytest.mark.parametrize("value", [{1: 2}, print, nn.Linear(1, 1), [1, {"a": {2}}], b"x"])
 def test_an_argument_that_is_not_plain_is_named(value):
     with pytest.raises(TypeError, match=r"KeywordHead: argument value.* plain data"):
         KeywordHead(value)
@@ -132,7 +132,7 @@ def test_plain_arguments_keep_value_and_type(value):
     assert type(kept) is type(value)
 
 
-@pytest.mark.parametrize(("value", "kept"), [((1, 2), [1, 2]), (np.float64(1.5), 1.5), (np.int32(3), 3)])
+@pytest.mark.parametrize(("value", "kept"), [((1, 2), [1, 2]), (np.float64(1.5), 1.5), (np.int32(3), 3), (torch.tensor([1.0, 2.0]), [1.0, 2.0])])
 def test_arguments_become_plain_data(value, kept):
     found = KeywordHead(value).spec["init_args"]["value"]
     assert found == kept
