@@ -1,7 +1,8 @@
 """What Lightning says in a run that helps nobody, and is left out.
 
-Only what Lightning's own files say is looked at: warnings of this package and whatever other modules say stay, in a quiet
-run too, which leaves out progress reports of this package as well. Whoever wants to know how a run was made finds all of it in ``run.json`` and ``config.yaml``.
+Only what Lightning's own files say is looked at. Warnings of this package and whatever other modules say stay, even in
+a quiet run, which leaves out the progress reports of this package as well. How a run was made is in ``run.json`` and
+``config.yaml``.
 """
 
 from __future__ import annotations
