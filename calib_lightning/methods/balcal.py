@@ -95,14 +95,14 @@ def balcal_loss(linear_logits: Tensor, etf_logits: Tensor, labels: Tensor, *, la
     return lam * F.cross_entropy(linear_logits, labels) + (1.0 - lam) * F.cross_entropy(weighted, labels)
 
 
-def find_balance(figures: Callable[[float], tuple[float, float]], delta: float, tolerance: float = 1e-4) -> float:
+def find_balance(measure: Callable[[float], tuple[float, float]], delta: float, tolerance: float = 1e-4) -> float:
     """Search for the weight at which confidence equals ``delta`` times accuracy (Ni et al., 2025).
 
     ``lam = 1`` if the linear classifier alone is less confident than that. Otherwise bisection of ``[0, 1]``: up if
     ``delta * accuracy > confidence`` for the mixture at the midpoint, else down; the last midpoint is the result.
 
     Args:
-        figures: Returns accuracy and mean confidence of the mixture with weight ``lam`` of the linear classifier.
+        measure: Returns accuracy and mean confidence of the mixture with weight ``lam`` of the linear classifier.
         delta: Target confidence as a fraction of the accuracy.
         tolerance: Interval width at which the search ends.
 
@@ -115,7 +115,7 @@ def find_balance(figures: Callable[[float], tuple[float, float]], delta: float, 
     """
 
     def is_underconfident(lam: float) -> bool:
-        accuracy, confidence = figures(lam)
+        accuracy, confidence = measure(lam)
         return delta * accuracy > confidence
 
     if is_underconfident(1.0):
@@ -339,13 +339,13 @@ class BalCAL(ClassificationModule):
         if count == 0 or self.plain_loss:
             return
 
-        def figures(lam: float) -> tuple[float, float]:
+        def measure(lam: float) -> tuple[float, float]:
             sums = self.trainer.strategy.reduce(_sums(parts, lam, self.device), reduce_op="sum")
             correct, confidence = sums.tolist()
             return correct / count, confidence / count
 
         # The sums, and therefore the search, are identical on all processes.
-        self.lam.fill_(find_balance(figures, self.delta))
+        self.lam.fill_(find_balance(measure, self.delta))
         self._forget()
 
 

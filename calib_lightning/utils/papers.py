@@ -84,7 +84,7 @@ def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str
     return Cell(
         Where(paper, table, row, column),
         tuple(_seeded(line, seed if trains else None) for line in lines if line is not None),
-        dict(zip(of_table["figures"], values.get(column, values.get(data, ())), strict=False)),
+        dict(zip(of_table["metrics"], values.get(column, values.get(data, ())), strict=False)),
         column not in values and data in values,
         (of_table["title"], f"evaluated epoch: {known['selects']}", *notes),
     )

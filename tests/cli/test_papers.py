@@ -115,7 +115,7 @@ def test_published_values_belong_to_cells_that_exist():
             assert set(table["published"]) <= set(rows)
             for row, values in table["published"].items():
                 assert set(values) <= {*columns, *(column.partition("/")[0] for column in columns)}, (paper, name, row)
-                assert all(len(value) == len(table["figures"]) for value in values.values()), (paper, name, row)
+                assert all(len(value) == len(table["metrics"]) for value in values.values()), (paper, name, row)
 
 
 def test_averages_over_networks_are_marked():
