@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="calib list", description="What can be named on the command line, one line each.", allow_abbrev=False
     )
     parser.add_argument("kind", nargs="?", metavar="KIND", help=f"{', '.join(KINDS)}; without: what these are")
-    parser.add_argument("--markdown", action="store_true", help="methods as the table that the README has")
+    parser.add_argument("--markdown", action="store_true", help="the methods as the table of docs/methods.md")
     return parser
 
 

@@ -585,7 +585,7 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
         ValueError: If it was not written by a `ClassificationModule` or names an unknown class.
 
     Example:
-        ``module = load_module("runs/quickstart/checkpoints/best.ckpt")``
+        ``module = load_module("runs/digits-focal-0/checkpoints/best.ckpt")``
     """
     return module_of(load_checkpoint(path, map_location)).to(map_location)
 

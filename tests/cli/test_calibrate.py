@@ -533,7 +533,7 @@ def test_shared_rows_are_said_and_chance_is_not_blamed(files, calib):
     save(files / "mixed.npz", logits, labels)
     done = calib("calibrate", "--calibration", "cal.npz", "--test", "mixed.npz", *FAST)
     assert done.code == 0
-    assert "mixed: 20 of its rows are also among the rows" in done.out
+    assert "mixed: 20 of its rows are also among the calibration rows" in done.out
     for name in ("one", "two"):
         save(files / f"{name}.npz", torch.zeros(30, 5), torch.arange(30) % (2 + len(name)))
     save(files / "two.npz", torch.zeros(40, 5), torch.arange(40) % 5)
@@ -557,9 +557,9 @@ def test_shared_rows_are_said_and_chance_is_not_blamed(files, calib):
         ((*FILES, "--calibrators", "temperature"), ["'temperature'", "Temperature"]),
         ((*FILES, "--calibrators", "FixedTemperature(-1)"), ["temperature=-1"]),
         ((*FILES, "--calibrators", "FixedTemperature"), ["FixedTemperature takes temperature"]),
-        ((*FILES, "--calibrators", "Temperature("), ["'Temperature('", "cannot be read"]),
-        ((*FILES, "--calibrators", "] + ["), ["cannot be read"]),
-        ((*FILES, "--calibrators", ""), ["cannot be read"]),
+        ((*FILES, "--calibrators", "Temperature("), ["'Temperature('", "cannot be parsed"]),
+        ((*FILES, "--calibrators", "] + ["), ["cannot be parsed"]),
+        ((*FILES, "--calibrators", ""), ["cannot be parsed"]),
         ((*FILES, "--calibrators", "__import__('os')"), ["__import__"]),
         ((*FILES, "--calibrators", "Isotonic()"), ["Isotonic"]),
         ((*FILES, "--calibrators", "NeuralClamping"), ["NeuralClamping", "RUN"]),
@@ -755,7 +755,7 @@ def test_a_run_whose_network_cannot_be_asked_is_refused(run, calib, fault):
         config.write_text(config.read_text().replace("calib_lightning.data.DigitsDataModule", "os.system"))
     done = calib("calibrate", run, "--calibrators", "FeatureScaling")
     assert (done.code, done.out) == (1, "")
-    words = {"config": "config.yaml", "checkpoint": "no chosen checkpoint", "splits": "splits", "data": "os.system"}
+    words = {"config": "config.yaml", "checkpoint": "no selected checkpoint", "splits": "splits", "data": "os.system"}
     assert words[fault] in done.err, done.err
     assert calib("calibrate", run, *FAST).code == 0
 
@@ -834,11 +834,11 @@ def test_probabilities_taken_for_logits_are_refused(tmp_path, capsys):
         np.savez(tmp_path / f"{name}.npz", logits=probs, labels=labels)
     files = ["--calibration", str(tmp_path / "cal.npz"), "--test", str(tmp_path / "test.npz")]
     assert main(["calibrate", *files]) == 1
-    assert "say input=probs" in capsys.readouterr().err
+    assert "set input=probs" in capsys.readouterr().err
 
 
 def test_what_cannot_stand_alone_says_how_to_write_it(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["calibrate", "RUN", "--calibrators", "Isotonic"])
     assert leaving.value.code == 2
-    assert "write OneVsRest(Isotonic) or TopLabel(Isotonic)" in capsys.readouterr().err
+    assert "Write OneVsRest(Isotonic) or TopLabel(Isotonic)" in capsys.readouterr().err

@@ -219,10 +219,10 @@ def test_a_name_of_two_classes_is_numbered(calib, tmp_path, predictions):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (np.array(["ant", "bee"]), "a.npz: class_names are ['ant', 'bee'], allowed: 3 strings"),
-        (np.arange(3), "a.npz: class_names are [0, 1, 2], allowed: 3 strings"),
+        (np.array(["ant", "bee"]), "a.npz: class_names are ['ant', 'bee']; they must be 3 strings"),
+        (np.arange(3), "a.npz: class_names are [0, 1, 2]; they must be 3 strings"),
         (np.array(NAMES, dtype=object), "a.npz: 'class_names' cannot be read"),
-        (np.array("ant"), "a.npz: class_names are 'ant', allowed: 3 strings"),
+        (np.array("ant"), "a.npz: class_names are 'ant'; they must be 3 strings"),
     ],
 )
 def test_wrong_names_in_a_file_are_refused(calib, tmp_path, predictions, names, message):

@@ -18,8 +18,8 @@ NOTHING = (
     [
         (("--data=digits_lt", "--model=label_smoothing"), "digits_lt-label_smoothing-0"),
         (("--data=DigitsDataModule", "--model=LabelSmoothing", "--seed_everything=3"), "digits-label_smoothing-3"),
-        (("-c=quickstart", "--run_dir=null", "--model=focal"), "digits_lt-focal-0"),
-        (("-c=quickstart", "--run_dir=null", "--data=ToyDataModule"), "toy-cross_entropy-0"),
+        (("-c=quickstart", "--model=focal"), "digits_lt-focal-0"),
+        (("-c=quickstart", "--data=ToyDataModule"), "toy-cross_entropy-0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

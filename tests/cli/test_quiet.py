@@ -16,7 +16,7 @@ from calib_lightning.commands.quiet import be_quiet, without_noise
 
 from .conftest import QUICK
 
-RUN = ("fit", "-c", "quickstart", "--trainer.max_epochs=1", "--data.split.calibration=0")
+RUN = ("fit", "-c", "quickstart", "--run_dir=runs/quickstart", "--trainer.max_epochs=1", "--data.split.calibration=0")
 
 
 @pytest.fixture

@@ -471,7 +471,7 @@ def test_figures_are_written(calib, tmp_path):
             assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
 
 
-def test_undefined_figures_are_a_dash_and_said_once(scored, calib, tmp_path):
+def test_undefined_values_are_a_dash_and_noted_once(scored, calib, tmp_path):
     right = save_npz(tmp_path / "right.npz", 5 * torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 0]))
     done = calib("score", right, "--intervals", "20", "--bins", "10,15", "--groups", "class")
     assert done.code == 0
@@ -485,7 +485,7 @@ def test_undefined_figures_are_a_dash_and_said_once(scored, calib, tmp_path):
     assert entry["values"]["accuracy"] == 1.0
 
 
-def test_what_a_metric_warns_of_is_a_note(calib, scored, tmp_path):
+def test_a_warning_of_a_metric_is_a_note(calib, scored, tmp_path):
     rows = LABELS < 3
     path = save_npz(tmp_path / "run.npz", LOGITS[rows], LABELS[rows])
     with pytest.warns(UserWarning, match="2 of 5 classes") as caught:
@@ -565,14 +565,14 @@ BAD = {
         "run.npz",
         ["500 rows", "confidence 1.5", "[0, 1]"],
     ),
-    "npy without labels": (lambda p: np.save(p, Z), "run.npy", ["in a file of their own (labels)"]),
+    "npy without labels": (lambda p: np.save(p, Z), "run.npy", ["in a separate file (labels)"]),
     "npy of objects": (lambda p: np.save(p, np.array([{}, {}], dtype=object)), "run.npy", ["plain NumPy array"]),
     "npy that is npz": (lambda p: np.savez(p.open("wb"), Z), "run.npy", ["rename it to .npz"]),
     "npz that is npy": (lambda p: np.save(p.open("wb"), Z), "run.npz", [".npy", "savez"]),
     "pickle": (lambda p: torch.save({"logits": _Gadget()}, p), "run.pt", ["dict of tensors"]),
     "broken pt": (lambda p: p.write_bytes(b"nonsense"), "run.pt", ["dict of tensors"]),
     "list": (lambda p: torch.save([LOGITS, LABELS], p), "run.pt", ["list", "dict of tensors"]),
-    "tensor alone": (lambda p: torch.save(LOGITS, p), "run.pt", ["in a file of their own (labels)"]),
+    "tensor alone": (lambda p: torch.save(LOGITS, p), "run.pt", ["in a separate file (labels)"]),
     "empty csv": (lambda p: p.write_text(""), "run.csv", ["empty"]),
     "binary csv": (lambda p: p.write_bytes(b"\xff\xfe1,2"), "run.csv", ["UTF-8"]),
     "ragged": (lambda p: p.write_text("1,2,0\n1,2\n"), "run.csv", ["columns changed", "row 2"]),
@@ -665,7 +665,7 @@ def test_the_columns_that_were_read_are_said(calib, tmp_path):
         (("run.npz", "--groups", "frequency", "--train_counts", "counts.json"), "counts.json"),
         (("run.npz", "--labels", "labels.npy"), "labels.npy"),
         (("run.npz", "--output", "run.npz/report.json"), "--output"),
-        (("run.npz", "--output", "folder", "--format", "json"), "--output folder: is a folder"),
+        (("run.npz", "--output", "folder", "--format", "json"), "--output is folder, a folder"),
         (("run.npz", "--figures", "run2.npz"), "--figures"),
     ],
 )
