@@ -41,7 +41,7 @@ def calib(tmp_path, monkeypatch):
 
 
 TOY = ("--data=ToyDataModule", "--data.split.val=30", "--data.split.calibration=30", "--quiet=true")
-QUICK = ("fit", "-c", "quickstart", "--quiet=true", "--run_dir=runs/quickstart")
+QUICK = ("fit", "-c", "quickstart", "--run_dir=runs/quickstart", "--quiet=true")
 
 
 @pytest.fixture

@@ -132,7 +132,10 @@ def test_plain_arguments_keep_value_and_type(value):
     assert type(kept) is type(value)
 
 
-@pytest.mark.parametrize(("value", "kept"), [((1, 2), [1, 2]), (np.float64(1.5), 1.5), (np.int32(3), 3), (torch.tensor([1.0, 2.0]), [1.0, 2.0])])
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [((1, 2), [1, 2]), (np.float64(1.5), 1.5), (np.int32(3), 3), (torch.tensor([1.0, 2.0]), [1.0, 2.0])],
+)
 def test_arguments_become_plain_data(value, kept):
     found = KeywordHead(value).spec["init_args"]["value"]
     assert found == kept
