@@ -1,4 +1,4 @@
-"""``calib calibrate``: fit calibrators to held-out predictions and say what they do to every test set."""
+"""``calib calibrate``: fit calibrators to held-out predictions and evaluate them on every test set."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DEFAULT_CALIBRATOR = "Temperature"
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Files in place of a run.
+    """Files instead of a run.
 
     Args:
         calibration: Scores and labels to fit to.
-        test: Scores and labels to measure on.
-        labels: Labels from a .npy, .npz, .pt or .csv file: one for --calibration, then one for each --test.
+        test: Scores and labels to evaluate on.
+        labels: File of labels (.npy, .npz, .pt or .csv), once for --calibration, then once for each --test.
     """
 
     calibration: Path | None = None
@@ -37,24 +37,25 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Files, Settings, Reading):
-    """Fit calibrators to held-out predictions; accuracy, calibration and refinement before and after.
+    """Fit calibrators to held-out predictions; compare accuracy, calibration and refinement before and after.
 
-    what is fitted to what:
-      RUN          a folder of `calib fit`: fitted to predictions/calibration.npz, measured on every other set that was
-                   saved but the validation set. The network is loaded only where a calibrator needs images or features.
-      files        fitted to --calibration, measured on every --test. They are read as by `calib score`; see its --help.
-                   A calibrator is never fitted to rows that it is measured on.
+    data:
+      RUN          a folder of `calib fit`: calibrators are fitted to predictions/calibration.npz and evaluated on every
+                   other saved set except the validation set. The network is loaded only if a calibrator needs images
+                   or features.
+      files        calibrators are fitted to --calibration and evaluated on every --test. Formats: calib score --help.
+                   Test rows among the calibration rows are rejected.
 
-    Calibrators are written as in Python, with commas between them, such as
+    Calibrators are written as in Python, separated by commas:
       --calibrators "Temperature,VectorScaling,Sequential(Temperature(),OneVsRest(Isotonic()))"
-    `calib list calibrators` names them all.
+    `calib list calibrators` lists all.
 
-    For a RUN, the fitted calibrators and the report go to a new folder RUN/calibrate; for files, to --output.
+    The fitted calibrators and the report go to a new folder: RUN/calibrate for a run, --output for files.
 
     Args:
-        run: Folder of a run; without it see --calibration.
-        calibrators: Calibrators with commas between them; may be given several times. Default: Temperature.
-        output: Folder for the calibrators and the report; a number is added where it exists. Default: RUN/calibrate.
+        run: Folder of a run. Without it, give --calibration and --test.
+        calibrators: Comma-separated calibrators; may be repeated. Default: Temperature.
+        output: Folder for the calibrators and the report; a number is appended if it exists. Default: RUN/calibrate.
     """
 
     run: Path | None = field(default=None, metadata={"metavar": "RUN", "positional": True})
@@ -76,28 +77,18 @@ class Options(Files, Settings, Reading):
             }
             for option, value in given.items():
                 if value:
-                    raise ValueError(f"{option} is for files; of the run {self.run} its own predictions are taken")
+                    raise ValueError(f"{option} is for files only; the run {self.run} has its own predictions")
         elif self.calibration is None or not self.test:
             raise ValueError("give a RUN, or --calibration FILE and --test FILE")
         if len(self.labels) not in (0, 1 + len(self.test)):
             raise ValueError(
-                f"--labels was given {len(self.labels)} times: give it once for --calibration and once for each of the "
-                f"{len(self.test)} test files, in this order"
+                f"--labels is given {len(self.labels)} times; it must be given once for --calibration and once for "
+                f"each of the {len(self.test)} test files, in this order"
             )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command.
-
-    Args:
-        argv: Words after ``calib calibrate``.
-
-    Returns:
-        Exit code: 0, or 1 if a file is at fault or a calibrator could not be fitted. A wrong command line ends with 2.
-
-    Example:
-        ``main(["--calibration", "val.npz", "--test", "test.npz", "--calibrators", "Temperature,VectorScaling"])``
-    """
+    """Run ``calib calibrate``; exit code 1 if a file is invalid or a fit fails, 2 for a wrong command line."""
     options = parse(Options, "calibrate", argv)
     check_metrics("calibrate", options.metrics)
     from calib_lightning.predictions.calibrating import named_calibrators
@@ -106,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         calibrators = named_calibrators(options.calibrators or DEFAULT_CALIBRATOR)
         for calibrator in calibrators:
             if "network" in calibrator.needs and options.run is None:
-                raise ValueError(f"{calibrator.name} needs the network and its images: give a RUN")
+                raise ValueError(f"{calibrator.name} needs the network and its images. Give a RUN.")
     except ValueError as error:
         wrong("calibrate", f"--calibrators: {one_line(error)}")
     return reported(lambda: _run(options, calibrators))
@@ -131,7 +122,7 @@ def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
     report = calibrate(source, tests, calibrators, reading=reading, **vars(Settings.of(options)))
     print_report(report, "text", None)
     if output is None:
-        print("Nothing was written; --output DIR keeps the fitted calibrators and the report.")
+        print("Nothing was written; --output DIR saves the fitted calibrators and the report.")
     else:
         print(f"The calibrators and the report are in {report.save(output)}; {_use_of(report)}")
     for name, reason in report.failed.items():
@@ -140,11 +131,11 @@ def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
 
 
 def _use_of(report: CalibrationReport) -> str:
-    """How the fitted calibrators can be applied to other rows."""
+    """How to apply the fitted calibrators to other rows."""
     needs = {need for calibrator in report.calibrators.values() for need in calibrator.needs}
     use = "`calib score FILE --calibrator CAL.pt` applies one."
     if "features" in needs:
-        use += " Those that need features read them from FILE too (--features_key)."
+        use += " Calibrators that need features read them from FILE (--features_key)."
     if "network" in needs:
-        use += " Those that need the network are applied by CalibratedClassifier in Python."
+        use += " Apply those that need the network with CalibratedClassifier in Python."
     return use

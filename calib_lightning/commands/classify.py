@@ -27,21 +27,21 @@ class Options:
     """Label, confidence and whether to abstain, for each image of a folder.
 
     model files:
-      .pt          of calib_lightning.deploy.save_classifier; nothing in it is executed. Networks other than timm models
-                   and modules of calib_lightning need export_torch or export_onnx
-      .onnx        of export_onnx; a graph and numbers, nothing else
-      .pt2         of export_torch; reading one may execute what it holds: use files from people you trust only
+      .pt          from calib_lightning.deploy.save_classifier; no code in it is executed. For networks other than timm
+                   models and modules of calib_lightning, use export_torch or export_onnx
+      .onnx        from export_onnx; contains only a graph and numbers
+      .pt2         from export_torch; loading it may execute code in it, so use only files from sources that you trust
 
-    Images are .jpg, .png, .webp and .bmp files in DIR and the folders in it. Those that cannot be read are named, the
-    others are classified, and the exit code is 1. Images are prepared as the model file says.
+    Images are .jpg, .png, .webp and .bmp files in DIR and its subfolders. Images that cannot be read are reported, the
+    others are classified, and the exit code is 1. The model file defines the preprocessing.
 
     Args:
         images: Folder of images.
-        model: A calibrated classifier, see below.
-        output: Write .csv or .json there, in place of a table in the terminal.
-        batch_size: Images at once.
-        threshold: Abstain where the confidence is below this fraction. Default: that of the model file.
-        device: Where the network runs, such as cuda.
+        model: A calibrated classifier; see below.
+        output: Write a .csv or .json file instead of printing a table.
+        batch_size: Number of images per batch.
+        threshold: Abstain if the confidence is below this fraction. Default: the threshold in the model file.
+        device: Device of the network, such as cuda.
     """
 
     images: Path = field(metadata={"metavar": "DIR"})
@@ -53,22 +53,15 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"--batch_size is {self.batch_size}; it must be >= 1. 32 is customary.")
+            raise ValueError(f"--batch_size is {self.batch_size}; it must be >= 1. 32 is usual.")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"--threshold is {self.threshold}; it must be a fraction between 0 and 1, such as 0.8.")
+            raise ValueError(f"--threshold is {self.threshold}; it must be a fraction from 0 to 1, such as 0.8.")
         if self.output is not None and self.output.suffix.lower() not in (".csv", ".json"):
             raise ValueError(f"--output is {self.output}; its suffix must be .csv or .json. Rename it.")
 
 
 class Row(NamedTuple):
-    """What is said about one image.
-
-    Attributes:
-        file: Its path within the folder, with slashes.
-        label: Name of the predicted class, or its number where names are not known.
-        confidence: Confidence in it, a fraction.
-        abstain: Whether the classifier abstains.
-    """
+    """The answer for one image: relative path, class name (number if unknown), confidence, whether to abstain."""
 
     file: str
     label: str | int
@@ -77,17 +70,7 @@ class Row(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command.
-
-    Args:
-        argv: Words after ``calib classify``.
-
-    Returns:
-        Exit code: 0, or 1 if the model or an image is at fault. A wrong command line ends with 2.
-
-    Example:
-        ``main(["photos", "--model", "classifier.pt"])``
-    """
+    """Run ``calib classify``; exit code 1 if the model or an image is invalid, 2 for a wrong command line."""
     options = parse(Options, "classify", argv)
     return reported(lambda: _classify(options))
 
@@ -100,15 +83,14 @@ def _classify(options: Options) -> int:
     model = _model(options)
     if model.preprocessing is None:
         raise ValueError(
-            f"{options.model}: does not say how images are prepared; save it with "
-            "CalibratedClassifier(..., preprocessing=Preprocessing(...))"
+            f"{options.model} has no preprocessing. Save a CalibratedClassifier(..., preprocessing=Preprocessing(...))."
         )
     if options.threshold is None and model.operating_point is None:
-        _say("note", f"{options.model} has no operating threshold, so nothing abstains; give --threshold")
+        _say("note", f"{options.model} has no threshold, so it never abstains; give --threshold")
     if found.others:
         _say("note", f"not images: {', '.join(_within(path, options.images) for path in found.others)}")
     rows: list[Row] = []
-    faults = dict.fromkeys(found.other_images, "is not read; convert it to .png")
+    faults = dict.fromkeys(found.other_images, "not a supported format; convert it to .png")
     for batch in read_batches(found.images, model.preprocessing, options.batch_size):
         faults |= batch.faults
         if batch.paths:
@@ -116,7 +98,7 @@ def _classify(options: Options) -> int:
             answers = zip(*(part.tolist() for part in decision), strict=True)
             for path, (label, confidence, abstain) in zip(batch.paths, answers, strict=True):
                 if math.isnan(confidence):
-                    faults[path] = "the network returns nan for it; are the weights of the model finite?"
+                    faults[path] = "the output of the network is nan; check that the weights of the model are finite"
                     continue
                 name = label if model.classes is None else model.classes[label]
                 rows.append(Row(_within(path, options.images), name, round(confidence, _DIGITS), abstain))

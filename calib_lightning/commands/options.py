@@ -1,7 +1,7 @@
-"""Command lines from dataclasses: a field is an option, its docstring the help, the class's docstring the rest.
+"""Command lines from dataclasses: fields are options, and the docstring of the class is the help.
 
-The parser beneath is argparse and not jsonargparse, which `calib fit` needs: the latter cannot take several files
-(``--test a.npz b.npz``), and speaks of Python types in its help and errors.
+The parser is argparse, not jsonargparse, which `calib fit` needs: jsonargparse does not accept several files
+(``--test a.npz b.npz``), and its help and errors show Python types.
 """
 
 from __future__ import annotations
@@ -22,17 +22,10 @@ _METAVARS = {Path: "FILE", int: "N", float: "X"}
 
 
 def parse(options: type[T], name: str, argv: Sequence[str]) -> T:
-    """Read a command line; a fault, also one that the dataclass finds, ends the process with code 2.
+    """Parse the arguments of a command into a dataclass; errors, also a ``ValueError`` of it, exit with code 2.
 
-    Args:
-        options: A dataclass. A field without a default is positional; lists take several words; a field with
-            ``metadata={"const": value}`` may stand without a value. Bases are groups of options in the help, under
-            their docstring's first line. What a docstring has behind ``Args:`` and further sections is not shown.
-        name: That of the command.
-        argv: Words after it.
-
-    Returns:
-        The options.
+    Fields without a default are positional; ``metadata={"const": value}`` makes the value optional; bases are groups of
+    options, titled by the first line of their docstring. Docstring sections after ``Args:`` are not shown.
     """
     found: T = Parser(options, name).options(argv)
     return found
@@ -60,13 +53,13 @@ class Parser(argparse.ArgumentParser):
             group = self if owner is options else self.add_argument_group(text.partition("\n")[0].rstrip("."))
             for entry in fields(options):
                 declared = [base for base in lines if entry.name in base.__annotations__]
-                if declared[-1] is owner:  # a class that only gives an option another default leaves it in its group
+                if declared[-1] is owner:  # a class that only changes the default leaves the option in its group
                     metadata = [base.__dataclass_fields__[entry.name].metadata for base in reversed(declared)]
                     known = {key: value for found in metadata for key, value in found.items()}
                     self._add(group, entry, kinds[entry.name], helps.get(entry.name, ""), known)
 
     def options(self, argv: Sequence[str]) -> Any:
-        """Read a command line, whose faults end the process with code 2."""
+        """Parse arguments; errors exit with code 2."""
         found = vars(self.parse_args(self._spelled(argv)))
         try:
             return self.made(**found)
@@ -74,7 +67,7 @@ class Parser(argparse.ArgumentParser):
             self.error(" ".join(str(error).split()))
 
     def error(self, message: str) -> NoReturn:
-        """End with code 2, the message, and the nearest option to a misspelt one."""
+        """Exit with code 2 and the message, with the option nearest to a misspelt one."""
         known = [word for action in self._actions for word in action.option_strings]
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
         near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
@@ -92,9 +85,9 @@ class Parser(argparse.ArgumentParser):
         if "const" in known:
             words |= {"nargs": "?", "const": known["const"]}
             self.bare[f"--{entry.name}"] = known["const"]
-        if known.get("once"):  # one word each time, so that files may follow
+        if known.get("once"):  # one value per occurrence, so that files may follow
             words = {**words, "action": "append", "nargs": None}
-        if known.get("required"):  # an option all the same
+        if known.get("required"):  # an option although it has no default
             group.add_argument(f"--{entry.name}", required=True, **words)
         elif required:
             group.add_argument(entry.name, **words | {"action": "store"})
@@ -107,7 +100,7 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(off, dest=entry.name, action="store_const", const=None, help=f"no {entry.name}")
 
     def _spelled(self, argv: Sequence[str]) -> list[str]:
-        """Give an option that may stand alone its value: argparse would take a file after it for one."""
+        """Add the value of an option without one: argparse would take a following file for it."""
         words = list(argv)
         for place, word in enumerate(argv):
             follower = argv[place + 1] if place + 1 < len(argv) else ""
@@ -117,7 +110,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parted(owner: type[Any]) -> tuple[str, dict[str, str]]:
-    """The text of a docstring before its sections, and the help of each argument."""
+    """The text before the sections of a docstring, and the help of each argument."""
     text, _, sections = (inspect.getdoc(owner) or "").partition("\n\nArgs:\n")
     listed = re.split(r"\n\n?\w+:\n", sections)[0]
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
@@ -125,7 +118,7 @@ def _parted(owner: type[Any]) -> tuple[str, dict[str, str]]:
 
 
 def _words(kind: Any) -> dict[str, Any]:
-    """How argparse is told about a type."""
+    """Arguments of ``add_argument`` for a type."""
     if kind is bool:
         return {"action": "store_true"}
     if get_origin(kind) is Literal:

@@ -13,18 +13,11 @@ from typing import Any
 from calib_lightning.utils.papers import Cell, cell, read_index, rows_and_columns, tables
 
 FINISHED = "paper.txt"
-"""In a run's folder: the command that has made it, written when it was finished."""
+"""File in the folder of a finished run, with its command."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``calib paper``.
-
-    Args:
-        argv: The arguments behind ``paper``; what follows ``--`` is added to every ``calib fit`` and ``calib test``.
-
-    Returns:
-        Exit code: 0 for success, 1 for a cell that is not known, else that of the command that failed.
-    """
+    """Run ``calib paper``; exit code 1 for an unknown cell, or the exit code of the command that failed."""
     own = list(argv)
     at = own.index("--") if "--" in own else len(own)
     own, more = own[:at], own[at + 1 :]
@@ -49,15 +42,15 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="calib paper",
-        description="The commands behind a cell of a published table. Without a cell: what there is.",
+        description="Print or run the commands of a cell of a published table; without a cell, list what there is.",
         epilog="What follows -- is added to every calib fit and calib test: calib paper ... --run -- --data.root=DIR",
     )
     parser.add_argument("paper", nargs="?", help="refcal, dark_side, neural_clamping or mac_cal")
     parser.add_argument("table", nargs="?", help="a table of the paper, such as table1")
     parser.add_argument("--row", help="a row of the table, a method")
     parser.add_argument("--column", help="a column of the table, data/network")
-    parser.add_argument("--seed", type=int, help="another seed than the paper's; the run folder has it in its name")
-    parser.add_argument("--run", action="store_true", help="run the commands; a finished training is not repeated")
+    parser.add_argument("--seed", type=int, help="a seed other than the paper's; it is part of the run folder's name")
+    parser.add_argument("--run", action="store_true", help="run the commands; finished trainings are not repeated")
     return parser
 
 
@@ -77,7 +70,7 @@ def _axes(index: Mapping[str, Any], paper: str, table: str) -> str:
 
 
 def _described(found: Cell) -> str:
-    """Comments above the commands, so that the whole output is a script."""
+    """Comments above the commands, so that the output is a script."""
     paper, table, row, column = found.where
     title, *remarks = found.remarks
     published = ", ".join(f"{name} {value}" for name, value in found.published.items()) or "nothing"
@@ -115,9 +108,9 @@ def _why_not(run: Path, done: Path) -> str:
     if done.is_file():
         return (
             f"{run} was made by another command ({done.read_text(encoding='utf-8').strip()}). Remove or rename "
-            "the folder, or give a --seed, which has one of its own."
+            "the folder, or give a --seed, which has its own folder."
         )
     return (
-        f"{run} exists, but its training is not finished. Go on with calib fit -c {run}/config.yaml --ckpt_path "
+        f"{run} exists, but its training is not finished. Continue with calib fit -c {run}/config.yaml --ckpt_path "
         f"{run}/checkpoints/last.ckpt, or remove the folder."
     )

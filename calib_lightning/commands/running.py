@@ -1,4 +1,4 @@
-"""What commands share: faults in one line, and where their output goes."""
+"""Functions that commands share: errors in one line, and output of reports."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from calib_lightning.utils.files import check_writable, write_whole
 if TYPE_CHECKING:
     from calib_lightning.predictions.tables import Report
 
-# torch raises AssertionError for a device that it was not built for
+# torch raises AssertionError for a device that its build does not support
 FAULTS = (ValueError, TypeError, OSError, RuntimeError, ImportError, AssertionError, UnpicklingError)
-"""Errors of the input; anything else is a bug, and shows its traceback."""
+"""Errors of the input; any other error is a bug, shown with its traceback."""
 
 
 def reported(work: Callable[[], int]) -> int:
-    """Run a command; a fault of its input is told in one line and gives code 1."""
+    """Run a command; an error of its input is printed in one line, with exit code 1."""
     try:
         return work()
     except FAULTS as error:
@@ -33,7 +33,7 @@ def one_line(error: Exception) -> str:
 
 
 def check_metrics(command: str, metrics: str | None) -> None:
-    """End with code 2 if ``--metrics`` names an unknown one."""
+    """Exit with code 2 if a metric is unknown."""
     from calib_lightning.predictions.values import selected_metrics  # the import takes seconds
 
     try:
@@ -43,22 +43,22 @@ def check_metrics(command: str, metrics: str | None) -> None:
 
 
 def wrong(command: str, message: str) -> NoReturn:
-    """End with code 2: the command line is at fault."""
+    """Exit with code 2 because of a wrong command line."""
     print(f"calib {command}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def check_output(output: Path | None) -> None:
-    """Refuse, before anything is computed, a file that cannot be written."""
+    """Reject a file that cannot be written, before any computation."""
     if output is None:
         return
     if output.is_dir():
-        raise IsADirectoryError(f"--output {output}: is a folder; name a file")
+        raise IsADirectoryError(f"--output is {output}, a folder; it must be a file.")
     check_writable(output.parent, "--output")
 
 
 def print_report(report: Report, style: str, output: Path | None) -> None:
-    """Print a report or write it to a file; its notes go to stderr where the report is not for people."""
+    """Print a report or write it to a file; unless the text is printed, its notes also go to stderr."""
     from rich.console import Console
 
     if style == "text":

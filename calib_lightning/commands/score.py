@@ -27,12 +27,12 @@ class Compared:
     """Groups and comparisons.
 
     Args:
-        groups: Values of each class, or of frequent and rare classes.
-        train_counts: Training images of each class: K whole numbers in a .csv, .npy or .json file; for --groups
-            frequency.
-        compare: Another run on the same samples: the difference of each file to it, with the p-value of a permutation
-            test.
-        seeds: The files are runs of one method: mean and standard deviation over them.
+        groups: Report values of each class, or of frequent and rare classes.
+        train_counts: Training images of each class, for --groups frequency: K whole numbers in a .csv, .npy or .json
+            file.
+        compare: Another run on the same samples. Report the difference of each file to it, with the p-value of a
+            permutation test.
+        seeds: Report mean and standard deviation over the files, which are runs of one method.
     """
 
     groups: Literal["class", "frequency"] | None = None
@@ -43,11 +43,11 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What is written.
+    """Output.
 
     Args:
-        format: Default: by the suffix of --output, or text.
-        output: Write the report there (.txt, .json or .md).
+        format: Format of the report. Default: by the suffix of --output, or text.
+        output: File for the report (.txt, .json or .md). Default: print it.
         figures: Write figures as PNG and SVG to DIR/<set>/.
     """
 
@@ -57,11 +57,11 @@ class Written:
 
     @property
     def style(self) -> Format:
-        """The format, also where it follows from the suffix."""
+        """The format, given or by suffix."""
         suffix = self.output.suffix.lower() if self.output else ".txt"
         if self.format is None and suffix not in _FORMATS:
             raise ValueError(
-                f"--output is {self.output}; its suffix must be one of {', '.join(_FORMATS)}. Say --format."
+                f"--output is {self.output}; its suffix must be one of {', '.join(_FORMATS)}. Or set --format."
             )
         return self.format or _FORMATS[suffix]
 
@@ -71,24 +71,24 @@ class Options(Compared, Written, Settings, Reading):
     """Accuracy, calibration and refinement of saved predictions.
 
     files:
-      .npz         arrays `logits` (with --input probs: `probs`) of shape (N, K), `labels` (N,) and, where there are
-                   any, `confidence` (N,) of a method that brings its own, `class_names` (K,) and `label_distribution`
-                   (N, K), shares of the classes such as people's votes; --scores_key and --labels_key name others.
-                   Files of `calib test` are of this kind.
+      .npz         arrays `logits` (with --input probs: `probs`) of shape (N, K) and `labels` (N,); optionally
+                   `confidence` (N,), if it is not the largest probability, `class_names` (K,), and
+                   `label_distribution` (N, K), such as the votes of annotators. --scores_key and --labels_key set other
+                   names. `calib test` writes such files.
       .pt, .pth    a dict of tensors with these names (class_names: a list), or one tensor (N, K) with --labels
       .npy         scores (N, K), with --labels
-      .csv         one row a sample: a column `label` (or --labels_key) and K columns of scores named 0, 1, 2, ... or
-                   z0, z1, z2, ..., in the order of the classes; `confidence` is as above; `id`, `index` and a first
-                   column without a name are skipped. One column `p` is the probability of class 1 of two. Without a
-                   header the labels are the last column.
+      .csv         one row per sample: a column `label` (or --labels_key) and K columns of scores named 0, 1, 2, ... or
+                   z0, z1, z2, ..., in class order; `confidence` as above; `id`, `index` and a first column without a
+                   name are skipped. For two classes, one column `p` may hold the probability of class 1. Without a
+                   header, the labels are the last column.
 
-    Fractions are shown in percent where that is usual; JSON holds fractions at full precision, null where
-    undefined, "inf" where infinite.
+    Fractions are shown in percent where that is usual. JSON has fractions at full precision, null for undefined
+    values, and "inf" or "-inf" for infinite ones.
 
     Args:
-        files: Saved scores and labels, see below.
-        labels: Labels from .npy, .npz, .pt or .csv files: once for all FILEs, or once for each in their order.
-        calibrator: A file of `calib calibrate`: score what this calibrator makes of each FILE (not of --compare).
+        files: Saved scores and labels; see below.
+        labels: File of labels (.npy, .npz, .pt or .csv), once for all FILEs or once for each, in their order.
+        calibrator: File of `calib calibrate`, a calibrator to apply to each FILE (not to --compare).
     """
 
     files: list[Path] = field(metadata={"metavar": "FILE"})
@@ -98,29 +98,19 @@ class Options(Compared, Written, Settings, Reading):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.groups == "frequency") != (self.train_counts is not None):
-            raise ValueError("--groups frequency and --train_counts FILE go together")
+            raise ValueError("--groups frequency and --train_counts FILE must be given together")
         if len(self.labels) not in (0, 1, len(self.files)):
             raise ValueError(
-                f"--labels was given {len(self.labels)} times for {len(self.files)} files: give it once for all of "
-                "them, or once for each"
+                f"--labels is given {len(self.labels)} times for {len(self.files)} files; it must be given once, or "
+                "once for each file"
             )
         if self.seeds and len(self.files) < 2:
-            raise ValueError("--seeds needs two or more files, one of each run")
+            raise ValueError("--seeds needs two or more files, one for each run")
         _ = self.style
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command.
-
-    Args:
-        argv: Words after ``calib score``.
-
-    Returns:
-        Exit code: 0, or 1 if a file is at fault or a figure could not be drawn. A wrong command line ends with 2.
-
-    Example:
-        ``main(["predictions/test.npz", "--intervals"])``
-    """
+    """Run ``calib score``; exit code 1 if a file is invalid or a figure cannot be drawn, 2 for a wrong command line."""
     options = parse(Options, "score", argv)
     check_metrics("score", options.metrics)
     return reported(lambda: _run(options))
@@ -166,8 +156,8 @@ def _read(options: Options, path: Path, labels: Path | None, calibrator: Calibra
         return predictions
     if "network" in calibrator.needs:
         raise ValueError(
-            f"{options.calibrator}: {calibrator.name} needs the network and its images: use `calib calibrate RUN`, or "
-            "CalibratedClassifier in Python"
+            f"{options.calibrator}: {calibrator.name} needs the network and its images. Use `calib calibrate RUN`, or "
+            "CalibratedClassifier in Python."
         )
     if "features" in calibrator.needs:
         predictions = with_features(predictions, reading)
@@ -189,7 +179,7 @@ def _write_figures(folder: Path, report: ScoreReport) -> int:
     for name, entry in report.sets.items():
         try:
             write_figures(folder, name, entry.predictions, report.settings.bins[0])
-        except Exception as error:  # the report is written, and the figures of the other sets may yet succeed
+        except Exception as error:  # the figures of the other sets may succeed
             print(f"calib: warning: no figures of {name}: {one_line(error)}", file=sys.stderr)
             code = 1
     return code

@@ -1,4 +1,4 @@
-"""A network and its calibrator as one classifier to keep, export and use: label, confidence, abstain."""
+"""Deploy a network and its calibrator as one classifier: label, confidence, and whether to abstain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network and its calibration as one module that can be kept and shipped."""
+"""A network and its calibrator as one module to save, export and deploy."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from calib_lightning.utils.described import Spec
 
 
 class Metadata(TypedDict):
-    """What a file says about its classifier; plain data.
+    """Metadata of a saved or exported classifier, as plain data.
 
     Attributes:
-        calib_lightning: Version that wrote it.
-        calibrator: How the calibrator is written.
-        calibrator_spec: How it is built.
-        temperature: That of the calibrator; ``None`` where it has none.
+        calib_lightning: Version that wrote the file.
+        calibrator: Name of the calibrator, with its arguments.
+        calibrator_spec: Specification from which the calibrator is built.
+        temperature: Temperature of the calibrator, or ``None`` if it has none.
         num_classes: K.
-        classes: Names of the classes, ``None`` where they are not known.
-        preprocessing: How images are prepared, ``None`` where it is not known.
-        operating_point: Threshold, wanted risk, risk, coverage and rows; ``None`` where no threshold was chosen. A
-            threshold that accepts nothing is the string ``"inf"``, its risk ``None``.
+        classes: Class names, or ``None`` if unknown.
+        preprocessing: Record of the `Preprocessing`, or ``None`` if unknown.
+        operating_point: Threshold, wanted risk, risk, coverage and rows, or ``None`` without a threshold. A threshold
+            that accepts nothing is the string ``"inf"``, with risk ``None``.
     """
 
     calib_lightning: str
@@ -44,32 +44,33 @@ class Metadata(TypedDict):
 
 
 class CalibratedClassifier(nn.Module):
-    """Network and calibrator as one module, images to calibrated log-probabilities.
+    """Network and calibrator as one module, from images to calibrated log-probabilities.
 
-    It takes the network and the calibrator as they are, not copies, onto the device of the network and into evaluation
-    mode, where it stays: a calibration does not hold for a network that trains.
+    The network and the calibrator are not copied. Both are moved to the device of the network and stay in evaluation
+    mode, because a calibration is not valid for a network that is being trained.
 
     Args:
-        network: Maps images ``(N, C, H, W)`` to logits ``(N, K)``: any module, from timm, of this package or your own.
-        calibrator: Fitted, or to be fitted with `fit`; any, also one that needs features or the network.
-        preprocessing: How an image file becomes an image, for ``calib classify``.
-        classes: K names; those of a `ClassificationModule` that knows them by default.
-        features: Name of the network's submodule whose output is the features ``(N, d)``, for calibrators that need
-            them.
+        network: Maps images ``(N, C, H, W)`` to logits ``(N, K)``: a timm model, a `ClassificationModule` or any other
+            module.
+        calibrator: Any calibrator, fitted or to be fitted with `fit`, including those that need features or the
+            network.
+        preprocessing: Converts an image file to the network's input, for ``calib classify``.
+        classes: K names; by default those of a `ClassificationModule`, if it has them.
+        features: Name of the submodule that outputs the features ``(N, d)``, for calibrators that need them.
 
     Attributes:
         operating_point: The threshold below which `predict` abstains; ``None`` until `set_threshold`.
 
     Raises:
-        TypeError: ``network`` or ``calibrator`` is not what is asked for.
-        ValueError: The number of names is not that of the classes, or ``features`` is missing or no submodule.
+        TypeError: ``network`` is not a module or ``calibrator`` is not a calibrator.
+        ValueError: The number of names differs from K, or ``features`` is missing or not a submodule.
 
     Example:
         >>> from calib_lightning.posthoc import FixedTemperature
         >>> calibrator = FixedTemperature(1.5).fit(torch.randn(9, 3), torch.arange(9) % 3)
         >>> classifier = CalibratedClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), calibrator)
-        >>> classifier(torch.zeros(2, 1, 8, 8)).exp().sum(dim=1)
-        tensor([1., 1.], grad_fn=<SumBackward1>)
+        >>> classifier(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(
@@ -83,16 +84,18 @@ class CalibratedClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
-            raise TypeError(f"network is {network!r:.100}; it must be a torch.nn.Module that maps images to logits")
+            raise TypeError(f"network is {network!r:.100}; it must be a torch.nn.Module that maps images to logits.")
         if not isinstance(calibrator, Calibrator):
-            raise TypeError(f"calibrator is {calibrator!r:.100}; it must be a calibrator such as Temperature()")
+            raise TypeError(f"calibrator is {calibrator!r:.100}; it must be a calibrator such as Temperature().")
         if "features" in calibrator.needs and features is None:
             raise ValueError(
-                f"{calibrator.name} needs features: name the network's submodule that gives them, as features='pool'"
+                f"features is None, but {calibrator.name} needs features; it must be the name of the submodule that "
+                "outputs them. Pass features='pool', for example."
             )
         if features is not None and features not in dict(network.named_modules()):
             names = ", ".join(name for name, _ in network.named_children())
-            raise ValueError(f"features={features!r} is no submodule of {type(network).__name__}; it has {names}")
+            owner = type(network).__name__
+            raise ValueError(f"features is {features!r}; it must be a submodule of {owner}, which has {names}.")
         self.network, self.calibrator = network, calibrator
         self.preprocessing, self.features = preprocessing, features
         if classes is None and isinstance(network, ClassificationModule):
@@ -105,15 +108,15 @@ class CalibratedClassifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         tensors = (*self.network.parameters(), *self.network.buffers())
         return tensors[0].device if tensors else torch.device("cpu")
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode; see the class.
+        """Stay in evaluation mode, whatever ``mode`` is.
 
         Args:
-            mode: Not used.
+            mode: Ignored.
 
         Returns:
             Itself.
@@ -126,40 +129,40 @@ class CalibratedClassifier(nn.Module):
         """Calibrated log-probabilities.
 
         Args:
-            image: ``(N, C, H, W)``, as the network was trained on.
+            image: ``(N, C, H, W)``, preprocessed as in training.
 
         Returns:
             ``(N, K)``, float32 or float64.
 
         Raises:
             RuntimeError: The calibrator is not fitted.
-            ValueError: The network gives another K than the calibrator was fitted to.
+            ValueError: The K of the network is not that of the calibrator.
         """
         return self.outputs(image).logits
 
     def outputs(self, image: Tensor) -> Prediction:
-        """Calibrated log-probabilities, and the confidence where it is not the largest of them.
+        """Calibrated log-probabilities, and the confidence if it is not the largest probability.
 
         Args:
             image: As in `forward`.
 
         Returns:
-            Log-probabilities ``(N, K)`` in place of logits; and the confidence ``(N,)``, or ``None``.
+            Log-probabilities ``(N, K)``, in the field ``logits``, and the confidence ``(N,)`` or ``None``.
         """
         return self.calibrator.predict(*self.evidence(image))
 
     def evidence(self, image: Tensor) -> Evidence:
-        """What the calibrator looks at: logits, features, or the network and the images.
+        """Inputs of the calibrator: logits, features, or the network and the images.
 
         Args:
             image: As in `forward`.
 
         Returns:
-            As much as the calibrator needs.
+            At least what the calibrator needs.
 
         Raises:
             TypeError: The network does not return one tensor.
-            ValueError: The submodule of the features does not run once.
+            ValueError: The submodule of the features does not run exactly once.
         """
         if "features" in self.calibrator.needs:
             return Evidence(*self._with_features(image), self.network, image)
@@ -176,8 +179,8 @@ class CalibratedClassifier(nn.Module):
             handle.remove()
         if len(caught) != 1 or not isinstance(caught[0], Tensor):
             raise ValueError(
-                f"features={self.features!r}: this submodule ran {len(caught)} times and must run once and return a "
-                "tensor; name another"
+                f"features is {self.features!r}, a submodule that ran {len(caught)} times; it must run once and "
+                "return a tensor. Choose another submodule."
             )
         return logits, caught[0].flatten(1)
 
@@ -186,14 +189,13 @@ class CalibratedClassifier(nn.Module):
         """Label, confidence and whether to abstain.
 
         Args:
-            image: As in `forward`, on any device and in any floating dtype: it is cast to that of the network.
-            threshold: Confidence below which to abstain; that of `operating_point` by default, and without one nothing
-                abstains.
+            image: As in `forward`, on any device and in any floating-point dtype; it is converted to the network's.
+            threshold: Confidence below which to abstain. Default: the threshold of `operating_point`, or 0 without one.
 
         Returns:
-            All three, each ``(N,)``.
+            The decision, whose fields have shape ``(N,)``.
         """
-        self.eval()  # the network may have been trained on since
+        self.eval()  # the network may have been trained since
         if threshold is None:
             threshold = 0.0 if self.operating_point is None else self.operating_point.threshold
         return decide(*self.outputs(self._as_weights(image)), threshold)
@@ -201,18 +203,18 @@ class CalibratedClassifier(nn.Module):
     # --- fits --------------------------------------------------------------------------------------------------------
 
     def fit(self, loader: Iterable[Any]) -> Self:
-        """Fit the calibrator to held-out images, in one pass through the network; an older threshold is dropped.
+        """Fit the calibrator to held-out images, with one forward pass; any earlier threshold is dropped.
 
         Args:
             loader: Batches ``(image, label, ...)``, or dicts with ``image`` and ``label``, of images that the network
                 was not trained on.
 
         Returns:
-            Itself; how it went is in ``calibrator.report``.
+            Itself; ``calibrator.report`` describes the fit.
 
         Raises:
-            TypeError: A batch is not of this form.
-            ValueError: There are no batches, or an invalid value.
+            TypeError: A batch has another form.
+            ValueError: There are no batches, or a value is invalid.
 
         Example:
             ``CalibratedClassifier(network, Temperature()).fit(data.calibration_dataloader())``
@@ -226,34 +228,34 @@ class CalibratedClassifier(nn.Module):
     def set_threshold(
         self, rows: Iterable[Any] | Tensor, labels: Tensor | None = None, *, risk: float = 0.05
     ) -> OperatingPoint:
-        """Choose the lowest confidence at which the error rate of what is accepted is at most ``risk``.
+        """Choose the lowest threshold at which the error rate of the accepted rows is at most ``risk``.
 
-        On the rows that the calibrator was fitted to the risk looks a little smaller than it is; other held-out rows
-        are better. See `calib_lightning.deploy.operating_point`.
+        On the rows that the calibrator was fitted to, the risk is slightly underestimated; other held-out rows are
+        better. See `calib_lightning.deploy.operating_point`.
 
         Args:
-            rows: Batches ``(image, label, ...)`` of held-out images, or logits ``(N, K)`` of the network on them where
-                there is no perturbation.
+            rows: Batches ``(image, label, ...)`` of held-out images, or the network's logits ``(N, K)`` of them if the
+                calibrator does not change the images.
             labels: Class labels ``(N,)`` of the logits.
-            risk: Wanted error rate of the accepted rows, in ``[0, 1]``.
+            risk: Maximum error rate of the accepted rows, in ``[0, 1]``.
 
         Returns:
-            The operating point, which is kept.
+            The operating point, also stored as an attribute.
 
         Raises:
-            TypeError: A batch is not of this form, or labels of logits are missing.
-            ValueError: There are no rows, an invalid value, ``risk`` outside ``[0, 1]``, or logits where there is a
-                perturbation.
+            TypeError: A batch has another form, or the labels of logits are missing.
+            ValueError: There are no rows, a value is invalid, ``risk`` is outside ``[0, 1]``, or logits were given but
+                the calibrator changes the images.
         """
         if not isinstance(rows, Tensor):
             evidence, labels = self._collected(rows)
         elif "network" in self.calibrator.needs:
             raise ValueError(
-                f"set_threshold: logits were given, but {self.calibrator.name} changes the images before the network "
-                "sees them; give batches (image, label, ...)"
+                f"set_threshold: logits were given, but {self.calibrator.name} changes the images before they enter "
+                "the network. Pass batches (image, label, ...)."
             )
         elif labels is None:
-            raise TypeError("set_threshold: logits were given without labels; give the labels (N,) of the same rows")
+            raise TypeError("set_threshold: logits were given without labels. Pass the labels (N,) of the same rows.")
         else:
             evidence, labels = Evidence(rows.to(self.device)), labels.to(self.device)
         with torch.no_grad():
@@ -263,7 +265,7 @@ class CalibratedClassifier(nn.Module):
 
     @torch.no_grad()
     def _collected(self, loader: Iterable[Any]) -> tuple[Evidence, Tensor]:
-        """Evidence and labels of all batches; images are kept only for a calibrator that needs them."""
+        """Evidence and labels of all batches; images are kept only if the calibrator needs the network."""
         self.eval()
         parts: list[Evidence] = []
         labels: list[Tensor] = []
@@ -271,15 +273,16 @@ class CalibratedClassifier(nn.Module):
             found = [batch.get("image"), batch.get("label")] if isinstance(batch, Mapping) else batch
             if not isinstance(found, list | tuple) or len(found) < 2 or not isinstance(found[0], Tensor):
                 raise TypeError(
-                    f"the loader gives {type(batch).__name__}; batches must be tuples (image, label, ...) of tensors, "
-                    "or dicts with 'image' and 'label'"
+                    f"a batch of the loader is {type(batch).__name__}; it must be a tuple (image, label, ...) of "
+                    "tensors, or a dict with 'image' and 'label'."
                 )
             if found[1] is None:
-                raise TypeError(f"the loader gives a dict without 'label', with the keys {', '.join(map(repr, batch))}")
+                keys = ", ".join(map(repr, batch))
+                raise TypeError(f"a batch of the loader is a dict with the keys {keys}; it must also have 'label'.")
             parts.append(self.evidence(found[0].to(self.device)))
             labels.append(torch.as_tensor(found[1]).to(self.device))
         if not parts:
-            raise ValueError("the loader gives no batches; give one of held-out images with labels")
+            raise ValueError("the loader has no batches; it must have at least one, of held-out images with labels.")
         asks_network = "network" in self.calibrator.needs
         return Evidence(
             _joined([part.logits for part in parts]),
@@ -292,7 +295,7 @@ class CalibratedClassifier(nn.Module):
 
     @property
     def metadata(self) -> Metadata:
-        """What its files say about it; plain data."""
+        """Metadata for its files, as plain data."""
         temperature = getattr(self.calibrator, "temperature", None) if self.calibrator.fitted else None
         temperature = temperature if isinstance(temperature, float) else None
         return Metadata(
@@ -309,7 +312,7 @@ class CalibratedClassifier(nn.Module):
     def _check_classes(self) -> None:
         known = self.calibrator.num_classes
         if self.classes is not None and known and len(self.classes) != known:
-            raise ValueError(f"{len(self.classes)} names of classes were given for {known} classes; give one for each")
+            raise ValueError(f"classes has {len(self.classes)} names; it must have {known}, one for each class.")
 
     def _as_weights(self, image: Tensor) -> Tensor:
         dtypes = [parameter.dtype for parameter in self.network.parameters() if parameter.is_floating_point()]
@@ -319,12 +322,12 @@ class CalibratedClassifier(nn.Module):
         logits: Any = self.network(image)
         if not isinstance(logits, Tensor):
             raise TypeError(
-                f"{type(self.network).__name__} returns {type(logits).__name__}; it must return logits (N, K) alone: "
-                "wrap it in a module that does"
+                f"{type(self.network).__name__} returns {type(logits).__name__}; it must return only logits (N, K). "
+                "Wrap it in a module that does."
             )
         return logits
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Tensors as one; ``None`` where there are none."""
+    """Concatenate tensors; ``None`` if the parts are ``None``."""
     return None if parts[0] is None else torch.cat(parts)

@@ -1,4 +1,4 @@
-"""From calibrated log-probabilities to a decision: label, confidence, and whether to abstain."""
+"""Decisions from calibrated log-probabilities: label, confidence, and whether to abstain."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from calib_lightning.metrics.functional import coverage_at_risk
 
 
 class Decision(NamedTuple):
-    """What a deployed classifier says about some images.
+    """Answers of a deployed classifier for some images.
 
     Attributes:
         label: Predicted classes ``(N,)``, int64.
-        confidence: Confidence ``(N,)`` in them, in ``[0, 1]``.
+        confidence: Their confidence ``(N,)``, in ``[0, 1]``.
         abstain: Whether the confidence is below the operating threshold, ``(N,)`` bool.
     """
 
@@ -28,13 +28,13 @@ class Decision(NamedTuple):
 
 
 class OperatingPoint(NamedTuple):
-    """A threshold on the confidence, and what it gave on the held-out rows that it was chosen on.
+    """A threshold on the confidence, with its risk and coverage on the held-out rows that it was chosen on.
 
     Attributes:
-        threshold: Rows with at least this confidence are accepted; 0 accepts all of them, ``inf`` none.
-        wanted_risk: Largest error rate of the accepted rows that was asked for.
-        risk: Error rate of the accepted rows; nan where none is.
-        coverage: Share of the rows that are accepted.
+        threshold: Rows with at least this confidence are accepted; 0 accepts all rows, ``inf`` none.
+        wanted_risk: Maximum error rate that was requested for the accepted rows.
+        risk: Error rate of the accepted rows; nan without any.
+        coverage: Fraction of the rows that are accepted.
         rows: N.
     """
 
@@ -46,42 +46,43 @@ class OperatingPoint(NamedTuple):
 
     @property
     def record(self) -> dict[str, Any]:
-        """Itself as plain data that JSON can hold: ``"inf"`` for an infinite threshold, None for an undefined risk."""
+        """Plain data for JSON: ``"inf"`` for an infinite threshold, ``None`` for an undefined risk."""
         threshold = self.threshold if math.isfinite(self.threshold) else "inf"
         return {**self._asdict(), "threshold": threshold, "risk": None if math.isnan(self.risk) else self.risk}
 
     @classmethod
     def from_record(cls, record: Any) -> OperatingPoint:
-        """Build what a record describes.
+        """Build an operating point from its record.
 
         Args:
-            record: Plain data, as `record` returns it; it may come from anybody.
+            record: Plain data as in `record`, possibly from an untrusted file.
 
         Returns:
             The operating point.
 
         Raises:
-            ValueError: It is no such record.
+            ValueError: It is not a valid record.
         """
         if not isinstance(record, Mapping) or set(record) != set(cls._fields):
-            raise ValueError(f"{record!r:.200} is no operating point: give {', '.join(cls._fields)}")
+            entries = ", ".join(cls._fields)
+            raise ValueError(f"the operating point is {record!r:.200}; it must have the entries {entries}.")
         try:
             values = {name: math.nan if value is None else float(value) for name, value in record.items()}
             found = cls(**{**values, "rows": int(values["rows"])})  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{record!r:.200} is no operating point: its entries must be numbers") from None
+            raise ValueError(f"the operating point is {record!r:.200}; its entries must be numbers.") from None
         if math.isnan(found.threshold):
-            raise ValueError(f"{record!r:.200} is no operating point: it has no threshold")
+            raise ValueError(f"the operating point is {record!r:.200}; its threshold must be a number.")
         return found
 
 
 def decide(log_probs: Tensor, confidence: Tensor | None, threshold: float) -> Decision:
-    """Decide about rows.
+    """Accept or reject predictions by their confidence.
 
     Args:
         log_probs: Calibrated log-probabilities ``(N, K)``.
-        confidence: Confidence ``(N,)`` where it is not the largest probability.
-        threshold: Rows with less confidence abstain.
+        confidence: Confidence ``(N,)``, if it is not the largest probability.
+        threshold: Rows with a lower confidence abstain.
 
     Returns:
         The decision.
@@ -92,7 +93,7 @@ def decide(log_probs: Tensor, confidence: Tensor | None, threshold: float) -> De
     """
     top, label = log_probs.max(dim=-1)
     confidence = top.exp().clamp_max(1.0) if confidence is None else confidence
-    # In float64: the threshold would else be rounded to the dtype of the confidence, perhaps across a row.
+    # In float64: rounding the threshold to the dtype of the confidence could move it past a row.
     return Decision(label, confidence, ~(confidence.double() >= threshold))
 
 
@@ -101,26 +102,26 @@ def operating_point(
 ) -> OperatingPoint:
     """Choose the lowest threshold whose selective risk is at most ``risk`` (after Geifman and El-Yaniv, 2017).
 
-    It accepts as many rows as `calib_lightning.metrics.functional.coverage_at_risk` says; rows with equal confidence
-    are accepted or rejected together. It lies half-way between the lowest confidence that is accepted and the highest
-    that is not, so that rounding, in an exported network say, does not change who is accepted.
+    The coverage is that of `calib_lightning.metrics.functional.coverage_at_risk`; rows with equal confidence are
+    accepted or rejected together. The threshold is halfway between the lowest accepted and the highest rejected
+    confidence, so that rounding (in an exported network, for example) does not change which rows are accepted.
 
-    Deviations: The risk is the rate on the given rows, without the paper's bound for new ones.
+    Deviations: The risk is the error rate on the given rows, without the paper's bound for new rows.
 
     Args:
         log_probs: Calibrated log-probabilities ``(N, K)`` of held-out rows, N >= 1.
         labels: Class labels ``(N,)``, integer, in ``0..K-1``.
-        confidence: Confidence ``(N,)`` where it is not the largest probability.
-        risk: Largest error rate of the accepted rows, in ``[0, 1]``.
+        confidence: Confidence ``(N,)``, if it is not the largest probability.
+        risk: Maximum error rate of the accepted rows, in ``[0, 1]``.
 
     Returns:
-        The threshold with its risk and coverage; ``inf`` and coverage 0, with a warning, where every threshold exceeds
+        The threshold with its risk and coverage; ``inf`` and coverage 0, with a warning, if every threshold exceeds
         the risk.
 
     Raises:
-        TypeError: A wrong dtype.
-        ValueError: A wrong shape, an invalid value (the first bad row is named), no rows, or ``risk`` outside
-            ``[0, 1]``.
+        TypeError: A dtype is wrong.
+        ValueError: A shape is wrong, a value is invalid (the message names the first row), there are no rows, or
+            ``risk`` is outside ``[0, 1]``.
 
     Example:
         >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
@@ -128,17 +129,17 @@ def operating_point(
         0.75
     """
     if labels.numel() == 0:
-        raise ValueError("operating_point: no rows were given; give held-out rows with labels")
+        raise ValueError("operating_point: there are no rows; give held-out rows with labels.")
     decision = decide(log_probs, confidence, 0.0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coverage_at_risk")  # said below, with what follows from it
+        warnings.filterwarnings("ignore", message="coverage_at_risk")  # replaced by the warning below
         finite = log_probs.clamp_min(torch.finfo(log_probs.dtype).min)  # a class may have probability 0
         share = float(coverage_at_risk(finite, labels, risk=risk, confidence=decision.confidence))
     rows = len(labels)
     if math.isnan(share):
         warnings.warn(
-            f"operating_point: no threshold accepts rows with a risk of at most {risk}, so that the classifier always "
-            "abstains; ask for a larger risk, or give more rows",
+            f"operating_point: no threshold accepts rows with a risk of at most {risk}, so the classifier always "
+            "abstains. Allow a larger risk, or pass more rows.",
             stacklevel=2,
         )
         return OperatingPoint(math.inf, risk, math.nan, 0.0, rows)

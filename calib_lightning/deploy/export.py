@@ -20,35 +20,35 @@ from calib_lightning.deploy.saving import check_fitted, checked_metadata, operat
 from calib_lightning.utils.files import write_whole
 
 METADATA_KEY = "calib_lightning"
-"""Where an ONNX model holds its metadata, as JSON, among its ``metadata_props``."""
+"""Key of the metadata, as JSON, in the ``metadata_props`` of an ONNX model."""
 METADATA_FILE = "calib_lightning.json"
-"""Where a ``.pt2`` archive holds them, among its extra files."""
+"""Extra file with the metadata in a ``.pt2`` archive."""
 INPUT = "image"
 OUTPUTS = ("log_probs", "confidence")
-"""The second is there only for calibrators whose confidence is not the largest probability."""
+"""The second exists only if the confidence of the calibrator is not the largest probability."""
 RTOL, ATOL = 1e-3, 1e-4
-"""How far an exported classifier may be from the module, in log-probabilities and confidences."""
+"""Tolerance of an exported classifier, relative to the module, for log-probabilities and confidences."""
 
 Runner = Callable[[Tensor], Sequence[Tensor]]
-"""Maps images ``(N, C, H, W)`` to log-probabilities ``(N, K)`` and, where there is a second output, confidences."""
+"""Maps images ``(N, C, H, W)`` to log-probabilities ``(N, K)`` and, with a second output, confidences."""
 
 
 class ParityError(RuntimeError):
-    """An exported classifier does not give what the module gives; no file was written."""
+    """The outputs of an exported classifier differ from those of the module; no file was written."""
 
 
 class ExportedClassifier:
-    """An exported classifier that was read from a file.
+    """A classifier loaded from the file of an export.
 
     Args:
-        run: What calls it.
-        metadata: What the file says about it.
+        run: Runs the program or model on a batch of images.
+        metadata: Metadata in the file.
 
     Attributes:
-        metadata: The same.
-        preprocessing: How images are prepared; ``None`` where the file does not say.
-        classes: Names of the classes; ``None`` where the file does not say.
-        operating_point: The threshold below which `predict` abstains, ``None`` where none was chosen.
+        metadata: Metadata in the file.
+        preprocessing: Converts an image file to an input, or ``None`` if unknown.
+        classes: Class names, or ``None`` if unknown.
+        operating_point: The threshold below which `predict` abstains, or ``None`` without one.
     """
 
     def __init__(self, run: Runner, metadata: Metadata) -> None:
@@ -57,15 +57,14 @@ class ExportedClassifier:
         self.classes = metadata["classes"]
 
     def predict(self, image: Tensor, threshold: float | None = None) -> Decision:
-        """Label, confidence and whether to abstain; as `CalibratedClassifier.predict`.
+        """Label, confidence and whether to abstain, as in `CalibratedClassifier.predict`.
 
         Args:
             image: ``(N, C, H, W)`` float32, N >= 1.
-            threshold: Confidence below which to abstain; that of `operating_point` by default, and without one nothing
-                abstains.
+            threshold: Confidence below which to abstain. Default: the threshold of `operating_point`, or 0 without one.
 
         Returns:
-            All three, each ``(N,)``.
+            The decision, whose fields have shape ``(N,)``.
         """
         log_probs, *confidence = self.run(image)
         if threshold is None:
@@ -79,23 +78,23 @@ class ExportedClassifier:
 def export_torch(classifier: CalibratedClassifier, path: str | Path, example: Tensor | None = None) -> None:
     """Write a classifier as a ``torch.export`` program (``.pt2``), which runs without the code of its network.
 
-    The batch size is free, the size of the images is not. Metadata are the extra file ``calib_lightning.json``. The
-    program is read back and compared with the module on the example and on two other batch sizes.
+    The batch size is dynamic, the image size is fixed. The metadata are in the extra file ``calib_lightning.json``.
+    The program is loaded again and compared with the module on the example and on two other batch sizes.
 
-    `torch.export.load` may execute what a file holds: read only ``.pt2`` files from people you trust. Files of
-    `save_classifier` and ONNX models are safe to read.
+    `torch.export.load` may execute code in a file: load ``.pt2`` files only from sources that you trust. Files of
+    `save_classifier` and ONNX models are safe to load.
 
     Args:
         classifier: With a fitted calibrator.
-        path: The file to write or replace, whole or not at all.
-        example: Images ``(N, C, H, W)`` float32; random ones of the size in the preprocessing by default.
+        path: The file, written or replaced atomically.
+        example: Images ``(N, C, H, W)`` float32. Default: random images of the size in the preprocessing.
 
     Raises:
-        ParityError: The program does not give what the module gives.
+        ParityError: The outputs of the program differ from those of the module.
         RuntimeError: The calibrator is not fitted, or the network cannot be exported.
-        TypeError: The example is not float32, or the network does not compute with it.
-        ValueError: The example is not of the size in the preprocessing, or neither of them was given.
-        OSError: The file cannot be written; an older one is then as it was.
+        TypeError: The example is not float32, or the network does not accept it.
+        ValueError: The example differs in size from the preprocessing, or neither is given.
+        OSError: The file cannot be written; an existing file is left unchanged.
 
     Example:
         ``export_torch(classifier, "classifier.pt2", torch.randn(2, 3, 224, 224))``
@@ -111,25 +110,25 @@ def export_torch(classifier: CalibratedClassifier, path: str | Path, example: Te
 
 
 def export_onnx(classifier: CalibratedClassifier, path: str | Path, example: Tensor | None = None) -> None:
-    """Write a classifier as an ONNX model: input ``image``, output ``log_probs`` and perhaps ``confidence``.
+    """Write a classifier as an ONNX model: input ``image``, outputs ``log_probs`` and possibly ``confidence``.
 
-    The batch size is free, the size of the images is not. Metadata are JSON under the key ``calib_lightning`` of the
-    model's ``metadata_props``. ONNX Runtime runs the model and is compared with the module on the example and on two
-    other batch sizes. The state of calibrators, float64 in the module, is cast to float32 in the graph.
+    The batch size is dynamic, the image size is fixed. The metadata are JSON under the key ``calib_lightning`` of the
+    model's ``metadata_props``. The model is run with ONNX Runtime and compared with the module on the example and on
+    two other batch sizes. The state of the calibrator, float64 in the module, is converted to float32.
 
     Args:
         classifier: With a fitted calibrator.
-        path: The file to write or replace, whole or not at all; ``.onnx`` is customary.
-        example: Images ``(N, C, H, W)`` float32; random ones of the size in the preprocessing by default.
+        path: The file, usually ``.onnx``, written or replaced atomically.
+        example: Images ``(N, C, H, W)`` float32. Default: random images of the size in the preprocessing.
 
     Raises:
-        ModuleNotFoundError: What the extra ``export`` installs is missing.
-        ParityError: The model does not give what the module gives.
-        RuntimeError: The calibrator is not fitted, the network cannot be exported, or the model is larger than the 2 GB
-            of one file.
-        TypeError: The example is not float32, or the network does not compute with it.
-        ValueError: The example is not of the size in the preprocessing, or neither of them was given.
-        OSError: The file cannot be written; an older one is then as it was.
+        ModuleNotFoundError: A package of the extra ``export`` is missing.
+        ParityError: The outputs of the model differ from those of the module.
+        RuntimeError: The calibrator is not fitted, the network cannot be exported, or the model exceeds 2 GB, the limit
+            of a single file.
+        TypeError: The example is not float32, or the network does not accept it.
+        ValueError: The example differs in size from the preprocessing, or neither is given.
+        OSError: The file cannot be written; an existing file is left unchanged.
 
     Example:
         ``export_onnx(classifier, "classifier.onnx", torch.randn(2, 3, 224, 224))``
@@ -143,7 +142,7 @@ def export_onnx(classifier: CalibratedClassifier, path: str | Path, example: Ten
 
 
 class _Outputs(nn.Module):
-    """What is exported: one output, or two."""
+    """The exported module, with one or two outputs."""
 
     def __init__(self, classifier: CalibratedClassifier) -> None:
         super().__init__()
@@ -156,7 +155,7 @@ class _Outputs(nn.Module):
 
 @contextlib.contextmanager
 def _on_host(classifier: CalibratedClassifier) -> Iterator[None]:
-    # Moved and moved back, not copied: a module that was trained holds on to its trainer, which would be copied too.
+    # Moved and moved back: a copy of a trained module would also copy its trainer.
     device = classifier.device
     classifier.cpu()
     try:
@@ -166,33 +165,38 @@ def _on_host(classifier: CalibratedClassifier) -> Iterator[None]:
 
 
 def _prepared(classifier: CalibratedClassifier, example: Tensor | None) -> tuple[_Outputs, Tensor]:
-    """The module to export, and an example of two images or more."""
+    """The module to export, and an example of at least two images."""
     check_fitted(classifier)
     if example is None:
         if classifier.preprocessing is None:
-            raise ValueError("the size of the images is not known: give example=images (N, C, H, W)")
+            raise ValueError(
+                "example is None, but without a preprocessing the size of the images is not known. Pass images "
+                "(N, C, H, W)."
+            )
         example = torch.randn(2, *classifier.preprocessing.shape, generator=torch.Generator().manual_seed(0))
     if not isinstance(example, Tensor) or example.dtype != torch.float32 or len(example) == 0:
         found = f"{example.dtype} of {len(example)} rows" if isinstance(example, Tensor) else type(example).__name__
-        raise TypeError(f"the example is {found}; give one or more images (N, C, H, W) in float32")
+        raise TypeError(f"example is {found}; it must be one or more images (N, C, H, W) in float32.")
     if classifier.preprocessing is not None and example.shape[1:] != classifier.preprocessing.shape:
         raise ValueError(
-            f"the example has shape {tuple(example.shape)}, but the preprocessing makes images (N, "
-            f"{', '.join(map(str, classifier.preprocessing.shape))}); give images of that shape"
+            f"example has shape {tuple(example.shape)}; it must have the shape (N, "
+            f"{', '.join(map(str, classifier.preprocessing.shape))}) of the preprocessing."
         )
     module = _Outputs(classifier).eval()
     image = example.detach().cpu()
     if len(image) == 1:
-        image = torch.cat([image, image])  # a batch of one would be taken for a constant
+        image = torch.cat([image, image])  # torch.export would treat a batch size of 1 as a constant
     with torch.no_grad():
         try:
             found_dtype = module(image)[0].dtype
         except RuntimeError as error:
             raise TypeError(
-                f"{_named(classifier)} does not take the example {tuple(image.shape)} in float32: {_first_line(error)}"
+                f"{_named(classifier)} does not accept an example {tuple(image.shape)} in float32: {_first_line(error)}"
             ) from error
     if found_dtype != torch.float32:
-        raise TypeError(f"{_named(classifier)} computes in {found_dtype}; convert the network with .float()")
+        raise TypeError(
+            f"{_named(classifier)} returns {found_dtype}; it must return float32. Convert the network with .float()."
+        )
     return module, image
 
 
@@ -201,9 +205,9 @@ def _traced(module: _Outputs, image: Tensor) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
             return torch.export.export(module, (image,), dynamic_shapes=({0: batch},), strict=False)
-    except Exception as error:  # whatever the code of the network does
+    except Exception as error:  # the code of the network may raise anything
         raise RuntimeError(
-            f"{_named(module.classifier)} cannot be exported with a free batch size: {_first_line(error)}"
+            f"{_named(module.classifier)} cannot be exported with a dynamic batch size: {_first_line(error)}"
         ) from error
 
 
@@ -221,7 +225,7 @@ def _onnx_model(module: _Outputs, image: Tensor) -> bytes:
         assert program is not None
         program.model.metadata_props[METADATA_KEY] = json.dumps(module.classifier.metadata, allow_nan=False)
         content: bytes = program.model_proto.SerializeToString()
-    except Exception as error:  # exporter, protobuf and their checkers have errors of their own
+    except Exception as error:  # the exporter, protobuf and their checkers have their own errors
         raise RuntimeError(
             f"{_named(module.classifier)} cannot be written as one ONNX file: {_first_line(error)}"
         ) from error
@@ -234,7 +238,7 @@ def _check_parity(module: _Outputs, run: Runner, example: Tensor, what: str) -> 
         expected = module(image)
         try:
             found = run(image)
-        except Exception as error:  # a runtime has errors of its own
+        except Exception as error:  # a runtime has its own errors
             raise ParityError(f"the {what} does not run on a batch of {len(image)}: {_first_line(error)}") from error
         for name, wanted, got in zip(OUTPUTS, expected, found, strict=False):
             if not torch.allclose(got, wanted, rtol=RTOL, atol=ATOL):
@@ -251,12 +255,12 @@ def _check_parity(module: _Outputs, run: Runner, example: Tensor, what: str) -> 
 def load_exported(path: str | Path, device: str | torch.device = "cpu") -> ExportedClassifier:
     """Read a file of `export_torch` (``.pt2``) or `export_onnx` (``.onnx``).
 
-    Reading a ``.pt2`` file may execute what it holds (`torch.export.load` unpickles objects and evaluates
-    expressions): read only those from people you trust. An ONNX model holds a graph and numbers alone.
+    Loading a ``.pt2`` file may execute code in it (`torch.export.load` unpickles objects and evaluates expressions):
+    load such files only from sources that you trust. An ONNX model contains only a graph and numbers.
 
     Args:
         path: The file.
-        device: Where it runs.
+        device: Device on which it runs.
 
     Returns:
         The classifier.
@@ -264,11 +268,11 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Expor
     Raises:
         FileNotFoundError: There is no such file.
         ModuleNotFoundError: ONNX Runtime is missing.
-        ValueError: It is no such file, or damaged, or the device is not there.
+        ValueError: The file is damaged or of another kind, or the device is not available.
     """
     path, device = Path(path), torch.device(device)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no classifier {path}.")
+        raise FileNotFoundError(f"There is no classifier {path}. Write one with export_torch or export_onnx.")
     if path.suffix == ".onnx":
         _need("onnxruntime")
         session = _session(path.read_bytes(), device.type, str(path))
@@ -276,21 +280,21 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Expor
         run = _onnx_runner(session)
     elif path.suffix == ".pt2":
         if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path}: is damaged or no file of export_torch")
+            raise ValueError(f"{path} is damaged, or was not written by export_torch.")
         extra = {METADATA_FILE: ""}
         try:
             program = torch.export.load(path, extra_files=extra)
             if device.type != "cpu":
                 program = move_to_device_pass(program, device)
-        except Exception as error:  # whatever a damaged archive makes of it
-            raise ValueError(f"{path}: is damaged or of another version of torch: {_first_line(error)}") from error
+        except Exception as error:  # a damaged archive may raise anything
+            raise ValueError(f"{path} is damaged, or was written by another torch: {_first_line(error)}") from error
         text, run = extra[METADATA_FILE], _torch_runner(program, device)
     else:
-        raise ValueError(f"{path}: the suffix is {path.suffix!r}, allowed: .pt2 of export_torch, .onnx of export_onnx")
+        raise ValueError(f"path is {path}; its suffix must be .pt2 (export_torch) or .onnx (export_onnx).")
     try:
         return ExportedClassifier(run, checked_metadata(json.loads(text)))
     except ValueError as error:
-        raise ValueError(f"{path}: was not written by export_torch or export_onnx: {error}") from error
+        raise ValueError(f"{path} was not written by export_torch or export_onnx: {error}") from error
 
 
 def _torch_runner(program: torch.export.ExportedProgram, device: torch.device | None = None) -> Runner:
@@ -309,13 +313,15 @@ def _session(content: bytes, device: str, where: str = "the ONNX model") -> Any:
 
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
     if provider not in onnxruntime.get_available_providers():
-        raise ValueError(f"device {device!r}: this ONNX Runtime does not run there; use cpu, or install one that does")
+        raise ValueError(
+            f"device is {device!r}; it must be one that this ONNX Runtime supports. Use cpu, or install another build."
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(content, options, providers=[provider])
     except Exception as error:  # its errors have no common class
-        raise ValueError(f"{where}: is damaged or no ONNX model: {_first_line(error)}") from error
+        raise ValueError(f"{where} is damaged or not an ONNX model: {_first_line(error)}") from error
 
 
 def _onnx_runner(session: Any) -> Runner:
@@ -334,7 +340,7 @@ def _need(*packages: str) -> None:
             __import__(package)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"{package} is not installed: ONNX models need pip install 'calib-lightning[export]'"
+                f"{package} is not installed, but ONNX models need it. Run pip install 'calib-lightning[export]'."
             ) from error
 
 

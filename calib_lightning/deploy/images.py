@@ -1,4 +1,4 @@
-"""Image files of a folder, read one batch after another; what cannot be read is told, not raised."""
+"""Image files of a folder, read in batches; unreadable files are reported, not raised."""
 
 from __future__ import annotations
 
@@ -17,13 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 class Found(NamedTuple):
-    """What a folder holds; files whose name begins with a dot are not looked at.
-
-    Attributes:
-        images: Files with a suffix of ``SUFFIXES``, sorted.
-        other_images: Images of other formats, which are not read.
-        others: Everything else.
-    """
+    """Files of a folder: images with a suffix of ``SUFFIXES``, images of other formats (not read), and the rest."""
 
     images: list[Path]
     other_images: list[Path]
@@ -31,38 +25,21 @@ class Found(NamedTuple):
 
 
 def find_images(folder: Path) -> Found:
-    """List the files of a folder and of those in it; links to folders are not followed.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The files, sorted by their path.
-
-    Raises:
-        NotADirectoryError: It is no folder.
-        ValueError: It holds no image.
-    """
+    """List a folder recursively, sorted by path; hidden files and links to folders are ignored."""
     if not folder.is_dir():
-        raise NotADirectoryError(f"--images {folder}: is not a folder")
+        raise NotADirectoryError(f"--images is {folder}; it must be a folder.")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     known = Image.registered_extensions()
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     rest = [path for path in files if path.suffix.lower() not in SUFFIXES]
     if not images:
-        raise ValueError(f"--images {folder}: holds no image; read are {', '.join(SUFFIXES)}")
+        raise ValueError(f"--images is {folder}, which has no images; it must have {', '.join(SUFFIXES)} files.")
     other_images = [path for path in rest if path.suffix.lower() in known]
     return Found(images, other_images, [path for path in rest if path.suffix.lower() not in known])
 
 
 class ImageBatch(NamedTuple):
-    """Some images.
-
-    Attributes:
-        paths: Files of the images that were read.
-        image: The images ``(N, C, H, W)`` float32; N may be 0.
-        faults: Files that could not be read, with the reason.
-    """
+    """The files that were read, their images ``(N, C, H, W)`` float32 (N may be 0), and why others were not."""
 
     paths: list[Path]
     image: Tensor
@@ -70,27 +47,18 @@ class ImageBatch(NamedTuple):
 
 
 def read_batches(paths: Sequence[Path], prepare: Preprocessing, batch_size: int) -> Iterator[ImageBatch]:
-    """Read image files.
-
-    Args:
-        paths: The files.
-        prepare: How an image is prepared.
-        batch_size: Files of one batch.
-
-    Yields:
-        Batches in the order of the files.
-    """
+    """Read image files in batches of ``batch_size`` files, in their order."""
     for start in range(0, len(paths), batch_size):
         read: list[Path] = []
         images: list[Tensor] = []
         faults: dict[Path, str] = {}
         for path in paths[start : start + batch_size]:
             try:
-                # safe formats only: the decoders of rare ones are not for files of anybody
+                # only these formats: the decoders of rare ones are not safe for untrusted files
                 images.append(prepare(load_upright(path, SAFE_FORMATS)))
                 read.append(path)
             except UnidentifiedImageError:
-                faults[path] = f"is no image of the formats {', '.join(SAFE_FORMATS)}"
-            except Exception as error:  # what a decoder raises depends on where the file is damaged
+                faults[path] = f"not an image in one of the formats {', '.join(SAFE_FORMATS)}"
+            except Exception as error:  # the exception depends on where the file is damaged
                 faults[path] = why_unreadable(error, SAFE_FORMATS)
         yield ImageBatch(read, torch.stack(images) if images else torch.empty(0, *prepare.shape), faults)

@@ -1,4 +1,4 @@
-"""Writing down how a network is built, so that a file of its weights is enough to have it again."""
+"""Records of networks: weights and how to build the network, so that a file is sufficient to restore it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,9 @@ _TIMM_OPTIONS = ("num_classes", "in_chans", "img_size")
 
 
 def network_record(network: nn.Module, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """Write a network down as plain data and tensors on the CPU.
+    """Record a network in evaluation mode as plain data and CPU tensors: weights and, if known, how to build it.
 
-    Args:
-        network: The network, in evaluation mode.
-        shape: Shape ``(C, H, W)`` of its images, for a trial of a rebuilt timm model.
-
-    Returns:
-        What `network_of` takes: its weights, and under ``"timm"`` or ``"module"`` how it is built where that is known.
-        A timm model counts as known only if a rebuilt one gives the same logits to the last bit.
+    A timm model is known if rebuilding it gives bit-identical logits on images of ``shape`` ``(C, H, W)``.
     """
     state = {
         name: value.detach().cpu() if isinstance(value, Tensor) else value
@@ -39,71 +33,50 @@ def network_record(network: nn.Module, shape: tuple[int, ...] | None = None) -> 
 
 
 def network_of(record: Any) -> nn.Module:
-    """Build the network that a record describes; nothing of a record is executed.
-
-    Args:
-        record: Of `network_record`; it may come from anybody.
-
-    Returns:
-        The network, with its weights, on the CPU and in evaluation mode.
-
-    Raises:
-        ValueError: It does not say how the network is built, is damaged, or names a class that is not known.
-    """
+    """Build a network in evaluation mode from an untrusted record; no code in the record is executed."""
     state = _state_of(record)
     if "module" not in record and "timm" not in record:
         raise ValueError(
-            "it holds the weights of a network, but not how it is built, which is known of timm models and "
-            "ClassificationModules only: build the network and give load_classifier(path, network=network)"
+            "the file has the weights of a network, but not how to build it, which is known only for timm models and "
+            "ClassificationModules. Build the network and call load_classifier(path, network=network)."
         )
     try:
         network = (
             module_of({**record["module"], "state_dict": state}) if "module" in record else _timm_model(record["timm"])
         )
-        # the tensors themselves, so that half precision stays half precision
+        # assign, so that half precision is kept
         network.load_state_dict(state, assign=True)
-    except Exception as error:  # a constructor that is given what a stranger wrote may fail in any way
+    except Exception as error:  # a constructor may raise anything on untrusted arguments
         raise ValueError(
-            f"the network cannot be built as the file says, which is damaged or of another version: {error}"
+            f"the network cannot be built from the file, which is damaged or from another version: {error}"
         ) from error
     return network.eval()
 
 
 def fill_network(network: nn.Module, record: Any) -> nn.Module:
-    """Load the weights of a record into a network that was built by somebody else.
-
-    Args:
-        network: As it was when it was saved.
-        record: Of `network_record`; it may come from anybody.
-
-    Returns:
-        The same network.
-
-    Raises:
-        ValueError: The weights do not fit it.
-    """
+    """Load the weights of an untrusted record into a given network, and return it."""
     try:
         network.load_state_dict(_state_of(record))
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"the weights do not fit the {type(network).__name__} given: {error}") from error
+        raise ValueError(f"the weights do not fit the given {type(network).__name__}: {error}") from error
     return network
 
 
 def _state_of(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping) or not isinstance(record.get("state"), Mapping):
-        raise ValueError("it is damaged: it has no weights of a network")
+        raise ValueError("the file is damaged: it has no weights of a network.")
     return dict(record["state"])
 
 
 def _timm_model(recipe: Any) -> nn.Module:
-    import timm  # here: it takes seconds
+    import timm  # the import takes seconds
 
     if not isinstance(recipe, Mapping) or set(recipe) != {"name", "options"} or not isinstance(recipe["name"], str):
-        raise ValueError(f"{recipe!r:.200} does not describe a timm model")
+        raise ValueError(f"{recipe!r:.200} does not describe a timm model.")
     name, options = recipe["name"], recipe["options"]
-    # timm itself would also take "hf-hub:..." and paths, from which it reads code and weights of anyone
+    # timm also accepts "hf-hub:..." and paths, from which it would load untrusted code and weights
     if name not in timm.list_models() or not isinstance(options, Mapping) or not set(options) <= set(_TIMM_OPTIONS):
-        raise ValueError(f"timm {timm.__version__} has no model {name!r:.100} with options {options!r:.100}")
+        raise ValueError(f"timm {timm.__version__} has no model {name!r:.100} with options {options!r:.100}.")
     with torch.random.fork_rng():  # the weights drawn here are replaced
         model: nn.Module = timm.create_model(name, pretrained=False, **options)
     return model
@@ -123,9 +96,9 @@ def _timm_recipe(network: Any, state: dict[str, Any], shape: tuple[int, ...] | N
     try:
         rebuilt = _timm_model(recipe)
         rebuilt.load_state_dict(state, assign=True)
-    except Exception:  # another family of models may take none of these options
+    except Exception:  # other model families may not accept these options
         return None
-    # Pooling, say, leaves no trace in the weights: only the outputs tell whether it is the same network.
+    # Pooling, for example, leaves no trace in the weights, so only the outputs show whether the network is the same.
     return recipe if _agree(network, rebuilt.eval(), shape) else None
 
 

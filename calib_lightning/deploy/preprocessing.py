@@ -1,4 +1,4 @@
-"""How an image file becomes the tensor that a network was trained on."""
+"""Conversion of image files to the inputs of a network."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from calib_lightning.utils.images import CROP_MODES, FILTERS, MODES, CropMode, F
 
 
 class ImageData(Protocol):
-    """What `Preprocessing.from_data` reads of a data module."""
+    """The part of a data module that `Preprocessing.from_data` reads."""
 
     mean: Sequence[float]
     std: Sequence[float]
 
     def evaluation_loaders(self) -> Mapping[str, Iterable[Any]]:
-        """Loaders of batches whose first part is images ``(N, C, H, W)``, by name."""
+        """Loaders by name; the first item of a batch is images ``(N, C, H, W)``."""
         ...
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, crop and standardise an image: ``(x / 255 - mean) / std``, one mean a channel.
+    """Resize, crop and standardise an image: ``(x / 255 - mean) / std`` for each channel.
 
-    An image is turned upright, as the camera has noted, and becomes grey or RGB; transparency is dropped.
+    The EXIF orientation is applied, the image is converted to grey or RGB, and transparency is dropped.
 
     Args:
-        size: Height and width in pixels of what the network gets.
-        mean: Mean of each channel, as a fraction of full brightness; one for grey images, three for RGB.
+        size: Height and width of the network's input, in pixels.
+        mean: Mean of each channel, as a fraction of full brightness: one value for grey images, three for RGB.
         std: Standard deviation of each channel, in the same unit.
-        crop_pct: Size over the size that the image is resized to before the central crop, in ``(0, 1]``.
-        crop_mode: ``"center"`` keeps the aspect ratio and cuts off what is outside the centre, ``"squash"`` does not
-            keep it.
+        crop_pct: Ratio of ``size`` to the size before the centre crop, in ``(0, 1]``.
+        crop_mode: ``"center"`` keeps the aspect ratio and crops the centre, ``"squash"`` changes the aspect ratio.
         interpolation: ``"nearest"``, ``"box"``, ``"bilinear"``, ``"hamming"``, ``"bicubic"`` or ``"lanczos"``.
 
     Raises:
@@ -62,38 +61,39 @@ class Preprocessing:
         for name, kind in (("size", int), ("mean", float), ("std", float)):
             object.__setattr__(self, name, _numbers(name, getattr(self, name), kind))
         if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size={self.size!r}: give height and width in pixels, such as (224, 224)")
+            raise ValueError(f"size is {self.size!r}; it must be height and width in pixels, such as (224, 224).")
         if len(self.mean) not in MODES or len(self.std) != len(self.mean):
             raise ValueError(
-                f"mean={self.mean!r}, std={self.std!r}: give one number each for grey images, three each for RGB"
+                f"mean is {self.mean!r} and std is {self.std!r}; they must have one value each for grey images, or "
+                "three each for RGB."
             )
         if not all(map(math.isfinite, self.mean)) or not all(0.0 < value < math.inf for value in self.std):
-            raise ValueError(f"mean={self.mean!r}, std={self.std!r}: they must be finite, and std above 0")
+            raise ValueError(f"mean is {self.mean!r} and std is {self.std!r}; they must be finite, and std above 0.")
         if not isinstance(self.crop_pct, int | float) or not 0.0 < self.crop_pct <= 1.0:
-            raise ValueError(f"crop_pct={self.crop_pct!r}: it must be in (0, 1]; 1 crops nothing but the longer side")
+            raise ValueError(f"crop_pct is {self.crop_pct!r}; it must be in (0, 1]. 1 crops only the longer side.")
         for name, allowed in (("crop_mode", CROP_MODES), ("interpolation", tuple(FILTERS))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(allowed)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
 
     @classmethod
     def from_timm(cls, model: nn.Module) -> Preprocessing:
-        """Read the preparation of evaluation images from a timm model, as `timm.data.resolve_data_config` says it.
+        """Take the preprocessing of a timm model from `timm.data.resolve_data_config`.
 
         Args:
-            model: A timm model, or one with such a ``pretrained_cfg``.
+            model: A timm model, or another one with a ``pretrained_cfg``.
 
         Returns:
-            What `timm.data.create_transform` does with an image file.
+            The preprocessing of `timm.data.create_transform` for evaluation.
 
         Raises:
-            ValueError: The model does not say it, or asks for what is not known here.
+            ValueError: The model has no ``pretrained_cfg``, or one with unsupported values.
         """
         if not getattr(model, "pretrained_cfg", None):
             raise ValueError(
-                f"{type(model).__name__} does not say how images are prepared, as timm models do in pretrained_cfg; "
-                "give Preprocessing(size=..., mean=..., std=...)"
+                f"{type(model).__name__} has no pretrained_cfg, in which timm models specify their preprocessing. "
+                "Write Preprocessing(size=..., mean=..., std=...)."
             )
-        import timm.data  # here: it takes seconds
+        import timm.data  # the import takes seconds
 
         resolve: Any = timm.data.resolve_data_config  # type: ignore[attr-defined]  # timm does not re-export it by name
         config = resolve(model=model)
@@ -108,14 +108,13 @@ class Preprocessing:
 
     @classmethod
     def from_data(cls, data: ImageData) -> Preprocessing:
-        """Read the preparation from a data module of this package.
+        """Take the preprocessing of evaluation images from a data module of this package.
 
         Args:
-            data: A data module, after ``setup()``. Its ``frame``, where it has one, says how its files are resized and
-                cropped.
+            data: A data module, after ``setup()``. Its ``frame``, if any, defines how files are resized and cropped.
 
         Returns:
-            Its frame, or resizing to the size of its images, and its standardisation.
+            Its frame, or resizing to the size of its images, with its mean and standard deviation.
 
         Example:
             ``Preprocessing.from_data(DigitsDataModule())``
@@ -129,16 +128,16 @@ class Preprocessing:
 
     @classmethod
     def from_run(cls, run: str | Path) -> Preprocessing:
-        """Read the preparation from a run of `calib fit` on data of this package.
+        """Take the preprocessing of evaluation images from a run of `calib fit` on data of this package.
 
         Args:
-            run: Its folder.
+            run: Folder of the run.
 
         Returns:
-            The preparation of its evaluation images.
+            The preprocessing.
 
         Raises:
-            ValueError: It is no run folder, or does not say how its images were prepared.
+            ValueError: It is not the folder of a run, or does not record the preprocessing.
 
         Example:
             ``CalibratedClassifier(load_module(checkpoint), preprocessing=Preprocessing.from_run("RUN"))``
@@ -147,50 +146,50 @@ class Preprocessing:
         facts = json.loads(path.read_text(encoding="utf-8")).get("images") if path.is_file() else None
         if not facts:
             raise ValueError(
-                f"{path} does not say how images are prepared; give Preprocessing(size=..., mean=..., std=...)"
+                f"{path} does not say how images are prepared. Write Preprocessing(size=..., mean=..., std=...)."
             )
         options = {name: facts[name] for name in ("crop_pct", "crop_mode", "interpolation") if name in facts}
         return cls(size=tuple(facts["shape"][1:]), mean=tuple(facts["mean"]), std=tuple(facts["std"]), **options)
 
     @classmethod
     def from_record(cls, record: Any) -> Preprocessing:
-        """Build what `record` describes.
+        """Build a preprocessing from its record.
 
         Args:
-            record: Plain data, as `record` returns it; it may come from anybody.
+            record: Plain data as in `record`, possibly from an untrusted file.
 
         Returns:
             The preprocessing.
 
         Raises:
-            ValueError: It is no such record.
+            ValueError: It is not a valid record.
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(record, Mapping) or set(record) != set(names):
-            raise ValueError(f"{record!r:.200} does not describe how images are prepared: give {', '.join(names)}")
+            raise ValueError(f"the preprocessing is {record!r:.200}; it must have the entries {', '.join(names)}.")
         return cls(**record)
 
     @property
     def record(self) -> dict[str, Any]:
-        """Itself as plain data."""
+        """Plain data, from which `from_record` builds an equal object."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of what it returns."""
+        """Shape ``(C, H, W)`` of the output."""
         return (len(self.mean), *self.size)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Prepare one image.
+        """Convert one image.
 
         Args:
-            image: Of any size; 8 bits a channel.
+            image: Of any size, with 8 bits per channel.
 
         Returns:
             ``(C, H, W)`` float32.
 
         Raises:
-            ValueError: The image has more than 8 bits a channel, which would be cut off, or is too long and narrow.
+            ValueError: The image has more than 8 bits per channel, or an extreme aspect ratio.
         """
         frame = Frame(self.size, len(self.mean), self.crop_pct, self.crop_mode, self.interpolation)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -199,8 +198,9 @@ class Preprocessing:
 
 def _numbers(name: str, values: Any, kind: type) -> tuple[Any, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ValueError(f"{name}={values!r}: give a sequence of numbers")
+        raise ValueError(f"{name} is {values!r}; it must be a sequence of numbers.")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | kind):
-            raise ValueError(f"{name}={values!r}: {value!r} is no {'whole ' if kind is int else ''}number")
+            numbers = "whole numbers" if kind is int else "numbers"
+            raise ValueError(f"{name} is {values!r}; it must be a sequence of {numbers}.")
     return tuple(kind(value) for value in values)

@@ -1,4 +1,4 @@
-"""Read files of predictions, score and calibrate them; a library that knows no command line."""
+"""Read, score and calibrate saved predictions; independent of the command line."""
 
 from __future__ import annotations
 

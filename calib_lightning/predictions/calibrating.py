@@ -1,4 +1,4 @@
-"""`calibrate`: fit calibrators to held-out predictions and measure what they do to every test set."""
+"""`calibrate`: fit calibrators to held-out predictions and evaluate them on every test set."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ DEFAULT_METRICS = "accuracy,nll,brier,ece,aece_official,classwise_ece,correctnes
 DEFAULT_CALIBRATOR = "Temperature"
 
 NOTICEABLE = 0.005
-"""A loss of accuracy or of correctness AUROC, as a fraction, that is worth a note."""
+"""Loss of accuracy or of correctness AUROC, as a fraction, that is noted."""
 
 LOST_REFINEMENT = (
-    "where the correctness AUROC falls, confidences separate right from wrong answers less well; no calibration error "
-    "shows that"
+    "where the correctness AUROC falls, confidences separate right from wrong answers less well; calibration errors do "
+    "not show that"
 )
-"""What is said, once, where a calibrator lowers it noticeably."""
+"""One note for all calibrators that lower it noticeably."""
 
 _QUALITIES = {"accuracy": "accuracy", "correctness_auroc": "correctness AUROC"}
 
 EvidenceOf = Callable[[str, Predictions], Evidence]
-"""What calibrators may look at for a set, by its name."""
+"""Returns the inputs of calibrators for a set, given its name."""
 
 
 def calibrate(
@@ -50,26 +50,26 @@ def calibrate(
     reading: Reading | None = None,
     **settings: Any,
 ) -> CalibrationReport:
-    """Fit calibrators to held-out predictions; accuracy, calibration and refinement before and after.
+    """Fit calibrators to held-out predictions; compare accuracy, calibration and refinement before and after.
 
-    A calibrator that fails is left out, and the report says why.
+    If a calibrator fails, the report gives the reason and continues without it.
 
     Args:
-        calibration: The rows to fit to: a file, `Predictions` or a tuple (scores, labels, perhaps features); or the
-            folder of a run, whose calibration split it is.
-        test: One or several sets to measure on, as in `score`. A run brings its own.
+        calibration: The rows to fit to: a file, `Predictions`, a tuple (scores, labels) or (scores, labels, features),
+            or the folder of a run, for its calibration split.
+        test: One or more sets to evaluate on, as in `score`. Omit it for a run, which has its own.
         calibrators: Objects, or text such as ``"Temperature,OneVsRest(Isotonic)"``.
-        reading: What the scores are (logits by default) and names of the arrays in files.
-        **settings: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``; see `Settings`. By default some
-            metrics, with intervals.
+        reading: Kind of the scores (default: logits) and names of the arrays in files.
+        **settings: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``; see `Settings`. Default: a selection
+            of metrics, with intervals.
 
     Returns:
         The report, with ``calibrators`` (the fitted ones by name), ``table()``, ``to_markdown()``, ``to_json()`` and
         ``save(folder)``.
 
     Raises:
-        ValueError: A fault of a file, rows that must not be fitted to, or an unknown calibrator or metric.
-        TypeError: A dtype that is not allowed.
+        ValueError: A file is invalid, the calibration rows are not held out, or a calibrator or metric is unknown.
+        TypeError: A dtype is not allowed.
         OSError: A file cannot be read.
 
     Example:
@@ -86,14 +86,14 @@ def calibrate(
     needs = {need: calibrator.name for calibrator in built for need in calibrator.needs if need != "logits"}
     path = Path(calibration) if isinstance(calibration, str | Path) else None
     if path is not None and path.is_dir() and test is not None:
-        raise ValueError(f"test is given beside the run {path}; a run brings its own test sets. Leave it out.")
+        raise ValueError(f"test is given, but the run {path} has its own test sets. Omit test.")
     if path is not None and test is None:
         inputs, evidence = _of_run(path, asks_network=bool(needs))
     else:
         if "network" in needs:
-            raise ValueError(f"{needs['network']} needs the network and its images: give the folder of a run (RUN)")
+            raise ValueError(f"{needs['network']} needs the network and its images. Give the folder of a run (RUN).")
         if test is None:
-            raise ValueError("test is None; it must be one or several sets to measure on. Give their files or tensors.")
+            raise ValueError("test is None; it must be one or more sets to evaluate on. Give their files or tensors.")
         inputs = inputs_of(predictions_of(calibration, reading), named(test, reading))
         if "features" in needs:
             inputs = _with_features(inputs, reading)
@@ -102,21 +102,7 @@ def calibrate(
 
 
 def named_calibrators(calibrators: str | Calibrator | Sequence[str | Calibrator]) -> list[Calibrator]:
-    """Build calibrators from text; those that are named twice are there once.
-
-    Args:
-        calibrators: Objects, or text with commas between them.
-
-    Returns:
-        The calibrators.
-
-    Raises:
-        ValueError: A text cannot be read, or names no calibrator.
-
-    Example:
-        >>> [calibrator.name for calibrator in named_calibrators("Temperature, OneVsRest(Isotonic)")]
-        ['Temperature', 'OneVsRest(Isotonic)']
-    """
+    """Build calibrators from text or objects, without duplicates."""
     given = [calibrators] if isinstance(calibrators, str | Calibrator) else list(calibrators)
     built: list[Calibrator] = []
     for item in given:
@@ -125,20 +111,15 @@ def named_calibrators(calibrators: str | Calibrator | Sequence[str | Calibrator]
 
 
 def split_names(text: str) -> list[str]:
-    """Split calibrators at the commas that are not within brackets.
-
-    Example:
-        >>> split_names("Temperature, Sequential(Temperature(), OneVsRest(Isotonic()))")
-        ['Temperature', 'Sequential(Temperature(), OneVsRest(Isotonic()))']
-    """
+    """Split calibrators at the commas outside parentheses."""
     try:
         written = ast.parse(f"[{text.strip()}]", mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         written = None
     if not isinstance(written, ast.List) or not written.elts:
         raise ValueError(
-            f"calibrators {text!r:.200} cannot be read; write names with commas between them, such as "
-            '"Temperature,VectorScaling". `calib list calibrators` names them all.'
+            f"calibrators is {text!r:.200}, which cannot be parsed; it must be comma-separated names. Write "
+            '"Temperature,VectorScaling", for example. `calib list calibrators` lists all.'
         )
     return [ast.unparse(item) for item in written.elts]
 
@@ -147,14 +128,14 @@ def _built(text: str) -> Calibrator:
     try:
         return parse(text, Calibrator)  # type: ignore[type-abstract]
     except ValueError as error:
-        raise ValueError(f"{error} `calib list calibrators` names them all.") from error
+        raise ValueError(f"{error} `calib list calibrators` lists all.") from error
 
 
 def _of_run(run: Path, asks_network: bool) -> tuple[Inputs, EvidenceOf]:
     inputs = inputs_of_run(run)
     if not asks_network:
         return inputs, _stored_evidence
-    from calib_lightning.predictions.run_network import RunNetwork  # only here the trainer is needed
+    from calib_lightning.predictions.run_network import RunNetwork  # it imports the trainer
 
     network = RunNetwork(run)
     return network.with_features(inputs), network.evidence
@@ -188,7 +169,7 @@ def _report(
         try:
             found = _fit(calibrator, inputs.calibration, evidence("calibration", inputs.calibration))
             applied = {name: apply(calibrator, test, evidence(name, test)) for name, test in inputs.tests.items()}
-        except Exception as error:  # whatever is wrong with one must not cost the others
+        except Exception as error:  # a failure must not affect the other calibrators
             failed[called] = " ".join(str(error).split()) or type(error).__name__
             continue
         fitted[called] = found
@@ -196,7 +177,7 @@ def _report(
             rows[name][called], new = _row(settings, predictions)
             notes += [f"{name}, {called}: {note}" for note in new if note not in said[name]]
             notes += _losses(inputs.tests[name], predictions, name, called)
-    notes = sorted(dict.fromkeys(notes), key=LOST_REFINEMENT.__eq__)  # after all that it explains
+    notes = sorted(dict.fromkeys(notes), key=LOST_REFINEMENT.__eq__)  # after the notes that it explains
     return CalibrationReport(inputs, settings, fitted, rows, failed, notes)
 
 
@@ -229,5 +210,5 @@ def _quality(predictions: Predictions) -> dict[str, float]:
     state = EvaluationState(list(_QUALITIES), input=predictions.input)
     state.update(*predictions[:3])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about undefined values: no note compares with them
+        warnings.simplefilter("ignore")  # undefined values never cause a note here
         return {key: float(value) for key, value in state.compute().items()}

@@ -1,4 +1,4 @@
-"""What `calibrate` returns, and the folder of files that it can be kept in."""
+"""The report of `calibrate`, and how it is saved."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from calib_lightning.predictions.values import Values
 from calib_lightning.utils.files import numbered_folder, write_whole
 
 UNCALIBRATED = "uncalibrated"
-"""Name of the row of the network as it is."""
+"""Row of the network without a calibrator."""
 
 _LONGEST_NAME = 100
 
 
 class Fitted(NamedTuple):
-    """A calibrator after its fit, and what the fit warned about."""
+    """A fitted calibrator, and the warnings of its fit."""
 
     calibrator: Calibrator
     notes: list[str]
 
     @property
     def report(self) -> FitReport:
-        """How the fit went."""
+        """Report of the fit."""
         assert self.calibrator.report is not None
         return self.calibrator.report
 
 
 class Row(NamedTuple):
-    """What one calibrator, or none, does to one set: values, and whether the confidence is one of its own."""
+    """Values of one set with or without a calibrator; ``own_confidence``: not the largest probability."""
 
     values: Values
     own_confidence: bool
@@ -57,15 +57,15 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibrationReport(Report):
-    """Everything that `calibrate` found.
+    """Results of `calibrate`.
 
     Attributes:
-        inputs: What was read.
-        settings: What was asked for.
-        fitted: The calibrators by name, in the order in which they were given.
-        rows: For each set a row for `UNCALIBRATED` and one for each calibrator.
-        failed: Why calibrators are not among them, by name.
-        notes: What a reader of the values should know.
+        inputs: The sets.
+        settings: The settings.
+        fitted: The fitted calibrators by name, in the given order.
+        rows: For each set, a row for `UNCALIBRATED` and one for each calibrator.
+        failed: Reasons of failures, by calibrator.
+        notes: Remarks on the values.
     """
 
     inputs: Inputs
@@ -84,13 +84,13 @@ class CalibrationReport(Report):
         """Write the calibrators, ``report.json`` and ``report.md`` to a new folder.
 
         Args:
-            folder: The folder; a number is added where it exists.
+            folder: The folder; a number is appended if it exists.
 
         Returns:
-            The folder that was made.
+            The new folder.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The folder cannot be written.
         """
         made = numbered_folder(Path(folder))
         for name, file in self.files.items():
@@ -101,11 +101,11 @@ class CalibrationReport(Report):
 
     @property
     def files(self) -> dict[str, str]:
-        """Names of the calibrators' files, by their names."""
+        """File names by calibrator."""
         return _file_names(list(self.fitted))
 
     def grids(self) -> Iterator[Grid]:
-        """The tables: one for each set, and one of the fits."""
+        """One table for each set, and one of the fits."""
         for name, test in self.inputs.tests.items():
             rows, classes = test.scores.shape
             entries = [Entry(called, [], row.values) for called, row in self.rows[name].items()]
@@ -115,10 +115,10 @@ class CalibrationReport(Report):
             rows = len(self.inputs.calibration.labels)
             header = ["calibrator", "converged", "passes", "gradient", "at bound", "NLL", "ECE %", "accuracy change %"]
             fits = [[name, *_fit_cells(fitted.report)] for name, fitted in self.fitted.items()]
-            yield Grid(f"fits to the {rows:,} calibration rows, with the values of these rows", header, fits)
+            yield Grid(f"fits to the {rows:,} calibration rows, with values on these rows", header, fits)
 
     def remarks(self) -> Iterator[str]:
-        """How intervals were made, the notes, and what failed."""
+        """The method of the intervals, the notes and the failures."""
         yield from intervals_remark(self.settings)
         for name, fitted in self.fitted.items():
             for note in fitted.notes:
@@ -129,7 +129,7 @@ class CalibrationReport(Report):
             yield f"Failed: {name}: {reason}"
 
     def content(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """The report as plain data."""
         inputs = self.inputs
         settings = settings_content(self.settings, inputs.calibration.input)
         settings["calibrators"] = [*self.fitted, *self.failed]
@@ -166,7 +166,7 @@ def _file_names(names: Sequence[str]) -> dict[str, str]:
     for name in names:
         stem = re.sub(r"[^\w.=+-]+", "_", name).strip("_")[:_LONGEST_NAME]
         file, number = f"{stem}.pt", 2
-        # File systems that ignore case must not merge two of them.
+        # Names must also differ on file systems that ignore case.
         while file.lower() in {other.lower() for other in files.values()}:
             file, number = f"{stem}-{number}.pt", number + 1
         files[name] = file

@@ -1,4 +1,4 @@
-"""Scores and labels from CSV files: a column of labels and K columns of scores, in the order of the classes."""
+"""Scores and labels from CSV files: a column of labels and K columns of scores in class order."""
 
 from __future__ import annotations
 
@@ -17,24 +17,15 @@ from torch import Tensor
 Holds = Literal["scores and labels", "scores", "labels"]
 
 SKIPPED = ("id", "index")
-"""Columns that are left out, with a first one without a name, in which pandas writes its index."""
+"""Columns that are skipped; also a first column without a name, the index of pandas."""
 
-_HOW = "scores are named 0, 1, 2, ... or with one prefix (z0, z1, z2, ...), in the order of the classes"
+_HOW = "columns of scores must be named 0, 1, 2, ... or with one prefix (z0, z1, z2, ...), in class order."
 
 
 def load_csv(path: Path, labels_key: str | None, holds: Holds) -> tuple[dict[str, Tensor], str]:
-    """Read a file.
+    """Read ``scores`` and, if present, ``labels``, ``confidence`` and ``p``; also describe the columns that were read.
 
-    Args:
-        path: The file, in UTF-8, with or without a header.
-        labels_key: Name of the column of labels; ``label`` by default. Without a header it is the last column.
-        holds: What is looked for.
-
-    Returns:
-        ``scores`` and, as far as there are any, ``labels``, ``confidence`` and ``p``; and which columns were read.
-
-    Raises:
-        ValueError: The columns are not these, or a cell is not a number.
+    Labels are in the column ``labels_key`` (default: ``label``), or in the last column if there is no header.
     """
     first = _first_row(path)
     header = first if _is_header(path, first) else []
@@ -45,8 +36,8 @@ def load_csv(path: Path, labels_key: str | None, holds: Holds) -> tuple[dict[str
     if label is None and rest and holds != "scores":
         if header and len(rest) > 1 and not _unrecognised([header[place] for place in rest]):
             raise ValueError(
-                f"{path}: no column of labels among {_quoted(header)}; name it 'label', name another with "
-                "labels_key, or give the labels in another file"
+                f"{path}: no column of labels among {_quoted(header)}; name it 'label', set labels_key, or give the "
+                "labels in another file"
             )
         label = rest.pop()
     if header and holds != "labels":
@@ -56,7 +47,7 @@ def load_csv(path: Path, labels_key: str | None, holds: Holds) -> tuple[dict[str
     table = numbers(path, 1 if header else 0, skipped)
     table = table if table.size else np.zeros((0, len(first)))
     if header and table.shape[1] != len(header):
-        raise ValueError(f"{path}: the header has {len(header)} columns but the rows have {table.shape[1]}")
+        raise ValueError(f"{path}: the header has {len(header)} columns, but the rows have {table.shape[1]}.")
     content = {"scores": torch.from_numpy(table[:, rest])}
     if label is not None:
         content["labels"] = _whole(path, table[:, label])
@@ -68,7 +59,7 @@ def load_csv(path: Path, labels_key: str | None, holds: Holds) -> tuple[dict[str
 
 
 def numbers(path: Path, header: int, unread: Collection[int] = ()) -> npt.NDArray[Any]:
-    """Read a table of numbers ``(rows, columns)``; columns that are not read are 0."""
+    """Read numbers ``(rows, columns)``; columns in ``unread`` are 0."""
     with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input contained no data")
         try:
@@ -84,8 +75,8 @@ def numbers(path: Path, header: int, unread: Collection[int] = ()) -> npt.NDArra
         except ValueError as error:
             reason = (str(error).splitlines() or [""])[0].partition(";")[0].rstrip(".")
             raise ValueError(
-                f"{path}: {reason} (rows are counted after the header); allowed: numbers with commas between them, "
-                "equally many in each row"
+                f"{path}: {reason} (rows are counted after the header); it must have comma-separated numbers, the "
+                "same count in each row."
             ) from error
 
 
@@ -94,9 +85,9 @@ def _first_row(path: Path) -> list[str]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             first = [cell.strip() for cell in next(csv.reader(file), [])]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: is not text in UTF-8 with commas between cells ({error})") from error
+        raise ValueError(f"{path} cannot be read ({error}); it must be comma-separated UTF-8 text.") from error
     if not first:
-        raise ValueError(f"{path}: is empty; allowed: rows of scores with a label, with or without a header")
+        raise ValueError(f"{path} is empty; it must have rows of scores and a label, with or without a header.")
     if first[0].startswith("#"):  # numpy.savetxt writes its header as a comment
         first[0] = first[0].lstrip("# ")
     return first
@@ -110,8 +101,8 @@ def _is_header(path: Path, first: Sequence[str]) -> bool:
     if len(first) > 1 and list(first) == ["", *map(str, range(len(first) - 1))]:
         return True
     raise ValueError(
-        f"{path}: row 0, the first, has an empty cell in column {list(first).index('') + 1}; allowed: a number in each "
-        "cell, or a header with a name for each column (the first may be empty: it is an index and skipped)"
+        f"{path}: row 0, the first, has an empty cell in column {list(first).index('') + 1}; it must have a number in "
+        "each cell, or be a header with a name for each column (the first may be empty: an index, which is skipped)."
     )
 
 
@@ -121,12 +112,12 @@ def _label_column(path: Path, header: list[str], wanted: str | None, holds: Hold
             return header.index(name)
     if wanted and holds != "scores":
         held = _quoted(header) or "no header"
-        raise ValueError(f"{path}: no column {wanted!r}; the file has {held}; name one of them with labels_key")
+        raise ValueError(f"{path}: labels_key is {wanted!r}; it must be a column of the file, which has {held}.")
     return None
 
 
 def _unrecognised(names: Sequence[str]) -> str:
-    """Say why columns are not the scores of classes 0, 1, ... in their order; empty if they are."""
+    """Why columns are not the scores of classes 0, 1, ... in order; empty if they are."""
     if list(names) == ["p"]:
         return ""
     parts = [re.fullmatch(r"(.*?)(\d+)", name) if _is_name(name) else None for name in names]
@@ -162,8 +153,8 @@ def _whole(path: Path, column: npt.NDArray[np.float64]) -> Tensor:
     broken = np.flatnonzero(~(np.isfinite(column) & (column == np.floor(column)) & (np.abs(column) < 2**53)))
     if len(broken):
         raise ValueError(
-            f"{path}: row {broken[0]} has label {column[broken[0]]}, allowed: whole numbers; the labels are the column "
-            "named 'label' or by labels_key, or the last one"
+            f"{path}: row {broken[0]} has label {column[broken[0]]}; it must be a whole number. Labels are in the "
+            "column 'label' or labels_key, or in the last one."
         )
     return torch.from_numpy(column.astype(np.int64))
 

@@ -12,20 +12,7 @@ from calib_lightning.predictions.reading import Predictions
 
 
 def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int) -> list[Path]:
-    """Draw a set: reliability diagram, histogram of the confidences and risk-coverage curve, each as PNG and SVG.
-
-    Args:
-        folder: Where the folder of the set is made.
-        name: Name of the set.
-        predictions: The set.
-        n_bins: Number of bins of the reliability diagram.
-
-    Returns:
-        The files.
-
-    Raises:
-        OSError: A file cannot be written.
-    """
+    """Save a reliability diagram, confidence histogram and risk-coverage curve as PNG and SVG in ``folder/name``."""
     rows = Rows(predictions.scores, predictions.labels, predictions.confidence, predictions.input)
     ordered = order_rows(rows.log_odds, rows.correct)
     figures = {

@@ -1,4 +1,4 @@
-"""What files of predictions hold, of any framework; nothing in a file is executed, and nothing is guessed."""
+"""Read files of predictions from any framework, without executing code in a file and without guessing."""
 
 from __future__ import annotations
 
@@ -25,20 +25,9 @@ Array = npt.NDArray[Any]
 
 
 class Stored:
-    """The content of a file, before it is checked.
+    """The unchecked content of a file with a suffix of ``SUFFIXES``.
 
-    Args:
-        path: A ``.npz``, ``.npy``, ``.pt``, ``.pth`` or ``.csv`` file.
-        reading: Names of the arrays, and what the scores are.
-        holds: What is looked for.
-
-    Attributes:
-        columns: Which columns of a CSV file were read as what; empty for other files.
-        class_names: As stored, ``None`` where there are none.
-
-    Raises:
-        ValueError: The file is damaged, or of another type.
-        OSError: It cannot be read.
+    ``columns`` describes the columns of a CSV file; ``class_names`` are as stored, or ``None``.
     """
 
     def __init__(self, path: Path, reading: Reading, holds: Holds) -> None:
@@ -61,85 +50,73 @@ class Stored:
         assert not isinstance(self.content, Tensor)
         if name not in self.content:
             held = ", ".join(map(repr, self.content)) or "nothing"
-            raise ValueError(f"{self.path}: no {name!r}; the file holds {held}; name one of them with {option}{hint}")
+            raise ValueError(f"{self.path} has no {name!r}; it has {held}. Set {option}{hint}.")
         return self.content[name]
 
     def array(self, name: str, option: str) -> Tensor:
-        """An array of a file that names its arrays."""
+        """An array of a file with named arrays."""
         if isinstance(self.content, Tensor) or self.is_csv:
-            raise ValueError(f"{self.path}: {name!r} is read only from .npz, .pt and .pth files with named arrays")
+            raise ValueError(f"{self.path}: {name!r} is read only from .npz, .pt and .pth files with named arrays.")
         return self._named(name, option)
 
     def optional(self, name: str) -> Tensor | None:
-        """An array that a file may hold beside the scores."""
+        """An array that a file may have in addition to the scores, or ``None``."""
         return None if isinstance(self.content, Tensor) else self.content.get(name)
 
     @property
     def scores(self) -> Tensor:
-        """The scores as they are stored; of one column ``p``, the probabilities of both classes."""
+        """The scores as stored; for a single column ``p``, the probabilities of both classes."""
         if isinstance(self.content, Tensor):
             return self.content
         if "p" in self.content and self.is_csv:
             if self.reading.input != "probs":
-                raise ValueError(f"{self.path}: column 'p' holds probabilities of class 1; say input=probs")
+                raise ValueError(f"{self.path}: column 'p' has probabilities of class 1. Set input=probs.")
             return torch.stack([1.0 - self.content["p"], self.content["p"]], dim=1)
         if self.is_csv:
             return self.content["scores"]
         usual = self.reading.input
         other = {"logits": "probs", "probs": "logits"}[usual]
-        hint = f", or say input={other}" if not self.reading.scores_key and other in self.content else ""
+        hint = f" or input={other}" if not self.reading.scores_key and other in self.content else ""
         return self._named(self.reading.scores_key or usual, "scores_key", hint)
 
     @property
     def labels(self) -> Tensor:
-        """The labels that are stored with the scores."""
+        """The labels in a file with scores."""
         if isinstance(self.content, Tensor):
-            raise ValueError(f"{self.path}: holds scores only; give the labels in a file of their own (labels)")
+            raise ValueError(f"{self.path} has only scores. Give the labels in a separate file (labels).")
         return self._named("labels" if self.is_csv else self.reading.labels_key or "labels", "labels_key")
 
     @property
     def only_labels(self) -> Tensor:
-        """The labels of a file of labels."""
+        """The labels in a file of labels."""
         if isinstance(self.content, Tensor):
             return self.content
         if self.is_csv and self.content["scores"].shape[1]:
-            raise ValueError(f"{self.path}: a file of labels must have one column, a label in each row")
+            raise ValueError(f"{self.path}: a file of labels must have one column.")
         return self.labels
 
 
 def read_counts(path: Path, classes: int) -> Tensor:
-    """Read the number of training images of each class.
-
-    Args:
-        path: A ``.csv`` (one row or one column), ``.npy`` or ``.json`` (a list) file.
-        classes: Number of classes K.
-
-    Returns:
-        ``(K,)`` int64.
-
-    Raises:
-        ValueError: Not K whole numbers >= 0.
-        OSError: The file cannot be read.
-    """
+    """Read training images per class ``(K,)``, int64, from a .csv (row or column), .npy or .json (list) file."""
     suffix = _suffix(path, _COUNT_SUFFIXES)
     if suffix == ".json":
         try:
             counts = np.asarray(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
-            raise ValueError(f"{path}: not a JSON list of numbers ({first_line(error)})") from error
+            raise ValueError(f"{path}: the file is not a JSON list of numbers ({first_line(error)}).") from error
     else:
         counts = _load_array(path) if suffix == ".npy" else numbers(path, 0)
     return checked_counts(counts, classes, str(path))
 
 
 def checked_counts(counts: Any, classes: int, where: str) -> Tensor:
-    """Refuse counts that are not K whole numbers >= 0; return them as ``(K,)`` int64."""
+    """Return counts as ``(K,)`` int64, or raise ``ValueError`` if they are not K whole numbers >= 0."""
     found = np.asarray(counts).reshape(-1)
     is_number = np.issubdtype(found.dtype, np.integer) or np.issubdtype(found.dtype, np.floating)
     if len(found) != classes or not is_number or bool(((found < 0) | (found != np.floor(found))).any()):
         raise ValueError(
-            f"{where}: {len(found)} values of {found.dtype}, allowed: {classes} whole numbers >= 0, the training "
-            "images of each class in the order of the labels"
+            f"{where}: there are {len(found)} values of {found.dtype}; there must be {classes} whole numbers >= 0, the "
+            "training images of each class in the order of the labels."
         )
     return torch.from_numpy(found.astype(np.int64))
 
@@ -152,9 +129,9 @@ def first_line(error: BaseException) -> str:
 def _suffix(path: Path, allowed: tuple[str, ...]) -> str:
     suffix = path.suffix.lower()
     if suffix not in allowed:
-        raise ValueError(f"{path}: files of type {suffix or '(none)'!r} are not read, allowed: {', '.join(allowed)}")
+        raise ValueError(f"{path}: the suffix is {suffix or '(none)'!r}; it must be one of {', '.join(allowed)}.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file.")
     return suffix
 
 
@@ -174,8 +151,8 @@ def _readable(path: Path, name: str, load: Callable[[], Array]) -> Tensor:
         return _tensor(load())
     except (ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
-            f"{path}: {name}cannot be read as an array of numbers ({first_line(error)}); save it as a plain NumPy "
-            "array, not as Python objects"
+            f"{path}: {name}cannot be read as an array of numbers ({first_line(error)}). Save it as a plain NumPy "
+            "array, not as Python objects."
         ) from error
 
 
@@ -187,12 +164,12 @@ def _load_array(path: Path) -> Array:
 def _one_array(path: Path) -> Array:
     stored = np.load(path, allow_pickle=False)
     if not isinstance(stored, np.ndarray):
-        raise ValueError("it holds several arrays; rename it to .npz")
+        raise ValueError("it contains several arrays; rename it to .npz")
     return stored
 
 
 class _Arrays(Mapping[str, Tensor]):
-    """The arrays of an ``.npz`` file, each read on demand: a strange one that nobody needs does no harm."""
+    """The arrays of an ``.npz`` file, read on demand, so that invalid ones that are not needed do no harm."""
 
     def __init__(self, path: Path, stored: Any) -> None:
         self._path = path
@@ -202,15 +179,15 @@ class _Arrays(Mapping[str, Tensor]):
         return _readable(self._path, f"{name!r} ", lambda: self._stored[name])
 
     def strings(self, name: str) -> Any:
-        """An array of text as a list, ``None`` where there is none."""
+        """An array of text as a list, or ``None`` if there is none."""
         if name not in self:
             return None
         try:
             return self._stored[name].tolist()
         except (ValueError, zipfile.BadZipFile, EOFError) as error:
             raise ValueError(
-                f"{self._path}: {name!r} cannot be read ({first_line(error)}); save it as numpy.array(names), text of "
-                "a fixed width, not as Python objects"
+                f"{self._path}: {name!r} cannot be read ({first_line(error)}). Save it as numpy.array(names), "
+                "fixed-width text, not as Python objects."
             ) from error
 
     def __contains__(self, name: object) -> bool:
@@ -226,34 +203,35 @@ class _Arrays(Mapping[str, Tensor]):
 def _load_arrays(path: Path) -> _Arrays:
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{path}: is not an .npz archive, or damaged; save it with numpy.savez (a single array is a .npy file)"
+            f"{path} is damaged or not an .npz archive. Save it with numpy.savez (or a single array as .npy)."
         )
     return _Arrays(path, np.load(path, allow_pickle=False))
 
 
 def _load_torch(path: Path) -> tuple[Mapping[str, Tensor] | Tensor, Any]:
-    """The tensors, and the names of the classes where there are any."""
+    """The tensors, and the class names or ``None``."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of tensors that are refused later
+            warnings.simplefilter("ignore", UserWarning)  # about tensors that are rejected later
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise nearly anything
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(
-            f"{path}: cannot be read as tensors ({_why_refused(error)}); save a dict of tensors with torch.save"
+            f"{path} cannot be read as tensors ({_why_refused(error)}). Save a dict of tensors with torch.save."
         ) from error
     if isinstance(content, Tensor):
         return content.detach(), None
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path}: holds a {type(content).__name__}, allowed: a dict of tensors, or one tensor with a file of labels"
+            f"{path} contains a {type(content).__name__}; it must contain a dict of tensors, or one tensor with a "
+            "separate file of labels."
         )
     tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     return tensors, content.get("class_names")
 
 
 def _why_refused(error: Exception) -> str:
-    # PyTorch's message advises to execute what the file holds, so only the fault is taken from it.
+    # PyTorch's message recommends executing the file's content, so only the reason is taken from it.
     if "weights_only" not in str(error):
         return first_line(error)
     foreign = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it holds the Python object {foreign[1]}" if foreign else "it is damaged, or holds Python objects"
+    return f"it contains the Python object {foreign[1]}" if foreign else "it is damaged or contains Python objects"

@@ -1,4 +1,4 @@
-"""Refusing rows that calibrators must not be fitted to: those that they are measured on, or that chose the network."""
+"""Reject calibration rows that are not held out: test rows, or rows that selected the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from calib_lightning.predictions.reading import Predictions
 
 _SAMPLED_ROWS, _SAMPLED_CLASSES = 200, 8
 
-LOOKS_BETTER = "a calibrator looks better than it is on the rows that it was fitted to; give held-out rows"
-"""Why rows must not be shared."""
+LOOKS_BETTER = "on the rows that it was fitted to, a calibrator looks better than it is. Give held-out rows."
+"""Reason to reject shared rows."""
 
 
 def check_role(path: Path, run: Path | None) -> None:
-    """Refuse the validation and test sets of a run as calibration rows."""
+    """Reject the validation and test sets of a run as calibration rows."""
     within = None if run is None else run.resolve() / "predictions"
     if within is not None and path.resolve().is_relative_to(within) and path.stem != "calibration":
-        use = "chose its checkpoint" if path.stem == "val" else "is what it is tested on"
+        use = "selected its checkpoint" if path.stem == "val" else "is one of its test sets"
         raise ValueError(
-            f"{path}: is the set {path.stem!r} of the run {run}, which {use}; calibrators are fitted to other "
-            f"rows: give {within / 'calibration.npz'}"
+            f"{path} is the set {path.stem!r} of the run {run}, which {use}; calibrators must be fitted to other "
+            f"rows. Give {within / 'calibration.npz'}."
         )
 
 
 def check_apart(calibration: Predictions, test: Predictions, name: str) -> list[str]:
-    """Refuse test rows among the rows of the fit; a few of them, which may be a coincidence, are a note."""
+    """Reject test rows among the calibration rows; a few, which may be a coincidence, are only noted."""
     places = f"{calibration.where} and {test.where}"
     if calibration.scores.shape[1] != test.scores.shape[1]:
         raise ValueError(
-            f"{places} must have the same classes: {calibration.scores.shape[1]} and {test.scores.shape[1]}"
+            f"{places} must have the same classes, but have {calibration.scores.shape[1]} and {test.scores.shape[1]}."
         )
     rows, test_rows = _distinct_rows(calibration), _distinct_rows(test)
     shared = len(rows & test_rows)
     same = calibration.scores.shape == test.scores.shape and rows == test_rows
-    # Where a network says the same of all images, each set repeats the few rows that there are, and two share them.
+    # If a network predicts the same for all images, each set repeats a few rows, which two sets may share.
     repeats = len(rows) < len(calibration.labels) or len(test_rows) < len(test.labels)
     by_chance = shared == 0 or (repeats and shared <= calibration.scores.shape[1])
     if (same and torch.equal(calibration.labels, test.labels)) or (
@@ -48,23 +48,23 @@ def check_apart(calibration: Predictions, test: Predictions, name: str) -> list[
         raise ValueError(f"{places} hold the same rows up to rounding (scores and labels): {LOOKS_BETTER}")
     if by_chance:
         return []
-    return [f"{name}: {shared} of its rows are also among the rows that the calibrators are fitted to"]
+    return [f"{name}: {shared} of its rows are also among the calibration rows"]
 
 
 def check_widths(calibration: Predictions, tests: Mapping[str, Predictions]) -> None:
-    """Refuse features of different widths."""
+    """Reject features of different widths."""
     assert calibration.features is not None
     for test in tests.values():
         assert test.features is not None
         if calibration.features.shape[1] != test.features.shape[1]:
             raise ValueError(
-                f"{calibration.where} and {test.where} must have features of the same width: "
-                f"{calibration.features.shape[1]} and {test.features.shape[1]}"
+                f"{calibration.where} and {test.where} must have features of the same width, but have widths "
+                f"{calibration.features.shape[1]} and {test.features.shape[1]}."
             )
 
 
 def _distinct_rows(predictions: Predictions) -> set[bytes]:
-    # float32, so that a copy in double precision is known again
+    # float32, so that a copy in double precision is recognised
     scores, labels = predictions.scores.float().numpy(), predictions.labels.numpy()
     return {
         hashlib.blake2b(row.tobytes() + label.tobytes(), digest_size=16).digest()
@@ -73,11 +73,11 @@ def _distinct_rows(predictions: Predictions) -> set[bytes]:
 
 
 def _share_of_twins(mine: Predictions, others: Predictions) -> float:
-    """Share of test rows that equal a row of the fit up to rounding, from a sample of rows and classes."""
+    """Fraction of test rows that equal a calibration row up to rounding, from a sample of rows and classes."""
     rows = torch.linspace(0, len(others.labels) - 1, min(len(others.labels), _SAMPLED_ROWS)).long()
     classes = slice(_SAMPLED_CLASSES)
     scores, looked_at = mine.scores[:, classes].double(), others.scores[rows, classes].double()
-    # Two classes leave one number, which comes close to that of another row by chance.
+    # Two classes leave one number, which may be close to that of another row by chance.
     limit = (1e-4 if scores.shape[1] > 2 else 1e-6) * float(scores.std())
     twins = 0
     for row, label in zip(looked_at, others.labels[rows].tolist(), strict=True):

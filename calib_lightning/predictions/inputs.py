@@ -1,4 +1,4 @@
-"""The sets that calibrators are fitted to and measured on, read and kept apart."""
+"""Read the calibration set and the test sets, and check that they are separate."""
 
 from __future__ import annotations
 
@@ -16,14 +16,9 @@ from calib_lightning.utils.run_folder import run_of
 
 
 class Inputs(NamedTuple):
-    """Everything that was read.
+    """The calibration set, the test sets by name, and notes on them.
 
-    Attributes:
-        calibration: The rows that calibrators are fitted to.
-        tests: The sets that they are measured on, by name.
-        notes: What a reader of the values should know.
-        run: The run that they come from, ``None`` for other predictions.
-        checkpoint: The network that was asked, ``None`` where none was.
+    ``run`` is ``None`` for predictions from elsewhere, ``checkpoint`` if no network was loaded.
     """
 
     calibration: Predictions
@@ -34,62 +29,39 @@ class Inputs(NamedTuple):
 
 
 def inputs_of_run(run: Path) -> Inputs:
-    """Read the sets that a run has saved; test and shifted sets are what calibrators are measured on.
-
-    Args:
-        run: Folder of a run, or of a test in it.
-
-    Returns:
-        The sets.
-
-    Raises:
-        ValueError: It is not a run, or has no predictions or no calibration set.
-        OSError: A file cannot be read.
-    """
+    """Read the saved sets of a run (or of a test in its folder); the test and shifted sets are the test sets."""
     read_record(run)
     folder = run / "predictions"
     found = {path: path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.npz"))}
-    paths = {name: path for path, name in found.items() if not name.startswith("ood/")}  # which have no labels
+    paths = {name: path for path, name in found.items() if not name.startswith("ood/")}  # these have no labels
     if not paths:
         raise ValueError(
-            f"{run}: has no predictions yet; `calib test -c {run / 'config.yaml'}` saves them in {run / 'test'}, which "
-            "is then the RUN to give"
+            f"{run} has no predictions yet. Run `calib test -c {run / 'config.yaml'}` and give {run / 'test'} as RUN."
         )
     calibration = paths.pop("calibration", None)
     if calibration is None:
         raise ValueError(
-            f"{folder}: has no calibration.npz: the run held no images back for calibration; train it with "
-            "data.init_args.split.calibration above 0"
+            f"{folder} has no calibration.npz, because no images were held out for calibration. Train with "
+            "data.init_args.split.calibration above 0."
         )
-    paths.pop("val", None)  # it chose the checkpoint
+    paths.pop("val", None)  # it selected the checkpoint
     if not paths:
-        raise ValueError(f"{folder}: has no predictions of a test set")
+        raise ValueError(f"{folder} has no predictions of a test set.")
     tests = {name: read_predictions(path) for name, path in paths.items()}
     return _noted(read_predictions(calibration), tests, run)._replace(run=run)
 
 
 def inputs_of(calibration: Predictions, tests: Mapping[str, Predictions]) -> Inputs:
-    """Keep given sets apart: validation and test rows of a run, and equal rows, are refused.
-
-    Args:
-        calibration: The rows that calibrators are fitted to.
-        tests: The sets that they are measured on, by name.
-
-    Returns:
-        The sets.
-
-    Raises:
-        ValueError: Rows that must not be fitted to, or no rows.
-    """
+    """Check given sets: calibration rows that are not held out, or no calibration rows, are a ``ValueError``."""
     file, run = calibration.origin.file, None
     for test in tests.values():
         if file is not None and test.origin.file is not None and file.samefile(test.origin.file):
-            raise ValueError(f"{file}: is given for calibration and as a test set; {LOOKS_BETTER}")
+            raise ValueError(f"{file} is given for calibration and as a test set; {LOOKS_BETTER}")
     for found in (calibration, *tests.values()):
         if found.input == "logits" and seem_probs(found.scores):
             raise ValueError(
-                f"{found.where}: all scores lie in [0, 1] and each row sums to 1, but they are taken for logits; if "
-                "they are probabilities, say input=probs"
+                f"{found.where}: all scores are in [0, 1] and each row sums to 1, but they are taken for logits. If "
+                "they are probabilities, set input=probs."
             )
     if file is not None:
         run = run_of(file)
@@ -102,21 +74,21 @@ def read_record(run: Path) -> dict[str, Any]:
     path = run / "run.json"
     if not path.is_file():
         raise ValueError(
-            f"{run}: is not a folder of a run: there is no run.json; give other predictions with --calibration FILE "
-            "--test FILE"
+            f"{run} is not the folder of a run, because it has no run.json. Give other predictions as --calibration "
+            "FILE --test FILE."
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is damaged ({error})") from error
+        raise ValueError(f"{path} is damaged ({error}).") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{path}: is damaged (no object)")
+        raise ValueError(f"{path} is damaged (not a JSON object).")
     return record
 
 
 def _noted(calibration: Predictions, tests: dict[str, Predictions], run: Path | None) -> Inputs:
     if len(calibration.labels) == 0:
-        raise ValueError(f"{calibration.where}: holds no rows; a calibrator is fitted to held-out rows")
+        raise ValueError(f"{calibration.where} has no rows; it must have at least one. Give held-out rows.")
     notes = [] if run is None else list(_run_notes(run))
     for name, found in {"calibration": calibration, **tests}.items():
         if found.confidence is not None:
@@ -130,9 +102,9 @@ def _noted(calibration: Predictions, tests: dict[str, Predictions], run: Path | 
 def _run_notes(run: Path) -> Iterator[str]:
     record = read_record(run)
     if record.get("share"):
-        yield f"{SHARED}: the rows of the fit have also chosen the checkpoint"
+        yield f"{SHARED}: the calibration rows also selected the checkpoint"
     for name in record.get("calibration_used_by") or []:
         yield (
-            f"the calibration split is not independent of the network: {name} was trained with it, so calibrators see "
-            "smaller errors there than elsewhere"
+            f"the calibration split is not independent of the network: {name} was trained with it, so its errors are "
+            "smaller there than on other rows"
         )

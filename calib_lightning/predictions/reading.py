@@ -1,4 +1,4 @@
-"""Predictions of a set, from files or tensors, checked."""
+"""Read and check the predictions of a set, from files or tensors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,7 @@ from calib_lightning.predictions.settings import Reading
 
 
 class Origin(NamedTuple):
-    """Where predictions come from.
-
-    Attributes:
-        files: The files of the scores and, where it is another, of the labels; none for tensors.
-        class_names: K names in the order of the scores, ``None`` where they are not known.
-        notes: What a reader should know: the columns of a CSV file, what a calibrator has replaced.
-        calibrator: Name of the calibrator that was applied; empty where there is none.
-        calibrator_file: Its file, ``None`` where there is none.
-    """
+    """Source of predictions: files (scores, then separate labels), K class names, notes, and applied calibrator."""
 
     files: tuple[Path, ...] = ()
     class_names: tuple[str, ...] | None = None
@@ -36,21 +28,21 @@ class Origin(NamedTuple):
 
     @property
     def file(self) -> Path | None:
-        """The file of the scores."""
+        """The file of the scores, or ``None``."""
         return self.files[0] if self.files else None
 
 
 class Predictions(NamedTuple):
-    """What is known of the rows of a set.
+    """Predictions and labels of a set.
 
     Attributes:
         scores: Logits or probabilities ``(N, K)``, floating point.
         labels: ``(N,)`` int64 in ``0..K-1``.
-        confidence: ``(N,)`` in ``[0, 1]`` of a method that brings its own, or ``None``.
-        input: What the scores are.
-        label_distribution: Shares of the classes ``(N, K)``, such as people's votes, or ``None``.
+        confidence: ``(N,)`` in ``[0, 1]`` if it is not the largest probability, or ``None``.
+        input: Kind of the scores.
+        label_distribution: Class distribution of each row ``(N, K)``, such as the votes of annotators, or ``None``.
         features: ``(N, d)``, for calibrators that need them, or ``None``.
-        origin: Where they come from.
+        origin: Source: files, class names and applied calibrator.
     """
 
     scores: Tensor
@@ -63,17 +55,17 @@ class Predictions(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """Logits ``(N, K)``, also of probabilities."""
+        """Logits ``(N, K)``; probabilities are converted."""
         return self.scores if self.input == "logits" else as_logits(self.scores)
 
     @property
     def where(self) -> str:
-        """What messages call them."""
+        """Their name in messages."""
         return "predictions" if self.origin.file is None else str(self.origin.file)
 
 
 PredictionsLike = Predictions | str | Path | tuple[Any, ...]
-"""Predictions, their file, or a tuple of scores ``(N, K)``, labels ``(N,)`` and perhaps features ``(N, d)``."""
+"""Predictions, their file, or a tuple of scores ``(N, K)``, labels ``(N,)`` and, optionally, features ``(N, d)``."""
 
 
 def read_predictions(
@@ -83,15 +75,15 @@ def read_predictions(
 
     Args:
         path: A ``.npz``, ``.npy``, ``.pt``, ``.pth`` or ``.csv`` file.
-        reading: What the scores are, and names of the arrays.
-        labels_path: File of the labels, where ``path`` does not hold them.
+        reading: Kind of the scores, and names of the arrays.
+        labels_path: File of the labels, if ``path`` does not contain them.
 
     Returns:
         The predictions.
 
     Raises:
-        ValueError: Names the file, what is wrong with it and what is allowed.
-        TypeError: A dtype that is not allowed.
+        ValueError: The file is damaged, an array is missing, or a shape or value is invalid.
+        TypeError: A dtype is not allowed.
         OSError: The file cannot be read.
 
     Example:
@@ -112,31 +104,14 @@ def read_predictions(
 
 
 def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> Predictions:
-    """Turn what a user has into checked predictions.
-
-    Args:
-        source: See `PredictionsLike`.
-        reading: As in `read_predictions`; of a pair it says what the scores are.
-
-    Returns:
-        The predictions.
-
-    Raises:
-        ValueError: A wrong shape or an invalid value.
-        TypeError: It is something else, or of a dtype that is not allowed.
-        OSError: A file cannot be read.
-
-    Example:
-        >>> predictions_of(([[2.0, 0.0], [0.0, 1.0]], [0, 1])).scores.shape
-        torch.Size([2, 2])
-    """
+    """Checked predictions from any `PredictionsLike`."""
     if isinstance(source, Predictions):
         return source
     if isinstance(source, str | Path):
         return read_predictions(source, reading)
     if not isinstance(source, tuple) or len(source) not in (2, 3):
         raise TypeError(
-            f"predictions are {source!r:.100}; they must be a file, Predictions, or a tuple (scores, labels)"
+            f"predictions are {source!r:.100}; they must be a file, Predictions, or a tuple (scores, labels)."
         )
     scores, labels, *features = map(_as_tensor, source)
     found = Predictions(scores, labels, input=(reading or Reading()).input, features=features[0] if features else None)
@@ -144,47 +119,34 @@ def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> P
 
 
 def with_features(predictions: Predictions, reading: Reading | None = None) -> Predictions:
-    """Read the features that stand in a set's file beside the scores; features that it has already are kept.
-
-    Args:
-        predictions: The set.
-        reading: The name of the features.
-
-    Returns:
-        The set with features ``(N, d)``.
-
-    Raises:
-        ValueError: There are none, or their shape is wrong.
-        TypeError: They are not floating point.
-        OSError: The file cannot be read.
-    """
+    """The set with features ``(N, d)``: those that it has, or those in its file."""
     name, path, rows = (reading or Reading()).features_key, predictions.origin.file, len(predictions.labels)
     features, where = predictions.features, f"{predictions.where}: {name!r}"
     if features is None and path is None:
-        raise ValueError("the predictions have no features; give a tuple (scores, labels, features)")
+        raise ValueError("the predictions have no features. Give a tuple (scores, labels, features).")
     if features is None and path is not None:
         features = Stored(path, Reading(), "scores").array(name, "features_key")
         _check_dense(features, where)
     assert features is not None
     if features.ndim != 2 or len(features) != rows:
         raise ValueError(
-            f"{where} has shape {tuple(features.shape)}, allowed: ({rows}, d), one row of features for each row of "
-            "scores"
+            f"{where} has shape {tuple(features.shape)}; it must have shape ({rows}, d), with one row of features for "
+            "each row of scores."
         )
     if not features.is_floating_point():
-        raise TypeError(f"{where} is {features.dtype}, allowed: features of a floating-point dtype")
+        raise TypeError(f"{where} is {features.dtype}; it must be floating point. Convert it to float32.")
     return predictions._replace(features=features)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """Name sets after their files: the stem, with as many folders before it as tell equal stems apart.
+    """Name sets by file stem, with as many parent folders as distinguish equal stems.
 
-    Files of one folder with the same stem keep their suffixes. A file that is given twice is a ``ValueError``.
+    Files with the same stem in a folder keep their suffixes. A file that is given twice is a ``ValueError``.
     """
     resolved = [path.resolve() for path in paths]
     for path in resolved:
         if resolved.count(path) > 1:
-            raise ValueError(f"{path}: the file is given {resolved.count(path)} times; give it once")
+            raise ValueError(f"{path} is given {resolved.count(path)} times; it must be given once.")
     bases = [path.with_suffix("") for path in resolved]
     shared = {path.stem for path, base in zip(paths, bases, strict=True) if bases.count(base) > 1}
     names = [path.name if path.stem in shared else path.stem for path in paths]
@@ -199,7 +161,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 def named(
     sources: PredictionsLike | Sequence[PredictionsLike] | Mapping[str, PredictionsLike], reading: Reading | None = None
 ) -> dict[str, Predictions]:
-    """Read sets and name them: by their keys, after their files, or ``set`` and ``set-1``, ``set-2``, ..."""
+    """Read sets; names are the keys, the names of files, or ``set`` or ``set-1``, ``set-2``, ... for tensors."""
     if isinstance(sources, Mapping):
         return {name: predictions_of(source, reading) for name, source in sources.items()}
     single = isinstance(sources, str | Path | Predictions | tuple)
@@ -212,17 +174,17 @@ def named(
 
 
 def input_notes(predictions: Predictions) -> Iterator[str]:
-    """Say what a reader should know about a set, in sentences without a full stop."""
+    """Remarks on a set, without full stops."""
     yield from predictions.origin.notes
     if predictions.input == "logits" and seem_probs(predictions.scores) and not predictions.origin.calibrator:
         yield (
-            "all scores lie in [0, 1] and each row sums to 1, and they are taken for logits; if they are "
-            "probabilities, say input=probs"
+            "all scores are in [0, 1] and each row sums to 1, but they are taken for logits; if they are "
+            "probabilities, set input=probs"
         )
 
 
 def _as_tensor(part: Any) -> Tensor:
-    """A tensor of what a user has; lists become float64, which torch would round to float32."""
+    """Convert to a tensor; lists become float64, which torch would round to float32."""
     return part.detach() if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part))
 
 
@@ -237,13 +199,14 @@ def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictio
     labels = _hard_labels(found.labels, labels_where)
     if scores.ndim == 1 or scores.shape[1:] == (1,):
         raise ValueError(
-            f"{where}: scores have shape {tuple(scores.shape)}, allowed: (N, K) with a column for each of K >= 2 "
-            "classes; a binary classifier with logit z has the columns 0 and z"
+            f"{where}: scores have shape {tuple(scores.shape)}; they must have shape (N, K) with a column for each of "
+            "K >= 2 classes. For a binary classifier with logit z, use the columns 0 and z."
         )
     if scores.ndim == 2 and len(scores) != len(labels):
         inside = "" if labels_where == where else f" in {labels_where}"
         raise ValueError(
-            f"{where}: {len(scores)} rows of scores but {len(labels)} labels{inside}; give one label for each row"
+            f"{where}: there are {len(scores)} rows of scores but {len(labels)} labels{inside}; there must be one "
+            "label for each row."
         )
     check_shapes(scores, labels, confidence, where)
     check_values(scores, labels, confidence, found.input, where)
@@ -261,8 +224,8 @@ def _checked_names(names: Any, classes: int, where: str) -> tuple[str, ...] | No
         return None
     if not isinstance(names, list | tuple) or len(names) != classes or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"{where}: class_names are {names!r:.100}, allowed: {classes} strings, one for each class in the order of "
-            "the scores"
+            f"{where}: class_names are {names!r:.100}; they must be {classes} strings, one for each class in the order "
+            "of the scores."
         )
     return tuple(names)
 
@@ -271,7 +234,7 @@ def _check_dense(tensor: Tensor, what: str) -> None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
         raise TypeError(
-            f"{what} are a {kind} tensor, allowed: a dense one; save tensor.to_dense(), quantized .dequantize()"
+            f"{what} is a {kind} tensor; it must be dense. Save tensor.to_dense(), or .dequantize() if quantized."
         )
 
 
@@ -280,11 +243,11 @@ def _hard_labels(labels: Tensor, where: str) -> Tensor:
         labels = labels.squeeze(1)
     if labels.ndim != 1:
         raise ValueError(
-            f"{where}: labels have shape {tuple(labels.shape)}, allowed: (N,) or (N, 1) class numbers; one-hot or soft "
-            "labels are not scored: save their argmax"
+            f"{where}: labels have shape {tuple(labels.shape)}; they must be class numbers (N,) or (N, 1). Save the "
+            "argmax of one-hot or soft labels."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
-            f"{where}: labels are {labels.dtype}, allowed: class numbers of an integer dtype; write them as integers"
+            f"{where}: labels are {labels.dtype}; they must be class numbers of an integer dtype. Save integers."
         )
     return labels.long()

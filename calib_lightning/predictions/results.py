@@ -1,4 +1,4 @@
-"""The table of a run; values come in as fractions and are shown in percent where that is usual."""
+"""The table of a run; values are fractions, shown in percent where that is usual."""
 
 from __future__ import annotations
 
@@ -12,18 +12,11 @@ from calib_lightning.metrics import CORE, SOFT
 from calib_lightning.predictions.tables import cell, heading
 
 SHARED = "validation and calibration are the same images"
-"""What the header of a table says about a split with ``share``."""
+"""Remark in the title of a table of a run whose split has ``share``."""
 
 
 def results_by_set(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Sort logged values by the set they belong to: ``shift/cifar10_1/ece`` is ``ece`` of ``shift/cifar10_1``.
-
-    Args:
-        metrics: Logged values by key.
-
-    Returns:
-        For each set, its values by metric name; training values are left out.
-    """
+    """Group logged values by set, without training values: ``shift/c/ece`` is ``ece`` of the set ``shift/c``."""
     sets: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
         prefix, _, name = key.rpartition("/")
@@ -33,15 +26,7 @@ def results_by_set(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def result_table(metrics: Mapping[str, float], title: str) -> Table:
-    """Make the table of a run: one row a set, one column a metric, an arrow in the better direction.
-
-    Args:
-        metrics: Logged values by key, fractions.
-        title: What stands above the table.
-
-    Returns:
-        A table to print with rich.
-    """
+    """Table of a run from logged values: a row per set, a column per metric, an arrow in the better direction."""
     table = Table(title=title, title_justify="left")
     table.add_column("set")
     table.add_column("N", justify="right")
@@ -56,7 +41,7 @@ def result_table(metrics: Mapping[str, float], title: str) -> Table:
 
 
 def print_table(metrics: Mapping[str, float], title: str) -> None:
-    """Print the table of a run, as wide as it needs to be where the output is not a terminal."""
+    """Print the table of a run, 160 characters wide if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

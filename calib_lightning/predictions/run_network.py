@@ -1,4 +1,4 @@
-"""The trained network of a run and the images of its sets, for calibrators that need more than logits."""
+"""Load the network and the images of a run, for calibrators that need more than logits."""
 
 from __future__ import annotations
 
@@ -21,22 +21,11 @@ from calib_lightning.predictions.reading import Predictions
 from calib_lightning.types import Batch
 
 AGREEMENT = 0.02
-"""How far recomputed logits may lie from the saved ones, relative to their size; those may be of lower precision."""
+"""Tolerance of recomputed logits, relative to the size of the saved ones, which may have a lower precision."""
 
 
 class RunNetwork:
-    """The chosen checkpoint of a run, in evaluation mode, and its data.
-
-    Args:
-        run: Folder of the run, or of a test in it.
-
-    Attributes:
-        checkpoint: The file of the network.
-
-    Raises:
-        ValueError: The folder has no configuration or no checkpoint, or the data are not those of the run.
-        OSError: A file cannot be read.
-    """
+    """The selected checkpoint of a run, in evaluation mode, and its data; ``run`` may be the folder of a test in it."""
 
     def __init__(self, run: Path) -> None:
         inner = not (run / "config.yaml").is_file() and (run.parent / "config.yaml").is_file()
@@ -44,12 +33,12 @@ class RunNetwork:
         config, record = home / "config.yaml", read_record(home)
         if not config.is_file():
             raise ValueError(
-                f"{run}: has no config.yaml, which says what images the network sees; give the run's folder"
+                f"{run} has no config.yaml, which defines the images of the network. Give the folder of a run."
             )
         chosen = (record.get("checkpoint") or {}).get("path")
         if not chosen or not (home / chosen).is_file():
             raise ValueError(
-                f"{run}: has no chosen checkpoint, so there is no network to ask; train the run to its end"
+                f"{run} has no selected checkpoint, so there is no network. Finish the training of the run."
             )
         self.checkpoint = home / chosen
         self.data = _data_of(config)
@@ -57,23 +46,16 @@ class RunNetwork:
         self.data.setup("test")
         if record.get("splits") not in (None, self.data.splits_hash):
             raise ValueError(
-                f"{config}: leads to other splits of the data than the run had, so that its predictions are of other "
-                "images; use the data that the run was trained with"
+                f"{config}: the splits of the data differ from those of the run, so its predictions belong to other "
+                "images. Use the data that the run was trained with."
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module: ClassificationModule = load_module(self.checkpoint, device)
 
     def with_features(self, inputs: Inputs) -> Inputs:
-        """Compute the features of all sets, the input of the network's head, in one pass over the images.
+        """Add features, the input of the network's head, to all sets, with a note on the agreement of the logits.
 
-        Args:
-            inputs: The sets of the run.
-
-        Returns:
-            The same with features, and a note on how the logits of this pass agree with the saved ones.
-
-        Raises:
-            ValueError: The logits are not those that were saved, so the network is not theirs.
+        Logits that differ from the saved ones are a ``ValueError``: they are from another network.
         """
         found, largest = {}, 0.0
         for name, predictions in {"calibration": inputs.calibration, **inputs.tests}.items():
@@ -81,8 +63,8 @@ class RunNetwork:
             off = _distance(logits, predictions)
             if not off <= AGREEMENT:
                 raise ValueError(
-                    f"{predictions.where}: its logits are not those of {self.checkpoint} (relative difference "
-                    f"{off:.2g}, allowed: {AGREEMENT:g}); test this network again, or give the folder of its test"
+                    f"{predictions.where}: the relative difference to the logits of {self.checkpoint} is {off:.2g}; it "
+                    f"must be at most {AGREEMENT:g}. Test this network again, or give the folder of its test."
                 )
             largest = max(largest, off)
             found[name] = predictions._replace(features=features)
@@ -92,9 +74,9 @@ class RunNetwork:
         return inputs._replace(calibration=calibration, tests=found, notes=notes, checkpoint=self.checkpoint)
 
     def evidence(self, name: str, predictions: Predictions) -> Evidence:
-        """What calibrators may look at for a set; images of test sets are read again and again, a batch at a time."""
+        """Inputs of calibrators for a set; images of test sets are read in batches, anew in each pass."""
         images: Any = self.data.evaluation_loader(name)
-        if name == "calibration":  # a fit goes through them many times
+        if name == "calibration":  # a fit makes many passes
             images = torch.cat([Batch(*batch).image for batch in images])
         return Evidence(predictions.logits, predictions.features, self.module, images)
 
@@ -112,18 +94,18 @@ class RunNetwork:
 
 
 def _data_of(config: Path) -> BenchmarkDataModule:
-    """Build the data module of a run's configuration; only those of this package are looked up."""
+    """Build the data module of a run's configuration, which must be one of this package."""
     try:
         section = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
         class_path, arguments = str(section["class_path"]), section.get("init_args") or {}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{config}: does not say what the data are ({error!r})") from error
+        raise ValueError(f"{config} does not specify the data ({error!r}).") from error
     known = {name: item for name in data.__all__ if _is_benchmark(item := getattr(data, name))}
     package, _, name = class_path.rpartition(".")
     if name not in known or package.partition(".")[0] not in ("", data.__name__.partition(".")[0]):
         raise ValueError(
-            f"{config}: the data are {class_path!r}, but only those of this package can be read again "
-            f"({', '.join(known)}); save logits and features of other data and give --calibration and --test"
+            f"{config}: the data module is {class_path!r}; it must be one of {', '.join(known)}. For other data, save "
+            "logits and features, and give --calibration and --test."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(known[name], "data")
@@ -141,7 +123,7 @@ def _is_benchmark(item: Any) -> bool:
 
 @contextmanager
 def _inputs_of(head: nn.Module, kept: list[Tensor]) -> Iterator[None]:
-    """Keep what a head is called with."""
+    """Collect the inputs of a head."""
     handle = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].flatten(1).float().cpu()))
     try:
         yield
@@ -150,7 +132,7 @@ def _inputs_of(head: nn.Module, kept: list[Tensor]) -> Iterator[None]:
 
 
 def _distance(logits: Tensor, predictions: Predictions) -> float:
-    """Root mean square of the differences, relative to that of the saved logits around their row means."""
+    """RMS difference, relative to the RMS deviation of the saved logits from their row means."""
     saved = predictions.logits.float()
     if saved.shape != logits.shape:
         return float("inf")

@@ -1,4 +1,4 @@
-"""What `score` returns."""
+"""The report of `score`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,7 @@ from calib_lightning.predictions.values import Values
 
 
 class Groups(NamedTuple):
-    """Values of groups of rows.
-
-    Attributes:
-        by: What the groups are.
-        table: The groups that were asked for.
-        worst: For each metric the worst class, its name and value; metrics that only describe have none.
-    """
+    """Values of groups of rows, and the name and value of the worst class for each metric with a better direction."""
 
     by: Literal["class", "frequency"]
     table: GroupTable
@@ -43,14 +37,7 @@ class Groups(NamedTuple):
 
 
 class SetScores(NamedTuple):
-    """What was found about one set.
-
-    Attributes:
-        predictions: The set.
-        values: Its values.
-        groups: Values of groups, or ``None``.
-        notes: What a reader of the values should know.
-    """
+    """A set with its values, values of groups (or ``None``) and notes."""
 
     predictions: Predictions
     values: Values
@@ -60,14 +47,14 @@ class SetScores(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreReport(Report):
-    """Everything that `score` found.
+    """Results of `score`.
 
     Attributes:
-        sets: The sets by name.
-        settings: What was asked for.
-        input: What the scores were.
-        spreads: Mean and deviation of each value over the sets, empty if they are not runs of one method.
-        compared_with: The other run; empty if there is none.
+        sets: The sets by name, each with ``predictions``, ``values``, ``groups`` and ``notes``.
+        settings: The settings.
+        input: Kind of the scores.
+        spreads: Mean and standard deviation of each value over the sets; empty if they are not runs of one method.
+        compared_with: Name of the other run; empty without one.
         notes: The notes of all sets.
     """
 
@@ -82,11 +69,11 @@ class ScoreReport(Report):
     def values(self) -> dict[str, float]:
         """The values of the only set, by key."""
         if len(self.sets) != 1:
-            raise ValueError(f"the report has {len(self.sets)} sets; read report.sets[NAME].values.values")
+            raise ValueError(f"the report has {len(self.sets)} sets, not 1. Use report.sets[NAME].values.values.")
         return next(iter(self.sets.values())).values.values
 
     def grids(self) -> Iterator[Grid]:
-        """The tables: all sets, mean and deviation, differences, groups."""
+        """The tables: all sets, mean and standard deviation, differences, groups."""
         title = f"{self.input}, {bins_title(self.settings)}"
         calibrators = {entry.predictions.origin.calibrator for entry in self.sets.values()} - {""}
         if calibrators:
@@ -102,12 +89,12 @@ class ScoreReport(Report):
                 rows = sectioned(
                     {key: _difference_cells(key, found) for key, found in entry.values.differences.items()}
                 )
-                yield Grid(f"{name} less {self.compared_with}", ["metric", "difference", "p"], rows)
+                yield Grid(f"{name} minus {self.compared_with}", ["metric", "difference", "p"], rows)
             if entry.groups:
                 yield _group_grid(name, entry.groups, entry.predictions, self.settings)
 
     def remarks(self) -> Iterator[str]:
-        """How intervals and p-values were made, and the notes."""
+        """The methods of the intervals and p-values, and the notes."""
         yield from intervals_remark(self.settings)
         if self.compared_with:
             yield f"p: paired permutation test, seed {self.settings.seed}; not corrected for the number of metrics."
@@ -115,7 +102,7 @@ class ScoreReport(Report):
             yield f"Note: {note}."
 
     def content(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """The report as plain data."""
         settings, first = settings_content(self.settings, self.input), next(iter(self.sets.values()))
         origin = first.predictions.origin
         if origin.calibrator:
@@ -137,7 +124,7 @@ class ScoreReport(Report):
 
 
 def class_titles(predictions: Predictions) -> dict[str, str]:
-    """Names of the classes by their numbers, empty where they are not known; one that two classes share is numbered."""
+    """Class names by number, empty if unknown; a name that two classes share is numbered."""
     names = predictions.origin.class_names or ()
     return {str(k): name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names)}
 

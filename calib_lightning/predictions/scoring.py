@@ -1,4 +1,4 @@
-"""`score`: accuracy, calibration and refinement of predictions of any framework."""
+"""`score`: accuracy, calibration and refinement of predictions from any framework."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from calib_lightning.predictions.values import (
 )
 
 REPLACED_CONFIDENCE = "the confidence in the file is replaced by that of the calibrated logits"
-"""What a note says about a file whose method brings its own confidence, once it is calibrated."""
+"""Note on calibrated predictions whose file has its own confidence."""
 
 _ROWS_AT_ONCE = 8192
 
@@ -52,23 +52,23 @@ def score(
     """Score predictions: accuracy, calibration and refinement, with intervals, groups and a paired comparison.
 
     Args:
-        predictions: Scores ``(N, K)`` if ``labels`` are given; else one or several sets, each a file, `Predictions` or
-            a pair (scores, labels), perhaps with their names as keys.
-        labels: ``(N,)`` class numbers of the scores.
-        reading: What the scores are (logits by default) and names of the arrays in files.
-        compare: Another run on the same rows, or one for each set: differences to it, with the p-value of a paired
-            permutation test.
+        predictions: Scores ``(N, K)`` if ``labels`` are given; otherwise one or more sets, in a list or a dict by name.
+            A set is a file, `Predictions` or a pair (scores, labels).
+        labels: Class numbers ``(N,)`` of the scores.
+        reading: Kind of the scores (default: logits) and names of the arrays in files.
+        compare: Another run on the same rows, or one for each set; the report has the differences, with the p-value of
+            a paired permutation test.
         groups: ``"class"`` for the values of each class, or the number of training images of each class ``(K,)`` for
-            those of frequent and rare classes.
-        seeds: Whether the sets are runs of one method: mean and standard deviation over them.
+            the values of frequent and rare classes.
+        seeds: Whether the sets are runs of one method; the report has the mean and standard deviation over them.
         **settings: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``; see `Settings`.
 
     Returns:
         The report, with ``values``, ``table()``, ``to_markdown()`` and ``to_json()``.
 
     Raises:
-        ValueError: A wrong shape, an invalid value or an unknown metric.
-        TypeError: A dtype that is not allowed.
+        ValueError: A shape is wrong, a value is invalid or a metric is unknown.
+        TypeError: A dtype is not allowed.
         OSError: A file cannot be read.
 
     Example:
@@ -78,7 +78,7 @@ def score(
     """
     asked = Settings(**settings)
     selected_metrics(asked.metrics, classes=2)
-    # Everything is read before anything is computed: a fault of the last file should not cost the work on the others.
+    # All files are read first, so that an invalid last one does not waste the computation for the others.
     sets = named(predictions if labels is None else (predictions, labels), reading)
     others = _others(compare, sets, reading)
     counts = {name: _counts(groups, found) for name, found in sets.items()}
@@ -86,7 +86,7 @@ def score(
     spreads = {}
     if seeds:
         if len(sets) < 2:
-            raise ValueError("seeds is True; there must be two or more sets, one of each run. Give the other runs too.")
+            raise ValueError("seeds is True; there must be two or more sets, one for each run. Give all runs.")
         for key in dict.fromkeys(key for entry in scored.values() for key in entry.values.values):
             found = [entry.values.values.get(key, math.nan) for entry in scored.values()]
             spreads[key] = over_seeds(found, asked.level)
@@ -110,21 +110,21 @@ def apply(
     Args:
         calibrator: The calibrator.
         predictions: The set.
-        evidence: What the calibrator needs; the logits of the set by default.
-        file: That of the calibrator, for reports.
+        evidence: Inputs of the calibrator. Default: the logits and features of the set.
+        file: File of the calibrator, for reports.
 
     Returns:
-        The set with its log-probabilities as logits, and its confidence where it has one of its own.
+        The set with calibrated log-probabilities as logits, and a confidence if it is not the largest probability.
 
     Raises:
-        ValueError: The calibrator was fitted to another number of classes, or needs more than was given.
+        ValueError: The calibrator was fitted to another number of classes, or needs other inputs.
     """
     evidence = evidence or Evidence(predictions.logits, predictions.features)
     classes = predictions.scores.shape[1]
     if calibrator.fitted and calibrator.num_classes not in (classes, -1):
         raise ValueError(
-            f"{predictions.where} and {calibrator.name} do not belong together: the scores have {classes} classes, but "
-            f"the calibrator was fitted to {calibrator.num_classes}; give logits of the network that it was fitted for"
+            f"{predictions.where}: the scores have {classes} classes, but {calibrator.name} was fitted to "
+            f"{calibrator.num_classes}. Give logits of the network that it was fitted for."
         )
     with torch.no_grad():
         found = [calibrator.predict(*block) for block in evidence.blocks(_ROWS_AT_ONCE)]
@@ -139,7 +139,7 @@ def apply(
 
 
 def _others(compare: Any, sets: Mapping[str, Predictions], reading: Reading | None) -> dict[str, Predictions]:
-    """The other run of each set; they must have the same rows."""
+    """The other run of each set, which must have the same rows."""
     if compare is None:
         return {}
     single = not isinstance(compare, list)
@@ -152,9 +152,12 @@ def _others(compare: Any, sets: Mapping[str, Predictions], reading: Reading | No
         same_shape = found.scores.shape == other.scores.shape
         if not same_shape or not torch.equal(found.labels, other.labels):
             raise ValueError(
-                f"{found.where} and {other.where} (compare) must hold the same samples in the same order: scores of "
-                f"shape {tuple(found.scores.shape)} and {tuple(other.scores.shape)}"
-                + (", but their labels differ" if same_shape else "")
+                f"{found.where} and {other.where} (compare) must have the same samples in the same order, but "
+                + (
+                    "their labels differ."
+                    if same_shape
+                    else f"their scores have shapes {tuple(found.scores.shape)} and {tuple(other.scores.shape)}."
+                )
             )
     return others
 
@@ -181,15 +184,15 @@ def _scored(
         values = values._replace(differences=merged(found))
     notes = list(input_notes(predictions))
     if predictions.confidence is not None and not predictions.origin.calibrator:
-        notes.append("the confidence is the one in the file, not the largest probability")
+        notes.append("the confidence is from the file, not the largest probability")
     if settings.metrics is None and predictions.scores.shape[1] > MOST_CLASSES_OF_OVO:
-        notes.append(f"ovo_auroc is left out for more than {MOST_CLASSES_OF_OVO} classes; metrics=all includes it")
+        notes.append(f"ovo_auroc is omitted for more than {MOST_CLASSES_OF_OVO} classes; metrics=all includes it")
     notes += [*value_notes(predictions, values.values), *warned]
     return SetScores(predictions, values, grouped, list(dict.fromkeys(notes)))
 
 
 def _grouped(settings: Settings, predictions: Predictions, counts: Tensor | None) -> Groups:
-    # What needs all scores of a row is a statement about all classes together.
+    # A metric that needs all scores of a row is about all classes together.
     metrics = [
         key
         for key in selected_metrics(settings.metrics, predictions.scores.shape[1])

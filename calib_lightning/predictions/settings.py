@@ -1,4 +1,4 @@
-"""What is computed and how files are read; plain data, so that a command can show its options without torch."""
+"""Settings of scores and of reading files; plain data, so that commands can show their help without torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ DEFAULT_RESAMPLES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is computed.
+    """Metrics, bins and intervals.
 
     Args:
-        metrics: ``core``, ``all``, or keys with commas between them; without it, all that are cheap.
-        bins: Number of bins; with several, each binned metric is given for each, as ``ece@10``.
-        intervals: Number of resamples of the bootstrap intervals; without it there are none.
+        metrics: ``core``, ``all``, or comma-separated keys. Default: all except expensive ones.
+        bins: Number of bins, or several numbers, for each of which binned metrics are reported, as ``ece@10``.
+        intervals: Number of bootstrap resamples for intervals. Without it, there are no intervals.
         level: Coverage of the intervals, a fraction.
-        seed: Seed of the resamples and permutations.
+        seed: Seed of resamples and permutations.
 
     Raises:
         ValueError: A value is not allowed.
@@ -46,7 +46,7 @@ class Settings:
         if self.intervals is not None and not (_is_whole(self.intervals) and self.intervals >= 2):
             raise ValueError(
                 f"intervals is {self.intervals!r}; it must be a whole number >= 2, the number of resamples. "
-                f"{DEFAULT_RESAMPLES} is customary."
+                f"{DEFAULT_RESAMPLES} is usual."
             )
         if not 0.0 < self.level < 1.0:
             raise ValueError(f"level is {self.level!r}; it must be a fraction between 0 and 1. Write 0.95 for 95 %.")
@@ -57,18 +57,18 @@ class Settings:
 
     @classmethod
     def of(cls, options: Any) -> Self:
-        """Take the settings from an object that has them beside other options."""
+        """Take the settings from an object with these and other options."""
         return cls(**{entry.name: getattr(options, entry.name) for entry in fields(Settings)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How files are read.
+    """Input files.
 
     Args:
-        input: What the scores are; this is stated, never guessed.
+        input: Kind of the scores; it is never guessed.
         scores_key: Name of the scores in .npz and .pt files. Default: ``logits`` or ``probs``.
-        labels_key: Name of the labels, or of their column. Default: ``labels``, in a CSV file ``label``.
+        labels_key: Name or column of the labels. Default: ``labels``, or ``label`` in a CSV file.
         features_key: Name of the features ``(N, d)``, for calibrators that need them.
     """
 
@@ -79,7 +79,7 @@ class Reading:
 
     @classmethod
     def of(cls, options: Any) -> Self:
-        """Take the names from an object that has them beside other options."""
+        """Take the fields from an object with these and other options."""
         return cls(**{entry.name: getattr(options, entry.name) for entry in fields(Reading)})
 
 

@@ -1,4 +1,4 @@
-"""Tables for people, in a terminal or as Markdown, and JSON for programs."""
+"""Reports as tables, for a terminal or in Markdown, and as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.values import Values
 
 MOST_COLUMNS = 8
-"""With more metrics, each has a row of its own."""
+"""With more metrics, rows are metrics."""
 
 _SIDE_BY_SIDE = 4
 _WIDE = 1000
@@ -26,13 +26,7 @@ _ARROWS = {"higher": " ↑", "lower": " ↓", "zero": " →0", "none": ""}
 
 
 class Grid(NamedTuple):
-    """A table of text.
-
-    Attributes:
-        title: What stands above it.
-        header: Titles of the columns; the first column has names.
-        rows: Cells of each row; a row of one cell is a heading.
-    """
+    """A table of text: title, column titles and cells; the first column has names, a row of one cell is a heading."""
 
     title: str
     header: list[str]
@@ -40,7 +34,7 @@ class Grid(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What values are of: its name, cells that stand before the values, and the values."""
+    """A name, the cells before the values, and the values."""
 
     name: str
     cells: list[str]
@@ -48,7 +42,7 @@ class Entry(NamedTuple):
 
 
 class Report(ABC):
-    """A result that can be shown, pasted into a paper, or read by a program; ``notes`` tell a reader what to mind."""
+    """A result as tables, Markdown and JSON; ``notes`` are remarks on the values."""
 
     notes: list[str]
 
@@ -58,20 +52,20 @@ class Report(ABC):
 
     @abstractmethod
     def remarks(self) -> Iterator[str]:
-        """What stands below the tables."""
+        """Lines below the tables."""
 
     @abstractmethod
     def content(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """The report as plain data."""
 
     def table(self, console: Console | None = None) -> str:
-        """Draw the tables and the remarks below them for people.
+        """Draw the tables and the remarks below them.
 
         Args:
-            console: A terminal to print to; without one the text is as wide as it needs to be.
+            console: Terminal to print to; without one, the text is as wide as needed.
 
         Returns:
-            The text, empty if it went to a terminal.
+            The text, or an empty string if it was printed.
         """
         buffer = io.StringIO()
         console = console or Console(file=buffer, width=_WIDE)
@@ -91,7 +85,7 @@ class Report(ABC):
         return buffer.getvalue()
 
     def to_markdown(self) -> str:
-        """Write tables and remarks in Markdown, for a paper or an issue."""
+        """Return tables and remarks in Markdown."""
         blocks = []
         for grid in self.grids():
             width = len(grid.header)
@@ -104,21 +98,12 @@ class Report(ABC):
         return "\n\n".join(blocks) + "\n"
 
     def to_json(self) -> str:
-        """Write JSON: fractions at full precision; undefined values are null, infinite ones "inf" or "-inf"."""
+        """Return JSON: fractions at full precision; undefined values are null, infinite ones "inf" or "-inf"."""
         return json.dumps(_json_values(self.content()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def value_grids(title: str, header: Sequence[str], entries: Sequence[Entry]) -> Iterator[Grid]:
-    """Tables of values: one row for each entry or, with many metrics, one row for each metric.
-
-    Args:
-        title: What stands above each table.
-        header: Titles of the name and of the cells that stand before the values.
-        entries: What the values are of.
-
-    Yields:
-        The tables.
-    """
+    """Tables of values: one row per entry or, with many metrics, per metric; ``header`` titles name and cells."""
     keys = list(dict.fromkeys(key for entry in entries for key in entry.values.values))
     if len(keys) <= MOST_COLUMNS:
         rows = [[entry.name, *entry.cells, *(_value(entry.values, key) for key in keys)] for entry in entries]
@@ -132,7 +117,7 @@ def value_grids(title: str, header: Sequence[str], entries: Sequence[Entry]) -> 
 
 
 def sectioned(cells: Mapping[str, list[str]]) -> list[list[str]]:
-    """Rows of a table; in a long one each metric stands below the heading of its section."""
+    """Rows of a table, in a long one with a heading for each section of metrics."""
     rows: list[list[str]] = []
     last = None
     for key, row in cells.items():
@@ -145,40 +130,40 @@ def sectioned(cells: Mapping[str, list[str]]) -> list[list[str]]:
 
 
 def heading(key: str) -> str:
-    """Title of a metric, with an arrow in its better direction and its number of bins if the key names one."""
+    """Title of a metric, with an arrow in its better direction and any number of bins in its key."""
     row, bins = _row(key), key.partition("@")[2]
     return row.title + _ARROWS[row.better] + (f" ({bins} bins)" if bins else "")
 
 
 def cell(key: str, value: float) -> str:
-    """Show a value: two decimals in percent, four otherwise, a dash where it is undefined."""
+    """The value of a metric as text; see `show`."""
     return show(value, _row(key).percent)
 
 
 def show(value: float, percent: bool) -> str:
-    """Show a value: two decimals in percent, four otherwise, a dash where it is undefined."""
+    """A value as text: in percent with two decimals, otherwise with four; a dash if undefined."""
     if math.isnan(value):
         return "-"
     return f"{100 * value:.2f}" if percent else f"{value:.4f}"
 
 
 def bins_title(settings: Settings) -> str:
-    """Say how many bins there are."""
+    """The numbers of bins as text."""
     return f"{', '.join(map(str, settings.bins))} bins (lo, hi]"
 
 
 def intervals_remark(settings: Settings) -> Iterator[str]:
-    """Say what the intervals are, where there are any."""
+    """A remark on the method of any intervals."""
     if settings.intervals is not None:
         yield (
             f"In brackets: {100 * settings.level:g} % bootstrap intervals, {settings.intervals} resamples, seed "
-            f"{settings.seed}. Where chance alone raises a value, as with ECE, the interval is corrected for it and "
-            "the value is not, so it may lie outside."
+            f"{settings.seed}. Where chance alone raises a value, as with ECE, only the interval is corrected, so the "
+            "value may be outside it."
         )
 
 
 def settings_content(settings: Settings, input: str) -> dict[str, Any]:
-    """Say by which conventions the values were computed, as plain data."""
+    """Conventions of the computation, as plain data."""
     content: dict[str, Any] = {
         "input": input,
         "n_bins": list(settings.bins),
@@ -193,7 +178,7 @@ def settings_content(settings: Settings, input: str) -> dict[str, Any]:
 
 
 def values_content(values: Values) -> dict[str, Any]:
-    """``values`` and, where there are any, ``intervals``, as plain data."""
+    """``values`` and any ``intervals``, as plain data."""
     content: dict[str, Any] = {"values": values.values}
     if values.intervals:
         content["intervals"] = {key: [interval.low, interval.high] for key, interval in values.intervals.items()}

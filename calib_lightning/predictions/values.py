@@ -1,4 +1,4 @@
-"""The values of the metrics of a set, their intervals, and notes on what is not defined."""
+"""Values of the metrics of a set, their intervals, and notes on undefined values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from calib_lightning.predictions.reading import Predictions
 from calib_lightning.predictions.settings import Settings
 
 MOST_CLASSES_OF_OVO = 200
-"""With more classes, `ovo_auroc` is computed only if it is asked for."""
+"""With more classes, `ovo_auroc` is computed only on request."""
 
 _ROWS_AT_ONCE = 8192
 _ORDER = {key: place for place, key in enumerate([*FULL, *SOFT])}
@@ -35,12 +35,9 @@ T = TypeVar("T")
 
 
 class Values(NamedTuple):
-    """The values of a set; a key ends in ``@M`` where several numbers of bins were asked for.
+    """Values of a set (fractions, nan if undefined), any intervals, and any differences to another run.
 
-    Attributes:
-        values: The values, fractions; nan where they are not defined.
-        intervals: Their intervals, empty if they were not asked for.
-        differences: Differences to another run, empty if there is none.
+    A key ends in ``@M`` if there are several numbers of bins.
     """
 
     values: dict[str, float]
@@ -49,25 +46,14 @@ class Values(NamedTuple):
 
 
 def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
-    """Turn `Settings.metrics` into keys, in the order of a report; those of `SOFT` are allowed, but left out.
-
-    Args:
-        which: ``core``, ``all``, keys with commas between them, or ``None`` for all that are cheap.
-        classes: Number of classes K.
-
-    Returns:
-        The keys.
-
-    Raises:
-        ValueError: An unknown key.
-    """
+    """Keys for `Settings.metrics` and K classes, in the order of reports; those of `SOFT` are allowed but omitted."""
     which_or_all = "all" if which is None else which
     wanted = {"core": CORE, "all": FULL}.get(which_or_all) or tuple(filter(None, which_or_all.split(",")))
     unknown = [key for key in wanted if key not in METRICS and key not in SOFT]
     if unknown or not wanted:
         raise ValueError(
-            f"metrics: unknown {', '.join(map(repr, unknown)) or repr(which)}; allowed: core, all, or some of "
-            f"{', '.join([*FULL, *SOFT])}"
+            f"metrics: unknown {', '.join(map(repr, unknown)) or repr(which)}; it must be core, all, or some of "
+            f"{', '.join([*FULL, *SOFT])}."
         )
     if which is None and classes > MOST_CLASSES_OF_OVO:
         wanted = tuple(key for key in wanted if key != "ovo_auroc")
@@ -75,15 +61,9 @@ def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
 
 
 def states_of(settings: Settings, predictions: Predictions, details: bool) -> dict[str, EvaluationState]:
-    """Read a set into the states of its metrics.
+    """One filled state for each number of bins, by the suffix of its keys, and one for metrics without bins.
 
-    Args:
-        settings: Metrics and numbers of bins.
-        predictions: The set.
-        details: Whether the states keep the rows, as intervals need them.
-
-    Returns:
-        One state for each number of bins, by the end of its keys, and one for what needs no bins.
+    ``details`` keeps the rows, as intervals require.
     """
     metrics = selected_metrics(settings.metrics, predictions.scores.shape[1])
     if len(settings.bins) == 1:
@@ -94,7 +74,7 @@ def states_of(settings: Settings, predictions: Predictions, details: bool) -> di
 
 
 def filled_state(predictions: Predictions, metrics: Sequence[str], n_bins: int, details: bool) -> EvaluationState:
-    """Read a set into one state, a block of rows at a time."""
+    """A state filled with the rows of a set, in blocks."""
     scores, labels, confidence = predictions[:3]
     state = EvaluationState(metrics, n_bins, details=details, input=predictions.input)
     for start in range(0, max(1, len(labels)), _ROWS_AT_ONCE):
@@ -106,19 +86,7 @@ def filled_state(predictions: Predictions, metrics: Sequence[str], n_bins: int, 
 def values_of(
     settings: Settings, states: Mapping[str, EvaluationState], predictions: Predictions
 ) -> tuple[Values, list[str]]:
-    """Compute the values of a set and, if they are asked for, their intervals; those of `SOFT` have none.
-
-    Args:
-        settings: Metrics, number of resamples, level and seed.
-        states: Of `states_of`.
-        predictions: The set.
-
-    Returns:
-        The values, without differences, and what metrics warned about.
-
-    Raises:
-        ValueError: A metric needs the distributions of labels, and there are none.
-    """
+    """Compute values and requested intervals (none for `SOFT`) from `states_of`; also return warnings as notes."""
     warned: list[str] = []
     intervals: dict[str, Interval] = {}
     with warnings_as_notes(warned):
@@ -131,14 +99,14 @@ def values_of(
 
 
 def merged(found: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
-    """Join what was found for several numbers of bins, in the order of a report."""
+    """Merge the results for several numbers of bins, in the order of reports."""
     named = {key + end: value for end, values in found.items() for key, value in values.items()}
     return dict(sorted(named.items(), key=lambda item: _ORDER[item[0].partition("@")[0]]))
 
 
 @contextmanager
 def warnings_as_notes(notes: list[str]) -> Iterator[None]:
-    """Turn warnings of ours into notes, except those about undefined values, which `value_notes` tells at once."""
+    """Turn warnings into notes, except those about undefined values, which `value_notes` covers."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -150,7 +118,7 @@ def warnings_as_notes(notes: list[str]) -> Iterator[None]:
 
 
 def value_notes(predictions: Predictions, values: Mapping[str, float]) -> Iterator[str]:
-    """Say which values of a set are infinite or not defined, and why, in sentences without a full stop."""
+    """Which values of a set are infinite or undefined, and why, without full stops."""
     scores, labels = predictions[:2]
     infinite = [key for key, value in values.items() if math.isinf(value)]
     if infinite:
@@ -168,8 +136,8 @@ def _soft_values(settings: Settings, predictions: Predictions) -> dict[str, Tens
     if predictions.label_distribution is None:
         if named:
             raise ValueError(
-                f"metrics: {', '.join(named)} needs an array 'label_distribution' (N, K) in each file: shares of the "
-                "classes, such as people's votes"
+                f"metrics: {', '.join(named)} needs an array 'label_distribution' (N, K) in each file: the class "
+                "distribution of each row, such as the votes of annotators."
             )
         return {}
     scores = SoftLabelScores(input=predictions.input)

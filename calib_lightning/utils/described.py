@@ -179,7 +179,7 @@ def _evaluate(node: ast.expr, text: str, base: type[Described]) -> Any:
         return _construct(_named(node.id, base), {})
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if any(keyword.arg is None for keyword in node.keywords):
-            raise ValueError(f"{text!r:.200}: ** is not supported. Write every argument by name.")
+            raise ValueError(f"{text!r:.200}: ** is not supported. Write every argument by its name.")
         positional = [_evaluate(argument, text, Described) for argument in node.args]
         named = {str(keyword.arg): _evaluate(keyword.value, text, Described) for keyword in node.keywords}
         cls = _named(node.func.id, base)

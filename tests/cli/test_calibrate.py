@@ -555,7 +555,7 @@ def test_shared_rows_are_said_and_chance_is_not_blamed(files, calib):
         ((*FILES, "--labels", "a.npy"), ["--labels", "1 times"]),
         ((*FILES, "--calibrators", "Temprature"), ["'Temprature'", "Did you mean", "Temperature"]),
         ((*FILES, "--calibrators", "temperature"), ["'temperature'", "Temperature"]),
-        ((*FILES, "--calibrators", "FixedTemperature(-1)"), ["temperature=-1"]),
+        ((*FILES, "--calibrators", "FixedTemperature(-1)"), ["temperature is -1"]),
         ((*FILES, "--calibrators", "FixedTemperature"), ["FixedTemperature takes temperature"]),
         ((*FILES, "--calibrators", "Temperature("), ["'Temperature('", "cannot be parsed"]),
         ((*FILES, "--calibrators", "] + ["), ["cannot be parsed"]),

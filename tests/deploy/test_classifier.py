@@ -116,7 +116,7 @@ def test_clamping_comes_first_with_its_temperature():
     expected = logits_of(image + clamping.delta) / clamping.temperature / 2.0
     torch.testing.assert_close(made(image), expected.log_softmax(dim=1))
     assert made.metadata["temperature"] == pytest.approx(2.0 * clamping.temperature)
-    with pytest.raises(ValueError, match=r"changes the images.*give batches"):  # logits without it are others
+    with pytest.raises(ValueError, match=r"changes the images.*Pass batches"):  # logits without it are others
         made.set_threshold(logits_of(image), label)
     assert made.set_threshold([(image, label)], risk=0.3).rows == len(label)
 
@@ -170,14 +170,22 @@ class Pair(nn.Module):
         (
             lambda: CalibratedClassifier(SmallNet(), ByFeatures(), features="body"),
             ValueError,
-            "features='body' is no submodule of SmallNet; it has pool, fc",
+            "features is 'body'; it must be a submodule of SmallNet, which has pool, fc",
         ),
-        (lambda: classifier(classes=["a", "b"]), ValueError, "2 names of classes were given for 5 classes"),
+        (lambda: classifier(classes=["a", "b"]), ValueError, "classes has 2 names; it must have 5"),
         (lambda: CalibratedClassifier(SmallNet(), Temperature())(images(2)), RuntimeError, "not fitted"),
         (lambda: CalibratedClassifier(Pair(), Temperature()).fit(batches()), TypeError, "Pair returns tuple"),
         (lambda: CalibratedClassifier(SmallNet(), Temperature()).fit([]), ValueError, "no batches"),
-        (lambda: CalibratedClassifier(SmallNet(), Temperature()).fit([images(2)]), TypeError, "gives Tensor; batches"),
-        (lambda: CalibratedClassifier(SmallNet(), Temperature()).fit([{"image": 1}]), TypeError, "gives dict"),
+        (
+            lambda: CalibratedClassifier(SmallNet(), Temperature()).fit([images(2)]),
+            TypeError,
+            "loader is Tensor; it must be",
+        ),
+        (
+            lambda: CalibratedClassifier(SmallNet(), Temperature()).fit([{"image": 1}]),
+            TypeError,
+            "loader is dict; it must be",
+        ),
         (lambda: classifier().set_threshold(torch.zeros(2, 5)), TypeError, "without labels"),
         (lambda: classifier().set_threshold(batches(), risk=2), ValueError, "risk is 2"),
     ],

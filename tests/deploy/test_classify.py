@@ -126,11 +126,11 @@ def test_bad_images_are_named_and_the_others_predicted(calib, pictures, models, 
     assert [row["file"] for row in table(tmp_path / "out.csv")] == NAMES
     for said in (
         "broken.png: ",
-        "text.jpg: is no image of the formats",
-        "empty.bmp: is no image",
+        "text.jpg: not an image in one of the formats",
+        "empty.bmp: not an image",
         "deep/sixteen.png: the image has mode I;16",
-        "gif.png: is no image of the formats JPEG, PNG, WEBP, BMP",
-        "scan.tiff: is not read; convert it",
+        "gif.png: not an image in one of the formats JPEG, PNG, WEBP, BMP",
+        "scan.tiff: not a supported format; convert it",
         "note: not images: notes.txt",
     ):
         assert said in done.err
@@ -143,7 +143,7 @@ def test_without_a_threshold_nothing_abstains_and_it_is_said(calib, pictures, ma
     save_classifier(plain, tmp_path / "plain.pt")
     done = calib("classify", pictures, "--model", "plain.pt", "--output=out.csv")
     assert done.code == 0
-    assert "has no operating threshold, so nothing abstains" in done.err
+    assert "has no threshold, so it never abstains" in done.err
     rows = table(tmp_path / "out.csv")
     assert {row["abstain"] for row in rows} == {"false"}
     assert {row["label"] for row in rows} <= set("01234")  # numbers where there are no names
@@ -154,11 +154,11 @@ def test_what_is_missing_is_named(calib, pictures, made, models, tmp_path):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "broken.pt").write_bytes(b"broken")
     for images, model, said in (
-        (pictures, "bare.pt", "does not say how images are prepared"),
+        (pictures, "bare.pt", "bare.pt has no preprocessing"),
         (pictures, "none.pt", "There is no classifier none.pt"),
-        (pictures, "broken.pt", "broken.pt: "),
-        ("nothing", models / "model.pt", "holds no image; read are .jpg"),
-        ("nowhere", models / "model.pt", "--images nowhere: is not a folder"),
+        (pictures, "broken.pt", "broken.pt is damaged"),
+        ("nothing", models / "model.pt", "--images is nothing, which has no images; it must have .jpg"),
+        ("nowhere", models / "model.pt", "--images is nowhere; it must be a folder"),
     ):
         done = calib("classify", images, "--model", model)
         assert (done.code, done.out) == (1, "")
@@ -177,7 +177,7 @@ def test_a_device_that_is_not_there_is_named(suffix, calib, pictures, models):
 def test_a_folder_as_output_is_refused_before_the_work(calib, pictures, tmp_path):
     (tmp_path / "out.csv").mkdir()
     done = calib("classify", pictures, "--model", "none.pt", "--output=out.csv")
-    assert (done.code, done.err) == (1, "calib: error: --output out.csv: is a folder; name a file\n")
+    assert (done.code, done.err) == (1, "calib: error: --output is out.csv, a folder; it must be a file.\n")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_images_without_an_answer_are_named(calib, pictures, tmp_path):
     save_classifier(CalibratedClassifier(network, calibrator, preprocessing=PREPROCESSING), tmp_path / "nan.pt")
     done = calib("classify", pictures, "--model", tmp_path / "nan.pt", "--output=out.json")
     assert done.code == 1
-    assert "a.png: the network returns nan for it" in done.err
+    assert "a.png: the output of the network is nan" in done.err
     assert "NaN" not in (text := (tmp_path / "out.json").read_text())
     assert json.loads(text) == []
 

@@ -84,16 +84,16 @@ def test_images_of_more_bits_and_endless_strips_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": (8,)}, "size=.*height and width"),
-        ({"size": 8}, "size=8: give a sequence"),
-        ({"size": (8.5, 8)}, "8.5 is no whole number"),
-        ({"mean": (0.1, 0.2)}, "one number each for grey"),
-        ({"mean": "ab"}, "give a sequence"),
+        ({"size": (8,)}, "size is .*height and width"),
+        ({"size": 8}, "size is 8; it must be a sequence of numbers"),
+        ({"size": (8.5, 8)}, "must be a sequence of whole numbers"),
+        ({"mean": (0.1, 0.2)}, "one value each for grey"),
+        ({"mean": "ab"}, "mean is 'ab'; it must be a sequence"),
         ({"mean": (float("nan"),)}, "finite"),
         ({"std": (0.0,)}, "std above 0"),
-        ({"crop_pct": 0}, r"crop_pct=0.*\(0, 1\]"),
-        ({"crop_mode": "border"}, "crop_mode='border': use one of center, squash"),
-        ({"interpolation": "cubic"}, "interpolation='cubic': use one of"),
+        ({"crop_pct": 0}, r"crop_pct is 0; .*\(0, 1\]"),
+        ({"crop_mode": "border"}, "crop_mode is 'border'; it must be one of center, squash"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic'; it must be one of"),
     ],
 )
 def test_bad_values_are_named(options, message):
@@ -102,16 +102,16 @@ def test_bad_values_are_named(options, message):
 
 
 def test_a_network_that_does_not_say_it():
-    with pytest.raises(ValueError, match="Linear does not say how images are prepared"):
+    with pytest.raises(ValueError, match="Linear has no pretrained_cfg"):
         Preprocessing.from_timm(torch.nn.Linear(2, 2))
 
 
 def test_records_come_back():
     prepare = Preprocessing((24, 32), (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), 0.9, "squash", "lanczos")
     assert Preprocessing.from_record(prepare.record) == prepare
-    with pytest.raises(ValueError, match="does not describe how images are prepared"):
+    with pytest.raises(ValueError, match=r"the preprocessing is .* must have the entries"):
         Preprocessing.from_record({**prepare.record, "more": 1})
-    with pytest.raises(ValueError, match="does not describe how images are prepared"):
+    with pytest.raises(ValueError, match="the preprocessing is 'squash'; it must have the entries"):
         Preprocessing.from_record("squash")
 
 

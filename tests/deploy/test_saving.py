@@ -56,7 +56,7 @@ def test_a_timm_model_that_its_name_does_not_tell_is_not_guessed(tmp_path):
     # max pooling has the same weights as average pooling
     made, image = of_timm("resnet10t", global_pool="max")
     save_classifier(made, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"not how it is built.*network=network"):
+    with pytest.raises(ValueError, match=r"not how to build it.*network=network"):
         load_classifier(tmp_path / "file.pt")
     same = timm.create_model("resnet10t", num_classes=len(CLASSES), global_pool="max")
     assert torch.equal(load_classifier(tmp_path / "file.pt", same)(image), made(image))
@@ -122,9 +122,9 @@ def test_features_and_a_threshold_out_of_reach_come_back(tmp_path):
 
 def test_another_network_needs_to_be_given(tmp_path):
     save_classifier(classifier(), tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"file\.pt: it holds the weights.*load_classifier\(path, network=network\)"):
+    with pytest.raises(ValueError, match=r"file\.pt: the file has the weights.*load_classifier\(path, network"):
         load_classifier(tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"file\.pt: the weights do not fit the Linear given"):
+    with pytest.raises(ValueError, match=r"file\.pt: the weights do not fit the given Linear"):
         load_classifier(tmp_path / "file.pt", network=torch.nn.Linear(64, 5))
 
 
@@ -177,13 +177,13 @@ def changed(tmp_path):
         (("calibrator", "spec"), {"class_path": "builtins.print", "init_args": {}}, "calibrator is damaged"),
         (("calibrator", "state"), {}, "calibrator is damaged"),
         (("clamping",), {"spec": {"class_path": "Temperature", "init_args": {}}, "state": {}}, "perturbation"),
-        (("features",), "nothing", "no submodule"),
+        (("features",), "nothing", "must be a submodule"),
         (("metadata",), {}, "metadata are damaged"),
-        (("metadata", "classes"), ["a"], "no names of 5 classes"),
+        (("metadata", "classes"), ["a"], "must be 5 class names"),
         (("metadata", "num_classes"), None, "number of classes"),
-        (("metadata", "preprocessing", "size"), [0, 8], "size="),
-        (("metadata", "preprocessing"), "squash", "does not describe"),
-        (("metadata", "operating_point"), {"threshold": 1}, "no operating point"),
+        (("metadata", "preprocessing", "size"), [0, 8], "size is"),
+        (("metadata", "preprocessing"), "squash", "the preprocessing is"),
+        (("metadata", "operating_point"), {"threshold": 1}, "the operating point is"),
     ],
 )
 def test_damaged_files_are_named(changed, path, value, message):
@@ -216,10 +216,10 @@ def test_recipes_of_strangers_are_refused(recipe, tmp_path):
 def test_nothing_in_a_file_is_executed(tmp_path, capsys):
     for content in ({FILE_KEY: Bomb()}, {FILE_KEY: {"metadata": Bomb()}}):
         torch.save(content, tmp_path / "file.pt")
-        with pytest.raises(ValueError, match=r"file\.pt: holds more than tensors"):
+        with pytest.raises(ValueError, match=r"file\.pt contains more than tensors"):
             load_classifier(tmp_path / "file.pt")
     (tmp_path / "file.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(ValueError, match=r"file\.pt: "):
+    with pytest.raises(ValueError, match=r"file\.pt (is damaged|contains more)"):
         load_classifier(tmp_path / "file.pt")
     assert "executed" not in capsys.readouterr().out
 
@@ -228,11 +228,11 @@ def test_files_of_other_kinds_and_halves_of_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no classifier"):
         load_classifier(tmp_path / "none.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="holds no classifier"):
+    with pytest.raises(ValueError, match="does not contain a classifier"):
         load_classifier(tmp_path / "other.pt")
     save_classifier(classifier(), tmp_path / "file.pt")
     whole = (tmp_path / "file.pt").read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 10):
         (tmp_path / "file.pt").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"file\.pt: "):
+        with pytest.raises(ValueError, match=r"file\.pt (is damaged|contains more)"):
             load_classifier(tmp_path / "file.pt")
