@@ -61,7 +61,7 @@ class Options:
 
 
 class Row(NamedTuple):
-    """The answer for one image: relative path, class name (number if unknown), confidence, whether to abstain."""
+    """The answer for one image: relative path, class name (or number), confidence, and whether to abstain."""
 
     file: str
     label: str | int

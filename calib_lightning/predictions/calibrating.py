@@ -52,7 +52,7 @@ def calibrate(
 ) -> CalibrationReport:
     """Fit calibrators to held-out predictions; compare accuracy, calibration and refinement before and after.
 
-    If a calibrator fails, the report gives the reason and continues without it.
+    A calibrator that fails is omitted, and the report gives the reason.
 
     Args:
         calibration: The rows to fit to: a file, `Predictions`, a tuple (scores, labels) or (scores, labels, features),

@@ -14,9 +14,9 @@ class Settings:
     """Metrics, bins and intervals.
 
     Args:
-        metrics: ``core``, ``all``, or comma-separated keys. Default: all except expensive ones.
+        metrics: ``core``, ``all``, or comma-separated keys; if not set, all except expensive ones.
         bins: Number of bins, or several numbers, for each of which binned metrics are reported, as ``ece@10``.
-        intervals: Number of bootstrap resamples for intervals. Without it, there are no intervals.
+        intervals: Number of bootstrap resamples for intervals; if not set, there are no intervals.
         level: Coverage of the intervals, a fraction.
         seed: Seed of resamples and permutations.
 

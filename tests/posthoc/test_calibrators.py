@@ -469,13 +469,13 @@ def test_names_are_read_but_not_executed():
     assert found.name == "Sequential(Temperature, TopLabel(HistogramBinning(n_bins=10)))"
     for text, message in {
         "Temprature": "Did you mean .*Temperature",
-        "Temperature(": "cannot be read",
+        "Temperature(": "cannot be parsed",
         "Isotonic": "Isotonic",
         "FixedTemperature": "temperature",
         "FixedTemperature(2, bins=3)": "bins",
         "FixedTemperature(2 + 3)": "neither a name nor a literal",
         "open('x')": "open",
-        "().__class__": "neither|no Calibrator",
+        "().__class__": "neither|not a Calibrator",
         "FixedTemperature(**{})": "by its name",
     }.items():
         with pytest.raises(ValueError, match=message):
