@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from calib_lightning.commands.options import parse
 from calib_lightning.commands.running import check_metrics, one_line, print_report, reported, wrong
-from calib_lightning.predictions.settings import DEFAULT_RESAMPLES, Reading, Settings
+from calib_lightning.predictions.settings import (
+    CALIBRATION_METRICS,
+    DEFAULT_CALIBRATOR,
+    DEFAULT_RESAMPLES,
+    Reading,
+    Settings,
+)
 from calib_lightning.utils.files import check_writable
 
 if TYPE_CHECKING:
     from calib_lightning.posthoc import Calibrator
     from calib_lightning.predictions.calibration_report import CalibrationReport
-
-DEFAULT_CALIBRATOR = "Temperature"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,7 @@ class Options(Files, Settings, Reading):
     run: Path | None = field(default=None, metadata={"metavar": "RUN", "positional": True})
     calibrators: list[str] = field(default_factory=list, metadata={"metavar": "NAMES", "once": True})
     output: Path | None = field(default=None, metadata={"metavar": "DIR"})
-    metrics: str | None = field(default="accuracy,nll,brier,ece,aece_official,classwise_ece,correctness_auroc,entropy")
+    metrics: str | None = CALIBRATION_METRICS
     intervals: int | None = field(default=DEFAULT_RESAMPLES, metadata={"off": True})
 
     def __post_init__(self) -> None:

@@ -15,7 +15,13 @@ from calib_lightning.predictions.held_out import check_widths
 from calib_lightning.predictions.inputs import Inputs, inputs_of, inputs_of_run
 from calib_lightning.predictions.reading import Predictions, PredictionsLike, named, predictions_of, with_features
 from calib_lightning.predictions.scoring import apply
-from calib_lightning.predictions.settings import DEFAULT_RESAMPLES, Reading, Settings
+from calib_lightning.predictions.settings import (
+    CALIBRATION_METRICS,
+    DEFAULT_CALIBRATOR,
+    DEFAULT_RESAMPLES,
+    Reading,
+    Settings,
+)
 from calib_lightning.predictions.values import (
     selected_metrics,
     states_of,
@@ -23,9 +29,6 @@ from calib_lightning.predictions.values import (
     values_of,
     warnings_as_notes,
 )
-
-DEFAULT_METRICS = "accuracy,nll,brier,ece,aece_official,classwise_ece,correctness_auroc,entropy"
-DEFAULT_CALIBRATOR = "Temperature"
 
 NOTICEABLE = 0.005
 """Loss of accuracy or of correctness AUROC, as a fraction, that is noted."""
@@ -80,7 +83,7 @@ def calibrate(
         >>> report.calibrators["Temperature"].temperature > 1.0
         True
     """
-    asked = Settings(**{"metrics": DEFAULT_METRICS, "intervals": DEFAULT_RESAMPLES, **settings})
+    asked = Settings(**{"metrics": CALIBRATION_METRICS, "intervals": DEFAULT_RESAMPLES, **settings})
     selected_metrics(asked.metrics, classes=2)
     built = named_calibrators(calibrators)
     needs = {need: calibrator.name for calibrator in built for need in calibrator.needs if need != "logits"}

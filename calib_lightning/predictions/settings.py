@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 DEFAULT_RESAMPLES = 1000
+DEFAULT_CALIBRATOR = "Temperature"
+CALIBRATION_METRICS = "accuracy,nll,brier,ece,aece_official,classwise_ece,correctness_auroc,entropy"
+"""The metrics that `calibrate` reports unless it is asked for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +17,9 @@ class Settings:
     """Metrics, bins and intervals.
 
     Args:
-        metrics: ``core``, ``all``, or comma-separated keys; if not set, all except expensive ones.
+        metrics: ``core``, ``all``, or comma-separated keys; by default `score` reports all cheap ones.
         bins: Number of bins, or several numbers, for each of which binned metrics are reported, as ``ece@10``.
-        intervals: Number of bootstrap resamples for intervals; if not set, there are no intervals.
+        intervals: Number of bootstrap resamples for intervals.
         level: Coverage of the intervals, a fraction.
         seed: Seed of resamples and permutations.
 

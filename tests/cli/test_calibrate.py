@@ -23,12 +23,13 @@ from calib_lightning.posthoc.neural_clamping import NeuralClamping
 from calib_lightning.posthoc.sequential import Sequential
 from calib_lightning.posthoc.temperature import Temperature
 from calib_lightning.posthoc.wrappers import OneVsRest, TopLabel
-from calib_lightning.predictions.calibrating import DEFAULT_METRICS, split_names
+from calib_lightning.predictions.calibrating import split_names
+from calib_lightning.predictions.settings import CALIBRATION_METRICS
 
 from ..metrics.golden import golden_set, random_set
 from .conftest import QUICK
 
-METRICS = tuple(DEFAULT_METRICS.split(","))
+METRICS = tuple(CALIBRATION_METRICS.split(","))
 GOLDEN_LOGITS, GOLDEN_LABELS = golden_set()
 GOLDEN_LOGITS = GOLDEN_LOGITS / 1.6
 HALVES = {"cal": slice(0, None, 2), "test": slice(1, None, 2)}
@@ -206,7 +207,7 @@ def test_text_and_markdown_have_a_row_for_each_calibrator(files, calib):
 def test_before_is_what_score_says_and_after_is_what_score_says_of_the_saved_calibrator(files, calib, calibrated):
     names = "Temperature,TopLabel(Isotonic())"
     report = calibrated(*FILES, "--calibrators", names, "--intervals", "10")
-    options = ("--metrics", DEFAULT_METRICS, "--intervals", "10", "--format", "json")
+    options = ("--metrics", CALIBRATION_METRICS, "--intervals", "10", "--format", "json")
     scored = json.loads(calib("score", "test.npz", *options).out)
     before = rows_of(report)["uncalibrated"]
     assert {key: scored["sets"]["test"][key] for key in before} == before
@@ -612,7 +613,7 @@ def test_score_applies_a_calibrator_with_features(files, calib, calibrated):
         "score",
         "test.pt",
         "--metrics",
-        DEFAULT_METRICS,
+        CALIBRATION_METRICS,
         "--format",
         "json",
         "--calibrator",

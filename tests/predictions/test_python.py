@@ -1,4 +1,4 @@
-"""`score` and `calibrate` from Python: the same numbers as the metrics and the commands, from tensors, arrays and files."""
+"""`score` and `calibrate` from Python: the numbers of the metrics and of the commands, from tensors and files."""
 
 import json
 import subprocess
