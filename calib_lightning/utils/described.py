@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
@@ -43,9 +44,9 @@ class Described:
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments by name."""
         recorded: dict[str, Any] | None = vars(self).get("_arguments")
-        if recorded is None:  # the constructor of a dataclass is made after `__init_subclass__`; fields are arguments
-            return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-        return recorded
+        if recorded is None and is_dataclass(self):  # its constructor comes too late to be recorded
+            return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return recorded or {}  # a class without a constructor has no arguments
 
     @property
     def spec(self) -> Spec:
@@ -64,7 +65,7 @@ class Described:
         parts: list[str] = []
         arguments = self.arguments
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
+            if parameter.kind is parameter.VAR_KEYWORD or name not in arguments:
                 continue
             value = arguments[name]
             if parameter.kind is parameter.VAR_POSITIONAL:

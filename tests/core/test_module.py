@@ -10,7 +10,7 @@ from calib_lightning.callbacks import SavePredictions
 from calib_lightning.core import ClassificationModule, Head, LinearHead, load_module
 from calib_lightning.core.module import PENDING_BATCHES
 from calib_lightning.data import SplitSpec, ToyDataModule
-from calib_lightning.methods import CRL, MDCA, AdaFocal, CrossEntropy, Focal, LabelSmoothingLoss
+from calib_lightning.methods import CRL, MDCA, AdaFocal, CrossEntropy, CrossEntropyLoss, Focal, LabelSmoothingLoss
 from calib_lightning.metrics import EvaluationState
 from calib_lightning.types import Prediction
 from tests.ddp.cases import sgd, trainer
@@ -275,6 +275,12 @@ def test_a_criterion_that_remembers_how_it_was_built_comes_back(tmp_path):
     assert loaded.criterion.spec["init_args"]["criterion"]["init_args"] == {"smoothing": 0.2}
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     assert loaded.criterion(logits, labels) == module.criterion(logits, labels)
+
+
+def test_a_criterion_without_a_constructor_has_no_arguments():
+    module = MDCA(3, criterion=CrossEntropyLoss(), encoder="digits_cnn")
+    assert module.hparams["criterion"]["init_args"] == {}
+    assert CrossEntropyLoss().name == "CrossEntropyLoss"
 
 
 def test_other_loaders_after_a_fit_are_not_named_after_its_data(tmp_path):
