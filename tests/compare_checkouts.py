@@ -47,6 +47,8 @@ def main() -> int:
     parser.add_argument("--trainings", nargs="*", default=list(TRAININGS)[:4], choices=list(TRAININGS))
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
+    for checkout in (options.old, options.new):
+        _check_that_it_is_run(checkout.resolve())
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
         for pair in options.predictions:
@@ -55,6 +57,12 @@ def main() -> int:
             runs = [_trained(at.resolve(), name, options.epochs, Path(folder)) for at in (options.old, options.new)]
             faults += _compared(name, *runs)
     return 1 if faults else 0
+
+
+def _check_that_it_is_run(checkout: Path) -> None:
+    """Without a package there, Python would run the installed one, and find it equal to itself."""
+    if not (checkout / "calib_lightning" / "__init__.py").is_file():
+        raise SystemExit(f"{checkout} is not a checkout; it must have the folder calib_lightning. Give another path.")
 
 
 def _calib(checkout: Path, where: Path, *words: str) -> None:

@@ -93,6 +93,8 @@ class Options(Files, Settings, Reading):
 
 def main(argv: Sequence[str]) -> int:
     """Run ``calib calibrate``; exit code 1 if a file is invalid or a fit fails, 2 for a wrong command line."""
+    if "--list" in argv:
+        wrong("calibrate", "--list is now `calib list calibrators`")
     options = parse(Options, "calibrate", argv)
     check_metrics("calibrate", options.metrics)
     from calib_lightning.predictions.calibrating import named_calibrators

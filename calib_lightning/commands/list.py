@@ -171,14 +171,12 @@ def _metrics() -> Iterator[tuple[str, str]]:
 
 def _calibrators() -> Iterator[tuple[str, str]]:
     from calib_lightning import posthoc
-    from calib_lightning.posthoc import Calibrator, NeuralClamping
+    from calib_lightning.posthoc import Calibrator
     from calib_lightning.posthoc.binary import BinaryCalibrator
 
     exported = {name: getattr(posthoc, name) for name in posthoc.__all__}
     classes = {name: item for name, item in exported.items() if isinstance(item, type) and not inspect.isabstract(item)}
-    yield from _documented(
-        {name: item for name, item in classes.items() if issubclass(item, Calibrator | NeuralClamping)}
-    )
+    yield from _documented({name: item for name, item in classes.items() if issubclass(item, Calibrator)})
     yield "of one probability, for OneVsRest(...) and TopLabel(...):", ""
     yield from _documented({name: item for name, item in classes.items() if issubclass(item, BinaryCalibrator)})
 

@@ -32,7 +32,7 @@ from calib_lightning.core.schedules import with_schedule
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics import CORE, REPORT, EvaluationState, SoftLabelScores
 from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
-from calib_lightning.utils.described import Described, Spec, build, is_spec, storable, stored
+from calib_lightning.utils.described import Described, Spec, is_data, rebuilt, storable, stored
 from calib_lightning.utils.registry import class_path_of, find_class
 
 CHECKPOINT_KEY = "calib_lightning"
@@ -599,10 +599,7 @@ def module_of(checkpoint: dict[str, Any]) -> ClassificationModule:
     if isinstance(encoder, dict) and encoder.get("pretrained"):
         # the checkpoint provides the weights: download nothing
         hyper_parameters["encoder"] = {**encoder, "pretrained": False}
-    hyper_parameters = {
-        name: build(value, Described) if is_spec(value) else value for name, value in hyper_parameters.items()
-    }
-    module = cls(**_accepted(cls, hyper_parameters))
+    module = cls(**_accepted(cls, rebuilt(hyper_parameters)))
     module.on_load_checkpoint(checkpoint)
     # A loss that does not remember how it was built is not rebuilt, so its state (class weights, say) is dropped. A
     # loss that a later stage has replaced keeps its initial state.
@@ -622,7 +619,9 @@ def _stored_arguments(frame: FrameType | None) -> dict[str, Any]:
     *bases, own = collect_init_args(frame, [], classes=(HyperparametersMixin,))
     given = {name: value for arguments in bases for name, value in arguments.items()}
     plain = {name: value for name, value in given.items() if not isinstance(value, Described | None)}
-    return {name: stored(value) for name, value in {**plain, **own}.items() if storable(value)}
+    arguments = {**plain, **own}
+    data = {name: value for name, value in arguments.items() if is_data(value)}
+    return data | {name: stored(value) for name, value in arguments.items() if storable(value)}
 
 
 def _accepted(cls: type[ClassificationModule], hyper_parameters: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _MODULES = ("classifier", "decision", "export", "preprocessing", "saving")
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: `calib predict --help` imports this package too, and torch takes seconds.
+    # On first use: `calib classify --help` imports this package too, and torch takes seconds.
     if name in __all__:
         for module in _MODULES:
             found = vars(importlib.import_module(f"{__name__}.{module}"))

@@ -267,6 +267,7 @@ class CalibratedClassifier(nn.Module):
     def _collected(self, loader: Iterable[Any]) -> tuple[Evidence, Tensor]:
         """Evidence and labels of all batches; images are kept only if the calibrator needs the network."""
         self.eval()
+        asks_network = "network" in self.calibrator.needs
         parts: list[Evidence] = []
         labels: list[Tensor] = []
         for batch in loader:
@@ -279,11 +280,11 @@ class CalibratedClassifier(nn.Module):
             if found[1] is None:
                 keys = ", ".join(map(repr, batch))
                 raise TypeError(f"a batch of the loader is a dict with the keys {keys}; it must also have 'label'.")
-            parts.append(self.evidence(found[0].to(self.device)))
+            part = self.evidence(found[0].to(self.device))
+            parts.append(part._replace(network=None, images=found[0].cpu() if asks_network else None))
             labels.append(torch.as_tensor(found[1]).to(self.device))
         if not parts:
             raise ValueError("the loader has no batches; it must have at least one, of held-out images with labels.")
-        asks_network = "network" in self.calibrator.needs
         return Evidence(
             _joined([part.logits for part in parts]),
             _joined([part.features for part in parts]),
@@ -303,7 +304,7 @@ class CalibratedClassifier(nn.Module):
             calibrator=self.calibrator.name,
             calibrator_spec=self.calibrator.spec,
             temperature=temperature,
-            num_classes=self.calibrator.num_classes,
+            num_classes=self.calibrator.num_classes if self.calibrator.num_classes > 0 else len(self.classes or ()),
             classes=None if self.classes is None else list(self.classes),
             preprocessing=None if self.preprocessing is None else self.preprocessing.record,
             operating_point=None if self.operating_point is None else self.operating_point.record,
@@ -311,7 +312,7 @@ class CalibratedClassifier(nn.Module):
 
     def _check_classes(self) -> None:
         known = self.calibrator.num_classes
-        if self.classes is not None and known and len(self.classes) != known:
+        if self.classes is not None and known > 0 and len(self.classes) != known:
             raise ValueError(f"classes has {len(self.classes)} names; it must have {known}, one for each class.")
 
     def _as_weights(self, image: Tensor) -> Tensor:

@@ -27,13 +27,13 @@ class Found(NamedTuple):
 def find_images(folder: Path) -> Found:
     """List a folder recursively, sorted by path; hidden files and links to folders are ignored."""
     if not folder.is_dir():
-        raise NotADirectoryError(f"--images is {folder}; it must be a folder.")
+        raise NotADirectoryError(f"{folder} is not a folder; give the folder of the images.")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     known = Image.registered_extensions()
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     rest = [path for path in files if path.suffix.lower() not in SUFFIXES]
     if not images:
-        raise ValueError(f"--images is {folder}, which has no images; it must have {', '.join(SUFFIXES)} files.")
+        raise ValueError(f"{folder} has no images; it must have {', '.join(SUFFIXES)} files.")
     other_images = [path for path in rest if path.suffix.lower() in known]
     return Found(images, other_images, [path for path in rest if path.suffix.lower() not in known])
 

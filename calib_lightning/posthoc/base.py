@@ -32,6 +32,9 @@ from calib_lightning.utils.described import Described
 
 _BLOCK = 2**18
 
+ANY_CLASSES = -1
+"""K of a fit of version 0.1 that did not record it."""
+
 
 class Calibrator(FittedState, Described, ABC):
     """Maps a network's outputs to calibrated log-probabilities; fitted to rows that the network was not trained on.
@@ -278,7 +281,9 @@ class Calibrator(FittedState, Described, ABC):
         Returns:
             Log-probabilities and confidence, as `calib_lightning.metrics.EvaluationState.update` takes them.
         """
-        seen, features = self._seen(Evidence(logits, features, network, images))
+        # An exported graph has no modes; elsewhere a network in training mode would answer otherwise.
+        with frozen(network if "network" in self.needs and not torch.compiler.is_compiling() else None):
+            seen, features = self._seen(Evidence(logits, features, network, images))
         if self.num_classes == 1:
             return Prediction(torch.zeros_like(seen))
         with _no_autocast(seen):

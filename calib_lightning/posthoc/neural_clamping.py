@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.base import ANY_CLASSES, Calibrator
 from calib_lightning.posthoc.clamping_descent import (
     ClampDescent,
     Clamped,
@@ -37,9 +37,6 @@ from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
 from calib_lightning.posthoc.evidence import PROBS_HINT, Evidence, Images, Network, frozen, image_batches
 from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.utils.described import build
-
-ANY_CLASSES = -1
-"""K of a fit of version 0.1, which did not record it; it is set at the first use."""
 
 _WEIGHTS: tuple[PenaltyWeight, ...] = (RelativeWeight(),)
 _START = RandomStart()
@@ -169,7 +166,8 @@ class NeuralClamping(Calibrator):
             batches = iter([images] if whole else torch.split(images, self.batch_size))
         else:
             batches = image_batches(images)
-        logits = torch.cat([network(self.perturb(image.to(self.delta.device))) for image in batches])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(images, Tensor)):  # a loader may be long
+            logits = torch.cat([network(self.perturb(image.to(self.delta.device))) for image in batches])
         if self.num_classes == ANY_CLASSES:
             self.num_classes = logits.shape[1]
         return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ LOST_REFINEMENT = (
 
 _QUALITIES = {"accuracy": "accuracy", "correctness_auroc": "correctness AUROC"}
 
-EvidenceOf = Callable[[str, Predictions], Evidence]
+EvidenceOf = Callable[[str, Predictions, Calibrator], Evidence]
 """Returns the inputs of calibrators for a set, given its name."""
 
 
@@ -90,6 +91,10 @@ def calibrate(
     path = Path(calibration) if isinstance(calibration, str | Path) else None
     if path is not None and path.is_dir() and test is not None:
         raise ValueError(f"test is given, but the run {path} has its own test sets. Omit test.")
+    if path is not None and test is None and reading not in (None, Reading()):
+        raise ValueError(
+            f"reading is {reading}; it must be left out for the run {path}, whose files are read as they are."
+        )
     if path is not None and test is None:
         inputs, evidence = _of_run(path, asks_network=bool(needs))
     else:
@@ -106,7 +111,16 @@ def calibrate(
 
 def named_calibrators(calibrators: str | Calibrator | Sequence[str | Calibrator]) -> list[Calibrator]:
     """Build calibrators from text or objects, without duplicates."""
-    given = [calibrators] if isinstance(calibrators, str | Calibrator) else list(calibrators)
+    given = [calibrators] if isinstance(calibrators, str | Calibrator) else calibrators
+    if (
+        not isinstance(given, list | tuple)
+        or not given
+        or not all(isinstance(item, str | Calibrator) for item in given)
+    ):
+        raise TypeError(
+            f"calibrators is {calibrators!r:.200}; it must be text or calibrators, such as Temperature() or "
+            "OneVsRest(Isotonic()). Give at least one."
+        )
     built: list[Calibrator] = []
     for item in given:
         built += [_built(name) for name in split_names(item)] if isinstance(item, str) else [item]
@@ -144,7 +158,7 @@ def _of_run(run: Path, asks_network: bool) -> tuple[Inputs, EvidenceOf]:
     return network.with_features(inputs), network.evidence
 
 
-def _stored_evidence(name: str, predictions: Predictions) -> Evidence:
+def _stored_evidence(name: str, predictions: Predictions, calibrator: Calibrator) -> Evidence:
     return Evidence(predictions.logits, predictions.features)
 
 
@@ -170,8 +184,11 @@ def _report(
     for calibrator in calibrators:
         called = calibrator.name
         try:
-            found = _fit(calibrator, inputs.calibration, evidence("calibration", inputs.calibration))
-            applied = {name: apply(calibrator, test, evidence(name, test)) for name, test in inputs.tests.items()}
+            found = _fit(calibrator, inputs.calibration, evidence("calibration", inputs.calibration, calibrator))
+            applied = {
+                name: apply(found.calibrator, test, evidence(name, test, calibrator))
+                for name, test in inputs.tests.items()
+            }
         except Exception as error:  # a failure must not affect the other calibrators
             failed[called] = " ".join(str(error).split()) or type(error).__name__
             continue
@@ -186,6 +203,7 @@ def _report(
 
 def _fit(calibrator: Calibrator, predictions: Predictions, evidence: Evidence) -> Fitted:
     warned: list[str] = []
+    calibrator = copy.deepcopy(calibrator)  # the caller's object may be in another report
     with warnings_as_notes(warned):
         calibrator.fit(labels=predictions.labels, **evidence._asdict())
     where = f"{type(calibrator).__name__}.fit: "

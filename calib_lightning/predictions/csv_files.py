@@ -34,7 +34,7 @@ def load_csv(path: Path, labels_key: str | None, holds: Holds) -> tuple[dict[str
     label = _label_column(path, header, labels_key, holds)
     rest = [place for place in range(len(first)) if place not in {*skipped, confidence, label}]
     if label is None and rest and holds != "scores":
-        if header and len(rest) > 1 and not _unrecognised([header[place] for place in rest]):
+        if header and len(rest) > 1:
             raise ValueError(
                 f"{path}: no column of labels among {_quoted(header)}; name it 'label', set labels_key, or give the "
                 "labels in another file"
@@ -95,7 +95,7 @@ def _first_row(path: Path) -> list[str]:
 
 def _is_header(path: Path, first: Sequence[str]) -> bool:
     if all(map(_is_number, first)):
-        return False
+        return len(first) > 1 and list(first) == list(map(str, range(len(first))))  # as pandas numbers columns
     if any(cell and not _is_number(cell) for cell in first):
         return True
     if len(first) > 1 and list(first) == ["", *map(str, range(len(first) - 1))]:

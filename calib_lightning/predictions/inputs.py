@@ -74,8 +74,8 @@ def read_record(run: Path) -> dict[str, Any]:
     path = run / "run.json"
     if not path.is_file():
         raise ValueError(
-            f"{run} is not the folder of a run, because it has no run.json. Give other predictions as --calibration "
-            "FILE --test FILE."
+            f"{run} is not the folder of a run, because it has no run.json. Other predictions need test sets beside "
+            "the calibration set."
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

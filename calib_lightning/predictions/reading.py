@@ -64,6 +64,8 @@ class Predictions(NamedTuple):
         return "predictions" if self.origin.file is None else str(self.origin.file)
 
 
+_ARRAYS = ("scores", "labels", "confidence", "label_distribution", "features")
+
 PredictionsLike = Predictions | str | Path | tuple[Any, ...]
 """Predictions, their file, or a tuple of scores ``(N, K)``, labels ``(N,)`` and, optionally, features ``(N, d)``."""
 
@@ -106,13 +108,22 @@ def read_predictions(
 def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> Predictions:
     """Checked predictions from any `PredictionsLike`."""
     if isinstance(source, Predictions):
-        return source
+        if source.origin != Origin():  # read from a file or calibrated: checked before
+            return source
+        arrays = {name: getattr(source, name) for name in _ARRAYS}
+        tensors: dict[str, Any] = {name: _as_tensor(part) for name, part in arrays.items() if part is not None}
+        return _checked(source._replace(**tensors), Origin(), "predictions")
     if isinstance(source, str | Path):
         return read_predictions(source, reading)
     if not isinstance(source, tuple) or len(source) not in (2, 3):
         raise TypeError(
             f"predictions are {source!r:.100}; they must be a file, Predictions, or a tuple (scores, labels)."
         )
+    if isinstance(source[0], str | Path) and isinstance(source[1], str | Path):
+        return read_predictions(source[0], reading, source[1])
+    if isinstance(source[0], str | Path):  # scores in a file, labels in memory
+        stored = Stored(Path(source[0]), reading or Reading(), "scores")
+        source = (stored.scores, *source[1:])
     scores, labels, *features = map(_as_tensor, source)
     found = Predictions(scores, labels, input=(reading or Reading()).input, features=features[0] if features else None)
     return _checked(found, Origin(), "predictions")
@@ -166,10 +177,14 @@ def named(
         return {name: predictions_of(source, reading) for name, source in sources.items()}
     single = isinstance(sources, str | Path | Predictions | tuple)
     some: list[Any] = [sources] if single else list(sources)  # type: ignore[arg-type]
+    if not some:
+        raise ValueError("predictions are empty; give at least one set")
     read = [predictions_of(source, reading) for source in some]
     files = [found.origin.file for found in read if found.origin.file is not None]
     names = iter(unique_names(files))
-    others = iter(["set"] if len(read) - len(files) == 1 else [f"set-{i + 1}" for i in range(len(read))])
+    taken = unique_names(files)
+    made = ["set"] if len(read) - len(files) == 1 else [f"set-{i + 1}" for i in range(len(read))]
+    others = iter([name if name not in taken else f"{name} (tensors)" for name in made])
     return {next(others if found.origin.file is None else names): found for found in read}
 
 
@@ -185,7 +200,7 @@ def input_notes(predictions: Predictions) -> Iterator[str]:
 
 def _as_tensor(part: Any) -> Tensor:
     """Convert to a tensor; lists become float64, which torch would round to float32."""
-    return part.detach() if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part))
+    return part.detach().cpu() if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part))
 
 
 def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictions:

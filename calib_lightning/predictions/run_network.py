@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from calib_lightning import data
 from calib_lightning.core import ClassificationModule, load_module
 from calib_lightning.data import BenchmarkDataModule
-from calib_lightning.posthoc import Evidence
+from calib_lightning.posthoc import Calibrator, Evidence
 from calib_lightning.predictions.inputs import Inputs, read_record
 from calib_lightning.predictions.reading import Predictions
 from calib_lightning.types import Batch
@@ -73,12 +74,17 @@ class RunNetwork:
         notes = [*inputs.notes, note]
         return inputs._replace(calibration=calibration, tests=found, notes=notes, checkpoint=self.checkpoint)
 
-    def evidence(self, name: str, predictions: Predictions) -> Evidence:
-        """Inputs of calibrators for a set; images of test sets are read in batches, anew in each pass."""
-        images: Any = self.data.evaluation_loader(name)
-        if name == "calibration":  # a fit makes many passes
-            images = torch.cat([Batch(*batch).image for batch in images])
+    def evidence(self, name: str, predictions: Predictions, calibrator: Calibrator) -> Evidence:
+        """Evidence on a set, as far as the calibrator needs it; images of test sets are read a batch at a time."""
+        if "network" not in calibrator.needs:
+            return Evidence(predictions.logits, predictions.features)
+        images: Any = self._calibration_images if name == "calibration" else self.data.evaluation_loader(name)
         return Evidence(predictions.logits, predictions.features, self.module, images)
+
+    @cached_property
+    def _calibration_images(self) -> Tensor:
+        """All at once: a fit passes over them many times."""
+        return torch.cat([Batch(*batch).image for batch in self.data.evaluation_loader("calibration")])
 
     def _images(self, name: str) -> Iterator[Tensor]:
         for batch in self.data.evaluation_loader(name):

@@ -54,7 +54,7 @@ class ScoreReport(Report):
         settings: The settings.
         input: Kind of the scores.
         spreads: Mean and standard deviation of each value over the sets; empty if they are not runs of one method.
-        compared_with: Name of the other run; empty without one.
+        compared_with: Name of the other run of each set; empty without one.
         notes: The notes of all sets.
     """
 
@@ -62,7 +62,7 @@ class ScoreReport(Report):
     settings: Settings
     input: str
     spreads: dict[str, Spread]
-    compared_with: str
+    compared_with: dict[str, str]
     notes: list[str]
 
     @property
@@ -89,7 +89,7 @@ class ScoreReport(Report):
                 rows = sectioned(
                     {key: _difference_cells(key, found) for key, found in entry.values.differences.items()}
                 )
-                yield Grid(f"{name} minus {self.compared_with}", ["metric", "difference", "p"], rows)
+                yield Grid(f"{name} minus {self.compared_with[name]}", ["metric", "difference", "p"], rows)
             if entry.groups:
                 yield _group_grid(name, entry.groups, entry.predictions, self.settings)
 
@@ -109,8 +109,13 @@ class ScoreReport(Report):
             settings["calibrator"] = {"name": origin.calibrator, "file": _text(origin.calibrator_file)}
         if first.groups is not None:
             settings["groups"] = {"by": first.groups.by, "n_bins": self.settings.bins[0]}
-        if self.compared_with:
-            settings["compare"] = {"method": "paired permutation test", "other": self.compared_with}
+        others = list(dict.fromkeys(self.compared_with.values()))
+        if others:
+            other = others[0] if len(others) == 1 else self.compared_with
+            settings["compare"] = {
+                "method": "paired permutation test",
+                "other": other,
+            }
         if self.spreads:
             settings["seeds"] = {"runs": len(self.sets), "std": "sample (ddof = 1)", "level": self.settings.level}
         content: dict[str, Any] = {

@@ -18,6 +18,7 @@ from calib_lightning.metrics import (
     permutation_test,
 )
 from calib_lightning.posthoc import Calibrator, Evidence
+from calib_lightning.posthoc.base import ANY_CLASSES
 from calib_lightning.predictions.files import checked_counts
 from calib_lightning.predictions.reading import Predictions, PredictionsLike, input_notes, named, predictions_of
 from calib_lightning.predictions.score_report import Groups, ScoreReport, SetScores
@@ -91,15 +92,9 @@ def score(
             found = [entry.values.values.get(key, math.nan) for entry in scored.values()]
             spreads[key] = over_seeds(found, asked.level)
     notes = [f"{name}: {note}" for name, entry in scored.items() for note in entry.notes]
-    other = next(iter(others.values()), None)
-    return ScoreReport(
-        scored,
-        asked,
-        "logits" if reading is None else reading.input,
-        spreads,
-        "" if other is None else other.where,
-        list(dict.fromkeys(notes)),
-    )
+    kinds = [reading.input] if reading is not None else sorted({found.input for found in sets.values()})
+    compared = {name: other.where for name, other in others.items()}
+    return ScoreReport(scored, asked, " and ".join(kinds), spreads, compared, list(dict.fromkeys(notes)))
 
 
 def apply(
@@ -121,7 +116,7 @@ def apply(
     """
     evidence = evidence or Evidence(predictions.logits, predictions.features)
     classes = predictions.scores.shape[1]
-    if calibrator.fitted and calibrator.num_classes not in (classes, -1):
+    if calibrator.fitted and calibrator.num_classes not in (classes, ANY_CLASSES):
         raise ValueError(
             f"{predictions.where}: the scores have {classes} classes, but {calibrator.name} was fitted to "
             f"{calibrator.num_classes}. Give logits of the network that it was fitted for."

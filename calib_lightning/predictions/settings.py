@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
@@ -40,8 +41,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.metrics is not None and not isinstance(self.metrics, str):
             object.__setattr__(self, "metrics", ",".join(self.metrics))
-        bins = (self.bins,) if isinstance(self.bins, int) else tuple(dict.fromkeys(self.bins))
-        object.__setattr__(self, "bins", bins)
+        bins = (self.bins,) if isinstance(self.bins, str) or not isinstance(self.bins, Iterable) else self.bins
+        bins = tuple(_whole(number) for number in dict.fromkeys(bins))
+        for name, value in {"bins": bins, "intervals": _whole(self.intervals), "seed": _whole(self.seed)}.items():
+            object.__setattr__(self, name, value)
         if not bins or not all(_is_whole(number) and number >= 1 for number in bins):
             raise ValueError(
                 f"bins is {_listed(bins)}; it must be whole numbers >= 1. Write 15, or 10,15,20 for several."
@@ -86,9 +89,17 @@ class Reading:
         return cls(**{entry.name: getattr(options, entry.name) for entry in fields(Reading)})
 
 
+def _whole(value: Any) -> Any:
+    """A whole number of numpy as one of Python; anything else as it is."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _listed(values: Sequence[Any]) -> str:
-    return ",".join(map(str, values)) or "empty"
+    return ",".join(map(repr, values)) or "empty"

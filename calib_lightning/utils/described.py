@@ -7,12 +7,14 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from calib_lightning.utils.registry import class_path_of, find_class
+from calib_lightning.utils.names import did_you_mean
+from calib_lightning.utils.registry import class_path_of, family, find_class
 
 
 class Spec(TypedDict):
@@ -120,6 +122,15 @@ def storable(value: Any) -> bool:
     return True
 
 
+def is_data(value: Any) -> bool:
+    """Whether a value is made of Python's own types alone, some of which cannot be stored as plain data."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(is_data, value))
+    if isinstance(value, dict):
+        return all(is_data(key) and is_data(item) for key, item in value.items())
+    return value is None or isinstance(value, int | float | complex | str | bytes)
+
+
 def stored(value: Any) -> Any:
     """A `storable` argument as plain data, with specs for objects."""
     return _plain("", "", value)
@@ -144,7 +155,7 @@ def build(spec: Mapping[str, Any], base: type[T]) -> T:
     if not is_spec(spec):
         raise ValueError(f"the spec of a {base.__name__} is {spec!r:.200}; it must have class_path and init_args.")
     cls = find_class(spec["class_path"], base)
-    return _construct(cls, {name: _built(value) for name, value in spec["init_args"].items()})
+    return _construct(cls, {name: rebuilt(value) for name, value in spec["init_args"].items()})
 
 
 def parse(text: str, base: type[T]) -> T:
@@ -207,7 +218,8 @@ def _named(name: str, base: type[T]) -> type[T]:
             other = Described
         if other.instead:
             raise ValueError(f"{name} alone is not a {base.__name__}. Write {other.instead.format(name)}.") from None
-        raise
+        known = [cls.__name__ for cls in family(base) if not inspect.isabstract(cls)]
+        raise ValueError(f"there is no {base.__name__} {name!r}.{did_you_mean(name, known)}") from None
 
 
 def _construct(cls: type[T], arguments: Mapping[str, Any]) -> T:
@@ -242,18 +254,20 @@ def is_spec(value: Any) -> bool:
     return isinstance(value["init_args"], Mapping) and all(isinstance(name, str) for name in value["init_args"])
 
 
-def _built(value: Any) -> Any:
+def rebuilt(value: Any) -> Any:
+    """What `stored` made plain, with the objects that the specs in it describe."""
     if is_spec(value):
         return build(value, Described)
     if isinstance(value, Mapping):
-        return {name: _built(item) for name, item in value.items()}
-    return [_built(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: rebuilt(item) for name, item in value.items()}
+    return [rebuilt(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(owner: str, name: str, value: Any) -> Any:
     if isinstance(value, Described):
         return value.spec
     value = value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+    value = str(value) if isinstance(value, PurePath) else value
     if value is None or type(value) in (int, float, str, bool):  # exact types: an IntEnum is an int, but does not load
         return value
     if type(value) in (list, tuple):

@@ -49,7 +49,7 @@ def find_class(class_path: str, base: type[T]) -> type[T]:
 
 
 def _find_by_name(name: str, base: type[T]) -> type[T]:
-    paths = {class_path_of(cls) for cls in _family(base) if cls.__name__ == name}
+    paths = {class_path_of(cls) for cls in family(base) if cls.__name__ == name}
     if not paths:
         raise ValueError(
             f"There is no known {base.__name__} called {name!r}. Give its full path, or import the module that defines "
@@ -96,7 +96,7 @@ def _module(parts: list[str]) -> ModuleType | None:
     return module if isinstance(module, ModuleType) else None
 
 
-def _family(base: type[T]) -> set[type[T]]:
+def family(base: type[T]) -> set[type[T]]:
     """``base`` and every loaded subclass."""
     family, queue = {base}, [base]
     while queue:
@@ -108,6 +108,6 @@ def _family(base: type[T]) -> set[type[T]]:
 
 def _suggestion(class_path: str, base: type[Any]) -> str:
     wanted = class_path.rpartition(".")[2].lower()
-    names = {cls.__name__.lower(): cls for cls in _family(base)}
+    names = {cls.__name__.lower(): cls for cls in family(base)}
     near = difflib.get_close_matches(wanted, names, n=3)
     return f" Did you mean {' or '.join(class_path_of(names[name]) for name in near)}?" if near else ""

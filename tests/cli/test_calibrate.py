@@ -451,7 +451,7 @@ def _features_in_csv(folder):
 
 
 def _no_run(folder):
-    return ("nowhere",), ["nowhere", "run.json", "--calibration"]
+    return ("nowhere",), ["nowhere", "run.json", "run.json"]
 
 
 def _damaged_run(folder):

@@ -107,11 +107,11 @@ def _csv(folder):
     return [folder / "run.csv"]
 
 
-def _csv_floats_and_last_column(folder):
+def _csv_floats_and_named_labels(folder):
     (folder / "run.csv").write_text(
         "\ufefflogit 1,logit 2,logit 3,logit 4,logit 5,truth\n" + _rows(label="%.1f"), encoding="utf-8"
     )
-    return [folder / "run.csv"]
+    return [folder / "run.csv", "--labels_key", "truth"]
 
 
 def _csv_named(folder):
@@ -157,7 +157,7 @@ FILES = [
     _pt_dict,
     _pt_tensor,
     _csv,
-    _csv_floats_and_last_column,
+    _csv_floats_and_named_labels,
     _csv_named,
     _csv_labels_key,
     _csv_of_pandas,
@@ -591,6 +591,11 @@ BAD = {
     "hole taken for a name": (lambda p: p.write_text("0.1,NA,0.2,0\n1,2,3,1\n"), "run.csv", ["'0.1', 'NA', '0.2'"]),
     "order": (lambda p: p.write_text("z1,z0,label\n1,2,0\n"), "run.csv", ["out of order", "'z1', 'z0'"]),
     "gap": (lambda p: p.write_text("0,2,label\n1,2,0\n"), "run.csv", ["missing", "'0', '2'"]),
+    "last column is named": (
+        lambda p: p.write_text("z0,z1,weight\n1,2,0\n"),
+        "run.csv",
+        ["no column of labels", "'weight'"],
+    ),
     "no label": (
         lambda p: p.write_text("z0,z1,z2\n1,2,0\n"),
         "run.csv",

@@ -12,6 +12,7 @@ from calib_lightning.core.module import PENDING_BATCHES
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import CRL, MDCA, AdaFocal, CrossEntropy, CrossEntropyLoss, Focal, LabelSmoothingLoss
 from calib_lightning.metrics import EvaluationState
+from calib_lightning.posthoc import FixedTemperature
 from calib_lightning.types import Prediction
 from tests.ddp.cases import sgd, trainer
 
@@ -281,6 +282,24 @@ def test_a_criterion_without_a_constructor_has_no_arguments():
     module = MDCA(3, criterion=CrossEntropyLoss(), encoder="digits_cnn")
     assert module.hparams["criterion"]["init_args"] == {}
     assert CrossEntropyLoss().name == "CrossEntropyLoss"
+
+
+class Tagged(CrossEntropy):
+    def __init__(self, num_classes: int, tags=None, parts=(), **options) -> None:
+        super().__init__(num_classes, **options)
+        self.tags, self.parts = tags, parts
+
+
+def test_data_of_any_kind_and_parts_in_lists_come_back(tmp_path):
+    parts = [FixedTemperature(2.0), {"head": FixedTemperature(3.0)}]
+    module = Tagged(3, {1: {2, 3}}, parts, encoder="digits_cnn", optimizer=sgd)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=ToyDataModule(SplitSpec(val=30, calibration=30)))
+    run.save_checkpoint(tmp_path / "tagged.ckpt")
+    loaded = load_module(tmp_path / "tagged.ckpt")
+    assert loaded.tags == {1: {2, 3}}
+    assert loaded.parts[0].spec == parts[0].spec
+    assert loaded.parts[1]["head"].spec == parts[1]["head"].spec
 
 
 def test_other_loaders_after_a_fit_are_not_named_after_its_data(tmp_path):

@@ -1,5 +1,7 @@
 """The classifier against its parts done by hand."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -105,6 +107,21 @@ def test_training_mode_does_not_reach_the_fit():
     made = CalibratedClassifier(network, Temperature())
     network.train()
     assert made.fit(batches()).calibrator.temperature == classifier().calibrator.temperature
+
+
+def test_a_fit_to_logits_keeps_no_images():
+    alive = []
+
+    def loader():
+        for _ in range(4):
+            image, label = labelled(20)
+            yield image, label
+            alive.append(weakref.ref(image))
+            del image
+            assert sum(reference() is not None for reference in alive) <= 1
+
+    classifier().fit(loader())
+    assert len(alive) == 4
 
 
 @pytest.mark.filterwarnings("ignore:NeuralClamping")

@@ -89,9 +89,14 @@ def test_groups_by_training_counts_and_one_comparison_for_each_set():
         (lambda: score(LOGITS, LABELS, compare=HALF), "same samples"),
         (lambda: score(LOGITS, LABELS, compare=[HALF, HALF]), "compare has 2 runs for 1 sets"),
         (lambda: score("nowhere.npz"), "no such file"),
+        (lambda: score([]), "at least one set"),
+        (lambda: calibrate(HALF, OTHER, []), "at least one"),
+        (lambda: calibrate(HALF, OTHER, Temperature), "such as Temperature"),
+        (lambda: calibrate("nowhere.npz"), "not the folder of a run"),
+        (lambda: score(LOGITS, LABELS, bins="15"), "bins is '15'"),
         (lambda: calibrate(HALF), "test is None"),
         (lambda: calibrate(HALF, HALF), "hold the same rows"),
-        (lambda: calibrate(HALF, OTHER, "Temperture"), "Temperature"),
+        (lambda: calibrate(HALF, OTHER, "Temperture"), "Did you mean Temperature"),
         (lambda: calibrate(HALF, OTHER, "DensityRatio"), "no features"),
         (lambda: calibrate(HALF, OTHER, "NeuralClamping"), "needs the network and its images"),
         (lambda: calibrate(HALF, (OTHER[0][:, :4], OTHER[1].clamp(max=3))), "same classes"),
@@ -140,6 +145,44 @@ def test_features_come_as_a_third_part_or_from_the_file(tmp_path):
         metrics="correctness_auroc",
     )
     assert files.rows["test"]["DensityRatio"].values.values["correctness_auroc"] == found
+
+
+def test_the_callers_calibrator_stays_as_it_was():
+    mine = Temperature()
+    report = calibrate(HALF, OTHER, mine, intervals=None, metrics="nll")
+    assert not mine.fitted
+    assert report.calibrators["Temperature"].fitted
+
+
+def test_names_do_not_collide(tmp_path):
+    np.savez(tmp_path / "set.npz", logits=LOGITS, labels=LABELS)
+    report = score([tmp_path / "set.npz", HALF], metrics="accuracy")
+    assert list(report.sets) == ["set", "set (tensors)"]
+
+
+def test_each_comparison_is_named():
+    others = {"a": (-HALF[0], HALF[1]), "b": (-OTHER[0], OTHER[1])}
+    report = score({"a": HALF, "b": OTHER}, compare=list(others.values()), metrics="accuracy")
+    assert report.compared_with == {"a": "predictions", "b": "predictions"}
+
+
+def test_scores_in_a_file_and_labels_in_memory_or_another_file(tmp_path):
+    np.save(tmp_path / "logits.npy", LOGITS)
+    np.save(tmp_path / "labels.npy", LABELS)
+    whole = score(LOGITS, LABELS, metrics="core").values
+    assert score(tmp_path / "logits.npy", LABELS, metrics="core").values == whole
+    assert score((tmp_path / "logits.npy", tmp_path / "labels.npy"), metrics="core").values == whole
+
+
+def test_predictions_made_by_hand_are_checked():
+    assert (
+        score(Predictions(LOGITS.numpy(), LABELS.numpy()), metrics="core").values
+        == score(LOGITS, LABELS, metrics="core").values
+    )
+    probs = Predictions(LOGITS.softmax(1), LABELS, input="probs")
+    assert score(probs, metrics="nll").input == "probs"
+    with pytest.raises(ValueError, match="K >= 2"):
+        score(Predictions(LOGITS[:, :1], LABELS.clamp(max=0)))
 
 
 def test_a_calibrator_that_fails_does_not_cost_the_others():
