@@ -125,7 +125,7 @@ def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
         source = read_predictions(options.calibration, reading, labels[0])
         files = zip(unique_names(options.test), options.test, labels[1:], strict=True)
         tests = {name: read_predictions(path, reading, of_labels) for name, path, of_labels in files}
-    report = calibrate(source, tests, calibrators, reading=reading, **vars(Settings.of(options)))
+    report = calibrate(source, tests, calibrators, **vars(reading), **vars(Settings.of(options)))
     print_report(report, "text", None)
     if output is None:
         print("Nothing was written; --output DIR saves the fitted calibrators and the report.")

@@ -136,10 +136,10 @@ def _run(options: Options) -> int:
         groups = read_counts(options.train_counts, next(iter(sets.values())).scores.shape[1])
     report = score(
         sets,
-        reading=Reading.of(options),
         compare=None if options.compare is None else [_other(options, options.compare, of) for _, of in files],
         groups=groups,
         seeds=options.seeds,
+        **vars(Reading.of(options)),
         **vars(Settings.of(options)),
     )
     print_report(report, options.style, options.output)

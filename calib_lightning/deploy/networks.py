@@ -38,7 +38,8 @@ def network_of(record: Any) -> nn.Module:
     if "module" not in record and "timm" not in record:
         raise ValueError(
             "the file has the weights of a network, but not how to build it, which is known only for timm models and "
-            "ClassificationModules. Build the network and call load_classifier(path, network=network)."
+            "ClassificationModules. Build the network and call load_classifier(path, network=network), or save the "
+            "classifier with export_onnx or export_torch."
         )
     try:
         network = (

@@ -22,6 +22,7 @@ from calib_lightning.predictions.settings import (
     DEFAULT_RESAMPLES,
     Reading,
     Settings,
+    parted,
 )
 from calib_lightning.predictions.values import (
     selected_metrics,
@@ -50,9 +51,7 @@ def calibrate(
     calibration: PredictionsLike,
     test: PredictionsLike | Sequence[PredictionsLike] | Mapping[str, PredictionsLike] | None = None,
     calibrators: str | Calibrator | Sequence[str | Calibrator] = DEFAULT_CALIBRATOR,
-    *,
-    reading: Reading | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> CalibrationReport:
     """Fit calibrators to held-out predictions; compare accuracy, calibration and refinement before and after.
 
@@ -63,9 +62,8 @@ def calibrate(
             or the folder of a run, for its calibration split.
         test: One or more sets to evaluate on, as in `score`. Omit it for a run, which has its own.
         calibrators: Objects, or text such as ``"Temperature,OneVsRest(Isotonic)"``.
-        reading: Kind of the scores (default: logits) and names of the arrays in files.
-        **settings: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``; see `Settings`. Default: a selection
-            of metrics, with intervals.
+        **options: ``metrics``, ``bins``, ``intervals`` (``None`` for none), ``level`` and ``seed``, see `Settings`;
+            ``input`` (``"probs"`` for probabilities) and the names of arrays in files, see `Reading`.
 
     Returns:
         The report, with ``calibrators`` (the fitted ones by name), ``table()``, ``to_markdown()``, ``to_json()`` and
@@ -84,7 +82,7 @@ def calibrate(
         >>> report.calibrators["Temperature"].temperature > 1.0
         True
     """
-    asked = Settings(**{"metrics": CALIBRATION_METRICS, "intervals": DEFAULT_RESAMPLES, **settings})
+    asked, reading = parted(options, {"metrics": CALIBRATION_METRICS, "intervals": DEFAULT_RESAMPLES})
     selected_metrics(asked.metrics, classes=2)
     built = named_calibrators(calibrators)
     needs = {need: calibrator.name for calibrator in built for need in calibrator.needs if need != "logits"}
@@ -93,7 +91,7 @@ def calibrate(
         raise ValueError(f"test is given, but the run {path} has its own test sets. Omit test.")
     if path is not None and test is None and reading not in (None, Reading()):
         raise ValueError(
-            f"reading is {reading}; it must be left out for the run {path}, whose files are read as they are."
+            f"{reading} is given for the run {path}, whose files are read as they are. Leave input and keys out."
         )
     if path is not None and test is None:
         inputs, evidence = _of_run(path, asks_network=bool(needs))

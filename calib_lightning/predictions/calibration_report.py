@@ -55,7 +55,7 @@ class Row(NamedTuple):
     own_confidence: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CalibrationReport(Report):
     """Results of `calibrate`.
 

@@ -19,7 +19,10 @@ Holds = Literal["scores and labels", "scores", "labels"]
 SKIPPED = ("id", "index")
 """Columns that are skipped; also a first column without a name, the index of pandas."""
 
-_HOW = "columns of scores must be named 0, 1, 2, ... or with one prefix (z0, z1, z2, ...), in class order."
+_HOW = (
+    "columns of scores must be named 0, 1, 2, ... or z0, z1, z2, ... in class order; one column p is the probability of "
+    "class 1 of two."
+)
 
 
 def load_csv(path: Path, labels_key: str | None, holds: Holds) -> tuple[dict[str, Tensor], str]:
@@ -141,7 +144,8 @@ def _columns_read(called: Sequence[str | int], scores: Sequence[int], label: int
         return ""
     ends = f"{called[scores[0]]!r} to {called[scores[-1]]!r}" if len(scores) > 1 else repr(called[scores[0]])
     of_labels = "" if label is None else f"; the labels are column {called[label]!r}"
-    return f"the scores are {len(scores)} columns of the file, {ends}{of_labels}"
+    columns = f"{len(scores)} column{'s' if len(scores) > 1 else ''}"
+    return f"the scores are {columns} of the file, {ends}{of_labels}"
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -68,10 +68,8 @@ class Stored:
         """The scores as stored; for a single column ``p``, the probabilities of both classes."""
         if isinstance(self.content, Tensor):
             return self.content
-        if "p" in self.content and self.is_csv:
-            if self.reading.input != "probs":
-                raise ValueError(f"{self.path}: column 'p' has probabilities of class 1. Set input=probs.")
-            return torch.stack([1.0 - self.content["p"], self.content["p"]], dim=1)
+        if self.is_csv and "p" in self.content and self.reading.input != "probs":
+            raise ValueError(f"{self.path}: column 'p' has probabilities of class 1. Set input=probs.")
         if self.is_csv:
             return self.content["scores"]
         usual = self.reading.input
@@ -127,6 +125,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _suffix(path: Path, allowed: tuple[str, ...]) -> str:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; it must be a file, such as RUN/predictions/test.npz of a run")
     suffix = path.suffix.lower()
     if suffix not in allowed:
         raise ValueError(f"{path}: the suffix is {suffix or '(none)'!r}; it must be one of {', '.join(allowed)}.")

@@ -200,7 +200,7 @@ def input_notes(predictions: Predictions) -> Iterator[str]:
 
 def _as_tensor(part: Any) -> Tensor:
     """Convert to a tensor; lists become float64, which torch would round to float32."""
-    return part.detach().cpu() if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part))
+    return part.detach().cpu() if isinstance(part, Tensor) else torch.as_tensor(np.require(part, requirements="W"))
 
 
 def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictions:
@@ -210,6 +210,9 @@ def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictio
     if confidence is not None:
         _check_dense(confidence, f"{where}: confidence")
         confidence = confidence.reshape(-1) if confidence.shape[1:] == (1,) else confidence
+    if found.input == "probs" and scores.ndim in (1, 2) and scores.numel() == len(scores):
+        p = scores.reshape(-1)  # of class 1 of two
+        scores = torch.stack([1 - p, p], dim=1)
     _check_dense(found.labels, f"{labels_where}: labels")
     labels = _hard_labels(found.labels, labels_where)
     if scores.ndim == 1 or scores.shape[1:] == (1,):
@@ -231,7 +234,9 @@ def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictio
         _check_dense(found.label_distribution, what)
         check_soft_labels(scores, found.label_distribution, what)
         check_soft_values(found.label_distribution, what)
-    return found._replace(labels=labels, confidence=confidence, origin=origin._replace(class_names=names))
+    return found._replace(
+        scores=scores, labels=labels, confidence=confidence, origin=origin._replace(class_names=names)
+    )
 
 
 def _checked_names(names: Any, classes: int, where: str) -> tuple[str, ...] | None:

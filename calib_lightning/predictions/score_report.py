@@ -45,7 +45,7 @@ class SetScores(NamedTuple):
     notes: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScoreReport(Report):
     """Results of `score`.
 

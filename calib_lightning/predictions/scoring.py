@@ -22,7 +22,7 @@ from calib_lightning.posthoc.base import ANY_CLASSES
 from calib_lightning.predictions.files import checked_counts
 from calib_lightning.predictions.reading import Predictions, PredictionsLike, input_notes, named, predictions_of
 from calib_lightning.predictions.score_report import Groups, ScoreReport, SetScores
-from calib_lightning.predictions.settings import Reading, Settings
+from calib_lightning.predictions.settings import Reading, Settings, parted
 from calib_lightning.predictions.values import (
     MOST_CLASSES_OF_OVO,
     filled_state,
@@ -44,11 +44,10 @@ def score(
     predictions: PredictionsLike | Sequence[PredictionsLike] | Mapping[str, PredictionsLike],
     labels: Any = None,
     *,
-    reading: Reading | None = None,
     compare: PredictionsLike | Sequence[PredictionsLike] | None = None,
     groups: Literal["class"] | Tensor | Sequence[int] | None = None,
     seeds: bool = False,
-    **settings: Any,
+    **options: Any,
 ) -> ScoreReport:
     """Score predictions: accuracy, calibration and refinement, with intervals, groups and a paired comparison.
 
@@ -56,13 +55,13 @@ def score(
         predictions: Scores ``(N, K)`` if ``labels`` are given; otherwise one or more sets, in a list or a dict by name.
             A set is a file, `Predictions` or a pair (scores, labels).
         labels: Class numbers ``(N,)`` of the scores.
-        reading: Kind of the scores (default: logits) and names of the arrays in files.
         compare: Another run on the same rows, or one for each set; the report has the differences, with the p-value of
             a paired permutation test.
         groups: ``"class"`` for the values of each class, or the number of training images of each class ``(K,)`` for
             the values of frequent and rare classes.
         seeds: Whether the sets are runs of one method; the report has the mean and standard deviation over them.
-        **settings: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``; see `Settings`.
+        **options: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``, see `Settings`; ``input`` (``"probs"``
+            for probabilities) and the names of arrays in files, see `Reading`.
 
     Returns:
         The report, with ``values``, ``table()``, ``to_markdown()`` and ``to_json()``.
@@ -77,7 +76,7 @@ def score(
         >>> score(logits, torch.tensor([0, 1, 1]), metrics="accuracy,ece").values["accuracy"]
         0.6666666666666666
     """
-    asked = Settings(**settings)
+    asked, reading = parted(options)
     selected_metrics(asked.metrics, classes=2)
     # All files are read first, so that an invalid last one does not waste the computation for the others.
     sets = named(predictions if labels is None else (predictions, labels), reading)

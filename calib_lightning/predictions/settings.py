@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
@@ -52,7 +52,7 @@ class Settings:
         if self.intervals is not None and not (_is_whole(self.intervals) and self.intervals >= 2):
             raise ValueError(
                 f"intervals is {self.intervals!r}; it must be a whole number >= 2, the number of resamples. "
-                f"{DEFAULT_RESAMPLES} is usual."
+                f"{DEFAULT_RESAMPLES} is usual, None for no intervals."
             )
         if not 0.0 < self.level < 1.0:
             raise ValueError(f"level is {self.level!r}; it must be a fraction between 0 and 1. Write 0.95 for 95 %.")
@@ -83,10 +83,26 @@ class Reading:
     labels_key: str | None = None
     features_key: str = "features"
 
+    def __post_init__(self) -> None:
+        if self.input not in ("logits", "probs"):
+            raise ValueError(f"input is {self.input!r}; it must be 'logits' or 'probs'. It says what the scores are.")
+
     @classmethod
     def of(cls, options: Any) -> Self:
         """Take the fields from an object with these and other options."""
         return cls(**{entry.name: getattr(options, entry.name) for entry in fields(Reading)})
+
+
+def parted(options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> tuple[Settings, Reading | None]:
+    """Settings and, if a field of it is among them, the reading from keyword arguments of both."""
+    names = {entry.name for entry in fields(Reading)}
+    known = names | {entry.name for entry in fields(Settings)}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"there is no option {unknown[0]!r}; it must be one of {', '.join(sorted(known))}")
+    reading = {name: value for name, value in options.items() if name in names}
+    settings = {name: value for name, value in options.items() if name not in names}
+    return Settings(**{**(defaults or {}), **settings}), Reading(**reading) if reading else None
 
 
 def _whole(value: Any) -> Any:

@@ -46,6 +46,9 @@ class Report(ABC):
 
     notes: list[str]
 
+    def __repr__(self) -> str:
+        return self.table()
+
     @abstractmethod
     def grids(self) -> Iterator[Grid]:
         """The tables."""

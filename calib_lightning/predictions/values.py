@@ -24,6 +24,7 @@ from calib_lightning.metrics import (
 from calib_lightning.metrics.functional.undefined import why_undefined
 from calib_lightning.predictions.reading import Predictions
 from calib_lightning.predictions.settings import Settings
+from calib_lightning.utils.names import did_you_mean
 
 MOST_CLASSES_OF_OVO = 200
 """With more classes, `ovo_auroc` is computed only on request."""
@@ -48,12 +49,13 @@ class Values(NamedTuple):
 def selected_metrics(which: str | None, classes: int) -> tuple[str, ...]:
     """Keys for `Settings.metrics` and K classes, in the order of reports; those of `SOFT` are allowed but omitted."""
     which_or_all = "all" if which is None else which
-    wanted = {"core": CORE, "all": FULL}.get(which_or_all) or tuple(filter(None, which_or_all.split(",")))
+    sets = {"core": CORE, "all": FULL}
+    wanted = tuple(key for part in which_or_all.split(",") if part for key in sets.get(part, (part,)))
     unknown = [key for key in wanted if key not in METRICS and key not in SOFT]
     if unknown or not wanted:
         raise ValueError(
             f"metrics: unknown {', '.join(map(repr, unknown)) or repr(which)}; it must be core, all, or some of "
-            f"{', '.join([*FULL, *SOFT])}."
+            f"{', '.join([*FULL, *SOFT])}.{did_you_mean(unknown[0], [*FULL, *SOFT]) if unknown else ''}"
         )
     if which is None and classes > MOST_CLASSES_OF_OVO:
         wanted = tuple(key for key in wanted if key != "ovo_auroc")

@@ -157,8 +157,8 @@ def test_what_is_missing_is_named(calib, pictures, made, models, tmp_path):
         (pictures, "bare.pt", "bare.pt has no preprocessing"),
         (pictures, "none.pt", "There is no classifier none.pt"),
         (pictures, "broken.pt", "broken.pt is damaged"),
-        ("nothing", models / "model.pt", "--images is nothing, which has no images; it must have .jpg"),
-        ("nowhere", models / "model.pt", "--images is nowhere; it must be a folder"),
+        ("nothing", models / "model.pt", "nothing has no images; it must have .jpg"),
+        ("nowhere", models / "model.pt", "nowhere is not a folder"),
     ):
         done = calib("classify", images, "--model", model)
         assert (done.code, done.out) == (1, "")

@@ -13,7 +13,7 @@ from calib_lightning import calibrate, load_calibrator, read_predictions, score
 from calib_lightning.__main__ import main
 from calib_lightning.metrics import functional
 from calib_lightning.posthoc import DensityRatio, Temperature
-from calib_lightning.predictions import Predictions, Reading, Settings, apply
+from calib_lightning.predictions import Predictions, Settings, apply
 
 from ..metrics.golden import GOLDEN, golden_set, random_set
 
@@ -33,7 +33,7 @@ def test_arrays_and_lists_are_tensors_too(make):
 
 def test_probabilities_are_said_to_be_so():
     probs = LOGITS.softmax(dim=1)
-    values = score(probs, LABELS, reading=Reading(input="probs"), metrics="nll,ece").values
+    values = score(probs, LABELS, input="probs", metrics="nll,ece").values
     assert values["nll"] == pytest.approx(float(functional.nll(LOGITS, LABELS)), abs=1e-12)
     assert values["ece"] == pytest.approx(float(functional.ece(LOGITS, LABELS)), abs=1e-12)
     report = score(probs, LABELS, metrics="nll")
@@ -89,6 +89,10 @@ def test_groups_by_training_counts_and_one_comparison_for_each_set():
         (lambda: score(LOGITS, LABELS, compare=HALF), "same samples"),
         (lambda: score(LOGITS, LABELS, compare=[HALF, HALF]), "compare has 2 runs for 1 sets"),
         (lambda: score("nowhere.npz"), "no such file"),
+        (lambda: score(LOGITS, LABELS, metrics="core,eec"), "unknown 'eec'.*Did you mean ece"),
+        (lambda: score(LOGITS, LABELS, input="prob"), "input is 'prob'"),
+        (lambda: score(LOGITS, LABELS, bin=3), "no option 'bin'"),
+        (lambda: score("."), "is a folder"),
         (lambda: score([]), "at least one set"),
         (lambda: calibrate(HALF, OTHER, []), "at least one"),
         (lambda: calibrate(HALF, OTHER, Temperature), "such as Temperature"),
@@ -140,7 +144,7 @@ def test_features_come_as_a_third_part_or_from_the_file(tmp_path):
         tmp_path / "cal.npz",
         tmp_path / "test.npz",
         DensityRatio(),
-        reading=Reading(features_key="h"),
+        features_key="h",
         intervals=None,
         metrics="correctness_auroc",
     )
@@ -172,6 +176,21 @@ def test_scores_in_a_file_and_labels_in_memory_or_another_file(tmp_path):
     whole = score(LOGITS, LABELS, metrics="core").values
     assert score(tmp_path / "logits.npy", LABELS, metrics="core").values == whole
     assert score((tmp_path / "logits.npy", tmp_path / "labels.npy"), metrics="core").values == whole
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_one_column_of_probabilities_is_class_one_of_two(shape):
+    p, labels = torch.tensor([0.9, 0.2, 0.6, 0.3], dtype=torch.float64), torch.tensor([1, 0, 0, 1])
+    both = torch.stack([1 - p, p], dim=1)
+    found = score(p.reshape(shape), labels, input="probs", metrics="core").values
+    assert found == score(both, labels, input="probs", metrics="core").values
+    with pytest.raises(ValueError, match="0 and z"):
+        score(p.reshape(shape), labels)
+
+
+def test_a_report_shows_itself_as_a_table():
+    report = score(HALF, metrics="core")
+    assert repr(report) == report.table()
 
 
 def test_predictions_made_by_hand_are_checked():
