@@ -350,7 +350,7 @@ class ClassificationModule(LightningModule):
             if name in self._soft:
                 self._log_state(name, self._soft[name][1])
             rows: Tensor = self.trainer.strategy.reduce(state.count.clone(), reduce_op="sum")
-            self.log(f"{name}/n", rows.float(), add_dataloader_idx=False, sync_dist=True)
+            self.log(f"{name}/n", rows.float(), add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
 
     def on_predict_start(self) -> None:
         """Compare the class names with those of the data."""
@@ -366,9 +366,10 @@ class ClassificationModule(LightningModule):
         return prediction
 
     def _log_state(self, prefix: str, state: EvaluationState | SoftLabelScores) -> None:
-        # compute() has already summed over the ranks: the mean over them, which Lightning asks for, changes nothing
+        # compute() has already summed over the ranks. Lightning asks to synchronise them: their largest is exact, while
+        # their mean would round.
         values = {f"{prefix}/{name}": value.float() for name, value in state.compute().items()}
-        self.log_dict(values, add_dataloader_idx=False, sync_dist=True)
+        self.log_dict(values, add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
 
     def _take_class_names(self) -> None:
         names, known = class_names_of(datamodule_in_use(self.trainer)), self.class_names

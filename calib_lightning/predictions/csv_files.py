@@ -20,7 +20,7 @@ SKIPPED = ("id", "index")
 """Columns that are skipped; also a first column without a name, the index of pandas."""
 
 _HOW = (
-    "columns of scores must be named 0, 1, 2, ... or z0, z1, z2, ... in class order; one column p is the probability of "
+    "scores must be named 0, 1, 2, ... or z0, z1, z2, ... in class order; one column p is the probability of "
     "class 1 of two."
 )
 
