@@ -53,10 +53,17 @@ def test_impossible_strength_is_named(strength):
         MDCALoss(strength=strength)
 
 
-def test_the_criterion_stays_out_of_the_checkpoint(fit, tmp_path):
+def test_the_criterion_comes_back_from_the_checkpoint(fit, tmp_path):
     module = MDCA(3, criterion=LabelSmoothingLoss(0.2), strength=0.5, encoder="digits_cnn")
     trainer = fit(module, ToyDataModule(batch_size=64))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = load_module(tmp_path / "a.ckpt")
     assert module.criterion.criterion.smoothing == 0.2
-    assert dict(loaded.hparams) == {"num_classes": 3, "strength": 0.5, "encoder": "digits_cnn"}
+    assert loaded.criterion.spec == module.criterion.spec
+    given = {name: value for name, value in loaded.hparams.items() if value is not None}
+    assert given == {
+        "num_classes": 3,
+        "strength": 0.5,
+        "encoder": "digits_cnn",
+        "criterion": LabelSmoothingLoss(0.2).spec,
+    }
