@@ -601,6 +601,7 @@ def test_presets():
         ("method/mac_cal", MaskedClassifier),
         ("callback/mac_cal", MaskedClassifier),
         ("callback/mac_cal_paper", MaskedClassifier.paper),
+        ("callback/mac_cal_paper_sparsity", MaskedClassifier.paper_sparsity),
     ],
 )
 def test_files_say_what_the_presets_are(file, build):
@@ -620,17 +621,6 @@ def test_files_say_what_the_presets_are(file, build):
         assert training["scheduler"] is None
     else:
         assert training["scheduler"] == "CosineToEnd"
-
-
-def test_the_sparsity_preset_is_built_by_its_constructor():
-    content = yaml.safe_load((CONFIGS / "callback" / "mac_cal_paper_sparsity.yaml").read_text())
-    (node,) = content["trainer"]["callbacks+"]
-    assert node == {
-        "class_path": "calib_lightning.methods.MaskedClassifier.paper_sparsity",
-        "init_args": {"at_epoch": -40},
-    }
-    text, algorithm = MaskedClassifier.paper(-40), MaskedClassifier.paper_sparsity(-40)
-    assert asdict(algorithm.sparsity) == asdict(text.sparsity) | {"q_is": "sparsity"}
 
 
 @pytest.mark.parametrize("build", [MaskedClassifier, MaskedClassifier.paper])
