@@ -16,6 +16,7 @@ from calib_lightning.predictions.settings import (
     DEFAULT_RESAMPLES,
     Reading,
     Settings,
+    keywords_of,
 )
 from calib_lightning.utils.files import check_writable
 
@@ -117,15 +118,14 @@ def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
     if output is not None:
         output = output if output.name else output.resolve()
         check_writable(output.parent, "--output")
-    reading = Reading.of(options)
     source: Any = options.run
     tests: Any = None
     if options.calibration is not None:
         labels: list[Path | None] = [*options.labels] or [None] * (1 + len(options.test))
-        source = read_predictions(options.calibration, reading, labels[0])
+        source = read_predictions(options.calibration, options, labels[0])
         files = zip(unique_names(options.test), options.test, labels[1:], strict=True)
-        tests = {name: read_predictions(path, reading, of_labels) for name, path, of_labels in files}
-    report = calibrate(source, tests, calibrators, **vars(reading), **vars(Settings.of(options)))
+        tests = {name: read_predictions(path, options, of_labels) for name, path, of_labels in files}
+    report = calibrate(source, tests, calibrators, **keywords_of(options))
     print_report(report, "text", None)
     if output is None:
         print("Nothing was written; --output DIR saves the fitted calibrators and the report.")

@@ -50,4 +50,4 @@ def print_results(trainer: Trainer, datamodule: LightningDataModule, title: str)
         title += f"; {SHARED}"
     print_table({key: float(value) for key, value in trainer.callback_metrics.items()}, title)
     for name in uses_calibration(trainer):
-        print(f"{name} was trained with the calibration split: figures and fits on it are not independent.")
+        print(f"{name} was trained with the calibration split: values and fits on it are not independent.")

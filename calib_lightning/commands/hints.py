@@ -38,7 +38,7 @@ def plain_message(message: str) -> str:
         >>> plain_message("Does not validate against any of the Union subtypes\nErrors:\n  - gamma is -1")
         'gamma is -1'
     """
-    message = _NO_CLASS.sub(r"\1 is no class that is known, and no file", message)
+    message = _NO_CLASS.sub(r"\1 is neither a known class nor a file", message)
     message = _MISSING.sub(
         r"--\1 is missing; name one, or give a configuration that has it, such as -c quickstart", message
     )
@@ -67,7 +67,7 @@ def hint(message: str, parser: ArgumentParser) -> str:
     if unknown:
         words = [word.partition("=")[0] for word in unknown[1].split() if word.startswith("--")]
         return "".join(_of_option(word, parser) for word in words)
-    of_class = re.match(r'Parser key "([\w.]+)":\n\s*(\S+) is no class that is known', message)
+    of_class = re.match(r'Parser key "([\w.]+)":\n\s*(\S+) is neither a known class', message)
     if of_class:
         return _asked(of_class[2], _values(of_class[1], parser))
     return ""

@@ -7,7 +7,6 @@ The parser is argparse, not jsonargparse, which `calib fit` needs: jsonargparse 
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import re
 import types
@@ -15,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from calib_lightning.utils.names import nearest
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         """Exit with code 2 and the message, with the option nearest to a misspelt one."""
         known = [word for action in self._actions for word in action.option_strings]
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
-        near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+        near = [found for word in unknown if (found := nearest(word, known)) is not None]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         self.exit(2, f"{self.prog}: error: {message}{hint}\n(all options: {self.prog} --help)\n")
 

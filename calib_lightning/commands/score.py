@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calib_lightning.commands.options import parse
 from calib_lightning.commands.running import check_metrics, check_output, one_line, print_report, reported
-from calib_lightning.predictions.settings import Reading, Settings
+from calib_lightning.predictions.settings import Reading, Settings, keywords_of
 from calib_lightning.utils.files import check_writable
 
 if TYPE_CHECKING:
@@ -139,8 +139,7 @@ def _run(options: Options) -> int:
         compare=None if options.compare is None else [_other(options, options.compare, of) for _, of in files],
         groups=groups,
         seeds=options.seeds,
-        **vars(Reading.of(options)),
-        **vars(Settings.of(options)),
+        **keywords_of(options),
     )
     print_report(report, options.style, options.output)
     return 0 if options.figures is None else _write_figures(options.figures, report)
@@ -150,8 +149,7 @@ def _read(options: Options, path: Path, labels: Path | None, calibrator: Calibra
     from calib_lightning.predictions.reading import read_predictions, with_features
     from calib_lightning.predictions.scoring import apply
 
-    reading = Reading.of(options)
-    predictions = read_predictions(path, reading, labels)
+    predictions = read_predictions(path, options, labels)
     if calibrator is None:
         return predictions
     if "network" in calibrator.needs:
@@ -160,14 +158,14 @@ def _read(options: Options, path: Path, labels: Path | None, calibrator: Calibra
             "CalibratedClassifier in Python."
         )
     if "features" in calibrator.needs:
-        predictions = with_features(predictions, reading)
+        predictions = with_features(predictions, options)
     return apply(calibrator, predictions, file=options.calibrator)
 
 
 def _other(options: Options, path: Path, labels: Path | None) -> Predictions:
     from calib_lightning.predictions.reading import read_predictions
 
-    other = read_predictions(path, Reading.of(options), labels)
+    other = read_predictions(path, options, labels)
     return other if options.calibrator is None else other._replace(scores=other.logits, input="logits")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calib_lightning.posthoc.base import Calibrator
+from calib_lightning.posthoc.evidence import check_width
 from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
 from calib_lightning.types import Prediction
@@ -142,11 +143,7 @@ class DensityRatio(Calibrator):
 
     def _log_odds(self, logits: Tensor, features: Tensor | None, own: Tensor | None) -> Tensor:
         assert features is not None
-        if features.shape[1] != self.reference.shape[1]:
-            raise ValueError(
-                f"DensityRatio was fitted to {self.reference.shape[1]} features: features has shape "
-                f"{tuple(features.shape)}; it must have shape (N, {self.reference.shape[1]})."
-            )
+        check_width(features, self.reference.shape[1], "DensityRatio")
         if self.reference.shape[0] == 0:
             return top_log_odds(logits.double())
         if torch.compiler.is_compiling():  # an exported graph takes all its rows at once

@@ -133,6 +133,15 @@ def check_shape_of_features(features: Tensor, rows: int, where: str) -> None:
         )
 
 
+def check_width(features: Tensor, width: int, where: str) -> None:
+    """Raise ``ValueError`` unless features ``(N, d)`` are as wide as those of the fit."""
+    if features.shape[1] != width:
+        raise ValueError(
+            f"{where} was fitted to {width} features: features has shape {tuple(features.shape)}; it must have shape "
+            f"(N, {width})."
+        )
+
+
 def check_features(features: Tensor, rows: int, where: str) -> Tensor:
     """Check that features are ``(rows, d)`` and finite; return them as float32 or float64."""
     check_shape_of_features(features, rows, where)

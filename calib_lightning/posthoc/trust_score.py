@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from calib_lightning.posthoc.base import Calibrator
-from calib_lightning.posthoc.evidence import check_features
+from calib_lightning.posthoc.evidence import check_features, check_width
 from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.types import Prediction
 
@@ -125,11 +125,7 @@ class TrustScore(Calibrator):
         return Prediction(self.transform(logits, features), torch.sigmoid(scores))
 
     def _scores(self, features: Tensor, predicted: Tensor, own: Tensor | None) -> Tensor:
-        if features.shape[1] != self.reference.shape[1]:
-            raise ValueError(
-                f"TrustScore was fitted to {self.reference.shape[1]} features: features has shape "
-                f"{tuple(features.shape)}; it must have shape (N, {self.reference.shape[1]})."
-            )
+        check_width(features, self.reference.shape[1], "TrustScore")
         if torch.compiler.is_compiling():  # an exported graph takes all its rows at once
             return self._block_scores(features, predicted, own)
         blocks = torch.split(torch.arange(len(features), device=features.device), _step(len(self.reference)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 DEFAULT_RESAMPLES = 1000
 DEFAULT_CALIBRATOR = "Temperature"
@@ -61,11 +61,6 @@ class Settings:
                 f"seed is {self.seed!r}; it must be a whole number from -2**63 to 2**63 - 1. Choose another."
             )
 
-    @classmethod
-    def of(cls, options: Any) -> Self:
-        """Take the settings from an object with these and other options."""
-        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(Settings)})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -87,10 +82,10 @@ class Reading:
         if self.input not in ("logits", "probs"):
             raise ValueError(f"input is {self.input!r}; it must be 'logits' or 'probs'. It says what the scores are.")
 
-    @classmethod
-    def of(cls, options: Any) -> Self:
-        """Take the fields from an object with these and other options."""
-        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(Reading)})
+
+def keywords_of(options: Any) -> dict[str, Any]:
+    """The fields of both in an object that has others too, as keyword arguments of `score` and `calibrate`."""
+    return {entry.name: getattr(options, entry.name) for kind in (Settings, Reading) for entry in fields(kind)}
 
 
 def parted(options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> tuple[Settings, Reading | None]:

@@ -61,7 +61,7 @@ def test_a_misspelt_configuration_gets_the_nearest(calib, option, name, meant):
         (("--trainer.max_epochs=many",), "Given value: many"),
         (("--xyzzy=1",), "unrecognized arguments: --xyzzy=1"),
         (("--model.xyzzy=1",), "Option 'xyzzy' is not accepted"),
-        (("--model=Xyzzy",), "Xyzzy is no class that is known, and no file"),
+        (("--model=Xyzzy",), "Xyzzy is neither a known class nor a file"),
         (("more",), "unrecognized arguments: more"),
         (("--model",), "argument --model: expected one argument"),
     ],
