@@ -1,7 +1,5 @@
 """The data modules inside Lightning: resume, skipped validation, configuration files."""
 
-import logging
-
 import pytest
 import torch
 import yaml
@@ -10,7 +8,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from calib_lightning.data import BenchmarkDataModule, CIFAR10DataModule, DigitsDataModule, SplitSpec, ToyDataModule
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
