@@ -3,14 +3,7 @@
 from calib_lightning.methods.acls import ACLS, ACLSLoss, acls_loss
 from calib_lightning.methods.ada_focal import AdaFocal, AdaFocalLoss, ada_focal_loss, equal_mass_edges
 from calib_lightning.methods.augmix import AugMix, AugMixTransform, jsd_consistency
-from calib_lightning.methods.balcal import (
-    BalCAL,
-    ETFBranch,
-    balcal_loss,
-    batch_class_weights,
-    find_balance,
-    simplex_etf,
-)
+from calib_lightning.methods.balcal import BalCAL, balcal_loss, batch_class_weights, find_balance
 from calib_lightning.methods.brier import Brier, BrierLoss, brier_loss
 from calib_lightning.methods.class_balanced import (
     ClassBalanced,
@@ -52,6 +45,7 @@ from calib_lightning.methods.mit_a import MITA, MITATransform
 from calib_lightning.methods.mit_l import MITL, MITLTransform, decouple, draw_ratios
 from calib_lightning.methods.mixup import Mixup, MixupTransform, mix
 from calib_lightning.methods.mmce import MMCE, MMCELoss, mmce_loss, mmce_penalty, weighted_mmce_penalty
+from calib_lightning.methods.parts.balcal_etf import ETFBranch, simplex_etf
 from calib_lightning.methods.plp import PLP, block_cuts, peeling_epochs
 from calib_lightning.methods.refcal import ProjectionHead, RefCal, SimCLRLoss, SupConLoss, supcon_loss
 from calib_lightning.methods.regmixup import RegMixup, RegMixupTransform

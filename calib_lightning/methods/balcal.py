@@ -9,37 +9,14 @@ from typing import Any, Unpack
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 
-from calib_lightning.core import ClassificationModule, Encoder, ModuleOptions
-from calib_lightning.core.submodules import evaluating
+from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import at_least_float32, checked_batch
+from calib_lightning.methods.parts.balcal_etf import ETFBranch, feature_map_channels
 from calib_lightning.types import Batch
 
 JOINED_BATCHES = 50
-
-
-def simplex_etf(num_features: int, num_classes: int) -> Tensor:
-    """Draw a simplex equiangular tight frame, ``M = sqrt(K / (K - 1)) P (I - 11^T / K)``.
-
-    ``P`` has orthonormal columns, from the QR decomposition of a uniform random matrix. The columns of ``M`` have
-    norm 1 and pairwise cosine ``-1 / (K - 1)``: K directions that are as far apart as possible.
-
-    Args:
-        num_features: d, at least K.
-        num_classes: K, at least 2.
-
-    Returns:
-        ``M``, ``(d, K)`` float32.
-
-    Example:
-        >>> frame = simplex_etf(8, 3)
-        >>> torch.allclose(frame.T @ frame, 1.5 * torch.eye(3) - 0.5, atol=1e-6)
-        True
-    """
-    basis, _ = torch.linalg.qr(torch.rand(num_features, num_classes, dtype=torch.float64, device="cpu"))
-    frame: Tensor = math.sqrt(num_classes / (num_classes - 1)) * (basis - basis.mean(dim=1, keepdim=True))
-    return frame.float()
 
 
 def batch_class_weights(labels: Tensor, num_classes: int) -> Tensor:
@@ -130,46 +107,6 @@ def find_balance(measure: Callable[[float], tuple[float, float]], delta: float, 
     return middle
 
 
-class ETFBranch(nn.Module):
-    """Residual adaptor and fixed classifier of BalCAL, on a feature map ``F`` of C channels.
-
-    ``F' = F + conv(relu(bn(conv(relu(bn(F))))))``, ``h = gap(relu(bn(F')))`` scaled to norm 1, logits ``s h M``.
-
-    Args:
-        channels: C, at least K.
-        num_classes: K.
-        width: Channels between the two 3x3 convolutions.
-        scale: ``s``.
-
-    Attributes:
-        etf: ``M``, ``(C, K)``: see `simplex_etf`.
-    """
-
-    etf: Tensor
-
-    def __init__(self, channels: int, num_classes: int, width: int, scale: float) -> None:
-        super().__init__()
-        self.adaptor = nn.Sequential(
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, channels, 3, padding=1, bias=False),
-        )
-        self.norm = nn.BatchNorm2d(channels)
-        self.scale = scale
-        self.register_buffer("etf", simplex_etf(channels, num_classes))
-
-    def forward(self, feature_map: Tensor) -> Tensor:
-        """Logits ``(N, K)``, float32 or wider, of feature maps ``(N, C, H, W)``."""
-        activation = F.relu(self.norm(feature_map + self.adaptor(feature_map)))
-        # The logits are in [-s, s], where half precision has only a few hundred values.
-        with torch.autocast(activation.device.type, enabled=False):
-            features = F.normalize(at_least_float32(activation).mean(dim=(2, 3)), dim=-1)
-            return self.scale * (features @ at_least_float32(self.etf))
-
-
 class BalCAL(ClassificationModule):
     """Train a linear and a fixed classifier, balanced by their confidence (Ni et al., CVPR 2025).
 
@@ -235,12 +172,7 @@ class BalCAL(ClassificationModule):
         if adaptor_width is not None and adaptor_width < 1:
             raise ValueError(f"adaptor_width is {adaptor_width}; it must be at least 1, or None for the default.")
         super().__init__(num_classes, **options)
-        channels = _channels(self.encoder)
-        if channels < num_classes:
-            raise ValueError(
-                f"The feature map of the encoder {self.encoder.name!r} has {channels} channels; an equiangular frame "
-                f"needs at least as many as there are classes ({num_classes}). Choose a wider encoder."
-            )
+        channels = feature_map_channels(self.encoder, num_classes)
         self.delta = delta
         self.etf_branch = ETFBranch(channels, num_classes, adaptor_width or max(1, channels // 2), etf_scale)
         self.register_buffer("lam", torch.tensor(0.8))
@@ -368,21 +300,3 @@ def _sums(parts: list[tuple[Tensor, ...]], lam: float, device: torch.device) -> 
         correct.append((predicted == labels).to(confidence.dtype))
     # a single sum over all rows: the partition must not affect rounding
     return torch.stack([torch.cat(columns).sum(dtype=torch.float64) for columns in (correct, confidences)])
-
-
-@torch.no_grad()
-def _channels(encoder: Encoder) -> int:
-    """Channels of the feature map before the encoder's last block; leaves the encoder and random state unchanged."""
-    blocks = encoder.blocks[:-1]
-    config: Any = getattr(encoder.network, "pretrained_cfg", {})
-    size = config.get("input_size", (3, 32, 32))[1:]
-    weight = next(encoder.parameters())
-    with evaluating(encoder):
-        feature_map: Tensor = blocks(weight.new_zeros((1, encoder.in_channels, *size)))
-    if feature_map.ndim != 4 or getattr(encoder.network, "output_fmt", "NCHW") != "NCHW":
-        raise ValueError(
-            f"The encoder {encoder.name!r} returns {tuple(feature_map.shape)} before its last block; BalCAL needs a "
-            "feature map (N, C, H, W). Choose a convolutional network, such as resnet18_cifar, resnet50 or "
-            "convnext_tiny."
-        )
-    return feature_map.shape[1]

@@ -16,7 +16,8 @@ from calib_lightning.core.encoders import NoBlocksError
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import balcal
-from calib_lightning.methods.balcal import BalCAL, balcal_loss, batch_class_weights, find_balance, simplex_etf
+from calib_lightning.methods.balcal import BalCAL, balcal_loss, batch_class_weights, find_balance
+from calib_lightning.methods.parts.balcal_etf import feature_map_channels, simplex_etf
 from tests.ddp import cases
 
 # --- the equations, in float64 numpy ---------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def test_looking_for_the_channels_leaves_no_trace():
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     modes = [module.training for module in encoder.modules()]
     state = torch.get_rng_state()
-    assert balcal._channels(encoder) == 512
+    assert feature_map_channels(encoder, 10) == 512
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in encoder.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
