@@ -12,6 +12,17 @@ from tests.ddp.pool import ProcessPool
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Benchmarks are slow; of several workers one runs all tests on process pools, the longest group, and first."""
+    for item in items:
+        if "benchmarks" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
+        pools = {"pool2", "pool3"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("pools" if pools else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("pools",))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     # The thread count changes the last bits of a sum; one thread also keeps the two-process tests from fighting.

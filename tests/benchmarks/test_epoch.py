@@ -1,7 +1,7 @@
 """An epoch of ours beside a plain loop and beside torch-uncertainty's routine; reported, never judged.
 
-Run with ``pytest tests/benchmarks/test_epoch.py --benchmark-enable -s``. All three train the same network on the same
-loader of augmented images, so that what is compared is the loop around them.
+Run with ``pytest tests/benchmarks/test_epoch.py -m slow -n0 --benchmark-enable -s``. All three train the same network
+on the same loader of augmented images, so that what is compared is the loop around them.
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """What affine maps of logits cost beside the packages that people use for them; reported, never judged.
 
-Run with ``pytest tests/benchmarks/test_linear_maps.py --benchmark-enable -s``: some three minutes. Without
+Run with ``pytest tests/benchmarks/test_linear_maps.py -m slow -n0 --benchmark-enable -s``: some three minutes. Without
 ``--benchmark-enable`` a few rows pass through everything, which only shows that it still works. Peers are the extra
 ``bench``; what is not installed is skipped.
 

@@ -1,6 +1,6 @@
 """Images a second of our loaders beside torchvision's transforms and ImageFolder; reported, never judged.
 
-Run with ``pytest tests/benchmarks/test_loading.py --benchmark-enable -s``.
+Run with ``pytest tests/benchmarks/test_loading.py -m slow -n0 --benchmark-enable -s``.
 """
 
 import time

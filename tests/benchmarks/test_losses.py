@@ -1,8 +1,8 @@
 """What the losses cost beside cross-entropy, and mixup inference beside a plain step; reported, never judged.
 
-Run with ``pytest tests/benchmarks/test_losses.py --benchmark-enable -s``: about two minutes. The table that is printed
-at the end is kept in ``LOSSES.md``. Times are CPU time of this process on one thread: losses forward and backward at
-batch 128, cross-entropy and the other loss taking turns, least of the rounds.
+Run with ``pytest tests/benchmarks/test_losses.py -m slow -n0 --benchmark-enable -s``: about two minutes. The table that
+is printed at the end is kept in ``LOSSES.md``. Times are CPU time of this process on one thread: losses forward and
+backward at batch 128, cross-entropy and the other loss taking turns, least of the rounds.
 """
 
 import statistics

@@ -1,8 +1,8 @@
 """What the metrics cost beside the packages that people use for them; reported, never judged.
 
-Run with ``pytest tests/benchmarks/test_metrics.py --benchmark-enable -s``: five to seven minutes. The table that is
-printed at the end is kept in ``METRICS.md``. Without ``--benchmark-enable`` a few rows pass through everything, which
-only shows that it still works. Peers are the extra ``bench``; what is not installed is skipped.
+Run with ``pytest tests/benchmarks/test_metrics.py -m slow -n0 --benchmark-enable -s``: five to seven minutes. The table
+that is printed at the end is kept in ``METRICS.md``. Without ``--benchmark-enable`` a few rows pass through everything,
+which only shows that it still works. Peers are the extra ``bench``; what is not installed is skipped.
 
 Ours and the peer take turns, on one thread; a time is the CPU time of the process, the least of the rounds.
 """

@@ -1,6 +1,6 @@
 """What Lightning, our module and logging cost a training step over a plain loop; reported, never judged.
 
-Run with ``pytest tests/benchmarks --benchmark-enable -s``.
+Run with ``pytest tests/benchmarks -m slow -n0 --benchmark-enable -s``.
 """
 
 import time

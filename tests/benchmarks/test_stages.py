@@ -1,8 +1,8 @@
 """What a last stage on a frozen encoder costs on images and on stored features; reported, never judged.
 
-Run with ``pytest tests/benchmarks/test_stages.py --benchmark-enable -s``: about three minutes. The figures that are
-printed are kept in ``STAGES.md``. Times are CPU time of this process on one thread; both sides go through the whole of
-a training without validation: Lightning, seeds, preemption, masks, logs.
+Run with ``pytest tests/benchmarks/test_stages.py -m slow -n0 --benchmark-enable -s``: about three minutes. The figures
+that are printed are kept in ``STAGES.md``. Times are CPU time of this process on one thread; both sides go through the
+whole of a training without validation: Lightning, seeds, preemption, masks, logs.
 """
 
 import os

@@ -1,6 +1,6 @@
 """What temperature scaling costs beside the packages that people use for it; reported, never judged.
 
-Run with ``pytest tests/benchmarks/test_temperature.py --benchmark-enable -s``: some ten minutes. Without
+Run with ``pytest tests/benchmarks/test_temperature.py -m slow -n0 --benchmark-enable -s``: some ten minutes. Without
 ``--benchmark-enable`` a few rows pass through everything, which only shows that it still works. Peers are the extra
 ``bench``; what is not installed is skipped.
 

@@ -12,6 +12,8 @@ from .conftest import TOY
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+KINDS = ("label_smoothing", "crl", "mixup", "mac_cal", "ada_focal")
+"""One of each kind: a criterion, rows of an epoch, a batch transform, stages, a callback's state."""
 
 
 def _files(*folders):
@@ -44,7 +46,7 @@ def test_every_axis_parses_with_every_other(calib):
         assert found["data"]["class_path"].rpartition(".")[2] == yaml.safe_load(data.read_text())["class_path"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in KINDS else pytest.mark.slow) for m in METHODS])
 def test_every_method_is_stopped_resumed_and_tested(calib, tmp_path, method):
     # 160 training images in batches of 32: 5 steps an epoch, stopped in the middle of the second of three
     options = ("--model", method, "--model.encoder=digits_cnn", *TOY, "--data.train_size=220", "--trainer.max_epochs=3")

@@ -45,7 +45,9 @@ def authors(rate, epochs, warmup, start, decay, batches):
     return means
 
 
-@pytest.mark.parametrize(("epochs", "warmup"), [(1000, 10), (30, 10), (7, 0), (1, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("epochs", "warmup"), [pytest.param(1000, 10, marks=pytest.mark.slow), (30, 10), (7, 0), (1, 0), (2, 1)]
+)
 def test_it_is_the_mean_rate_of_the_step_by_step_schedule(epochs, warmup):
     options = {"epochs": epochs, "warmup_epochs": warmup}
     found = [rates[0] for rates in run(epochs, 0.5, **options)]

@@ -15,7 +15,7 @@ def fit(tmp_path):
 
     def run(module, data, epochs=1, **options):
         seed_everything(0)
-        callbacks = options.pop("callbacks", [])
+        callbacks, ckpt_path = options.pop("callbacks", []), options.pop("ckpt_path", None)
         parts = (*callbacks, getattr(module, "switch", None), getattr(module, "tuning", None))
         added = sum(-part.at_epoch for part in parts if isinstance(part, StageSwitch) and part.at_epoch < 0)
         trainer = Trainer(
@@ -30,7 +30,7 @@ def fit(tmp_path):
             callbacks=[StepSeed(), *callbacks],
             **{"num_sanity_val_steps": 0} | options,
         )
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return trainer
 
     return run

@@ -2,16 +2,17 @@
 
 import inspect
 import io
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from calib_lightning import methods
-from calib_lightning.core import ClassificationModule, load_module
+from calib_lightning.core import ClassificationModule, Preemption, load_module
 from calib_lightning.data import DigitsDataModule, SplitSpec, ToyDataModule
 
 from .table import ROWS
@@ -98,6 +99,37 @@ def test_it_trains_in_half_precision_throughout(row, fit):
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     assert all(value.isfinite() for value in trainer.callback_metrics.values())
     assert torch.get_default_dtype() == torch.float32
+
+
+class _SaveAt(Callback):
+    """Ask for a checkpoint after a step, as a scheduler does; the run goes on."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+@by_method
+def test_it_is_resumed_within_an_epoch_bit_for_bit(row, fit, tmp_path):
+    # 5 steps in the first epoch, saved within the second of three: in the second stage of those that have one
+    ends, counts = [], []
+    for options in ({"callbacks": [_SaveAt(7), Preemption(tmp_path)]}, {"ckpt_path": tmp_path / "last.ckpt"}):
+        module = row.new(3, encoder="digits_cnn", optimizer=_sgd)
+        trainer = fit(
+            module, ToyDataModule(SplitSpec(val=30, calibration=30), train_size=220, batch_size=32), 3, **options
+        )
+        ends.append({name: value.clone() for name, value in module.state_dict().items()})
+        counts.append((trainer.global_step, int(module.train_state.count)))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 7
+    assert counts[0] == counts[1]
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+    assert any(not torch.equal(value, saved["state_dict"][name]) for name, value in ends[0].items())
 
 
 def _numbers(cls):
