@@ -142,7 +142,7 @@ class ClassificationModule(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.batch_transform = batch_transform
-        # whether a stage's criterion has replaced the method's own training
+        # whether a stage's criterion has replaced the method's own training, whose hooks then stand back
         self.plain_loss = False
         if batch_transform is not None:
             if not isinstance(batch_transform, BatchTransform):
@@ -167,8 +167,7 @@ class ClassificationModule(LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)``."""
-        logits: Tensor = self.head(self.features(image))
-        return logits
+        return ClassificationModule.logits(self, image) if self.plain_loss else self.logits(image)
 
     def outputs(self, image: Tensor) -> Prediction:
         """Logits and, if the method defines its own, confidences; one pass through the network."""
@@ -189,6 +188,8 @@ class ClassificationModule(LightningModule):
         # called with every loader of every stage, after Lightning has set its distributed sampler
         strategy = self.trainer.strategy
         vars(strategy)["process_dataloader"] = partial(_process_dataloader, self.trainer)
+        if stage == "fit" and not self.plain_loss:
+            self.begin_fit()
 
     def check_images(self, shape: Sequence[int]) -> None:
         """Reject images that the encoder cannot process, before anything starts; each shape is checked once.
@@ -211,7 +212,22 @@ class ClassificationModule(LightningModule):
         batch = Positioned(super()._call_batch_hook(hook_name, batch.batch, *rest), batch.index)
         return batch.attached() if hook_name == "on_after_batch_transfer" else batch
 
-    # --- training ----------------------------------------------------------------------------------------------------
+    # --- the method's own training: hooks that are not called once a stage's criterion has replaced it ---------------
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)``; a method with its own overrides it, not `forward`."""
+        logits: Tensor = self.head(self.features(image))
+        return logits
+
+    def begin_fit(self) -> None:
+        """Called at the start of each fit, with the trainer: build what depends on the data."""
+
+    def begin_step(self, batch: Any) -> None:
+        """Called before each training step: set what follows from the epoch, since a fit may resume within one.
+
+        Args:
+            batch: The batch as the loader made it.
+        """
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and logits ``(N, K)`` of one batch; methods that need more than a criterion override it."""
@@ -219,6 +235,14 @@ class ClassificationModule(LightningModule):
             return self.batch_transform.loss(self, batch)
         logits = self(batch.image)
         return self.criterion_value(logits, batch.label), logits
+
+    def end_step(self) -> None:
+        """Called at the end of each training step: collect what its `loss` has computed."""
+
+    def end_validation(self) -> None:
+        """Called after each validation within a fit, except the sanity check."""
+
+    # --- training ----------------------------------------------------------------------------------------------------
 
     @property
     def classifies(self) -> bool:
@@ -242,17 +266,23 @@ class ClassificationModule(LightningModule):
         with torch.autocast(logits.device.type, enabled=False):
             return self.criterion(at_least_float32(logits), labels)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let the method prepare its step."""
+        if not self.plain_loss:
+            self.begin_step(batch)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: loss, log, training metrics."""
         batch = self._checked(batch)
         self._check_labels(batch.label)
-        # a stage with its own criterion does not use the method's loss
         loss, logits = ClassificationModule.loss(self, batch) if self.plain_loss else self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
         labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
         self._pending.append((logits.detach(), labels))
         if len(self._pending) == PENDING_BATCHES:
             self._settle_training()
+        if not self.plain_loss:
+            self.end_step()
         return loss
 
     def on_fit_start(self) -> None:
@@ -304,6 +334,8 @@ class ClassificationModule(LightningModule):
         """Compute and log the validation metrics, once."""
         if not self.trainer.sanity_checking:
             self._log_state("val", self.val_state)
+            if self.trainer.state.fn == TrainerFn.FITTING and not self.plain_loss:
+                self.end_validation()
 
     def on_test_start(self) -> None:
         """Make one accumulator per test set, and another one if the set has label distributions."""

@@ -211,16 +211,12 @@ class AdaFocal(ClassificationModule):
     def validation_step(self, batch: Any, batch_idx: int) -> Prediction:  # type: ignore[override]
         """Add one batch to the validation metrics, and keep its confidences for the gammas."""
         prediction = super().validation_step(batch, batch_idx)
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and not self.plain_loss:
-            confidence, predicted = at_least_float32(prediction.logits).softmax(dim=-1).max(dim=-1)
-            self._validated.append((confidence, predicted == self._checked(batch).label))
+        confidence, predicted = at_least_float32(prediction.logits).softmax(dim=-1).max(dim=-1)
+        self._validated.append((confidence, predicted == self._checked(batch).label))
         return prediction
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics; update bins and gammas."""
-        super().on_validation_epoch_end()
-        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking or self.plain_loss:
-            return
+    def end_validation(self) -> None:
+        """Update bins and gammas."""
         confidence = torch.cat([part for part, _ in self._validated] or [torch.empty(0, device=self.device)])
         correct = torch.cat([part for _, part in self._validated] or [torch.empty(0, device=self.device)])
         assert isinstance(self.criterion, AdaFocalLoss)

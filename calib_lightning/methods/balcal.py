@@ -192,10 +192,8 @@ class BalCAL(ClassificationModule):
             feature_map = stage(feature_map)
         return self.head(last(feature_map).flatten(1)), self.etf_branch(feature_map)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def logits(self, image: Tensor) -> Tensor:
         """Logits ``(N, K)``, float32 or wider, of images ``(N, C, H, W)``: the mixture of both classifiers."""
-        if self.plain_loss:
-            return super().forward(image)
         return _mixed(*self.branch_logits(image), self.lam)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -207,13 +205,10 @@ class BalCAL(ClassificationModule):
         self._seen = linear.detach(), etf.detach(), batch.label
         return loss, _mixed(linear, etf, self.lam)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step; its logits are kept for the end of the epoch."""
-        loss = super().training_step(batch, batch_idx)
-        if not self.plain_loss:
-            assert self._seen is not None
-            self._keep(*self._seen)
-        return loss
+    def end_step(self) -> None:
+        """Keep the logits of the step for the end of the epoch."""
+        assert self._seen is not None
+        self._keep(*self._seen)
 
     # --- the balance -------------------------------------------------------------------------------------------------
 
@@ -268,7 +263,7 @@ class BalCAL(ClassificationModule):
         parts = [tuple(part.to(self.device) for part in parts) for parts in (*self._joined, *self._waiting)]
         own = torch.tensor([sum(len(labels) for *_, labels in parts)], device=self.device)
         count = int(self.trainer.strategy.reduce(own, reduce_op="sum"))
-        if count == 0 or self.plain_loss:
+        if count == 0:  # nor does a stage with its own criterion keep any
             return
 
         def measure(lam: float) -> tuple[float, float]:

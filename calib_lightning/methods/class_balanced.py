@@ -156,8 +156,6 @@ class ClassBalanced(ClassificationModule):
         super().__init__(num_classes, **options)
         self.class_counts, self.beta = class_counts, beta
 
-    def setup(self, stage: str) -> None:
+    def begin_fit(self) -> None:
         """Build the criterion from the class counts."""
-        super().setup(stage)
-        if stage == "fit":
-            self.criterion = ClassBalancedLoss(counts_for(self, self.class_counts).long().tolist(), self.beta)
+        self.criterion = ClassBalancedLoss(counts_for(self, self.class_counts).long().tolist(), self.beta)

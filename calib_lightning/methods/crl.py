@@ -150,18 +150,19 @@ class CRL(ClassificationModule):
         self._seen = batch.index, wide.detach().argmax(dim=-1) == labels
         return loss, logits
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step; its predictions count from the next step on."""
-        if not self.plain_loss and not has_index(batch):
+    def begin_step(self, batch: Any) -> None:
+        """Reject batches that do not identify their samples."""
+        if not has_index(batch):
             raise ValueError(
                 "CRL keeps a history of every training sample, but the training loader does not identify the sample of "
                 "each row. Use a DataLoader with a batch size over a map-style data set, or batches (image, label, "
                 "index), where index is the sample's position in its set."
             )
-        loss = super().training_step(batch, batch_idx)
-        if self._seen is not None and len(self.history.count) and not self.plain_loss:
+
+    def end_step(self) -> None:
+        """Add the predictions of the step, which count from the next one on."""
+        if self._seen is not None and len(self.history.count):
             self.history.update(*self._seen)
-        return loss
 
     def on_train_start(self) -> None:
         """Allocate the history, or check that the checkpoint's history fits the training set."""

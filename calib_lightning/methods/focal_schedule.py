@@ -75,8 +75,7 @@ class FocalSchedule(ClassificationModule):
         """The focusing parameter of the current epoch."""
         return scheduled_gamma(self.current_epoch, self.gammas, self.milestones)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set gamma before each step, since a run resumed within an epoch does not restart the epoch."""
-        if not self.plain_loss:
-            assert isinstance(self.criterion, FocalLoss)
-            self.criterion.gamma = self.gamma
+    def begin_step(self, batch: Any) -> None:
+        """Set the gamma of the epoch."""
+        assert isinstance(self.criterion, FocalLoss)
+        self.criterion.gamma = self.gamma

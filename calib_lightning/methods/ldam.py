@@ -181,11 +181,8 @@ class LDAM(ClassificationModule):
         self.head = CosineHead(self.encoder.num_features, num_classes, scale)
         self.class_counts, self.reweight_from = class_counts, reweight_from
 
-    def setup(self, stage: str) -> None:
+    def begin_fit(self) -> None:
         """Build the criterion from the class counts."""
-        super().setup(stage)
-        if stage != "fit" or self.plain_loss:
-            return
         if self.reweight_from < 1 and (self.trainer.max_epochs is None or self.trainer.max_epochs < 1):
             raise ValueError(
                 f"max_epochs is {self.trainer.max_epochs}, but LDAM uses class weights after {self.reweight_from:g} of "
@@ -193,10 +190,8 @@ class LDAM(ClassificationModule):
             )
         self.criterion = LDAMLoss(counts_for(self, self.class_counts).long().tolist(), *self._settings)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Turn on class weights when due; before each step, since a run may be resumed within an epoch."""
-        if self.plain_loss:
-            return
+    def begin_step(self, batch: Any) -> None:
+        """Turn on class weights when due."""
         assert isinstance(self.criterion, LDAMLoss)
         epochs = self.first_stage_epochs or self.trainer.max_epochs or 0
         first = self.reweight_from * epochs - 1e-9  # 0.55 x 100 is slightly above 55

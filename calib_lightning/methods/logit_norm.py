@@ -116,9 +116,7 @@ class LogitNorm(ClassificationModule):
         self.tau = tau
         self.eval_logits = eval_logits
 
-    def forward(self, image: Tensor) -> Tensor:
+    def logits(self, image: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)``; in evaluation mode according to ``eval_logits``."""
-        logits = super().forward(image)
-        if self.training or self.eval_logits == "raw" or self.plain_loss:
-            return logits
-        return normalized_logits(logits, tau=self.tau)
+        logits = super().logits(image)
+        return logits if self.training or self.eval_logits == "raw" else normalized_logits(logits, tau=self.tau)

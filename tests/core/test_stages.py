@@ -201,6 +201,53 @@ def test_a_criterion_takes_the_place_of_loss_and_batch_transform(tmp_path):
     assert not kept.plain_loss
 
 
+class Told(ClassificationModule):
+    """A method that writes down which of its hooks are called."""
+
+    def __init__(self, num_classes, **options):
+        super().__init__(num_classes, **options)
+        self.told = []
+
+    def _tell(self, hook):
+        self.told.append((self.trainer.current_epoch, hook))
+
+    def logits(self, image):
+        self._tell("logits")
+        return super().logits(image)
+
+    def begin_fit(self):
+        self._tell("begin_fit")
+
+    def begin_step(self, batch):
+        self._tell("begin_step")
+
+    def loss(self, batch):
+        self._tell("loss")
+        return super().loss(batch)
+
+    def end_step(self):
+        self._tell("end_step")
+
+    def end_validation(self):
+        self._tell("end_validation")
+
+
+def test_hooks_of_a_method_stand_back_once_a_criterion_has_replaced_it(tmp_path):
+    step = ["begin_step", "loss", "logits", "end_step"]
+    for criterion, epochs in ((None, {0, 1}), (FocalLoss(2.0), {0})):
+        own, switch = module(Told), StageSwitch(1, training=StageTraining(criterion=criterion))
+        run = trainer(tmp_path, 1, [StepSeed(), switch], max_epochs=2)
+        run.num_sanity_val_steps = 1
+        run.fit(own, datamodule=toy())
+        assert own.told[:2] == [(0, "begin_fit"), (0, "logits")]  # the sanity check is no validation of the method
+        assert {epoch for epoch, _ in own.told} == epochs
+        first = [hook for epoch, hook in own.told[2:] if epoch == 0]
+        assert first == [*step * 5, *["logits"] * 2, "end_validation"]
+        own.told.clear()
+        fit(tmp_path, own, [switch], 1)  # another fit goes on in the stage
+        assert bool(own.told) == (criterion is None)
+
+
 def test_views_of_the_stage_take_the_place_of_the_augmentation(tmp_path):
     data = toy()
     data.augment = True
