@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,6 @@ from calib_lightning.utils.described import Described, Spec, is_data, rebuilt, s
 from calib_lightning.utils.registry import class_path_of, find_class
 
 CHECKPOINT_KEY = "calib_lightning"
-PENDING_BATCHES = 50
 UNLABELLED = "ood/"
 """Prefix of sets whose images belong to no class: their predictions are saved but not scored."""
 OVO_CLASSES = 200
@@ -151,7 +149,6 @@ class ClassificationModule(LightningModule):
                 )
             batch_transform.attach(self)
         self.train_state = EvaluationState([key for key in CORE if key != "correctness_auroc"])
-        self._pending: list[tuple[Tensor, Tensor]] = []
         self.val_state = EvaluationState()
         self.test_states = nn.ModuleList()
         self.test_sets: list[str] = []
@@ -278,9 +275,10 @@ class ClassificationModule(LightningModule):
         loss, logits = ClassificationModule.loss(self, batch) if self.plain_loss else self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
         labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
-        self._pending.append((logits.detach(), labels))
-        if len(self._pending) == PENDING_BATCHES:
-            self._settle_training()
+        try:
+            self.train_state.update(logits.detach(), labels)
+        except ValueError as error:
+            raise ValueError(f"In training, at step {self.global_step}: {error}") from error
         if not self.plain_loss:
             self.end_step()
         return loss
@@ -291,24 +289,11 @@ class ClassificationModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Reset the epoch's training metrics."""
-        self._pending.clear()
         self.train_state.reset()
 
     def on_train_epoch_end(self) -> None:
         """Compute and log the epoch's training metrics, once."""
-        self._settle_training()
         self._log_state("train", self.train_state)
-
-    def _settle_training(self) -> None:
-        """Add the pending batches to the training metrics in one update: fifty small ones would cost a step."""
-        if self._pending:
-            logits, labels = zip(*self._pending, strict=True)
-            self._pending.clear()
-            try:
-                self.train_state.update(torch.cat(logits), torch.cat(labels))
-            except ValueError as error:
-                last = self.global_step
-                raise ValueError(f"In training, within the {len(logits)} batches up to step {last}: {error}") from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser of the trainable parameters, and its scheduler."""
@@ -441,9 +426,6 @@ class ClassificationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing: class, K, stage, head, training metrics of an unfinished epoch."""
-        # Invalid metrics must not prevent the weights from being saved.
-        with contextlib.suppress(ValueError):
-            self._settle_training()
         # summed over all ranks; Lightning calls this hook on every rank
         with self.train_state.sync_context():
             train_state = {

@@ -68,10 +68,6 @@ class OODMetric(RowMetric):
             TypeError: As in `update`.
             ValueError: As in `update`.
         """
-        where = f"{type(self).__name__}, batch {self._update_count + 1}"
-        check_ood_shapes(scores, is_id, where)
-        if checks_at_once(scores.device):
-            check_ood_values(scores, where)
         return self._forward_once(scores, is_id)
 
     @property

@@ -46,11 +46,15 @@ from calib_lightning.metrics.functional.undefined import undefined_keys, warn_un
 from calib_lightning.metrics.functional.variational import VariationalSplit, variational_split
 from calib_lightning.metrics.table import CORE, METRICS, MetricRow
 from calib_lightning.metrics.view import View
+from calib_lightning.metrics.waiting import RowBatch, WaitingRoom, at_once
 
-_CHUNK = 2**19
 _LEAST_ROWS = 1024
 _COARSE = 2e-3
 _NEVER = torch.iinfo(torch.int64).max
+_SWITCHED_BY_FORWARD = (
+    *("_update_count", "_cache", "_is_synced", "_to_sync", "_should_unsync"),
+    *("_enable_grad", "compute_on_cpu"),
+)
 
 
 def has_float64(device: torch.device) -> bool:
@@ -83,8 +87,8 @@ class RowMetric(Metric):
 
     Sums are float64 and counts int64, whatever the dtype of the enclosing module: ``half()``, ``to(dtype)`` and
     `set_dtype` do not change them. Invalid values raise in `update` on the CPU; on other devices they are counted
-    without a sync and raise in `compute`. Small batches on the CPU are copied and added together later, at most 4 MiB
-    of them; reading a state adds them first.
+    without a sync and raise in `compute`. Small batches are copied and added together later, at most 4 MiB of them
+    (a device: 32 MiB); reading a state adds them first.
 
     Args:
         parts: Names of the needed `PARTS`.
@@ -135,9 +139,7 @@ class RowMetric(Metric):
         self._list_dtypes: dict[str, torch.dtype] = {}
         self._class_sums: list[str] = []
         self._buffers_of_rows: dict[str, Tensor] = {}
-        self._waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
-        self._waiting_rows = 0
-        self._waiting_kind: tuple[Any, ...] = ()
+        self._waiting = WaitingRoom()
         self.add_state("num_classes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("faults", torch.zeros(len(FAULTS), dtype=torch.int64), dist_reduce_fx="sum")
@@ -176,9 +178,13 @@ class RowMetric(Metric):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the unused ends of buffers; a copy creates its own."""
-        self._take_waiting()
+        self._add_waiting()
         used = {name: [rows.clone() for rows in self._row_tensors(name)] for name in self._list_dtypes}
         return {**super().__getstate__(), **used, "_buffers_of_rows": {}, "_waiting": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with a waiting room of its own."""
+        super().__setstate__({**state, "_waiting": WaitingRoom()})
 
     def _row_tensors(self, name: str) -> list[Tensor]:
         state: Tensor | list[Tensor] = getattr(self, name)
@@ -215,67 +221,72 @@ class RowMetric(Metric):
             TypeError: A wrong dtype.
             ValueError: A wrong shape, a different K than before, or (on the CPU) an invalid value.
         """
-        batch = self._update_count + (self._count_before_forward or 0)
+        number = self._update_count + (self._count_before_forward or 0)
         if self.takes_soft_labels and is_soft(labels):
-            self._update_soft(logits, labels, batch)
+            self._update_soft(logits, labels, number)
             return
-        where = self._check_shapes(logits, labels, confidence, batch)
-        if not has_float64(logits.device):
-            logits, labels = logits.cpu(), labels.cpu()
-            confidence = None if confidence is None else confidence.cpu()
+        where = self._check_shapes(logits, labels, confidence, number)
+        numbers = None
         if checks_at_once(logits.device):
             check_values(logits, labels, confidence, self.input, where)
-        elif len(labels):
-            self._count_faults(fault_masks(logits, labels, confidence, self.input), batch)
+        else:
+            numbers = torch.full(labels.shape, number, device=labels.device)
+        self._begin(logits)
+        if len(labels):
+            self._let_wait(RowBatch(logits, labels, confidence, numbers))
+
+    def _let_wait(self, batch: RowBatch) -> None:
+        """Keep a small batch for later; add a large one."""
+        device = batch.logits.device
+        # Tensors on a wrong device go on to where that raises.
+        here = batch.labels.device == device and (device == self._device or not has_float64(device))
+        if not here or 2 * batch.logits.numel() > at_once(device):
+            self._add_waiting()
+            self._add(batch)
+            return
+        if not self._waiting.takes(batch):
+            self._add_waiting()
+        if not self._waiting.states:
+            inside = vars(self)
+            self._waiting.states = {name: inside.pop(name) for name in self._defaults}
+        self._waiting.append(batch)
+
+    def __getattr__(self, name: str) -> Any:
+        """Read what is not there: a state whose rows wait, which are added first."""
+        # torchmetrics and its collections read states in a dozen places, and users read them too. Out of date they are
+        # not among the attributes, so that each of these ways leads here.
+        waiting = vars(self).get("_waiting")
+        if waiting is None or name not in waiting.states:
+            return super().__getattr__(name)
+        self._add_waiting()
+        return vars(self)[name]
+
+    def _add_waiting(self) -> None:
+        """Bring the states up to date."""
+        batch = self._leave_waiting_room()
+        if batch is not None:
+            with torch.no_grad():
+                self._add(batch)
+
+    def _leave_waiting_room(self) -> RowBatch | None:
+        """Put the states back as they are, and return the rows that waited."""
+        states, self._waiting.states = self._waiting.states, {}
+        inside = vars(self)
+        inside.update({name: state for name, state in states.items() if name not in inside})
+        return self._waiting.emptied()
+
+    def _add(self, batch: RowBatch) -> None:
+        logits, labels, confidence, numbers = batch
+        if not has_float64(logits.device):
+            logits, labels = logits.cpu(), labels.cpu()
+            confidence, numbers = (None if each is None else each.cpu() for each in (confidence, numbers))
+        if numbers is not None:
+            self._count_faults(fault_masks(logits, labels, confidence, self.input), numbers)
             # An index outside the row would stop the device before `compute` can name the fault.
             labels = labels.clamp(0, logits.shape[1] - 1)
-        self._begin(logits)
-        if len(labels) == 0:
-            return
-        if logits.device.type != "cpu" or 2 * logits.numel() > _CHUNK:
-            self._take_waiting()
-            self._add(logits, labels, confidence)
-        else:
-            self._let_wait(logits, labels, confidence)
-
-    def __getattribute__(self, name: str) -> Any:
-        """Read an attribute; a state is brought up to date first."""
-        inside = object.__getattribute__(self, "__dict__")
-        if inside.get("_waiting_rows") and name in inside["_defaults"]:
-            object.__getattribute__(self, "_take_waiting")()
-        return object.__getattribute__(self, name)
-
-    def _let_wait(self, logits: Tensor, labels: Tensor, confidence: Tensor | None) -> None:
-        """Copy a small batch to the waiting rows."""
-        # About a hundred operations on 1000 rows cost more by their number than by the rows, so small batches are
-        # copied behind each other, always to the same place, and added together.
-        kind = (*logits.shape[1:], logits.dtype, None if confidence is None else confidence.dtype)
-        room = self._waiting
-        usable = room is not None and (torch.is_inference_mode_enabled() or not room[0].is_inference())
-        if room is None or not usable or kind != self._waiting_kind or self._waiting_rows + len(labels) > len(room[0]):
-            self._take_waiting()
-        if room is None or not usable or kind != self._waiting_kind:
-            rows = max(1, _CHUNK // logits.shape[1])
-            own = None if confidence is None else confidence.new_empty(rows)
-            room = (logits.new_empty(rows, logits.shape[1]), torch.empty(rows, dtype=torch.int64), own)
-            self._waiting, self._waiting_kind = room, kind
-        piece = slice(self._waiting_rows, self._waiting_rows + len(labels))
-        room[0][piece], room[1][piece] = logits.detach(), labels
-        if room[2] is not None and confidence is not None:
-            room[2][piece] = confidence.detach()
-        self._waiting_rows = piece.stop
-
-    def _take_waiting(self) -> None:
-        rows, self._waiting_rows = self._waiting_rows, 0
-        if rows and self._waiting is not None:
-            logits, labels, confidence = self._waiting
-            with torch.no_grad():
-                self._add(logits[:rows], labels[:rows], None if confidence is None else confidence[:rows])
-
-    def _add(self, logits: Tensor, labels: Tensor, confidence: Tensor | None) -> None:
         self.count = self.count + len(labels)
-        # On the CPU a large batch is processed in pieces whose intermediate results stay in the cache.
-        step = max(1, _CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(labels)
+        # On the CPU a large batch is processed in pieces.
+        step = max(1, at_once(logits.device) // logits.shape[1]) if logits.device.type == "cpu" else len(labels)
         adders = [part_of(part).add for part in self.parts]
         for start in range(0, len(labels), step):
             piece = slice(start, start + step)
@@ -298,32 +309,21 @@ class RowMetric(Metric):
             TypeError: As in `update`.
             ValueError: As in `update`.
         """
-        # The base class empties the state on the way. Faults must be found before, or the error would lose the earlier
-        # batches; and neither K nor the number of the batch may be forgotten.
-        if self.takes_soft_labels and is_soft(labels):
-            self._check_soft(logits, labels, self._update_count + 1)
-        else:
-            where = self._check_shapes(logits, labels, confidence, self._update_count + 1)
-            if checks_at_once(logits.device):
-                check_values(logits, labels, confidence, self.input, where)
         return self._forward_once(logits, labels, confidence)
 
     def _forward_once(self, *batch: Tensor | None) -> Any:
+        # The base class empties the state on the way, and a fault stops it halfway: earlier batches, what it has
+        # switched off and the number of the batch come back. K is not forgotten in between.
         before = {
             name: state if isinstance(state, Tensor) else list(state) for name, state in self.metric_state.items()
         }
-        count = self._update_count
-        self._count_before_forward = 0 if self.dist_sync_on_step else count
+        switched = {name: vars(self)[name] for name in _SWITCHED_BY_FORWARD}
+        self._count_before_forward = 0 if self.dist_sync_on_step else self._update_count
         try:
             return super().forward(*batch)
         except Exception:
-            # A fault that only `compute` finds: the base class is halfway, and would not even synchronise any more.
-            for name, state in before.items():
-                setattr(self, name, state)
-            self._update_count = count
-            self._waiting_rows = 0
-            self._is_synced, self._should_unsync, self._to_sync = False, True, self.sync_on_compute
-            self._cache = self._computed = None
+            self._leave_waiting_room()
+            vars(self).update({**before, **switched, "_computed": None})
             raise
         finally:
             self._count_before_forward = None
@@ -332,7 +332,7 @@ class RowMetric(Metric):
         """Forget all batches."""
         if self._is_synced:
             self.unsync()
-        self._waiting_rows = 0
+        self._leave_waiting_room()
         super().reset()
         self._buffers_of_rows.clear()
         if self._count_before_forward is None:
@@ -412,10 +412,12 @@ class RowMetric(Metric):
         for part in self.parts:
             part_of(part).add_soft(self, logits, labels)
 
-    def _count_faults(self, masks: Tensor, batch: int) -> None:
-        found = masks.sum(dim=1)
-        self.faults = self.faults + found
-        self.first_fault = torch.where(found.any(), self.first_fault.clamp(max=batch), self.first_fault)
+    def _count_faults(self, masks: Tensor, numbers: Tensor | int) -> None:
+        """Count faults ``(3, N)`` of rows from the batches with these numbers, without reading a value."""
+        if masks.shape[1]:
+            self.faults = self.faults + masks.sum(dim=1)
+            first = torch.where(masks.any(dim=0), numbers, _NEVER).amin()
+            self.first_fault = torch.minimum(self.first_fault, first)
 
     def _check_shapes(self, logits: Tensor, labels: Tensor, confidence: Tensor | None, batch: int) -> str:
         where = f"{type(self).__name__}, batch {batch}"

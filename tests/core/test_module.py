@@ -8,10 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.callbacks import SavePredictions
 from calib_lightning.core import ClassificationModule, Head, LinearHead, load_module
-from calib_lightning.core.module import PENDING_BATCHES
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import CRL, MDCA, AdaFocal, CrossEntropy, CrossEntropyLoss, Focal, LabelSmoothingLoss
-from calib_lightning.metrics import EvaluationState
+from calib_lightning.metrics import EvaluationState, waiting
 from calib_lightning.posthoc import FixedTemperature
 from calib_lightning.types import Prediction
 from tests.ddp.cases import sgd, trainer
@@ -49,11 +48,11 @@ def _tuples(images=8, parts=3, label=0):
     return DataLoader(TensorDataset(*columns), batch_size=4)
 
 
-def test_training_figures_of_an_epoch_cover_every_batch(tmp_path):
+def test_training_figures_of_an_epoch_cover_every_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(waiting, "AT_ONCE", 3 * 2 * 40)
     module = Remembering(3, encoder="digits_cnn", optimizer=sgd)
     module.seen = []
     data = ToyDataModule(batch_size=2)  # 150 batches: more than wait at once, and not a multiple
-    assert PENDING_BATCHES < 150
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module, datamodule=data)
     state = EvaluationState(["accuracy", "nll", "brier", "ece", "signed_gap"])

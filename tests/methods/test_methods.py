@@ -173,7 +173,6 @@ def test_soft_labels_train_or_are_refused(row):
     soft = module.loss(batch._replace(label=votes))[0]
     torch.manual_seed(1)
     assert not torch.isclose(soft, module.loss(batch._replace(label=votes.argmax(dim=-1)))[0])
-    module._settle_training()
     assert int(module.train_state.count) == 16
 
 

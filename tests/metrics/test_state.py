@@ -424,6 +424,7 @@ def test_a_device_without_float64_leaves_the_state_on_the_cpu(monkeypatch):
     original = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape) or original(self))
     state.update(logits[:4], labels[:4], torch.rand(4))
+    assert int(state.count) == 84
     assert moved == [(4, 5), (4,), (4,)]
 
 
