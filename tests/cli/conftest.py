@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 
 from calib_lightning.__main__ import main
+from calib_lightning.callbacks import LogFigures
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,16 @@ class Done:
 
 
 @pytest.fixture
-def calib(tmp_path, monkeypatch):
+def drawn():
+    """The runs of this test draw their figures; of others they do not, as it takes longer than a short run."""
+
+
+@pytest.fixture
+def calib(tmp_path, monkeypatch, request):
     """``calib("fit", "-c", ...)`` in ``tmp_path``: exit code, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(LogFigures, "on_test_epoch_end", Callback.on_test_epoch_end)
 
     def run(*argv):
         out, err = io.StringIO(), io.StringIO()

@@ -56,6 +56,7 @@ def _assert_equal_weights(one, two):
         assert torch.equal(one[name], two[name]), name
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_leaves_everything_and_every_figure_can_be_computed_again(calib, tmp_path):
     done = calib(*QUICK, "--trainer.max_epochs=3")
     assert done.code == 0, done.err
@@ -69,6 +70,10 @@ def test_a_run_leaves_everything_and_every_figure_can_be_computed_again(calib, t
         "checkpoints/last.ckpt",
     ):
         assert (run / name).is_file(), name
+
+    names = {path.name.rpartition("_step")[0] for path in (run / "figures").glob("*.png")}
+    kinds = ("confidence", "reliability", "risk_coverage")
+    assert names == {f"{name}_{kind}" for name in ("test", "calibration") for kind in kinds}
 
     for word in ("test", "calibration", "400", "accuracy % ↑", "ECE % ↓", "correctness AUROC % ↑"):
         assert word in done.out, word
