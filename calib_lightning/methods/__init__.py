@@ -28,17 +28,7 @@ from calib_lightning.methods.focal_schedule import FocalSchedule, scheduled_gamm
 from calib_lightning.methods.label_smoothing import LabelSmoothing, LabelSmoothingLoss, label_smoothing_loss
 from calib_lightning.methods.ldam import LDAM, CosineHead, LDAMLoss, ldam_loss, ldam_margins
 from calib_lightning.methods.logit_norm import LogitNorm, LogitNormLoss, logit_norm_loss, normalized_logits
-from calib_lightning.methods.mac_cal import (
-    AdaptiveSparsity,
-    MaCCal,
-    MaskedBottleneck,
-    MaskedClassifier,
-    MaskedHead,
-    MaskedLinear,
-    MaskedLinearHead,
-    adapt_keep_rate,
-    decayed_step,
-)
+from calib_lightning.methods.mac_cal import MaCCal, MaskedClassifier
 from calib_lightning.methods.mbls import MbLS, MbLSLoss, mbls_loss
 from calib_lightning.methods.mdca import MDCA, MDCALoss, mdca_penalty
 from calib_lightning.methods.mit_a import MITA, MITATransform
@@ -46,6 +36,8 @@ from calib_lightning.methods.mit_l import MITL, MITLTransform, decouple, draw_ra
 from calib_lightning.methods.mixup import Mixup, MixupTransform, mix
 from calib_lightning.methods.mmce import MMCE, MMCELoss, mmce_loss, mmce_penalty, weighted_mmce_penalty
 from calib_lightning.methods.parts.balcal_etf import ETFBranch, simplex_etf
+from calib_lightning.methods.parts.mac_cal_head import MaskedBottleneck, MaskedHead, MaskedLinear, MaskedLinearHead
+from calib_lightning.methods.parts.mac_cal_rule import AdaptiveSparsity, adapt_keep_rate, decayed_step
 from calib_lightning.methods.plp import PLP, block_cuts, peeling_epochs
 from calib_lightning.methods.refcal import ProjectionHead, RefCal, SimCLRLoss, SupConLoss, supcon_loss
 from calib_lightning.methods.regmixup import RegMixup, RegMixupTransform

@@ -1,11 +1,33 @@
-"""What comes nearest to a misspelt name."""
+"""Whether a name is one of a few, and what comes nearest to a misspelt one."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, get_args
 
 _CUTOFF = 0.6
+
+
+def check_choice(name: str, value: object, allowed: Any) -> None:
+    """Raise if an argument is none of the values of a ``Literal``.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        allowed: The ``Literal``.
+
+    Raises:
+        ValueError: If the value is not allowed.
+
+    Example:
+        >>> from typing import Literal
+        >>> check_choice("unit", "day", Literal["step", "epoch"])
+        Traceback (most recent call last):
+        ValueError: unit is 'day'; it must be one of 'step', 'epoch'.
+    """
+    if value not in get_args(allowed):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, get_args(allowed)))}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

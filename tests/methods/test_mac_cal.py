@@ -33,19 +33,11 @@ from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.data.views import CleanViews
 from calib_lightning.methods.cross_entropy import CrossEntropy, CrossEntropyLoss
-from calib_lightning.methods.mac_cal import (
-    AdaptiveSparsity,
-    MaCCal,
-    MaskedBottleneck,
-    MaskedClassifier,
-    MaskedHead,
-    MaskedLinear,
-    MaskedLinearHead,
-    adapt_keep_rate,
-    confidence_sums,
-    decayed_step,
-)
+from calib_lightning.methods.mac_cal import MaCCal, MaskedClassifier
 from calib_lightning.methods.mixup import Mixup
+from calib_lightning.methods.parts.mac_cal_figures import confidence_sums
+from calib_lightning.methods.parts.mac_cal_head import MaskedBottleneck, MaskedHead, MaskedLinear, MaskedLinearHead
+from calib_lightning.methods.parts.mac_cal_rule import AdaptiveSparsity, adapt_keep_rate, decayed_step
 from calib_lightning.utils.seeding import derive_seed
 from tests.ddp import cases
 

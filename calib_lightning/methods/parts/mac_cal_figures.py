@@ -1,0 +1,153 @@
+"""Confidence and accuracy of a classifier in an epoch, from which MaC-Cal sets its keep rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from calib_lightning.core.distributed import own_rows, rows_by_rank
+from calib_lightning.core.module import datamodule_in_use
+from calib_lightning.core.submodules import evaluating
+from calib_lightning.functional import at_least_float32
+
+
+def confidence_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return ``(3,)`` float64: sum of confidences, number of correct rows, number of rows; does not synchronise."""
+    if len(labels) != len(logits):
+        raise ValueError(
+            f"The classifier returned {len(logits)} rows of logits for {len(labels)} labels; there must be one label "
+            "per row. Give the stage a criterion and one view per image, or measure with held_out=True."
+        )
+    device = _summing_device(logits.device)
+    logits, labels = logits.to(device), labels.to(device)
+    if labels.ndim == 2:
+        labels = labels.argmax(dim=-1)
+    confidence, predicted = at_least_float32(logits).softmax(dim=-1).max(dim=-1)
+    rows = torch.stack([confidence.double(), (predicted == labels).double(), torch.ones_like(confidence).double()])
+    return rows.sum(dim=1)
+
+
+def _summing_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+
+
+class EpochFigures:
+    """Mean confidence and accuracy of an epoch: over its masked steps, or held out.
+
+    Held out means on the calibration split with the classifier as deployed; the features are computed once. Over the
+    steps, a hook on the classifier catches the logits of each.
+
+    Args:
+        features: Returns the features ``(N, d)`` of a batch, given the module and the batch.
+        labels: Returns the labels of a batch.
+        held_out: Which of the two.
+    """
+
+    def __init__(
+        self,
+        features: Callable[[LightningModule, Any], Tensor],
+        labels: Callable[[Any], Tensor],
+        *,
+        held_out: bool,
+    ) -> None:
+        self.features, self.labels, self.held_out = features, labels, held_out
+        self._sums: Tensor | None = None  # over the steps, of this process
+        self._rows: list[tuple[Tensor, Tensor]] | None = None  # features and labels of the calibration split
+        self._logits: Tensor | None = None
+        self._hook: RemovableHandle | None = None
+
+    def check(self, trainer: Trainer, owner: str) -> None:
+        """Raise if there is no calibration split for ``owner`` to measure on."""
+        if self.held_out:
+            _calibration_loader(trainer, owner)
+
+    def begin_epoch(self, *, same_features: bool) -> None:
+        """Reset the sums; without ``same_features`` the encoder has changed, by its BatchNorm statistics."""
+        self._sums = None
+        if not same_features:
+            self._rows = None
+
+    def begin_step(self, head: nn.Module) -> None:
+        """Catch what the classifier returns in this step."""
+        if not self.held_out:
+            # for this step only: a permanent hook would be copied and saved with the module
+            self._hook = head.register_forward_hook(self._catch)
+
+    def end_step(self, batch: Any) -> None:
+        """Add what was caught to the sums."""
+        logits = self._logits
+        self._release()
+        if logits is not None:
+            sums = confidence_sums(logits, self.labels(batch))
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    def measured(self, module: LightningModule, head: nn.Module, owner: str) -> tuple[float, float] | None:
+        """Confidence and accuracy over all processes, or ``None`` without steps; collective."""
+        trainer = module.trainer
+        sums = self._held_out_sums(module, head, owner) if self.held_out else self._sums
+        if sums is None:
+            return None
+        total: Tensor = trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        confidence, correct, rows = total.tolist()
+        if rows == 0:
+            raise ValueError(f"{owner}: the calibration split has no images to measure the classifier on.")
+        return confidence / rows, correct / rows
+
+    def forget(self) -> None:
+        """Remove the hook of an interrupted step, and the stored features."""
+        self._release()
+        self._rows = None
+
+    def to(self, device: torch.device) -> None:
+        """Move the sums of a checkpoint to the device of the module."""
+        if self._sums is not None:
+            self._sums = self._sums.to(_summing_device(device))
+
+    def sums_by_rank(self) -> list[Tensor]:
+        """The sums of every process for a checkpoint, on the CPU; collective."""
+        return [] if self._sums is None else [part.cpu() for part in rows_by_rank(self._sums.unsqueeze(0))]
+
+    def load_sums(self, parts: list[Tensor], rank: int) -> None:
+        """Take this process's share of `sums_by_rank`, which may come from another number of processes."""
+        self._sums = own_rows(parts, rank).sum(dim=0) if parts else None
+
+    def _catch(self, head: nn.Module, inputs: Any, logits: Tensor) -> None:
+        self._logits = logits.detach()
+
+    def _release(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._logits = None
+
+    @torch.no_grad()
+    def _held_out_sums(self, module: LightningModule, head: nn.Module, owner: str) -> Tensor:
+        """Sums over this process's part of the calibration split, with the classifier as deployed."""
+        trainer = module.trainer
+        if self._rows is None:
+            loader = _calibration_loader(trainer, owner)
+            batches = ((self.features(module, batch), self.labels(batch)) for batch in loader)
+            self._rows = [(features, labels.to(features.device)) for features, labels in batches]
+        sums = torch.zeros(3, dtype=torch.float64, device=_summing_device(module.device))
+        with evaluating(head), trainer.precision_plugin.forward_context():
+            for features, labels in self._rows:
+                sums += confidence_sums(head(features), labels)
+        return sums
+
+
+def _calibration_loader(trainer: Trainer, owner: str) -> Any:
+    data = datamodule_in_use(trainer)
+    make = getattr(data, "calibration_dataloader", None)
+    loader = None if make is None else make()
+    if loader is None:
+        name = "plain loaders" if data is None else type(data).__name__
+        raise ValueError(
+            f"The data ({name}) has no calibration split, on which {owner} measures confidence and accuracy. Give the "
+            "data module calibration images (split.calibration, or a method calibration_dataloader), or use "
+            "AdaptiveSparsity(held_out=False)."
+        )
+    return loader
