@@ -1,4 +1,4 @@
-"""Training-time methods: one file each, from the equation to the LightningModule."""
+"""Training-time methods: one file each, from the equation to the LightningModule; long ones are led on to `parts`."""
 
 from calib_lightning.methods.acls import ACLS, ACLSLoss, acls_loss
 from calib_lightning.methods.ada_focal import AdaFocal, AdaFocalLoss, ada_focal_loss, equal_mass_edges
@@ -11,7 +11,7 @@ from calib_lightning.methods.class_balanced import (
     class_balanced_loss,
     effective_number_weights,
 )
-from calib_lightning.methods.confidnet import ConfidenceHead, ConfidenceSwitch, ConfidenceTuning, ConfidNet, tcp_loss
+from calib_lightning.methods.confidnet import ConfidenceSwitch, ConfidenceTuning, ConfidNet
 from calib_lightning.methods.cpc import CPC, CPCLoss, cpc_loss
 from calib_lightning.methods.crl import CRL, correctness_ranking_loss, correctness_rate, ranking_confidence
 from calib_lightning.methods.cross_entropy import CrossEntropy, CrossEntropyLoss, cross_entropy_loss
@@ -36,10 +36,12 @@ from calib_lightning.methods.mit_l import MITL, MITLTransform, decouple, draw_ra
 from calib_lightning.methods.mixup import Mixup, MixupTransform, mix
 from calib_lightning.methods.mmce import MMCE, MMCELoss, mmce_loss, mmce_penalty, weighted_mmce_penalty
 from calib_lightning.methods.parts.balcal_etf import ETFBranch, simplex_etf
+from calib_lightning.methods.parts.confidnet_branch import ConfidenceHead, tcp_loss
 from calib_lightning.methods.parts.mac_cal_head import MaskedBottleneck, MaskedHead, MaskedLinear, MaskedLinearHead
 from calib_lightning.methods.parts.mac_cal_rule import AdaptiveSparsity, adapt_keep_rate, decayed_step
+from calib_lightning.methods.parts.refcal_loss import SimCLRLoss, SupConLoss, supcon_loss
 from calib_lightning.methods.plp import PLP, block_cuts, peeling_epochs
-from calib_lightning.methods.refcal import ProjectionHead, RefCal, SimCLRLoss, SupConLoss, supcon_loss
+from calib_lightning.methods.refcal import ProjectionHead, RefCal
 from calib_lightning.methods.regmixup import RegMixup, RegMixupTransform
 from calib_lightning.methods.tst import TST, TSTHead
 from calib_lightning.methods.two_stage import TwoStage

@@ -1,4 +1,7 @@
-"""Balancing a linear and a fixed classifier, BalCAL (Ni, Zhao, Gao, Guo and Zha, CVPR 2025)."""
+"""Balancing a linear and a fixed classifier, BalCAL (Ni, Zhao, Gao, Guo and Zha, CVPR 2025).
+
+The fixed classifier is in `parts.balcal_etf`. Here are the loss, the search for the balance, and the method.
+"""
 
 from __future__ import annotations
 

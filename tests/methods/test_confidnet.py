@@ -19,9 +19,10 @@ from calib_lightning.core import (
     load_module,
 )
 from calib_lightning.data import DigitsDataModule, SplitSpec, ToyDataModule
-from calib_lightning.methods.confidnet import ConfidenceHead, ConfidenceSwitch, ConfidenceTuning, ConfidNet, tcp_loss
+from calib_lightning.methods.confidnet import ConfidenceSwitch, ConfidenceTuning, ConfidNet
 from calib_lightning.methods.cross_entropy import CrossEntropy, CrossEntropyLoss
 from calib_lightning.methods.mixup import MixupTransform
+from calib_lightning.methods.parts.confidnet_branch import ConfidenceHead, tcp_loss
 from calib_lightning.methods.tst import TST, TSTHead
 from calib_lightning.types import Batch, Prediction
 from tests.ddp import cases

@@ -18,7 +18,8 @@ from calib_lightning.data.views import ContrastiveViews, ResizedCropFlip
 from calib_lightning.methods.focal import FocalLoss
 from calib_lightning.methods.mdca import MDCALoss
 from calib_lightning.methods.mixup import MixupTransform
-from calib_lightning.methods.refcal import ProjectionHead, RefCal, SimCLRLoss, SupConLoss, supcon_loss
+from calib_lightning.methods.parts.refcal_loss import SimCLRLoss, SupConLoss, supcon_loss
+from calib_lightning.methods.refcal import ProjectionHead, RefCal
 from calib_lightning.types import Batch
 
 pytestmark = [
