@@ -88,19 +88,8 @@ class ArraysDataModule(BenchmarkDataModule):
         """Name of the data, including the file."""
         return f"{super().identity} {self.file}"
 
-    def load_train(self) -> Source | None:
-        """The training images, and the sets cut from them."""
-        return self._load("train")
-
-    def load_val(self) -> Source | None:
-        """The validation images."""
-        return self._load("val")
-
-    def load_test(self) -> Source | None:
-        """The test images."""
-        return self._load("test")
-
-    def _load(self, part: File) -> Source | None:
+    def load_part(self, part: File) -> Source | None:
+        """Read the images of one of the parts that the file has."""
         if part not in self._labels:
             return None
         image = self._read_images(part)

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from calib_lightning.data.array_files import load_npy
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
-from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.split import File, SplitSpec
 from calib_lightning.data.web_files import Archive, fetch
 
 
@@ -71,17 +71,12 @@ class CIFAR10DataModule(DownloadedDataModule):
         self.needed = {f"{source.base_folder}/{name}": md5 for name, md5 in files}
         self.archives = (Archive(source.url, source.filename, source.tgz_md5),)
 
-    def load_train(self) -> Source:
-        """Read the training images."""
-        return self._load(train=True)
-
-    def load_test(self) -> Source:
-        """Read the test images."""
-        return self._load(train=False)
-
-    def _load(self, *, train: bool) -> Source:
+    def load_part(self, part: File) -> Source | None:
+        """Read images and labels of the training or the test file."""
+        if part == "val":
+            return None
         try:
-            file: Any = self.source(self.root, train=train, download=False)
+            file: Any = self.source(self.root, train=part == "train", download=False)
         except RuntimeError as error:
             raise self.not_found("prepare_data() has not run on this machine") from error
         self.class_names = tuple(file.classes)
@@ -163,6 +158,7 @@ class CIFAR10HDataModule(CIFAR10DataModule):
             ValueError: If the votes do not match the test images in their order.
         """
         source, counts = super().load_test(), load_npy(self._path)
+        assert source is not None
         shape = (len(source.label), self.num_classes)
         if counts.shape != shape or counts.dtype.kind not in "iu" or counts.min() < 0 or counts.sum(1).min() == 0:
             raise ValueError(

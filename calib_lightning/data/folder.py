@@ -118,25 +118,14 @@ class FolderDataModule(BenchmarkDataModule):
         """Name of the data, including the folder."""
         return f"{super().identity} {self.root}"
 
-    def load_train(self) -> Source | None:
-        """List the training images, and those of the sets cut from them."""
-        return self._load("train")
-
-    def load_val(self) -> Source | None:
-        """List the images of the validation folder."""
-        return self._load("val")
-
-    def load_test(self) -> Source | None:
-        """List the images of the test folder."""
-        return self._load("test")
-
     def setup(self, stage: str | None = None) -> None:
         """List the images, choose a common size and number of channels, and split; a second call has no effect."""
         if not self._sets:
             self._choose_frame()
         super().setup(stage)
 
-    def _load(self, part: File) -> Source | None:
+    def load_part(self, part: File) -> Source | None:
+        """List the images of one of the parts that the folder has."""
         if part not in self.parts:
             return None
         folder, names, label = self._list(part)

@@ -11,7 +11,7 @@ import torch
 from calib_lightning.data.array_files import load_npz
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
-from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.split import File, SplitSpec
 from calib_lightning.data.web_files import Archive
 
 
@@ -76,19 +76,8 @@ class MedMNISTDataModule(DownloadedDataModule):
         """Name of the data, including set and size."""
         return f"{super().identity} {self.name} {self.size}"
 
-    def load_train(self) -> Source:
-        """Read the training images."""
-        return self._load("train")
-
-    def load_val(self) -> Source:
-        """Read the validation images."""
-        return self._load("val")
-
-    def load_test(self) -> Source:
-        """Read the test images."""
-        return self._load("test")
-
-    def _load(self, part: str) -> Source:
+    def load_part(self, part: File) -> Source:
+        """Read images and labels of one of the three parts."""
         if self.faults():
             raise self.not_found("prepare_data() has not run on this machine")
         path = self.root / self.archives[0].name

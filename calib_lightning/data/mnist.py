@@ -14,6 +14,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
+from calib_lightning.data.split import File
 from calib_lightning.data.web_files import Archive
 
 _UNSIGNED_BYTES = 8
@@ -62,23 +63,19 @@ class MNISTDataModule(DownloadedDataModule):
         """Files that exist neither compressed nor uncompressed."""
         return {f"{self.folder}/{file.name}": f"missing, expected md5 {file.md5}" for file in self.archives}
 
-    def load_train(self) -> Source:
-        """Read the training images."""
-        return self._load("train")
-
-    def load_test(self) -> Source:
-        """Read the test images."""
-        return self._load("t10k")
-
     def _found(self, name: str) -> Path | None:
         path = self.root / self.folder / name
         return next((file for file in (path, path.with_suffix("")) if file.is_file()), None)
 
-    def _load(self, part: str) -> Source:
-        files = [self._found(f"{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")]
+    def load_part(self, part: File) -> Source | None:
+        """Read images and labels of the training or the test file."""
+        if part == "val":
+            return None
+        name = "train" if part == "train" else "t10k"
+        files = [self._found(f"{name}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")]
         if files[0] is None or files[1] is None:
             raise self.not_found("prepare_data() has not run on this machine")
-        rows = self.sizes[part]
+        rows = self.sizes[name]
         return Source(read_idx(files[0], (rows, 28, 28)).unsqueeze(1), read_idx(files[1], (rows,)).long())
 
 

@@ -7,6 +7,7 @@ from torchvision.datasets import SVHN
 
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
+from calib_lightning.data.split import File
 from calib_lightning.data.web_files import Archive
 
 
@@ -42,15 +43,10 @@ class SVHNDataModule(DownloadedDataModule):
     )
     needed = {archive.name: archive.md5 for archive in archives}  # noqa: RUF012
 
-    def load_train(self) -> Source:
-        """Read the training images."""
-        return self._load("train")
-
-    def load_test(self) -> Source:
-        """Read the test images."""
-        return self._load("test")
-
-    def _load(self, part: str) -> Source:
+    def load_part(self, part: File) -> Source | None:
+        """Read images and labels of the training or the test file."""
+        if part == "val":
+            return None
         try:
             file = SVHN(self.root, split=part)
         except RuntimeError as error:

@@ -13,7 +13,7 @@ from calib_lightning.data.folders import check_counts
 from calib_lightning.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, imagenet_frame
 from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
-from calib_lightning.data.split import SplitSpec
+from calib_lightning.data.split import File, SplitSpec
 from calib_lightning.data.web_files import Archive
 
 
@@ -71,19 +71,8 @@ class TexturesDataModule(DownloadedDataModule):
         self.partition, self._frame = partition, imagenet_frame(size, "center")
         self.needed = {f"dtd/labels/{part}{partition}.txt": None for part in ("train", "val", "test")}
 
-    def load_train(self) -> Source:
-        """List the training images."""
-        return self._load("train")
-
-    def load_val(self) -> Source:
-        """List the validation images."""
-        return self._load("val")
-
-    def load_test(self) -> Source:
-        """List the test images."""
-        return self._load("test")
-
-    def _load(self, part: str) -> Source:
+    def load_part(self, part: File) -> Source:
+        """List the images of one of the three parts."""
         if self.faults():
             raise self.not_found("prepare_data() has not run on this machine")
         path, images = self.root / f"dtd/labels/{part}{self.partition}.txt", self.root / "dtd/images"
