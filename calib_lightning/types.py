@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # metrics import this module, but never Lightning
+    from lightning.pytorch import LightningModule, Trainer
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Maps ``(logits (N, K), labels (N,))`` to a scalar loss."""
@@ -42,14 +45,28 @@ class Prediction(NamedTuple):
     confidence: Tensor | None = None
 
 
+class FeatureFeed(Protocol):
+    """Stored features on their way to a head, as `Views.store` returns them."""
+
+    in_use: bool
+    """Whether the encoder receives features now: within a training step, and not in a validation."""
+
+    def remove(self) -> None:
+        """Let the encoder compute again; a second call has no effect."""
+
+
 class Views(ABC):
     """How a training stage prepares its images, instead of the data module's augmentation.
 
+    A subclass needs `transform`; the other methods have defaults for views that are images.
+
     Attributes:
         optional: Whether a stage can do without, if the data cannot change its images.
+        stores_features: Whether `store` replaces the images by features, which a frozen encoder has computed once.
     """
 
     optional: ClassVar[bool] = False
+    stores_features: ClassVar[bool] = False
 
     @abstractmethod
     def transform(self, normalize: nn.Module, augment: nn.Module | None, seed: int) -> nn.Module:
@@ -66,3 +83,51 @@ class Views(ABC):
         Returns:
             A module that maps uint8 images to ``(N, C, H, W)``, or to several views ``(N, V, C, H, W)``.
         """
+
+    def check(  # noqa: B027  a default: images are always possible
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        encoder: nn.Module,
+        head: nn.Module,
+        transform: nn.Module | None,
+    ) -> None:
+        """Reject a run in which the views are impossible, before training starts.
+
+        Args:
+            trainer: The trainer.
+            module: The module.
+            encoder: The frozen encoder.
+            head: The head before the switch.
+            transform: The batch transform that the stage keeps, if any.
+
+        Raises:
+            ValueError: If they are impossible.
+        """
+
+    def check_batch(self, batch: Any) -> None:  # noqa: B027  a default
+        """Reject batches that the views cannot use; called in the first step of a fit.
+
+        Args:
+            batch: A training batch.
+
+        Raises:
+            TypeError: If they cannot use it.
+        """
+
+    def store(
+        self, trainer: Trainer, module: LightningModule, encoder: nn.Module, head: nn.Module, *, resumed: bool
+    ) -> FeatureFeed | None:
+        """Compute the features of the stage and pass them to its training loader, if these views store features.
+
+        Args:
+            trainer: The trainer, within ``fit``, at the start of an epoch or of the fit.
+            module: The module, with its new head.
+            encoder: The frozen encoder.
+            head: The new head.
+            resumed: Whether the loader may be in the middle of an epoch, where it continues.
+
+        Returns:
+            What feeds the features to the head; ``None`` for images.
+        """
+        return None

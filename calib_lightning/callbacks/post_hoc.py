@@ -15,8 +15,8 @@ from torch import Tensor
 
 from calib_lightning.callbacks.foreign import as_logits_of, ready
 from calib_lightning.core import AtomicCheckpointIO
+from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import gather_rows
-from calib_lightning.core.module import datamodule_in_use
 from calib_lightning.core.own_data import image_and_label
 from calib_lightning.data.loader import ResumableLoader
 from calib_lightning.posthoc import Calibrator, build, calibrator_of, calibrator_record

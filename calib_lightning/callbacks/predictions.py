@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from calib_lightning.core.data_facts import class_names_of
-from calib_lightning.core.module import datamodule_in_use, label_distributions_of
+from calib_lightning.core.data_in_use import datamodule_in_use, label_distributions_of
 from calib_lightning.core.own_data import as_batch, has_index
 from calib_lightning.types import Prediction
 from calib_lightning.utils.files import write_whole

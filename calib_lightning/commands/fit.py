@@ -34,7 +34,7 @@ from calib_lightning.commands.fit_report import beginning, print_results
 from calib_lightning.commands.quiet import be_quiet, without_noise
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.data_facts import has_test, has_validation
-from calib_lightning.core.module import module_record
+from calib_lightning.core.module_record import module_record
 from calib_lightning.metrics import METRICS
 from calib_lightning.utils.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
 

@@ -6,7 +6,10 @@ from calib_lightning.core.encoders import Encoder, build_encoder, encoder_names
 from calib_lightning.core.feature_cache import CachedFeatures
 from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.history import CorrectnessHistory
-from calib_lightning.core.module import ClassificationModule, ModuleOptions, load_checkpoint, load_module
+from calib_lightning.core.loading import load_module
+from calib_lightning.core.module import ClassificationModule
+from calib_lightning.core.module_options import ModuleOptions
+from calib_lightning.core.module_record import load_checkpoint
 from calib_lightning.core.preemption import Preemption
 from calib_lightning.core.randomness import StepSeed
 from calib_lightning.core.schedules import CosineToEnd, WarmupCosine, WarmupMultiStep

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from calib_lightning.core.encoders import Encoder
 from calib_lightning.types import Batch
 
-if TYPE_CHECKING:
-    from calib_lightning.core.module import ClassificationModule
+
+class Classifier(Protocol):
+    """What a batch transform may use of the `ClassificationModule` that it trains."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """Maps images to features."""
+
+    @property
+    def head(self) -> nn.Module:
+        """Maps features to logits."""
+
+    def __call__(self, image: Tensor) -> Any:
+        """Logits ``(N, K)`` of images."""
+
+    def criterion_value(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Criterion (scalar) of logits and labels, in float32 or wider."""
 
 
 class BatchTransform(nn.Module, ABC):
@@ -21,7 +37,7 @@ class BatchTransform(nn.Module, ABC):
     before each step. It has no state that a checkpoint would need to store.
     """
 
-    def attach(self, module: ClassificationModule) -> None:
+    def attach(self, module: Classifier) -> None:
         """Reject a module that this transform cannot work with; called once, while the module is built.
 
         Args:
@@ -44,11 +60,11 @@ class BatchTransform(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the loss of one training batch.
 
         Args:
-            module: Provides ``module(image)`` and ``module.criterion_value(logits, labels)``.
+            module: The module; see `Classifier`.
             batch: Images and labels.
 
         Returns:

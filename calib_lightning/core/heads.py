@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from calib_lightning.utils.described import Described, Spec, build
@@ -77,3 +78,19 @@ def build_head(spec: Spec) -> Head:
         )
     """
     return build(spec, Head)
+
+
+def head_size(module: LightningModule, head: nn.Module) -> tuple[int, int]:
+    """Return ``(d, K)`` of a head: the size of its input, and the number of classes."""
+    arguments = head.spec["init_args"] if isinstance(head, Head) else {}
+    linear = [part for part in head.modules() if isinstance(part, nn.Linear)]
+    features = arguments.get("in_features", linear[0].in_features if linear else None)
+    classes = getattr(module, "num_classes", None)
+    if not isinstance(classes, int):
+        classes = arguments.get("num_classes", linear[-1].out_features if linear else None)
+    if features is None or classes is None:
+        raise ValueError(
+            f"The head is a {type(head).__name__}, whose numbers of features and classes are unknown: it is not a Head "
+            "and has no nn.Linear. Name another submodule with head=..., or override StageSwitch.new_head."
+        )
+    return features, classes

@@ -1,82 +1,45 @@
-"""The LightningModule under every training-time method, and loading it from a checkpoint."""
+"""The LightningModule under every training-time method."""
 
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from types import FrameType
-from typing import Any, ClassVar, TypedDict, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.parsing import collect_init_args
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from calib_lightning.core.batch_transform import BatchTransform
-from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
-from calib_lightning.core.data_facts import class_names_of
+from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
+from calib_lightning.core.evaluated_module import EvaluatedModule
 from calib_lightning.core.heads import Head, LinearHead, build_head
-from calib_lightning.core.own_data import Positioned, as_batch, with_positions
+from calib_lightning.core.module_record import (
+    CHECKPOINT_KEY,
+    ModuleRecord,
+    check_classes,
+    check_has_switches,
+    module_record,
+    network_only,
+    restore_state,
+    stored_arguments,
+    summed_state,
+)
+from calib_lightning.core.own_data import check_labels, report_positions
 from calib_lightning.core.schedules import with_schedule
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics import CORE, REPORT, EvaluationState, SoftLabelScores
-from calib_lightning.types import Batch, Criterion, EncoderSpec, Prediction
-from calib_lightning.utils.described import Described, Spec, is_data, rebuilt, storable, stored
-from calib_lightning.utils.registry import class_path_of, find_class
-
-CHECKPOINT_KEY = "calib_lightning"
-UNLABELLED = "ood/"
-"""Prefix of sets whose images belong to no class: their predictions are saved but not scored."""
-OVO_CLASSES = 200
-"""Maximum number of classes for `ovo_auroc`, which keeps all scores of a test set: 80 MB for 50,000 rows."""
+from calib_lightning.metrics import CORE, EvaluationState
+from calib_lightning.types import Batch, Criterion, EncoderSpec
+from calib_lightning.utils.registry import class_path_of
 
 
-class ModuleOptions(TypedDict, total=False):
-    """Options that every method forwards to `ClassificationModule`, typed once."""
-
-    encoder: EncoderSpec
-    optimizer: OptimizerCallable
-    scheduler: LRSchedulerCallable | None
-    batch_transform: BatchTransform | None
-
-
-def with_transform(options: ModuleOptions, transform: BatchTransform) -> ModuleOptions:
-    """Add a method's own batch transform to its options; reject a second one."""
-    if options.get("batch_transform") is not None:
-        raise ValueError(
-            f"batch_transform cannot be set: this method already has {type(transform).__name__}. Pass yours to a "
-            "method without one, such as CrossEntropy or Focal."
-        )
-    return {**options, "batch_transform": transform}
-
-
-class _ModuleRecord(TypedDict):
-    class_path: str
-    num_classes: int
-    stage: int
-    head: Spec
-    train_state: dict[str, Tensor]
-
-
-class ModuleRecord(_ModuleRecord, total=False):
-    """What a checkpoint stores about its module; plain data. Older files lack the keys listed here."""
-
-    epoch_rows: dict[str, list[Tensor]]
-    plain_loss: bool
-    class_names: list[str] | None
-
-
-class ClassificationModule(LightningModule):
+class ClassificationModule(EvaluatedModule):
     """Encoder, head, criterion and metrics with one optimiser: the base of every training-time method.
 
     A method is a subclass with a criterion; one that needs more overrides `loss`. It accepts any data module or loader
@@ -113,8 +76,6 @@ class ClassificationModule(LightningModule):
     """Epochs before the first stage switch of the current fit; ``None`` without one."""
     pretrained_head: bool
     """Whether the first head has the weights of a pretrained encoder's classifier."""
-    class_names: tuple[str, ...] | None = None
-    """Names of the classes that it was trained on, in logit order; ``None`` if unknown."""
 
     def __init__(
         self,
@@ -130,7 +91,7 @@ class ClassificationModule(LightningModule):
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 1.")
         # Here only, and as plain data: checkpoints then load with weights_only=True.
-        self.save_hyperparameters(_stored_arguments(inspect.currentframe()))
+        self.save_hyperparameters(stored_arguments(inspect.currentframe()))
         self.num_classes = num_classes
         self.encoder = build_encoder(encoder)
         head = LinearHead(self.encoder.num_features, num_classes)
@@ -149,11 +110,7 @@ class ClassificationModule(LightningModule):
                 )
             batch_transform.attach(self)
         self.train_state = EvaluationState([key for key in CORE if key != "correctness_auroc"])
-        self.val_state = EvaluationState()
-        self.test_states = nn.ModuleList()
-        self.test_sets: list[str] = []
         self._image_shape: tuple[int, ...] = ()
-        self._soft: dict[str, tuple[Tensor, SoftLabelScores]] = {}
 
     # --- the network -------------------------------------------------------------------------------------------------
 
@@ -166,15 +123,6 @@ class ClassificationModule(LightningModule):
         """Logits ``(N, K)`` of images ``(N, C, H, W)``."""
         return ClassificationModule.logits(self, image) if self.plain_loss else self.logits(image)
 
-    def outputs(self, image: Tensor) -> Prediction:
-        """Logits and, if the method defines its own, confidences; one pass through the network."""
-        return Prediction(self(image))
-
-    def confidence(self, image: Tensor) -> Tensor:
-        """Confidence ``(N,)`` in the predicted class: the method's own, or the largest softmax probability."""
-        logits, confidence = self.outputs(image)
-        return at_least_float32(logits).softmax(dim=-1).amax(dim=-1) if confidence is None else confidence
-
     # --- data --------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -182,9 +130,7 @@ class ClassificationModule(LightningModule):
         facts = getattr(datamodule_in_use(self.trainer), "image_facts", None)
         if isinstance(facts, dict):
             self.check_images(facts["shape"])
-        # called with every loader of every stage, after Lightning has set its distributed sampler
-        strategy = self.trainer.strategy
-        vars(strategy)["process_dataloader"] = partial(_process_dataloader, self.trainer)
+        report_positions(self.trainer, ClassificationModule)
         if stage == "fit" and not self.plain_loss:
             self.begin_fit()
 
@@ -200,14 +146,6 @@ class ClassificationModule(LightningModule):
         if tuple(shape) != self._image_shape and isinstance(self.encoder, Encoder):
             self.encoder.check_images(shape)
         self._image_shape = tuple(shape)
-
-    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
-        """Pass hooks the loader's original batch; the samples' positions are added after the last hook."""
-        batch, *rest = args
-        if not isinstance(batch, Positioned):
-            return super()._call_batch_hook(hook_name, *args)
-        batch = Positioned(super()._call_batch_hook(hook_name, batch.batch, *rest), batch.index)
-        return batch.attached() if hook_name == "on_after_batch_transfer" else batch
 
     # --- the method's own training: hooks that are not called once a stage's criterion has replaced it ---------------
 
@@ -271,7 +209,7 @@ class ClassificationModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: loss, log, training metrics."""
         batch = self._checked(batch)
-        self._check_labels(batch.label)
+        check_labels(batch.label, self.num_classes)
         loss, logits = ClassificationModule.loss(self, batch) if self.plain_loss else self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
         labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
@@ -295,6 +233,12 @@ class ClassificationModule(LightningModule):
         """Compute and log the epoch's training metrics, once."""
         self._log_state("train", self.train_state)
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics; let the method learn from the validation."""
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking and not self.plain_loss:
+            self.end_validation()
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser of the trainable parameters, and its scheduler."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
@@ -303,140 +247,16 @@ class ClassificationModule(LightningModule):
         epochs = 1 if given == 0 else self.first_stage_epochs or given or -1  # 0: no training
         return with_schedule(optimizer, self.scheduler, epochs)
 
-    # --- evaluation --------------------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Reset the validation metrics; the sanity check leaves no trace."""
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            self._take_class_names()
-        self.val_state.reset()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> Prediction:  # type: ignore[override]
-        """Add one batch to the validation metrics; return its prediction for callbacks."""
-        return self._evaluate(self._checked(batch), self.val_state)
-
-    def on_validation_epoch_end(self) -> None:
-        """Compute and log the validation metrics, once."""
-        if not self.trainer.sanity_checking:
-            self._log_state("val", self.val_state)
-            if self.trainer.state.fn == TrainerFn.FITTING and not self.plain_loss:
-                self.end_validation()
-
-    def on_test_start(self) -> None:
-        """Make one accumulator per test set, and another one if the set has label distributions."""
-        self._take_class_names()
-        data = datamodule_in_use(self.trainer)
-        loaders = self.trainer.test_dataloaders
-        count = len(loaders) if isinstance(loaders, list | tuple) else 1
-        self.test_sets = _set_names(getattr(data, "evaluation_names", None), count)
-        found = {name: label_distributions_of(data, name) for name in self.test_sets if not _is_unlabelled(name)}
-        self._soft = {
-            name: (labels.to(self.device), SoftLabelScores().to(self.device))
-            for name, labels in found.items()
-            if labels is not None
-        }
-        report = (*REPORT, "ovo_auroc") if self.num_classes <= OVO_CLASSES else REPORT
-        self.test_states = nn.ModuleList(EvaluationState(report) for _ in range(count)).to(self.device)
-
-    def test_step(  # type: ignore[override]
-        self, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> Prediction:
-        """Add one batch to the metrics of its set; return its prediction for callbacks."""
-        state, name, batch = self.test_states[dataloader_idx], self.test_sets[dataloader_idx], self._checked(batch)
-        assert isinstance(state, EvaluationState)
-        if _is_unlabelled(name):
-            return self.outputs(batch.image)
-        prediction = self._evaluate(batch, state)
-        if name in self._soft:
-            labels, scores = self._soft[name]
-            if bool((batch.index < 0).any()):
-                raise ValueError(
-                    f"The batches of {name!r} have no index, which label_distributions({name!r}) needs. Let the data "
-                    "set return (image, label, index)."
-                )
-            scores.update(prediction.logits, labels[batch.index])
-        return prediction
-
-    def on_test_epoch_end(self) -> None:
-        """Compute and log the metrics of every test set, once."""
-        for name, state in zip(self.test_sets, self.test_states, strict=True):
-            assert isinstance(state, EvaluationState)
-            if _is_unlabelled(name):
-                continue
-            self._log_state(name, state)
-            if name in self._soft:
-                self._log_state(name, self._soft[name][1])
-            rows: Tensor = self.trainer.strategy.reduce(state.count.clone(), reduce_op="sum")
-            self.log(f"{name}/n", rows.float(), add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
-
-    def on_predict_start(self) -> None:
-        """Compare the class names with those of the data."""
-        self._take_class_names()
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
-        """Logits and confidence of one batch; labels are ignored."""
-        return self.outputs(as_batch(batch, type(self).__name__, labelled=False).image)
-
-    def _evaluate(self, batch: Batch, state: EvaluationState) -> Prediction:
-        prediction = self.outputs(batch.image)
-        state.update(prediction.logits, batch.label, prediction.confidence)
-        return prediction
-
-    def _log_state(self, prefix: str, state: EvaluationState | SoftLabelScores) -> None:
-        # compute() has already summed over the ranks. Lightning asks to synchronise them: their largest is exact, while
-        # their mean would round.
-        values = {f"{prefix}/{name}": value.float() for name, value in state.compute().items()}
-        self.log_dict(values, add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
-
-    def _take_class_names(self) -> None:
-        names, known = class_names_of(datamodule_in_use(self.trainer)), self.class_names
-        if names is None or names == known:
-            return
-        if len(names) != self.num_classes:
-            raise ValueError(
-                f"The data has {len(names)} class names; it must have one for each of the module's {self.num_classes} "
-                "classes. Give the names in label order, or use a module with as many classes."
-            )
-        if known is not None and self.global_rank == 0:
-            first = next(k for k in range(len(names)) if names[k] != known[k])
-            warnings.warn(
-                f"Class {first} of the data is {names[first]!r}, but {known[first]!r} in the network. If the order of "
-                "the classes differs, every prediction is wrong. Use data with the classes of the training.",
-                stacklevel=2,
-            )
-        if known is None or self.trainer.state.fn == TrainerFn.FITTING:
-            self.class_names = names
-
-    def _checked(self, batch: Any) -> Batch:
-        return as_batch(batch, type(self).__name__)
-
-    def _check_labels(self, labels: Tensor) -> None:
-        # On a GPU this would synchronise every step; data modules check their labels on loading.
-        if labels.device.type != "cpu" or labels.ndim != 1 or len(labels) == 0:
-            return
-        low, high = (int(value) for value in labels.aminmax())
-        if low < 0 or high >= self.num_classes:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"A training batch holds the label {wrong}; labels must be in 0..{self.num_classes - 1}. Map the "
-                "labels where they are loaded, or set num_classes to the number of classes."
-            )
-
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing: class, K, stage, head, training metrics of an unfinished epoch."""
-        # summed over all ranks; Lightning calls this hook on every rank
-        with self.train_state.sync_context():
-            train_state = {
-                name: torch.as_tensor(value).clone() for name, value in self.train_state.metric_state.items()
-            }
         checkpoint[CHECKPOINT_KEY] = ModuleRecord(
             class_path=class_path_of(type(self)),
             num_classes=self.num_classes,
             stage=self.stage,
             head=self.head.spec,
-            train_state=train_state,
+            train_state=summed_state(self.train_state),
             plain_loss=self.plain_loss,
             class_names=None if self.class_names is None else list(self.class_names),
             epoch_rows={name: [part.cpu() for part in rows_by_rank(rows)] for name, rows in self.epoch_rows().items()},
@@ -445,12 +265,7 @@ class ClassificationModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the head for the checkpoint's weights; Lightning calls this before loading them."""
         record = module_record(checkpoint)
-        if record["num_classes"] != self.num_classes:
-            raise ValueError(
-                f"The checkpoint was trained on {record['num_classes']} classes, but this module has "
-                f"{self.num_classes}. Use the data that the checkpoint was trained on, or a module with as many "
-                "classes."
-            )
+        check_classes(record, self.num_classes)
         names = record.get("class_names")
         self.class_names = self.class_names if names is None else tuple(names)
         self.stage = record["stage"]
@@ -459,39 +274,13 @@ class ClassificationModule(LightningModule):
         if record["class_path"] == class_path_of(type(self)):
             self.plain_loss = record.get("plain_loss", False)
         else:
-            # The network of another method: load encoder, head and shared state, keep our own.
-            state, network = checkpoint["state_dict"], ("encoder.", "head.")
-            own = {name: value for name, value in self.state_dict().items() if not name.startswith(network)}
-            wanted = {name: value for name, value in state.items() if name.startswith(network) or name in own}
-            checkpoint["state_dict"] = own | wanted
-        self.train_state.reset()
-        kept = record["train_state"]
-        if kept.keys() != self.train_state.metric_state.keys():
-            warnings.warn(
-                "The checkpoint holds the training metrics in another version's format: those of the current epoch are "
-                "reset. Weights and everything else are unaffected.",
-                stacklevel=2,
-            )
-        elif self.global_rank == 0:
-            device = self.train_state.count.device
-            self.train_state.merge_state({name: value.to(device) for name, value in kept.items()})
+            checkpoint["state_dict"] = network_only(checkpoint["state_dict"], self.state_dict())
+        restore_state(self.train_state, record["train_state"], self.global_rank)
         if getattr(self, "_trainer", None) is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._check_switches(checkpoint)
-        parts = record.get("epoch_rows", {})
-        mine = {name: own_rows(rows, self.global_rank) for name, rows in parts.items()}
-        if mine:
-            self.restore_epoch_rows(mine)
-
-    def _check_switches(self, checkpoint: dict[str, Any]) -> None:
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
-        have = {callback.state_key for callback in callbacks}
-        for key, state in checkpoint.get("callbacks", {}).items():
-            if key.startswith("StageSwitch[") and state["active"] and key not in have:
-                raise ValueError(
-                    f"The checkpoint is in a stage begun by a {state['class_path']}, but this trainer has no such "
-                    "switch, so its optimiser would not fit. Resume with the switches of the training, or start a new "
-                    "fit from load_module(path)."
-                )
+            check_has_switches(checkpoint, self.trainer)
+        rows = {name: own_rows(parts, self.global_rank) for name, parts in record.get("epoch_rows", {}).items()}
+        if rows:
+            self.restore_epoch_rows(rows)
 
     def epoch_rows(self) -> dict[str, Tensor]:
         """Rows ``(n, ...)`` that this process has collected in the current epoch.
@@ -503,162 +292,3 @@ class ClassificationModule(LightningModule):
 
     def restore_epoch_rows(self, rows: dict[str, Tensor]) -> None:
         """Restore this process's rows of the current epoch, as returned by `epoch_rows`; on the CPU."""
-
-
-def _process_dataloader(trainer: Trainer, loader: object) -> object:
-    """The strategy's version of a loader; for our modules, of one that reports positions."""
-    ours = isinstance(trainer.lightning_module, ClassificationModule)
-    strategy = trainer.strategy
-    return type(strategy).process_dataloader(strategy, with_positions(loader) if ours else loader)
-
-
-def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
-    """Return the data module whose loaders the trainer is reading, ``None`` for plain loaders.
-
-    ``trainer.datamodule`` is no substitute: it persists after a fit, even when other loaders are evaluated.
-    """
-    loops: dict[TrainerFn, Any] = {
-        TrainerFn.FITTING: trainer.fit_loop,
-        TrainerFn.VALIDATING: trainer.validate_loop,
-        TrainerFn.TESTING: trainer.test_loop,
-        TrainerFn.PREDICTING: trainer.predict_loop,
-    }
-    loop = None if trainer.state.fn is None else loops.get(trainer.state.fn)
-    source = None if loop is None else loop._data_source.instance
-    return source if isinstance(source, LightningDataModule) else None
-
-
-def label_distributions_of(data: LightningDataModule | None, name: str) -> Tensor | None:
-    """Return the class distributions ``(N, K)`` of a set, such as annotators' votes; ``None`` if there are none.
-
-    They come from the method ``label_distributions(name)`` of the data module; row i belongs to ``Batch.index`` i.
-    """
-    find: Any = getattr(data, "label_distributions", None)
-    found: Tensor | None = None if find is None else find(name)
-    if found is None:
-        return None
-    source_rows: Any = getattr(data, "source_rows", None)
-    rows = len(found) if source_rows is None else len(source_rows(name))
-    if found.ndim != 2 or len(found) != rows:
-        raise ValueError(
-            f"label_distributions({name!r}) has shape {tuple(found.shape)}; it must be ({rows}, K). Return one row per "
-            "image of the set, in index order."
-        )
-    return found.float()
-
-
-def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint with ``weights_only=True``: nothing in it is executed.
-
-    Args:
-        path: The file.
-        map_location: Device of the tensors.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        pickle.UnpicklingError: If it holds anything but tensors and plain data.
-        RuntimeError: If it is damaged or incomplete.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"The checkpoint {path} does not exist.")
-    return AtomicCheckpointIO().load_checkpoint(path, map_location)  # type: ignore[arg-type]
-
-
-def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
-    """Return what a loaded checkpoint says about its module; reject other checkpoints."""
-    record = checkpoint.get(CHECKPOINT_KEY)
-    if not isinstance(record, dict) or not ModuleRecord.__required_keys__ <= set(record):
-        raise ValueError(
-            "This checkpoint does not name its calib_lightning module; only checkpoints of a ClassificationModule do. "
-            "Load other weights with torch.load and load_state_dict, and those of your own modules that a StageSwitch "
-            "has trained with load_stages."
-        )
-    return cast(ModuleRecord, record)
-
-
-def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> ClassificationModule:
-    """Rebuild the trained module from a checkpoint: class, head and weights, in evaluation mode.
-
-    The file is read with ``weights_only=True``: nothing in it is executed, and classes are only looked up in this
-    package and in modules that are already imported.
-
-    Args:
-        path: A checkpoint written by any method of this package.
-        map_location: Device of the tensors.
-
-    Returns:
-        The module in ``eval()`` mode.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        pickle.UnpicklingError: If it holds anything but tensors and plain data.
-        RuntimeError: If it is damaged or incomplete, or its weights do not fit the module that it describes.
-        TypeError: If it describes a head with arguments that its class does not take.
-        ValueError: If it was not written by a `ClassificationModule` or names an unknown class.
-
-    Example:
-        ``module = load_module("runs/digits-focal-0/checkpoints/best.ckpt")``
-    """
-    return module_of(load_checkpoint(path, map_location)).to(map_location)
-
-
-def module_of(checkpoint: dict[str, Any]) -> ClassificationModule:
-    """Rebuild the trained module, in ``eval()`` mode, from a loaded checkpoint; see `load_module`."""
-    record = module_record(checkpoint)
-    cls = find_class(record["class_path"], ClassificationModule)
-    hyper_parameters = dict(checkpoint.get("hyper_parameters", {}))
-    encoder = hyper_parameters.get("encoder")
-    if isinstance(encoder, dict) and encoder.get("pretrained"):
-        # the checkpoint provides the weights: download nothing
-        hyper_parameters["encoder"] = {**encoder, "pretrained": False}
-    module = cls(**_accepted(cls, rebuilt(hyper_parameters)))
-    module.on_load_checkpoint(checkpoint)
-    # A loss that does not remember how it was built is not rebuilt, so its state (class weights, say) is dropped. A
-    # loss that a later stage has replaced keeps its initial state.
-    losses, known = ("criterion.", "refinement_loss."), module.state_dict()
-    state = {k: v for k, v in checkpoint["state_dict"].items() if k in known or not k.startswith(losses)}
-    state |= {k: v for k, v in known.items() if k.startswith(losses) and k not in state}
-    module.load_state_dict(state)
-    return module.eval()
-
-
-def _stored_arguments(frame: FrameType | None) -> dict[str, Any]:
-    """The constructor's storable arguments as plain data, including those of base classes.
-
-    Described objects are stored as specs if they were passed to the class itself; it recreates those of its bases.
-    """
-    assert frame is not None
-    *bases, own = collect_init_args(frame, [], classes=(HyperparametersMixin,))
-    given = {name: value for arguments in bases for name, value in arguments.items()}
-    plain = {name: value for name, value in given.items() if not isinstance(value, Described | None)}
-    arguments = {**plain, **own}
-    data = {name: value for name, value in arguments.items() if is_data(value)}
-    return data | {name: stored(value) for name, value in arguments.items() if storable(value)}
-
-
-def _accepted(cls: type[ClassificationModule], hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    """Keep only the constructor's arguments: base classes add theirs to the saved hyper-parameters."""
-    parameters = inspect.signature(cls).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return hyper_parameters
-    names = {p.name for p in parameters}
-    return {key: value for key, value in hyper_parameters.items() if key in names}
-
-
-def _is_unlabelled(name: str) -> bool:
-    return name.startswith(UNLABELLED)
-
-
-def _set_names(names: list[str] | None, count: int) -> list[str]:
-    """Names of the evaluated sets, the prefixes of their metrics; plain loaders are numbered."""
-    if names is None:
-        names = ["test"] if count == 1 else [f"test/{i}" for i in range(count)]
-    if len(names) != count:
-        raise ValueError(
-            f"The data module names {len(names)} sets ({', '.join(names)}); it must name as many as it has test "
-            f"loaders ({count})."
-        )
-    return names

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -55,6 +56,20 @@ def image_and_label(batch: Any, who: str) -> tuple[Any, Tensor]:
         f"{who} needs batches (image, label, ...) or dicts with 'image' and 'label', but the batch is "
         f"{_description(batch)}. Let the data set return one of these forms."
     )
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Reject class labels ``(N,)`` outside ``0..K-1``, on the CPU."""
+    # On a GPU this would synchronise every step; data modules check their labels on loading.
+    if labels.device.type != "cpu" or labels.ndim != 1 or len(labels) == 0:
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"A training batch holds the label {wrong}; labels must be in 0..{num_classes - 1}. Map the "
+            "labels where they are loaded, or set num_classes to the number of classes."
+        )
 
 
 def rows_in(batch: Any) -> int:
@@ -129,6 +144,21 @@ def with_positions(loader: object) -> object:
     return copied
 
 
+def report_positions(trainer: Trainer, wanted: type[LightningModule]) -> None:
+    """Make the trainer's loaders report positions, as long as its module is a ``wanted`` one.
+
+    No hook of a module sees a loader after Lightning has set its distributed sampler; the strategy, which is asked for
+    every loader of every stage then, does.
+    """
+
+    def process_dataloader(loader: object) -> object:
+        ours = isinstance(trainer.lightning_module, wanted)
+        return type(strategy).process_dataloader(strategy, with_positions(loader) if ours else loader)
+
+    strategy = trainer.strategy
+    vars(strategy)["process_dataloader"] = process_dataloader
+
+
 def without_positions(loader: Any) -> Any:
     """Return the loader that `with_positions` was given, or the loader itself."""
     return getattr(loader, "_without_positions", loader)
@@ -143,7 +173,7 @@ class _Drawing(Dataset[Any]):
     """A data set whose batches remember where their samples were drawn; otherwise it delegates to the original."""
 
     def __init__(self, data: Any) -> None:
-        vars(self)["_drawn_from"] = data
+        vars(self)["_drawn_from"] = data  # assignment would set an attribute of the data
 
     def __len__(self) -> int:
         return len(self._drawn_from)

@@ -1,8 +1,10 @@
-"""Seeds that make the random numbers of a training step a function of the step."""
+"""Seeds that make random numbers a function of the training step, or of the stage."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from calib_lightning.utils.seeding import derive_seed, run_seed
+
+_HEAD = 101  # separates the random stream of new heads from others
 
 
 class StepSeed(Callback):
@@ -38,3 +42,11 @@ class StepSeed(Callback):
             torch.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         random.seed(seed)
+
+
+@contextmanager
+def seeded_head(position: int) -> Iterator[None]:
+    """Make a new head a function of the run's seed and the stage, identical on all processes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(run_seed(), position, _HEAD))
+        yield

@@ -1,9 +1,10 @@
-"""Submodules by name, and temporary evaluation mode."""
+"""Parts and attributes of a module by name, temporary evaluation mode, and the state to return to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -30,3 +31,35 @@ def submodule_of(module: nn.Module, name: str, what: str) -> nn.Module:
             f"{what} is {name!r}; it must be the name of a submodule of {type(module).__name__}. Its top-level "
             f"submodules are {names or 'none'}."
         ) from None
+
+
+def put_submodule(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Replace the submodule called ``name``."""
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, part)
+
+
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute regardless of whether it is or was a submodule."""
+    module._modules.pop(name, None)
+    setattr(module, name, value)
+
+
+class ModuleState:
+    """What a module is at some moment: one part, what is trainable, all modes, and some attributes."""
+
+    def __init__(self, module: nn.Module, part: str, attributes: tuple[str, ...]) -> None:
+        self.module, self.part, self.old = module, part, module.get_submodule(part)
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self._modes = [(part, part.training) for part in module.modules()]
+        self._attributes = {name: getattr(module, name) for name in attributes if hasattr(module, name)}
+
+    def restore(self) -> None:
+        """Return to it."""
+        put_submodule(self.module, self.part, self.old)
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        for part, mode in self._modes:
+            part.training = mode
+        for name, value in self._attributes.items():
+            set_attribute(self.module, name, value)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calib_lightning.core.module import ClassificationModule, module_of
+from calib_lightning.core.loading import module_of
+from calib_lightning.core.module import ClassificationModule
 
 _TIMM_OPTIONS = ("num_classes", "in_chans", "img_size")
 

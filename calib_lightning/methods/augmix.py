@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from calib_lightning.core import BatchTransform, ClassificationModule, ModuleOptions
-from calib_lightning.core.module import with_transform
+from calib_lightning.core.batch_transform import Classifier
+from calib_lightning.core.module_options import with_transform
 from calib_lightning.data.augmix import AugMixViews
 from calib_lightning.functional import at_least_float32
 from calib_lightning.types import Batch
@@ -83,7 +84,7 @@ class AugMixTransform(BatchTransform):
         """Return the transform of uint8 images into one clean and two mixed views."""
         return AugMixViews(normalize, self.severity, seed=seed)
 
-    def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar), and logits ``(N, K)`` of the clean images, for images ``(N, 3, C, H, W)``.
 
         Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.core.data_facts import training_labels
-from calib_lightning.core.module import datamodule_in_use
+from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.functional import checked_batch
 from calib_lightning.utils.described import Described
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from calib_lightning.core import (
-    CachedFeatures,
     ClassificationModule,
     Encoder,
     Head,
@@ -269,7 +268,7 @@ def _check_switch(name: str, switch: StageSwitch, wanted: type[StageSwitch]) -> 
             f"frozen_bn of ConfidNet's {name} is {training.frozen_bn!r}; it must be 'eval', or the classifier's "
             "predictions would change."
         )
-    if wanted is ConfidenceTuning and isinstance(training.views, CachedFeatures):
+    if wanted is ConfidenceTuning and training.views is not None and training.views.stores_features:
         raise ValueError(
             "The tuning of ConfidNet is incompatible with CachedFeatures, because it changes the encoder of the "
             "branch. Use the cache in the switch only."

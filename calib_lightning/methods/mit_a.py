@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from calib_lightning.core import BatchTransform, ClassificationModule, ModuleOptions
-from calib_lightning.core.module import with_transform
+from calib_lightning.core.batch_transform import Classifier
+from calib_lightning.core.module_options import with_transform
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.mit_l import check_ratios, decouple, draw_ratios
 from calib_lightning.types import Batch
@@ -42,7 +43,7 @@ class MITATransform(BatchTransform):
         self.alpha = alpha
         self.margin = margin
 
-    def attach(self, module: ClassificationModule) -> None:
+    def attach(self, module: Classifier) -> None:
         """Reject an encoder that is not a sequence of blocks.
 
         Args:
@@ -53,7 +54,7 @@ class MITATransform(BatchTransform):
         """
         _ = module.encoder.blocks
 
-    def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar), and decoupled logits ``(N, K)`` of the batch's own images."""
         order = torch.randperm(len(batch.label), device=batch.label.device)
         blocks = list(module.encoder.blocks)

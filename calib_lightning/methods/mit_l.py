@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.core import BatchTransform, ClassificationModule, ModuleOptions
-from calib_lightning.core.module import with_transform
+from calib_lightning.core.batch_transform import Classifier
+from calib_lightning.core.module_options import with_transform
 from calib_lightning.functional import at_least_float32
 from calib_lightning.methods.mixup import beta_weight, check_alpha, mix
 from calib_lightning.types import Batch
@@ -107,7 +108,7 @@ class MITLTransform(BatchTransform):
         self.alpha = alpha
         self.margin = margin
 
-    def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar), and decoupled logits ``(N, K)`` of the batch's own images."""
         ratios = draw_ratios(self.alpha, self.margin)
         order = torch.randperm(len(batch.label), device=batch.label.device)

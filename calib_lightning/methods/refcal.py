@@ -16,7 +16,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from calib_lightning.core import ClassificationModule, Head, LinearHead, ModuleOptions
-from calib_lightning.core.module import datamodule_in_use
+from calib_lightning.core.data_in_use import staged_data
+from calib_lightning.core.own_data import check_labels
 from calib_lightning.core.stages import StageSwitch, StageTraining, own_switches
 from calib_lightning.data.views import ContrastiveViews, ResizedCropFlip
 from calib_lightning.functional import at_least_float32
@@ -156,8 +157,8 @@ class RefCal(ClassificationModule):
             self._ask_for_views()
 
     def _ask_for_views(self) -> None:
-        data: Any = datamodule_in_use(self.trainer)
-        if self.stage == 0 and hasattr(data, "stage_views"):
+        data = staged_data(self.trainer)
+        if self.stage == 0 and data is not None:
             data.stage_views = self.views
 
     def forward(self, image: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ class RefCal(ClassificationModule):
         if self.stage > 0:
             return super().training_step(batch, batch_idx)
         batch = self._checked(batch)
-        self._check_labels(batch.label)
+        check_labels(batch.label, self.num_classes)
         loss, _ = self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
         return loss

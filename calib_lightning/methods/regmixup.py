@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.core import BatchTransform, ClassificationModule, ModuleOptions
-from calib_lightning.core.module import with_transform
+from calib_lightning.core.batch_transform import Classifier
+from calib_lightning.core.module_options import with_transform
 from calib_lightning.methods.mixup import beta_weight, check_alpha, mix
 from calib_lightning.types import Batch
 
@@ -43,7 +44,7 @@ class RegMixupTransform(BatchTransform):
         self.alpha = alpha
         self.eta = eta
 
-    def loss(self, module: ClassificationModule, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, module: Classifier, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss (scalar), and logits ``(N, K)`` of the clean images."""
         weight, order = beta_weight(self.alpha), torch.randperm(len(batch.label), device=batch.label.device)
         logits = module(torch.cat([batch.image, mix(batch.image, order, weight)]))

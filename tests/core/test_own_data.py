@@ -147,7 +147,7 @@ def test_the_order_is_that_which_the_loader_would_have_had(tmp_path, monkeypatch
         watch = Watch()
         trainer(tmp_path, callbacks=[watch], max_epochs=2).fit(_module(), LOADERS["generator"]())
         pixels.append(watch.pixel)
-        monkeypatch.setattr("calib_lightning.core.module.with_positions", lambda loader: loader)
+        monkeypatch.setattr("calib_lightning.core.own_data.with_positions", lambda loader: loader)
     assert watch.index == [-1] * 80
     assert pixels[0] == pixels[1]
 

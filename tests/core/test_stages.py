@@ -385,7 +385,7 @@ def test_a_stage_that_starts_from_a_checkpoint_takes_the_place_of_the_epochs_bef
 def test_a_stage_that_is_added_comes_after_those_of_the_method(tmp_path):
     own, last = module(TwoStage, switch=StageSwitch(-2)), Last(-1)
     fit(tmp_path, own, [last], 1)
-    assert (own.switch._first_epoch, last._first_epoch) == (1, 3)
+    assert (own.switch.first_epoch, last.first_epoch) == (1, 3)
 
 
 class Last(StageSwitch):

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import own_rows, rows_by_rank
-from calib_lightning.core.module import datamodule_in_use
 from calib_lightning.core.submodules import evaluating
 from calib_lightning.functional import at_least_float32
 

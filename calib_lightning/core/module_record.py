@@ -1,0 +1,133 @@
+"""What a checkpoint says about its module, so that it can be rebuilt from the file alone; plain data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypedDict, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.utilities.parsing import collect_init_args
+from torch import Tensor
+
+from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
+from calib_lightning.metrics import EvaluationState
+from calib_lightning.utils.described import Described, Spec, is_data, storable, stored
+
+CHECKPOINT_KEY = "calib_lightning"
+
+
+class _ModuleRecord(TypedDict):
+    class_path: str
+    num_classes: int
+    stage: int
+    head: Spec
+    train_state: dict[str, Tensor]
+
+
+class ModuleRecord(_ModuleRecord, total=False):
+    """What a checkpoint stores about its module; plain data. Older files lack the keys listed here."""
+
+    epoch_rows: dict[str, list[Tensor]]
+    plain_loss: bool
+    class_names: list[str] | None
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint with ``weights_only=True``: nothing in it is executed.
+
+    Args:
+        path: The file.
+        map_location: Device of the tensors.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        pickle.UnpicklingError: If it holds anything but tensors and plain data.
+        RuntimeError: If it is damaged or incomplete.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"The checkpoint {path} does not exist.")
+    return AtomicCheckpointIO().load_checkpoint(path, map_location)  # type: ignore[arg-type]
+
+
+def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
+    """Return what a loaded checkpoint says about its module; reject other checkpoints."""
+    record = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(record, dict) or not ModuleRecord.__required_keys__ <= set(record):
+        raise ValueError(
+            "This checkpoint does not name its calib_lightning module; only checkpoints of a ClassificationModule do. "
+            "Load other weights with torch.load and load_state_dict, and those of your own modules that a StageSwitch "
+            "has trained with load_stages."
+        )
+    return cast(ModuleRecord, record)
+
+
+def check_classes(record: ModuleRecord, num_classes: int) -> None:
+    """Reject a checkpoint of another number of classes."""
+    if record["num_classes"] != num_classes:
+        raise ValueError(
+            f"The checkpoint was trained on {record['num_classes']} classes, but this module has "
+            f"{num_classes}. Use the data that the checkpoint was trained on, or a module with as many "
+            "classes."
+        )
+
+
+def stored_arguments(frame: FrameType | None) -> dict[str, Any]:
+    """The constructor's storable arguments as plain data, including those of base classes.
+
+    Described objects are stored as specs if they were passed to the class itself; it recreates those of its bases.
+    """
+    assert frame is not None
+    *bases, own = collect_init_args(frame, [], classes=(HyperparametersMixin,))
+    given = {name: value for arguments in bases for name, value in arguments.items()}
+    plain = {name: value for name, value in given.items() if not isinstance(value, Described | None)}
+    arguments = {**plain, **own}
+    data = {name: value for name, value in arguments.items() if is_data(value)}
+    return data | {name: stored(value) for name, value in arguments.items() if storable(value)}
+
+
+def summed_state(state: EvaluationState) -> dict[str, Tensor]:
+    """The metrics of all processes, as a checkpoint holds them; collective."""
+    with state.sync_context():
+        return {name: torch.as_tensor(value).clone() for name, value in state.metric_state.items()}
+
+
+def restore_state(state: EvaluationState, kept: dict[str, Tensor], rank: int) -> None:
+    """Restore what `summed_state` returned, on the first process; a state of another version is dropped."""
+    state.reset()
+    if kept.keys() != state.metric_state.keys():
+        warnings.warn(
+            "The checkpoint holds the training metrics in another version's format: those of the current epoch are "
+            "reset. Weights and everything else are unaffected.",
+            stacklevel=3,
+        )
+    elif rank == 0:
+        device = state.count.device
+        state.merge_state({name: value.to(device) for name, value in kept.items()})
+
+
+def network_only(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of another method's state, take encoder, head and what both have; keep the rest of our own."""
+    network = ("encoder.", "head.")
+    mine = {name: value for name, value in own.items() if not name.startswith(network)}
+    return mine | {name: value for name, value in state.items() if name.startswith(network) or name in mine}
+
+
+def check_has_switches(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Reject a fit from within a stage if the trainer lacks its switch."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
+    have = {callback.state_key for callback in callbacks}
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key.startswith("StageSwitch[") and state["active"] and key not in have:
+            raise ValueError(
+                f"The checkpoint is in a stage begun by a {state['class_path']}, but this trainer has no such "
+                "switch, so its optimiser would not fit. Resume with the switches of the training, or start a new "
+                "fit from load_module(path)."
+            )

@@ -1,0 +1,252 @@
+"""Entry into a stage: what a switch changes in module and trainer, its undoing, and the way from a checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from calib_lightning.core.data_in_use import set_loading
+from calib_lightning.core.heads import Head, build_head
+from calib_lightning.core.module import ClassificationModule
+from calib_lightning.core.module_record import load_checkpoint
+from calib_lightning.core.randomness import seeded_head
+from calib_lightning.core.schedules import with_schedule
+from calib_lightning.core.stage_base import Stage, stages_of
+from calib_lightning.core.submodules import ModuleState, put_submodule, set_attribute, submodule_of
+from calib_lightning.utils.registry import class_path_of, find_class
+
+# --- entering and leaving --------------------------------------------------------------------------------------------
+
+
+def enter(stage: Stage, trainer: Trainer, module: LightningModule) -> None:
+    """Install the head, freeze the rest, replace optimiser and images; a second call has no effect."""
+    if stage.before is None:
+        old = stage.module_head(module)
+        before = ModuleState(module, stage.head, ("stage", "criterion", "batch_transform", "plain_loss"))
+        with seeded_head(stage.position or 0):
+            head = stage.new_head(module, old)
+        parameter = next(old.parameters(), None)
+        head.to(module.device, None if parameter is None else parameter.dtype)
+        put_submodule(module, stage.head, head)
+        criterion = stage.training.criterion
+        if criterion is not None:
+            criterion.to(module.device, None if parameter is None else parameter.dtype)
+        if isinstance(module, ClassificationModule):
+            module.enter_stage(module.stage + 1, criterion)
+        elif criterion is not None:
+            set_attribute(module, "criterion", criterion)
+        stage.before = before
+    stage.freeze(module, stage.module_head(module))
+    hold_still(stage, module)
+    if trainer.state.fn == TrainerFn.FITTING:
+        # Lightning asks the module alone for its optimisers, and on a resume before any hook of a callback
+        vars(module)["configure_optimizers"] = partial(_optimizers_of, stage, module)
+        set_loading(trainer, stage.training.views, stage.training.batch_size)
+
+
+def leave(stage: Stage) -> None:
+    """Make room for the next stage."""
+    stage.current = False
+    forget_features(stage)
+
+
+def undo(stage: Stage) -> None:
+    """Return to the module before the switch, to load a checkpoint from before it."""
+    if stage.before is not None:
+        stage.before.restore()
+        stage.before, stage.first_epoch, stage.current = None, None, False
+
+
+def hold_still(stage: Stage, module: LightningModule) -> None:
+    """Keep everything but the head in evaluation mode."""
+    if stage.training.frozen_bn == "train":
+        return
+    head = stage.module_head(module)
+    if any(child.training for child in module.children() if child is not head) or not head.training:
+        for part in module.modules():
+            part.training = False
+        for part in head.modules():
+            part.training = True
+        module.training = True
+
+
+def store_features(stage: Stage, trainer: Trainer, module: LightningModule, *, resumed: bool) -> None:
+    """Replace the images by features, if the views of the stage do so."""
+    if stage.training.views is not None:
+        encoder, head = submodule_of(module, stage.encoder, "encoder"), stage.module_head(module)
+        stage.feed = stage.training.views.store(trainer, module, encoder, head, resumed=resumed)
+
+
+def forget_features(stage: Stage) -> None:
+    """Let the encoder receive images again."""
+    if stage.feed is not None:
+        stage.feed.remove()
+        stage.feed = None
+
+
+def rebuild_training(trainer: Trainer) -> None:
+    """New optimisers; under DDP a new wrapper, since the reducer of the old one does not know the new parameters."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        assert strategy.lightning_module is not None
+        strategy.model = strategy.lightning_module
+        if strategy._layer_sync is not None:
+            strategy.model = strategy._layer_sync.apply(strategy.model)
+        strategy.configure_ddp()
+    strategy.setup_optimizers(trainer)
+
+
+def _optimizers_of(stage: Stage, module: LightningModule) -> OptimizerLRScheduler:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = stage.training.optimizer(parameters)
+    known = (module.trainer.max_epochs or -1) > 0
+    return with_schedule(optimizer, stage.training.scheduler, stage.length(module.trainer) if known else -1)
+
+
+# --- from a checkpoint -----------------------------------------------------------------------------------------------
+
+
+def record_of(stage: Stage) -> dict[str, Any]:
+    """What a checkpoint stores of a stage: whether and when it was entered, and with which head; plain data."""
+    spec = None
+    if stage.before is not None:
+        head = stage.module_head(stage.before.module)
+        spec = dict(head.spec) if isinstance(head, Head) else None
+    return {
+        "class_path": class_path_of(type(stage)),
+        "at_epoch": stage.at_epoch,
+        "active": stage.active,
+        "current": stage.current,
+        "first_epoch": stage.first_epoch,
+        "head": stage.head,
+        "head_spec": spec,
+    }
+
+
+def enter_before_weights(trainer: Trainer, module: LightningModule) -> None:
+    """Make the module enter a checkpoint's stages when it is loaded, before its weights.
+
+    Lightning offers a callback nothing between reading a checkpoint and loading its weights: a callback's own
+    ``on_load_checkpoint`` comes after them. So the module's is wrapped, until `restore_module_hooks`.
+    """
+    load = type(module).on_load_checkpoint.__get__(module)
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        stages = stages_of(trainer)
+        records = {s: checkpoint.get("callbacks", {}).get(s.state_key) or {"active": False} for s in stages}
+        for stage, record in records.items():
+            _check_same_switch(stage, record)
+        # the latest first
+        for stage in sorted(stages, key=lambda s: -1 if s.first_epoch is None else s.first_epoch, reverse=True):
+            if not records[stage]["active"]:
+                undo(stage)
+        if trainer.state.fn == TrainerFn.FITTING:
+            vars(module).pop("configure_optimizers", None)
+            set_loading(trainer, None, None)
+        active = {stage: record for stage, record in records.items() if record["active"]}
+        for stage, record in sorted(active.items(), key=lambda item: int(item[1]["first_epoch"])):
+            stage.first_epoch = record["first_epoch"]
+            enter(stage, trainer, module)
+            stage.current = record["current"]
+        load(checkpoint)
+
+    vars(module)["on_load_checkpoint"] = on_load_checkpoint
+
+
+def restore_module_hooks(module: LightningModule) -> None:
+    """Give the module its own hooks back."""
+    for name in ("on_load_checkpoint", "configure_optimizers"):
+        vars(module).pop(name, None)
+
+
+def _check_same_switch(stage: Stage, record: dict[str, Any]) -> None:
+    known, mine = record.get("class_path"), class_path_of(type(stage))
+    moved = record["active"] and record["at_epoch"] != stage.at_epoch
+    if moved or (known is not None and known != mine and not _leads_to(known, type(stage))):
+        raise ValueError(
+            f"The checkpoint was trained with {known} at epoch {record['at_epoch']}, but this trainer has "
+            f"{mine} at epoch {stage.at_epoch} in its place. Use the switches of the training, in the same "
+            "order."
+        )
+
+
+def _leads_to(class_path: str, cls: type[Stage]) -> bool:
+    """Whether a path is that of a class from before it moved to another file."""
+    try:
+        return find_class(class_path, Stage) is cls
+    except ValueError:
+        return False
+
+
+def load_start(stage: Stage, module: LightningModule) -> None:
+    """Load the encoder of the trained checkpoint ``init_from``, and its head if it fits."""
+    assert stage.init_from is not None
+    if not Path(stage.init_from).is_file():
+        raise FileNotFoundError(f"init_from of {type(stage).__name__} is {stage.init_from!r}, which does not exist.")
+    state: dict[str, Tensor] = load_checkpoint(stage.init_from)["state_dict"]
+    encoder, head = f"{stage.encoder}." if stage.encoder else "", f"{stage.head}."
+    own = {name: value for name, value in module.state_dict().items() if name.startswith((encoder, head))}
+
+    def of(values: dict[str, Tensor], part: str) -> dict[str, tuple[int, ...]]:
+        is_head = part == head
+        return {
+            name: tuple(value.shape)
+            for name, value in values.items()
+            if name.startswith(part) and name.startswith(head) == is_head
+        }
+
+    mine, theirs = of(own, encoder), of(state, encoder)
+    if not stage.encoder:  # of a whole module, skip criteria and metrics
+        theirs = {name: shape for name, shape in theirs.items() if name in mine}
+    if mine != theirs:
+        name = next(n for n in (*mine, *theirs) if mine.get(n) != theirs.get(n))
+        raise ValueError(
+            f"init_from is {stage.init_from!r}, which holds another encoder: {name!r} is "
+            f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} in this module. Build the module "
+            "with the encoder of the checkpoint, or give another checkpoint."
+        )
+    wanted = set(mine)
+    stage.head_loaded = of(own, head) == of(state, head)
+    if stage.head_loaded:
+        wanted |= set(of(own, head))
+    module.load_state_dict({name: state[name] for name in wanted}, strict=False)
+
+
+def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
+    """Install the heads of a staged training in a module from outside this package, and load its weights.
+
+    Use `load_module` for modules of this package. Your own head classes must derive from `Head`, and the file that
+    defines them must be imported.
+
+    Args:
+        module: The module as it was built for training.
+        path: A checkpoint of the training.
+
+    Returns:
+        The module, with the weights of the checkpoint, in ``eval()`` mode.
+
+    Raises:
+        ValueError: If a head in the file is not a `Head` and therefore cannot be rebuilt.
+
+    Example:
+        ``module = load_stages(MyModule(), "last.ckpt")``
+    """
+    checkpoint = load_checkpoint(path)
+    states = [s for key, s in checkpoint.get("callbacks", {}).items() if key.startswith("StageSwitch[") and s["active"]]
+    for state in sorted(states, key=lambda state: int(state["first_epoch"])):
+        if state["head_spec"] is None:
+            raise ValueError(
+                f"{path} holds a head {state['head']!r} that is not a calib_lightning.core.Head, so it cannot be "
+                "rebuilt from the file. Test or resume with a trainer that has the same StageSwitch."
+            )
+        if state["current"] or len(states) == 1:
+            put_submodule(module, state["head"], build_head(state["head_spec"]))
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.eval()
