@@ -2,7 +2,7 @@
 
 import copy
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import pytest
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from calib_lightning import core
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.core import (
     ClassificationModule,
@@ -25,6 +26,7 @@ from calib_lightning.core import (
     StepSeed,
     load_module,
     load_stages,
+    stages,
 )
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.core.stages import head_size
@@ -40,6 +42,7 @@ from calib_lightning.methods import (
     Mixup,
     TwoStage,
 )
+from calib_lightning.types import Views
 from tests.ddp.cases import Dropped, Watch, cosine, digest, sgd, trainer
 from tests.methods.table import ROWS
 
@@ -331,6 +334,25 @@ def test_a_checkpoint_of_other_switches_is_refused(tmp_path):
         staged_run(tmp_path, resume=True, switches=[StageSwitch(2), Other(-2)])
 
 
+def test_a_checkpoint_knows_its_switch_after_the_class_has_moved(tmp_path):
+    own, switch = module(), StageSwitch(1)
+    fit(tmp_path, own, [switch], 2).save_checkpoint(tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["StageSwitch[0]"]
+    assert state["class_path"] == "calib_lightning.core.stages.StageSwitch"
+    for path, error in (("calib_lightning.core.StageSwitch", None), ("gone.StageSwitch", "with gone.StageSwitch at")):
+        state["class_path"] = path
+        torch.save(checkpoint, tmp_path / "moved.ckpt")
+        again = trainer(tmp_path, 1, [StageSwitch(1)], max_epochs=2)
+        with nullcontext() if error is None else pytest.raises(ValueError, match=error):
+            again.validate(own, datamodule=toy(), ckpt_path=tmp_path / "moved.ckpt", verbose=False)
+
+
+@pytest.mark.parametrize("name", ["StageSwitch", "StageTraining", "load_stages"])
+def test_a_path_in_an_older_configuration_still_leads_to_its_class(name):
+    assert getattr(stages, name) is getattr(core, name)
+
+
 def test_evaluation_finds_the_head_of_each_checkpoint(tmp_path):
     class Keep(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -534,7 +556,30 @@ def test_other_strategies_are_refused(tmp_path, monkeypatch):
         run.fit(module(), datamodule=toy())
 
 
+class Brighter(Views):
+    """Views as somebody else writes them: the one method that has no default."""
+
+    def transform(self, normalize, augment, seed):
+        return lambda image, index, epoch: normalize(image, index, epoch) + 1
+
+
+def test_views_of_somebody_elses_need_no_more_than_a_transform(tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            order = trainer.datamodule.ordered_train_loader(augmented=False)
+            image = torch.cat([part.image for part in order])
+            seen.append(torch.equal(batch.image, image[batch.index] + trainer.current_epoch))
+
+    fit(tmp_path, module(), [StageSwitch(1, training=StageTraining(views=Brighter()))], 2, callbacks=[Look()])
+    assert len(seen) == 10
+    assert all(seen)
+
+
 def test_bad_settings_of_a_stage_are_refused():
+    with pytest.raises(TypeError, match="derived from Views"):
+        StageTraining(views=Brighter)
     with pytest.raises(ValueError, match="batch_size is 0"):
         StageTraining(batch_size=0)
     with pytest.raises(TypeError, match="must be a module such as"):
