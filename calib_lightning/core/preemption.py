@@ -94,9 +94,9 @@ class Preemption(Callback):
         if stage != "fit":
             return
         # The file must include what other callbacks do at the end of a step, but not what they do at the start of an
-        # epoch, which the resumed run repeats.
+        # epoch, which the resumed run repeats. A new list, since Lightning is going through the old one.
         others = [callback for callback in _callbacks(trainer) if callback is not self]
-        vars(trainer)["callbacks"] = [_EpochStart(self), *others, self]
+        trainer.callbacks = [_EpochStart(self), *others, self]  # type: ignore[attr-defined]  # as in _callbacks
         if threading.current_thread() is not threading.main_thread():
             rank_zero_warn("Preemption is inactive: Python handles signals only in the main thread. Call fit there.")
             return
@@ -104,7 +104,7 @@ class Preemption(Callback):
         self._install(trainer)
 
         # Lightning registers its handlers after the last hook before the loops, and the loops may start many workers
-        # before the next hook: no hook is close enough.
+        # before the next hook: no hook is close enough, so its own function is replaced until `_detach`.
         connector = trainer._signal_connector
         register = connector.register_signal_handlers
 
@@ -133,7 +133,7 @@ class Preemption(Callback):
             signal.raise_signal(signum)
 
     def _detach(self, trainer: Trainer) -> None:
-        vars(trainer)["callbacks"] = [c for c in _callbacks(trainer) if not isinstance(c, _EpochStart)]
+        trainer.callbacks = [c for c in _callbacks(trainer) if not isinstance(c, _EpochStart)]  # type: ignore[attr-defined]
         vars(trainer._signal_connector).pop("register_signal_handlers", None)
 
     def _install(self, trainer: Trainer) -> None:
