@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics import devices
 from calib_lightning.metrics.functional.ood import check_ood_shapes, check_ood_values, why_one_sided
 from calib_lightning.metrics.functional.rows import FAULTS
 from calib_lightning.metrics.functional.undefined import warn_undefined
-from calib_lightning.metrics.state import RowMetric, StateView, checks_at_once, has_float64
+from calib_lightning.metrics.row_metric import RowMetric
 from calib_lightning.metrics.table import METRICS
+from calib_lightning.metrics.view import StateView
 
 
 class OODMetric(RowMetric):
@@ -42,9 +44,9 @@ class OODMetric(RowMetric):
         batch = self._update_count + (self._count_before_forward or 0)
         where = f"{type(self).__name__}, batch {batch}"
         check_ood_shapes(scores, is_id, where)
-        if not has_float64(scores.device):
+        if not devices.has_float64(scores.device):
             scores, is_id = scores.cpu(), is_id.cpu()
-        if checks_at_once(scores.device):
+        if devices.checks_at_once(scores.device):
             check_ood_values(scores, where)
         else:
             wrong = scores.isnan()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from calib_lightning.metrics import EvaluationState
-from calib_lightning.metrics.state import StateView
+from calib_lightning.metrics.view import StateView
 from calib_lightning.plots.histogram import confidence_histogram
 from calib_lightning.plots.reliability import reliability_diagram
 from calib_lightning.plots.risk_coverage import risk_coverage_curve

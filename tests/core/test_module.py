@@ -96,6 +96,17 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, value):
         trainer(tmp_path).test(module, dataloaders=_tuples(), verbose=False)
 
 
+def test_training_that_breaks_down_is_told_at_its_step(tmp_path):
+    class Breaking(ClassificationModule):
+        def loss(self, batch):
+            loss, logits = super().loss(batch)
+            return loss, logits + (torch.nan if self.global_step == 3 else 0.0)
+
+    module = Breaking(3, encoder="digits_cnn", optimizer=sgd)
+    with pytest.raises(ValueError, match=r"In training, at step 3: EvaluationState, batch 2: 4 of 4 rows have invalid"):
+        trainer(tmp_path, max_epochs=2).fit(module, train_dataloaders=_tuples(), val_dataloaders=_tuples())
+
+
 def test_confidence_of_a_method_replaces_the_largest_probability(tmp_path):
     data = ToyDataModule(SplitSpec(val=30))
     module = Sure(3, encoder="digits_cnn")

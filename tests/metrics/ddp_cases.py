@@ -116,7 +116,7 @@ def case_soft_labels(rank: int, world: int) -> dict[str, dict[str, float]]:
 
 def case_deferred_fault(rank: int, world: int) -> dict[str, object]:
     """A fault that only the last rank counted raises on all ranks, twice, and the local state survives."""
-    from calib_lightning.metrics import state as module
+    from calib_lightning.metrics import devices as module
 
     original = module.checks_at_once
     module.checks_at_once = lambda device: False
@@ -303,10 +303,10 @@ def case_other_classes(rank: int, world: int) -> dict[str, dict[str, Any]]:
 
 def case_fault_of_any_rank(rank: int, world: int, faulty: int) -> dict[str, list[str]]:
     """One row in the third batch of one rank has a NaN that is only counted: what every class raises on this rank."""
-    from calib_lightning.metrics import ood, state
+    from calib_lightning.metrics import devices
 
-    originals = state.checks_at_once, ood.checks_at_once
-    state.checks_at_once = ood.checks_at_once = lambda device: False
+    original = devices.checks_at_once
+    devices.checks_at_once = lambda device: False
     results = {}
     try:
         for name, (maker, view) in makers().items():
@@ -318,7 +318,7 @@ def case_fault_of_any_rank(rank: int, world: int, faulty: int) -> dict[str, list
                 metric.update(*view((logits, labels)))
             results[name] = [type(metric).__name__, _complaint(metric)]
     finally:
-        state.checks_at_once, ood.checks_at_once = originals
+        devices.checks_at_once = original
     return results
 
 

@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
-from calib_lightning.metrics import FULL, EvaluationState
-from calib_lightning.metrics import state as state_module
+from calib_lightning.metrics import FULL, EvaluationState, devices
 
 CLASSES = 4
 COPIES = {"pickle": lambda metric: pickle.loads(pickle.dumps(metric)), "deepcopy": copy.deepcopy}
@@ -114,7 +113,7 @@ class Histories(RuleBasedStateMachine):
     def error_found_by_compute(self, state, batch):
         batch[0][0, 1] = torch.nan
         with (
-            mock.patch.object(state_module, "checks_at_once", return_value=False),
+            mock.patch.object(devices, "checks_at_once", return_value=False),
             pytest.raises(ValueError, match="1 with invalid logits"),
         ):
             state[0](*batch)

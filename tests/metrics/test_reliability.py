@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning import metrics
 from calib_lightning.core import ClassificationModule
-from calib_lightning.metrics import FULL, METRICS, REPORT, EvaluationState, ood
-from calib_lightning.metrics import state as state_module
+from calib_lightning.metrics import FULL, METRICS, REPORT, EvaluationState, devices
 from tests.metrics.ddp_cases import makers
 from tests.metrics.golden import EDGE_CONFIDENCE, EDGE_CORRECT, pair_auroc, random_set, reference
 from tests.metrics.table import (
@@ -353,8 +352,7 @@ BROKEN = [(name, value) for name in MAKERS for value in (math.nan, math.inf, -ma
 def test_one_broken_row_of_ten_thousand_is_told(name, value, deferred, monkeypatch):
     maker, view = MAKERS[name]
     if deferred:
-        monkeypatch.setattr(state_module, "checks_at_once", lambda device: False)
-        monkeypatch.setattr(ood, "checks_at_once", lambda device: False)
+        monkeypatch.setattr(devices, "checks_at_once", lambda device: False)
     logits, labels = random_set(10000, 4)
     for broken in (1, 4, 10):
         metric = maker()

@@ -10,7 +10,8 @@ from lightning import LightningModule
 from torchmetrics import Metric, MetricCollection
 
 from calib_lightning import metrics
-from calib_lightning.metrics import CORE, FULL, REPORT, EvaluationState, SoftLabelScores
+from calib_lightning.metrics import CORE, FULL, REPORT, EvaluationState, SoftLabelScores, devices
+from calib_lightning.metrics import parts as parts_module
 from calib_lightning.metrics import state as state_module
 from calib_lightning.metrics import table as table_module
 from tests.metrics.golden import GOLDEN, GOLDEN_COUNTS, KEYS, golden_set, random_set, reference
@@ -37,7 +38,7 @@ def numbers(metric):
 @pytest.fixture
 def deferred(monkeypatch):
     """Treat the CPU like a device whose values cannot be read without a wait."""
-    monkeypatch.setattr(state_module, "checks_at_once", lambda device: False)
+    monkeypatch.setattr(devices, "checks_at_once", lambda device: False)
 
 
 def test_golden_values_in_batches():
@@ -275,9 +276,9 @@ def test_given_confidence_sets_the_width_of_the_score():
 
 
 def test_a_part_and_a_metric_can_be_added(monkeypatch):
-    largest = state_module._mean_part("largest", lambda rows: rows.scores.amax(1))
+    largest = parts_module._mean_part("largest", lambda rows: rows.scores.amax(1))
     row = table_module.mean_of("largest score", "largest", "higher", high=math.inf)
-    monkeypatch.setitem(state_module.PARTS, "largest", largest)
+    monkeypatch.setitem(parts_module.PARTS, "largest", largest)
     monkeypatch.setitem(table_module.METRICS, "mean_largest", row)
 
     class Single(state_module.SingleMetric):
@@ -413,13 +414,13 @@ def test_the_dtype_of_the_module_does_not_reach_the_state(convert):
 
 def test_a_device_without_float64_leaves_the_state_on_the_cpu(monkeypatch):
     # "meta" stands in for such a device: a state that went there would have lost its numbers.
-    monkeypatch.setattr(state_module, "has_float64", lambda device: device.type != "meta")
+    monkeypatch.setattr(devices, "has_float64", lambda device: device.type != "meta")
     logits, labels = random_set(80, 5)
     state = feed(EvaluationState(), logits[:40], labels[:40]).to("meta")
     assert all(t.device.type == "cpu" for t in state.metric_state.values() if not isinstance(t, list))
     assert numbers(feed(state, logits[40:], labels[40:])) == pytest.approx(reference(logits, labels), abs=1e-12)
     # Tensors of that device are moved before anything is computed.
-    monkeypatch.setattr(state_module, "has_float64", lambda device: False)
+    monkeypatch.setattr(devices, "has_float64", lambda device: False)
     moved = []
     original = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape) or original(self))
