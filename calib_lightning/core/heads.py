@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from calib_lightning.utils.described import Described, Spec, build
+from calib_lightning.utils.described import Described, Spec, build, is_spec
+from calib_lightning.utils.registry import class_path_of, find_class
 
 
 class Head(Described, nn.Module):
@@ -94,3 +99,19 @@ def head_size(module: LightningModule, head: nn.Module) -> tuple[int, int]:
             "and has no nn.Linear. Name another submodule with head=..., or override StageSwitch.new_head."
         )
     return features, classes
+
+
+def has_spec(head: Head, spec: Mapping[str, Any]) -> bool:
+    """Whether a head is as recorded, perhaps by a version in which one of its classes was in another module."""
+    return spec == head.spec or _under_todays_paths(spec) == head.spec
+
+
+def _under_todays_paths(value: Any) -> Any:
+    if is_spec(value):
+        path = value["class_path"]
+        with suppress(ValueError):  # building it will say that there is no such class
+            path = class_path_of(find_class(path, Described))
+        return {"class_path": path, "init_args": _under_todays_paths(value["init_args"])}
+    if isinstance(value, Mapping):
+        return {name: _under_todays_paths(item) for name, item in value.items()}
+    return [_under_todays_paths(item) for item in value] if isinstance(value, list) else value

@@ -19,7 +19,7 @@ from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
 from calib_lightning.core.evaluated_module import EvaluatedModule
-from calib_lightning.core.heads import Head, LinearHead, build_head
+from calib_lightning.core.heads import Head, LinearHead, build_head, has_spec
 from calib_lightning.core.module_record import (
     CHECKPOINT_KEY,
     ModuleRecord,
@@ -269,7 +269,7 @@ class ClassificationModule(EvaluatedModule):
         names = record.get("class_names")
         self.class_names = self.class_names if names is None else tuple(names)
         self.stage = record["stage"]
-        if record["head"] != self.head.spec:
+        if not has_spec(self.head, record["head"]):
             self.head = build_head(record["head"]).to(self.device)
         if record["class_path"] == class_path_of(type(self)):
             self.plain_loss = record.get("plain_loss", False)

@@ -6,6 +6,7 @@ from torch import nn
 
 from calib_lightning import methods
 from calib_lightning.core import ClassificationModule, Head, StageSwitch
+from calib_lightning.core.module_record import module_record
 from calib_lightning.utils.described import build
 from calib_lightning.utils.registry import class_path_of, find_class
 
@@ -36,6 +37,22 @@ def test_heads_of_older_checkpoints_are_rebuilt(path, arguments):
     assert head(torch.zeros(2, 6)).shape == (2, 3)
     assert build(head.spec, Head).spec == head.spec  # under the path of today
     assert {name: head.spec["init_args"][name] for name in arguments} == arguments
+
+
+def test_a_head_recorded_under_its_older_path_is_kept_as_the_stage_left_it():
+    module = methods.ConfidNet(3, encoder="digits_cnn")
+    module.head = methods.ConfidenceHead(module.encoder.num_features, 3)
+    module.requires_grad_(False)
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    recorded = module_record(checkpoint)["head"]
+    recorded["class_path"] = "calib_lightning.methods.confidnet.ConfidenceHead"
+    before = module.head
+    module.on_load_checkpoint(checkpoint)
+    assert module.head is before  # a new one would be trained as a whole
+    recorded["init_args"]["width"] = 5
+    module.on_load_checkpoint(checkpoint)
+    assert module.head is not before
 
 
 @pytest.mark.parametrize("name", ["MaskedClassifier", "ConfidenceSwitch", "ConfidenceTuning"])
