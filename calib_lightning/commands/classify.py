@@ -17,7 +17,7 @@ from calib_lightning.commands.running import check_output, reported
 
 if TYPE_CHECKING:
     from calib_lightning.deploy.classifier import CalibratedClassifier
-    from calib_lightning.deploy.export import ExportedClassifier
+    from calib_lightning.deploy.exported import ExportedClassifier
 
 _DIGITS = 6  # as many as float32 and different runtimes agree on
 
@@ -109,7 +109,7 @@ def _classify(options: Options) -> int:
 
 
 def _model(options: Options) -> CalibratedClassifier | ExportedClassifier:
-    from calib_lightning.deploy.export import load_exported
+    from calib_lightning.deploy.exported import load_exported
     from calib_lightning.deploy.saving import load_classifier
 
     if options.model.suffix in (".onnx", ".pt2"):

@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
+    from calib_lightning.deploy.classifier import CalibratedClassifier
     from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
-    from calib_lightning.deploy.export import ExportedClassifier, ParityError, export_onnx, export_torch, load_exported
+    from calib_lightning.deploy.export import ParityError, export_onnx, export_torch
+    from calib_lightning.deploy.exported import ExportedClassifier, load_exported
+    from calib_lightning.deploy.metadata import Metadata
     from calib_lightning.deploy.preprocessing import Preprocessing
     from calib_lightning.deploy.saving import load_classifier, save_classifier
 
@@ -29,7 +31,7 @@ __all__ = [
     "save_classifier",
 ]
 
-_MODULES = ("classifier", "decision", "export", "preprocessing", "saving")
+_MODULES = ("classifier", "decision", "export", "exported", "metadata", "preprocessing", "saving")
 
 
 def __getattr__(name: str) -> Any:

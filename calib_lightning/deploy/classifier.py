@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-import calib_lightning
 from calib_lightning.core.module import ClassificationModule
 from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
+from calib_lightning.deploy.metadata import Metadata, metadata_of
 from calib_lightning.deploy.preprocessing import Preprocessing
 from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.evidence import Evidence
 from calib_lightning.types import Prediction
-from calib_lightning.utils.described import Spec
-
-
-class Metadata(TypedDict):
-    """Metadata of a saved or exported classifier, as plain data.
-
-    Attributes:
-        calib_lightning: Version that wrote the file.
-        calibrator: Name of the calibrator, with its arguments.
-        calibrator_spec: Specification from which the calibrator is built.
-        temperature: Temperature of the calibrator, or ``None`` if it has none.
-        num_classes: K.
-        classes: Class names, or ``None`` if unknown.
-        preprocessing: Record of the `Preprocessing`, or ``None`` if unknown.
-        operating_point: Threshold, wanted risk, risk, coverage and rows, or ``None`` without a threshold. A threshold
-            that accepts nothing is the string ``"inf"``, with risk ``None``.
-    """
-
-    calib_lightning: str
-    calibrator: str
-    calibrator_spec: Spec
-    temperature: float | None
-    num_classes: int
-    classes: list[str] | None
-    preprocessing: dict[str, Any] | None
-    operating_point: dict[str, Any] | None
 
 
 class CalibratedClassifier(nn.Module):
@@ -297,18 +271,7 @@ class CalibratedClassifier(nn.Module):
     @property
     def metadata(self) -> Metadata:
         """Metadata for its files, as plain data."""
-        temperature = getattr(self.calibrator, "temperature", None) if self.calibrator.fitted else None
-        temperature = temperature if isinstance(temperature, float) else None
-        return Metadata(
-            calib_lightning=calib_lightning.__version__,
-            calibrator=self.calibrator.name,
-            calibrator_spec=self.calibrator.spec,
-            temperature=temperature,
-            num_classes=self.calibrator.num_classes if self.calibrator.num_classes > 0 else len(self.classes or ()),
-            classes=None if self.classes is None else list(self.classes),
-            preprocessing=None if self.preprocessing is None else self.preprocessing.record,
-            operating_point=None if self.operating_point is None else self.operating_point.record,
-        )
+        return metadata_of(self.calibrator, self.classes, self.preprocessing, self.operating_point)
 
     def _check_classes(self) -> None:
         known = self.calibrator.num_classes

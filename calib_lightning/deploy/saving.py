@@ -5,15 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 from torch import nn
 
-from calib_lightning.deploy.classifier import CalibratedClassifier, Metadata
-from calib_lightning.deploy.decision import OperatingPoint
+from calib_lightning.deploy.classifier import CalibratedClassifier
+from calib_lightning.deploy.metadata import checked_metadata, operating_point_of, preprocessing_of
 from calib_lightning.deploy.networks import fill_network, network_of, network_record
-from calib_lightning.deploy.preprocessing import Preprocessing
 from calib_lightning.posthoc import Calibrator, Sequential
 from calib_lightning.posthoc.saving import calibrator_of, calibrator_record
 from calib_lightning.utils.files import write_whole
@@ -97,43 +96,6 @@ def check_fitted(classifier: CalibratedClassifier) -> None:
     """Raise ``RuntimeError`` if the calibrator is not fitted."""
     if not classifier.calibrator.fitted:
         raise RuntimeError(f"{classifier.calibrator.name} is not fitted. Call fit(loader) on the classifier first.")
-
-
-# --- metadata --------------------------------------------------------------------------------------------------------
-
-
-def checked_metadata(metadata: Any) -> Metadata:
-    """Return untrusted metadata unchanged, or raise ``ValueError`` if entries are missing or invalid."""
-    if not isinstance(metadata, Mapping) or not set(Metadata.__required_keys__) <= set(metadata):
-        raise ValueError("its metadata are damaged, or it does not contain a CalibratedClassifier.")
-    found = cast(Metadata, metadata)
-    names = found["classes"]
-    if not isinstance(found["num_classes"], int) or not isinstance(found["calib_lightning"], str):
-        raise ValueError("its metadata are damaged: the number of classes or the version is missing.")
-    if names is not None and (
-        not isinstance(names, list)
-        or len(names) != found["num_classes"]
-        or not all(isinstance(name, str) for name in names)
-    ):
-        raise ValueError(f"its metadata are damaged: {names!r:.100} must be {found['num_classes']} class names.")
-    preprocessing_of(found)
-    operating_point_of(found)
-    return found
-
-
-def preprocessing_of(metadata: Metadata) -> Preprocessing | None:
-    """The preprocessing in the metadata, or ``None``."""
-    record = metadata["preprocessing"]
-    return None if record is None else Preprocessing.from_record(record)
-
-
-def operating_point_of(metadata: Metadata) -> OperatingPoint | None:
-    """The operating point in the metadata, or ``None``."""
-    record = metadata["operating_point"]
-    return None if record is None else OperatingPoint.from_record(record)
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def _calibrator_of(record: Mapping[str, Any]) -> Calibrator:
