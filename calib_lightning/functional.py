@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,3 +82,11 @@ def checked_batch(logits: Tensor, labels: Tensor, *, soft: bool) -> tuple[Tensor
                 "give the network as many outputs as there are classes."
             )
     return at_least_float32(logits), labels
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Switch off autocast, which would multiply in half precision what was fitted in float64."""
+    kind = tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()  # keeps the context out of exported graphs

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.rows import check_shapes, check_values
+from calib_lightning.functional import at_least_float32, no_autocast
 from calib_lightning.posthoc.evidence import (
-    PROBS_HINT,
     Evidence,
     Images,
     Need,
     Network,
-    check_features,
     check_shape_of_features,
+    checked_rows,
     frozen,
-    look_like_probs,
     missing,
     with_logits,
 )
-from calib_lightning.posthoc.fit_report import FitReport, FitValues, Optimum
+from calib_lightning.posthoc.fit_report import FitReport, FitValues, Optimum, notes_on_absent_classes
 from calib_lightning.posthoc.state import FittedState
 from calib_lightning.types import Prediction
 from calib_lightning.utils.described import Described
@@ -161,27 +157,14 @@ class Calibrator(FittedState, Described, ABC):
         """
         where = f"{type(self).__name__}.fit"
         evidence = self._needed(Evidence(logits, features, network, images), where)
-        with frozen(evidence.network):
-            evidence = with_logits(evidence)
-        logits = evidence.logits
-        assert logits is not None
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"{where}: labels is {labels!r:.100}; it must be a tensor (N,) of class numbers.")
-        check_shapes(logits, labels, None, where)
-        if len(labels) == 0:
-            raise ValueError(f"{where}: no rows were given; give the logits and labels of the calibration split.")
-        check_values(logits, labels, None, "logits", where)
-        if look_like_probs(logits):
-            warnings.warn(f"{where}: {PROBS_HINT}", stacklevel=2)
-        if evidence.features is not None:
-            evidence = evidence._replace(features=check_features(evidence.features, len(labels), where))
-        evidence = evidence._replace(logits=at_least_float32(logits.detach()))
-        labels = labels.detach().long()
+        evidence, labels = checked_rows(evidence, labels, where)
+        assert evidence.logits is not None
+        classes = evidence.logits.shape[1]
         self.num_classes, self.report = 0, None  # after a failed fit the calibrator counts as not fitted
         # Tensors created in inference mode could not be used with gradients later.
-        with torch.inference_mode(False), torch.no_grad(), _no_autocast(labels), frozen(evidence.network):
-            optimum = self.fit_evidence(evidence, labels) if logits.shape[1] > 1 else Optimum()
-            self.num_classes = logits.shape[1]
+        with torch.inference_mode(False), torch.no_grad(), no_autocast(labels), frozen(evidence.network):
+            optimum = self.fit_evidence(evidence, labels) if classes > 1 else Optimum()
+            self.num_classes = classes
             self.report = self._reported(optimum, evidence, labels)
         for problem in self.report.problems:
             warnings.warn(f"{where}: {problem}", stacklevel=2)
@@ -213,24 +196,9 @@ class Calibrator(FittedState, Described, ABC):
                 calibrated = self.of_fitted_rows(seen[rows], None if features is None else features[rows], rows)
             after.add(calibrated.logits, labels[rows], calibrated.confidence)
         notes = list(optimum.notes)
-        absent = (torch.bincount(labels, minlength=seen.shape[1]) == 0).nonzero().squeeze(1).tolist()
-        if absent and self.per_class:
-            which = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
-            notes.append(f"{len(absent)} of {seen.shape[1]} classes have no calibration rows (class {which})")
-        return FitReport(
-            calibrator=self.name,
-            rows=len(labels),
-            converged=optimum.converged,
-            passes=optimum.passes,
-            gradient_norm=optimum.gradient_norm,
-            at_bound=optimum.at_bound,
-            nll_before=before.nll,
-            nll_after=after.nll,
-            ece_before=before.ece,
-            ece_after=after.ece,
-            accuracy_change=after.accuracy - before.accuracy,
-            notes=tuple(notes),
-        )
+        if self.per_class:
+            notes += notes_on_absent_classes(labels, seen.shape[1])
+        return FitReport.of(self.name, optimum._replace(notes=tuple(notes)), before, after)
 
     # --- use ---------------------------------------------------------------------------------------------------------
 
@@ -260,7 +228,7 @@ class Calibrator(FittedState, Described, ABC):
         seen, features = self._seen(Evidence(logits, features, network, images))
         if self.num_classes == 1:
             return torch.zeros_like(seen)
-        with _no_autocast(seen):
+        with no_autocast(seen):
             return self.transform(seen, features)
 
     def predict(
@@ -286,7 +254,7 @@ class Calibrator(FittedState, Described, ABC):
             seen, features = self._seen(Evidence(logits, features, network, images))
         if self.num_classes == 1:
             return Prediction(torch.zeros_like(seen))
-        with _no_autocast(seen):
+        with no_autocast(seen):
             return self.with_confidence(seen, features)
 
     def _seen(self, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
@@ -330,11 +298,3 @@ class Calibrator(FittedState, Described, ABC):
             self.report = None if report is None else FitReport(**{**report, "notes": tuple(report["notes"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The state of {type(self).__name__} is damaged: {error!r}.") from None
-
-
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Switch off autocast, which would multiply in half precision what was fitted in float64."""
-    kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()  # keeps the context out of exported graphs

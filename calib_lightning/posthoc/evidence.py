@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -152,6 +153,26 @@ def check_features(features: Tensor, rows: int, where: str) -> Tensor:
             f"{int(bad.int().argmax())}. Leave such rows out."
         )
     return at_least_float32(features.detach())
+
+
+def checked_rows(evidence: Evidence, labels: Tensor | None, where: str) -> tuple[Evidence, Tensor]:
+    """Check logits ``(N, K)``, which the network computes if need be, features and labels; return them for a fit."""
+    with frozen(evidence.network):
+        evidence = with_logits(evidence)
+    logits = evidence.logits
+    assert logits is not None
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{where}: labels is {labels!r:.100}; it must be a tensor (N,) of class numbers.")
+    check_shapes(logits, labels, None, where)
+    if len(labels) == 0:
+        raise ValueError(f"{where}: no rows were given; give the logits and labels of the calibration split.")
+    check_values(logits, labels, None, "logits", where)
+    if look_like_probs(logits):
+        warnings.warn(f"{where}: {PROBS_HINT}", stacklevel=3)
+    features = evidence.features
+    if features is not None:
+        features = check_features(features, len(labels), where)
+    return evidence._replace(logits=at_least_float32(logits.detach()), features=features), labels.detach().long()
 
 
 def as_logits(probs: Tensor) -> Tensor:

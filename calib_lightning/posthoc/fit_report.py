@@ -64,6 +64,24 @@ class FitReport(NamedTuple):
     accuracy_change: float
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, calibrator: str, optimum: Optimum, before: FitValues, after: FitValues) -> FitReport:
+        """Put together how a fit went, and the values of its rows before and after."""
+        return cls(
+            calibrator=calibrator,
+            rows=int(before.rows),
+            converged=optimum.converged,
+            passes=optimum.passes,
+            gradient_norm=optimum.gradient_norm,
+            at_bound=optimum.at_bound,
+            nll_before=before.nll,
+            nll_after=after.nll,
+            ece_before=before.ece,
+            ece_after=after.ece,
+            accuracy_change=after.accuracy - before.accuracy,
+            notes=optimum.notes,
+        )
+
     @property
     def problems(self) -> list[str]:
         """The notes and all other problems that a user should be warned about."""
@@ -106,3 +124,12 @@ class FitValues:
     def accuracy(self) -> float:
         """Accuracy, a fraction."""
         return self.correct / self.rows
+
+
+def notes_on_absent_classes(labels: Tensor, num_classes: int) -> list[str]:
+    """A remark for the user if some of the K classes have no rows."""
+    absent = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().squeeze(1).tolist()
+    if not absent:
+        return []
+    which = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
+    return [f"{len(absent)} of {num_classes} classes have no calibration rows (class {which})"]

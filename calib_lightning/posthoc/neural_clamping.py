@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -13,26 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from calib_lightning.posthoc.base import ANY_CLASSES, Calibrator
-from calib_lightning.posthoc.clamping_descent import (
-    ClampDescent,
-    Clamped,
-    Objective,
-    Penalty,
-    PenaltyWeight,
-    RelativeWeight,
-    penalty_of,
-    with_exact_temperature,
-)
-from calib_lightning.posthoc.clamping_report import (
-    STILL_MOVING,
-    ClampCandidate,
-    ClampReport,
-    Measured,
-    as_plain,
-    from_plain,
-    measured,
-)
+from calib_lightning.posthoc.clamping_descent import ClampDescent, Penalty, PenaltyWeight, RelativeWeight
+from calib_lightning.posthoc.clamping_report import ClampCandidate, ClampReport, as_plain, from_plain, measured
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
+from calib_lightning.posthoc.clamping_search import candidate, notes_of, objectives, trained
 from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
 from calib_lightning.posthoc.evidence import PROBS_HINT, Evidence, Images, Network, frozen, image_batches
 from calib_lightning.posthoc.fit_report import Optimum
@@ -252,11 +236,12 @@ class NeuralClamping(Calibrator):
             start = self.start.delta(rows, rows.like())
             losses = measured(rows, start, 0.0, self.gammas).losses
             runs: list[ClampCandidate] = []
+            weights = None if self.descent is None else self.weights
             with self._bar(progress) as bar:
-                for objective, loss in self._objectives(rows, start, losses):
-                    end = self._run(objective, start, bar.update)
+                for objective, loss in objectives(rows, start, losses, self.gammas, weights, self.penalty):
+                    end = trained(objective, start, self.descent, bar.update)
                     after = measured(rows, end.delta, end.log_temperature, (objective.gamma,))
-                    runs.append(_candidate(objective, loss, start, end, before, after))
+                    runs.append(candidate(objective, loss, start, end, before, after))
                     if runs[-1].ece < min((run.ece for run in runs[:-1]), default=math.inf):
                         best, chosen = end, runs[-1]
             self.delta = best.delta
@@ -269,7 +254,7 @@ class NeuralClamping(Calibrator):
             nll_before=before.nll,
             ece_before=before.ece,
             start_moved=float((start != 0).double().mean()),
-            notes=tuple(_notes(best, chosen, before)),
+            notes=tuple(notes_of(best, chosen, before)),
         )
         epochs = 1 if self.descent is None else self.descent.epochs
         self.report = self.search.summary(self.name, epochs * len(runs), best)
@@ -283,21 +268,6 @@ class NeuralClamping(Calibrator):
         return tqdm(
             total=epochs * len(self.gammas), desc="Neural Clamping", disable=None if progress and first else True
         )
-
-    def _objectives(self, rows: ClampRows, start: Tensor, losses: Sequence[float]) -> Iterator[tuple[Objective, float]]:
-        """Yield every objective with its focal loss at the start."""
-        size = penalty_of(start, self.penalty)
-        for gamma, loss in zip(self.gammas, losses, strict=True):
-            weights = [0.0] if self.descent is None else [float(rule.weight(loss, size)) for rule in self.weights]
-            for weight in weights:
-                yield Objective(rows, gamma, weight, self.penalty), loss
-
-    def _run(self, objective: Objective, start: Tensor, after_epoch: Callable[[], Any]) -> Clamped:
-        if self.descent is not None:
-            return self.descent.run(objective, start, after_epoch)
-        end = with_exact_temperature(objective.rows, start, objective.gamma)
-        after_epoch()
-        return end
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -327,33 +297,3 @@ class NeuralClamping(Calibrator):
                 self.search, self.num_classes, self.report = from_plain(state["report"]), ANY_CLASSES, None
         except (KeyError, TypeError) as error:
             raise ValueError(f"The state of NeuralClamping is damaged: {error!r}.") from None
-
-
-def _candidate(
-    objective: Objective, loss: float, start: Tensor, end: Clamped, before: Measured, after: Measured
-) -> ClampCandidate:
-    return ClampCandidate(
-        gamma=objective.gamma,
-        weight=objective.weight,
-        loss_start=loss + objective.weight * penalty_of(start, objective.penalty),
-        loss_end=after.losses[0] + objective.weight * penalty_of(end.delta, objective.penalty),
-        ece=after.ece,
-        nll=after.nll,
-        temperature=math.exp(end.log_temperature),
-        delta_norm=float(end.delta.norm()),
-        accuracy_change=after.accuracy - before.accuracy,
-    )
-
-
-def _notes(end: Clamped, chosen: ClampCandidate, before: Measured) -> Iterator[str]:
-    if chosen.ece >= before.ece:
-        yield f"the calibration error is {chosen.ece:.4f}, not below the {before.ece:.4f} of the network alone"
-    if chosen.loss_end > chosen.loss_start:
-        yield f"the objective rose from {chosen.loss_start:.4g} to {chosen.loss_end:.4g}; use a lower lr"
-    elif abs(end.slope) > STILL_MOVING:
-        yield (
-            f"the descent stopped before the optimum (slope {end.slope:.2g} by log T in the last epoch); raise lr, "
-            "momentum or epochs"
-        )
-    if end.at_bound:
-        yield "the likelihood has no maximum, so T was stopped at its bound"
