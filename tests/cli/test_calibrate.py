@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from typing import ClassVar
 
@@ -578,20 +576,6 @@ def test_wrong_command_lines_end_with_two(calib, argv, words):
 
 def test_names_are_split_outside_brackets_and_quotes():
     assert split_names("A, B(C(), d=(1, 2)),E(f='x,y')") == ["A", "B(C(), d=(1, 2))", "E(f='x,y')"]
-
-
-def test_the_command_starts_without_the_trainer(files):
-    program = (
-        "import sys\n"
-        "from calib_lightning.__main__ import main\n"
-        "try:\n    main(['calibrate', '--help'])\nexcept SystemExit as leaving:\n    print('code', leaving.code)\n"
-        "print('torch', 'torch' in sys.modules)\n"
-        f"print('done', main(['calibrate', *{FILES!r}, '--no_intervals', '--calibrators', 'FixedTemperature(2)']))\n"
-        "print('network', 'calib_lightning.core' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=files, check=True)
-    for line in ("code 0", "torch False", "done 0", "network False"):
-        assert line in done.stdout.splitlines()
 
 
 # --- calib score --calibrator ----------------------------------------------------------------------------------------

@@ -87,14 +87,14 @@ def test_every_method_composes_with_the_recipe_of_the_focal_losses(calib, method
 
 
 def _one_cell_of_each():
-    """Every row and every column of every table at least once: the commands that train them."""
+    """Every row and every column of every table at least once: the commands that train them, one of a table fast."""
     chosen = {}
     for paper, table in dict.fromkeys(each.where[:2] for each in CELLS):
         rows, columns = rows_and_columns(INDEX, paper, table)
         for number in range(max(len(rows), len(columns))):
             row, column = rows[number % len(rows)], columns[number % len(columns)]
-            chosen[cell(INDEX, paper, table, row, column).commands[0]] = (paper, row, column)
-    return chosen
+            chosen.setdefault(cell(INDEX, paper, table, row, column).commands[0], pytest.mark.slow if number else ())
+    return [pytest.param(command, marks=marks) for command, marks in chosen.items()]
 
 
 @pytest.mark.parametrize("command", _one_cell_of_each(), ids=lambda command: options_of(command)["--run_dir"][0][5:])

@@ -1,5 +1,6 @@
 """A run prints what its user needs, and what others say is never hidden."""
 
+import json
 import logging
 import os
 import re
@@ -19,23 +20,14 @@ from .conftest import QUICK
 RUN = ("fit", "-c", "quickstart", "--run_dir=runs/quickstart", "--trainer.max_epochs=1", "--data.split.calibration=0")
 
 
-@pytest.fixture
-def started(tmp_path):
-    """A fresh interpreter: what Python and Lightning print depends on what a process has said before."""
-
-    def run(*argv):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
-        environment.pop("PL_GLOBAL_SEED", None)
-        command = [sys.executable, "-m", "calib_lightning", *argv]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    return run
-
-
-def test_a_run_on_two_processes_says_one_line_then_the_table(started):
-    done = started(*RUN, "--trainer.devices=2", "--trainer.strategy=ddp")
+def test_a_run_on_two_processes_is_one_run_and_says_one_line_then_the_table(calib, tmp_path):
+    """Lightning starts the second rank itself: one folder, one table, every row once."""
+    # a fresh interpreter: what Python and Lightning print depends on what a process has said before
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    environment.pop("PL_GLOBAL_SEED", None)
+    command = [sys.executable, "-m", "calib_lightning", *RUN, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     # nobody but Lightning's warning of few workers, which depends on the machine, may speak there
     said = [line for line in done.stderr.splitlines() if "does not have many workers" not in line]
     assert said == []
@@ -44,7 +36,16 @@ def test_a_run_on_two_processes_says_one_line_then_the_table(started):
     assert lines[0] == next(line for line in lines if "CrossEntropy" in line)
     for noise in ("FLOPs", "Modules in", "Trainable", "train_state"):
         assert noise not in done.stdout
-    assert "runs/quickstart (best.ckpt, chosen by val/nll)" in done.stdout
+    assert done.stdout.count("runs/quickstart (best.ckpt, chosen by val/nll)") == 1
+    assert done.stdout.count("correctness AUROC") == 1
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["quickstart"]
+    run = tmp_path / "runs" / "quickstart"
+    together = json.loads((run / "run.json").read_text())["results"]
+    assert together["test/n"] == 400
+    assert calib("test", "-c", run / "config.yaml", "--trainer.devices=1", "--trainer.strategy=auto").code == 0
+    alone = json.loads((run / "test" / "run.json").read_text())["results"]
+    assert alone["test/accuracy"] == together["test/accuracy"]
+    assert alone == pytest.approx({key: together[key] for key in alone}, abs=1e-5)
 
 
 def test_a_quiet_run_prints_only_the_table(calib, tmp_path):

@@ -826,22 +826,26 @@ def test_real_files_of_other_layouts(scored, real_data):
     assert values == pytest.approx({"accuracy": reference["acc"], "ece": reference["ece15"]}, abs=1e-6)
 
 
-def test_the_command_starts_without_the_trainer(tmp_path):
-    path = save_npz(tmp_path / "run.npz")
-    command = [sys.executable, "-m", "calib_lightning", "score", str(path), "--format", "json", "--metrics", "core"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert only(json.loads(done.stdout))["values"]["ece"] == pytest.approx(GOLDEN["ece"], abs=1e-10)
+def test_score_and_calibrate_start_without_the_trainer(tmp_path):
+    path = str(save_npz(tmp_path / "run.npz"))
+    held_out = str(save_npz(tmp_path / "cal.npz", *random_set(50, LOGITS.shape[1])))
     program = (
         "import sys\n"
         "from calib_lightning.__main__ import main\n"
-        "try:\n    main(['score', '--help'])\nexcept SystemExit as leaving:\n    print('code', leaving.code)\n"
-        "print('torch', 'torch' in sys.modules)\n"
-        f"print('scored', main(['score', {str(path)!r}, '--figures', 'figures', '--intervals', '10']))\n"
+        "for command in ('score', 'calibrate'):\n"
+        "    try:\n        main([command, '--help'])\n"
+        "    except SystemExit as leaving:\n        print('code', leaving.code, 'torch' in sys.modules)\n"
+        f"print('scored', main(['score', {path!r}, '--figures', 'figures', '--intervals', '10']))\n"
+        f"calibrate = ['calibrate', '--calibration', {held_out!r}, '--test', {path!r}, '--no_intervals']\n"
+        "print('calibrated', main([*calibrate, '--calibrators', 'FixedTemperature(2)']))\n"
+        "print('network', 'calib_lightning.core' in sys.modules)\n"
         "print('trainer', [name for name in sys.modules if name.split('.')[0] in ('lightning', 'pytorch_lightning')])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
-    for line in ("code 0", "torch False", "scored 0", "trainer []"):
-        assert line in done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    assert lines.count("code 0 False") == 2
+    for line in ("scored 0", "calibrated 0", "network False", "trainer []"):
+        assert line in lines
     assert (tmp_path / "figures" / "run" / "risk_coverage_curve.svg").is_file()
 
 
