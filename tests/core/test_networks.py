@@ -59,6 +59,7 @@ def widths(name):
 
 
 @functools.cache
+@functools.cache
 def on_meta(name, **options):
     """The network without values, not to be changed: shapes, names and errors are the same, and it costs nothing."""
     with torch.device("meta"):

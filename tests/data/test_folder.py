@@ -348,6 +348,7 @@ print(*peaks)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc to read the memory of a process from")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(tmp_path):
     # 200 images of 512 x 512 are 150 MiB of pixels; a batch of 4 is 3 MiB, 12 once it is floating point
     for label in ("ant", "bee"):

@@ -77,10 +77,14 @@ def check(made, path, image):
         np.testing.assert_allclose(found["confidence"], expected.confidence.numpy(), atol=1e-4)
 
 
+FAST = ("temperature", "own confidence")
+
+
 @pytest.mark.parametrize(
     ("suffix", "calibrator"),
     [
-        *((".onnx", name) for name in CALIBRATORS),
+        *(pytest.param(".onnx", name, marks=pytest.mark.slow) for name in CALIBRATORS if name not in FAST),
+        *((".onnx", name) for name in FAST),
         *((".pt2", name) for name in ("temperature", "own confidence", "features")),
     ],
 )

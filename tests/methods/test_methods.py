@@ -45,7 +45,7 @@ def test_files_exports_configs_and_rows_are_the_same_set():
 @by_method
 def test_loss_falls_and_the_checkpoint_rebuilds_the_module(row, tmp_path):
     seed_everything(0)
-    data = DigitsDataModule(batch_size=32)
+    data = DigitsDataModule(SplitSpec(val=400, calibration=200), batch_size=32)
     module = row.new(data.num_classes, encoder="digits_cnn", optimizer=_sgd)
     trainer = Trainer(
         accelerator="cpu",

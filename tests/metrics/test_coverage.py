@@ -55,6 +55,7 @@ def table(results):
         yield f"{key:24s}{numbers}{row.coverage:8.1f}{row.too_high:7.1f}{row.too_low:7.1f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "keys"),
     [

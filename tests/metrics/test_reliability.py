@@ -122,7 +122,7 @@ def bins_of(values):
         ("logits", np.float64, 1e-9),
         ("probs", np.float64, 1e-9),
         pytest.param("probs", np.float32, 1e-9, marks=pytest.mark.slow),
-        ("logits", np.float32, 1e-6),
+        pytest.param("logits", np.float32, 1e-6, marks=pytest.mark.slow),
     ],
 )
 def test_a_million_rows(classes, kind, dtype, tolerance):
