@@ -1,5 +1,6 @@
 """`RunCheckpoint` where nothing is trained; stages and resume: tests/core/test_stages.py, tests/ddp."""
 
+import pytest
 import torch
 
 from calib_lightning.callbacks import RunCheckpoint
@@ -24,7 +25,8 @@ def fit(folder, keepers, epochs, **options):
 
 def test_a_network_that_is_not_trained_is_kept_as_it_is(tmp_path):
     best, last = RunCheckpoint(tmp_path, "best", "val/nll"), RunCheckpoint(tmp_path, "last")
-    fit(tmp_path, [best, last], 0)
+    with pytest.warns(match="max_epochs is 0 and the head of ClassificationModule has random weights"):
+        fit(tmp_path, [best, last], 0)
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
     assert last.best_model_path == str(tmp_path / "last.ckpt")
     assert best.best_model_path == ""
@@ -32,7 +34,8 @@ def test_a_network_that_is_not_trained_is_kept_as_it_is(tmp_path):
 
 
 def test_training_from_it_is_training_from_the_start(tmp_path):
-    fit(tmp_path, [RunCheckpoint(tmp_path, "last")], 0)
+    with pytest.warns(match="has random weights"):
+        fit(tmp_path, [RunCheckpoint(tmp_path, "last")], 0)
     start = tmp_path / "last.ckpt"
     ends = [
         fit(tmp_path / name, [RunCheckpoint(tmp_path / name, "last")], 2, **options)
