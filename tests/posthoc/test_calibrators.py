@@ -366,6 +366,23 @@ def test_wrong_input_is_named(name):
     assert not calibrator.fitted or torch.equal(applied(calibrator, logits), applied(fitted(name), logits))
 
 
+def test_a_calibrator_whose_second_fit_fails_counts_as_not_fitted(tmp_path, monkeypatch):
+    def exhausted(*args):
+        raise MemoryError
+
+    logits, labels, _ = the_set()
+    calibrator = fitted("Temperature")
+    monkeypatch.setattr(P.Temperature, "fit_rows", exhausted)
+    with pytest.raises(MemoryError):
+        calibrator.fit(logits, labels)
+    assert not calibrator.fitted
+    assert calibrator.report is None
+    with pytest.raises(RuntimeError, match="is not fitted"):
+        calibrator(logits)
+    with pytest.raises(RuntimeError, match="is not fitted"):
+        P.save_calibrator(calibrator, tmp_path / "c.pt")
+
+
 @ALL
 def test_what_is_needed_and_missing_is_named(name):
     logits, labels, features = the_set()

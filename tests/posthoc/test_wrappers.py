@@ -121,6 +121,14 @@ def test_rare_classes_keep_their_probabilities():
     assert "1 of 5 classes have no calibration rows (class 4)" in calibrator.report.notes
 
 
+@pytest.mark.parametrize(("rows", "enough"), [(4, False), (5, True)])
+def test_five_rows_of_a_class_are_enough(rows, enough):
+    logits, labels = random_set(60, 3)
+    labels = labels.clamp_max(1)
+    labels[:rows] = 2
+    assert [copy.fitted for copy in quietly(OneVsRest(Platt()), logits, labels).copies] == [True, True, enough]
+
+
 def test_a_calibrator_that_was_fitted_before_starts_anew():
     logits, labels = golden_set()
     rare = labels.where(labels != 2, 1).index_fill(0, torch.arange(3), 2)
