@@ -282,6 +282,13 @@ def test_proportional_sets_keep_the_proportions():
     assert sorted(rows) == list(range(1000))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_keeps_its_last_training_image(seed):
+    labels = np.repeat([0, 1], [99, 1])
+    spec = SplitSpec(val=0.5, choose="proportional", seed=seed)
+    assert np.bincount(labels[spec.draw(labels, 2)["train"]], minlength=2).tolist() == [49, 1]
+
+
 def test_shuffled_is_the_official_code_of_the_focal_losses():
     indices = list(range(1000))
     np.random.seed(1)
@@ -334,6 +341,7 @@ def test_sizes_of_sets_with_a_file_are_dropped():
         ({"share": True}, "train", "no validation images. Set split.val above 0"),
         ({"val": 600, "calibration": 400, "choose": "last"}, "train", "takes 1000 of 1000 images and leaves none"),
         ({"val": 0.6, "test": 0.4, "choose": "proportional"}, "train", "takes 1000 of 1000 images"),
+        ({"val": 998, "choose": "proportional"}, "train", "without images. Hold out at most 997 in total"),
     ],
 )
 def test_files_and_settings_that_do_not_fit_together(settings, files, message):
