@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from calib_lightning.core import distributed
 from calib_lightning.metrics import REPORT
 from tests.ddp import cases
 from tests.methods.table import ROWS
@@ -97,6 +98,13 @@ def test_history_is_of_all_processes_and_outlives_a_change_of_their_number(pool2
         assert part["own"] == part["begun"]
     alone = cases.restore_alone(parts[0]["saved"])
     assert alone == [1, 2, 1, 3]
+
+
+def test_rows_of_fewer_processes_go_to_the_first_of_more(monkeypatch):
+    parts = [torch.tensor([[0, 1], [1, 0]]), torch.tensor([[3, 1]])]
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    own = [distributed.own_rows(parts, rank).tolist() for rank in range(3)]
+    assert own == [[[0, 1], [1, 0], [3, 1]], [], []]
 
 
 def test_only_the_first_rank_reads_and_writes_the_run_folder(pool2, tmp_path):
