@@ -60,10 +60,10 @@ def adam(params):
     return torch.optim.Adam(params, lr=0.003)
 
 
-def fit(folder, module, switches, epochs=4, data=None, callbacks=(), **options):
+def fit(folder, module, switches, epochs=4, data=None, callbacks=(), ckpt_path=None, **options):
     run = trainer(folder, 1, [StepSeed(), *switches, *callbacks], max_epochs=epochs, **options)
     try:
-        run.fit(module, datamodule=data or toy(), weights_only=True)
+        run.fit(module, datamodule=data or toy(), ckpt_path=ckpt_path, weights_only=True)
     finally:
         os.environ.pop("PL_GLOBAL_SEED", None)
     return run
@@ -414,19 +414,33 @@ class Last(StageSwitch):
     pass
 
 
+class Score(Callback):
+    """The first stage is better than the second."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("score", [0.1, 0.3, 0.9, 0.8, 0.85][trainer.current_epoch])
+
+
+def chosen(folder, epochs, ckpt_path=None):
+    """The best score of a fit with a second stage from epoch 2, and stage and epoch of its checkpoints."""
+    best, last = RunCheckpoint(folder, "best", "score"), RunCheckpoint(folder, "last")
+    fit(folder, module(), [StageSwitch(2)], epochs, callbacks=[Score(), best, last], ckpt_path=ckpt_path)
+    files = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.ckpt")}
+    seen = {name: (file["calib_lightning"]["stage"], file["epoch"]) for name, file in files.items()}
+    return float(best.best_model_score), seen
+
+
 def test_the_chosen_checkpoint_is_of_the_last_stage(tmp_path):
-    class Score(Callback):
-        """The first stage is better than the second."""
-
-        def on_validation_epoch_end(self, trainer, pl_module):
-            pl_module.log("score", [0.1, 0.3, 0.9, 0.8][trainer.current_epoch])
-
-    best, last = RunCheckpoint(tmp_path, "best", "score"), RunCheckpoint(tmp_path, "last")
-    fit(tmp_path, module(), [StageSwitch(2)], 4, callbacks=[Score(), best, last])
-    assert float(best.best_model_score) == pytest.approx(0.8)
-    stages = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")}
-    seen = {name: (file["calib_lightning"]["stage"], file["epoch"]) for name, file in stages.items()}
+    score, seen = chosen(tmp_path, 4)
+    assert score == pytest.approx(0.8)
     assert seen == {"best.ckpt": (1, 3), "last.ckpt": (1, 3), "stage-1-best.ckpt": (0, 0), "stage-1-last.ckpt": (0, 1)}
+
+
+def test_a_run_resumed_in_a_later_stage_keeps_the_choice_of_that_stage(tmp_path):
+    chosen(tmp_path, 4)
+    score, seen = chosen(tmp_path, 5, tmp_path / "last.ckpt")
+    assert score == pytest.approx(0.8)
+    assert seen == {"best.ckpt": (1, 3), "last.ckpt": (1, 4), "stage-1-best.ckpt": (0, 0), "stage-1-last.ckpt": (0, 1)}
 
 
 # --- a module that is not ours ---------------------------------------------------------------------------------------
