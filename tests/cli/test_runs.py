@@ -175,6 +175,11 @@ def test_last_checkpoint_is_of_the_last_epoch_even_if_the_best_is_not(calib, tmp
         name: torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("best", "last")
     }
     assert epochs == {"best": int(np.argmin(scores)), "last": 5}
+    # the results of the run are those of its best checkpoint
+    done = calib("test", "-c", run / "config.yaml", "--ckpt_path", run / "checkpoints/best.ckpt", "--quiet=true")
+    assert done.code == 0, done.err
+    of_run, of_best = (json.loads((folder / "run.json").read_text())["results"] for folder in (run, run / "test"))
+    assert of_best == {key: of_run[key] for key in of_best}
 
 
 def test_a_moved_run_remembers_its_best_score(calib, tmp_path):
