@@ -20,6 +20,7 @@ from calib_lightning.metrics.decomposition import (
     MurphyDecomposition,
     VariationalSplit,
 )
+from calib_lightning.metrics.groups import GroupTable, by_class, by_frequency
 from calib_lightning.metrics.ood import OODAUPR, OODAUROC, OODFPR95
 from calib_lightning.metrics.proper import Accuracy, BrierScore, Entropy, NegativeLogLikelihood, TopKAccuracy
 from calib_lightning.metrics.refinement import (
@@ -34,15 +35,7 @@ from calib_lightning.metrics.refinement import (
     OvOAUROC,
     RiskAtCoverage,
 )
-from calib_lightning.metrics.resampling import (
-    Difference,
-    GroupTable,
-    Interval,
-    bootstrap_intervals,
-    by_class,
-    by_frequency,
-    permutation_test,
-)
+from calib_lightning.metrics.resampling import Difference, Interval, bootstrap_intervals, permutation_test
 from calib_lightning.metrics.soft import SoftLabelScores
 from calib_lightning.metrics.spread import Spread, over_seeds
 from calib_lightning.metrics.state import EvaluationState

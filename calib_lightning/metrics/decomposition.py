@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from calib_lightning.metrics.functional.rows import InputKind
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.state import EvaluationState
 
 

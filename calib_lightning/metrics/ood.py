@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.metrics import devices
+from calib_lightning.metrics.functional.checks import FAULTS
 from calib_lightning.metrics.functional.ood import check_ood_shapes, check_ood_values, why_one_sided
-from calib_lightning.metrics.functional.rows import FAULTS
 from calib_lightning.metrics.functional.undefined import warn_undefined
 from calib_lightning.metrics.row_metric import RowMetric
 from calib_lightning.metrics.table import METRICS

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.calibration import bin_index, bin_sums
+from calib_lightning.metrics.functional.bins import bin_index, bin_sums
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.functional.classwise import classwise_sums
 from calib_lightning.metrics.functional.decomposition import moment_sums
 from calib_lightning.metrics.functional.proper import label_entropy_rows, soft_brier_rows, soft_nll_rows, top_k_rows
-from calib_lightning.metrics.functional.rows import InputKind, Rows
+from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.metrics.storage import RowStates
 
 

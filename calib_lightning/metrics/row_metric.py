@@ -10,8 +10,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from calib_lightning.metrics import devices
+from calib_lightning.metrics.functional.checks import FAULTS, InputKind, check_shapes, check_values, fault_masks
 from calib_lightning.metrics.functional.proper import check_soft_labels, check_soft_values, is_soft, soft_label_faults
-from calib_lightning.metrics.functional.rows import FAULTS, InputKind, Rows, check_shapes, check_values, fault_masks
+from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.metrics.functional.undefined import undefined_keys, warn_undefined, why_undefined
 from calib_lightning.metrics.parts import check_rank_bins, part_of
 from calib_lightning.metrics.storage import RowStates

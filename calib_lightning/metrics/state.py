@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.rows import InputKind
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.row_metric import RowMetric
 from calib_lightning.metrics.table import CORE, METRICS, MetricRow
 from calib_lightning.metrics.view import StateView

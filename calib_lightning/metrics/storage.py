@@ -13,8 +13,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from calib_lightning.metrics import devices
-from calib_lightning.metrics.functional.calibration import check_n_bins
-from calib_lightning.metrics.functional.rows import InputKind, check_kind
+from calib_lightning.metrics.functional.bins import check_n_bins
+from calib_lightning.metrics.functional.checks import InputKind, check_kind
 from calib_lightning.metrics.waiting import RowBatch, WaitingRoom, at_once
 
 _LEAST_ROWS = 1024

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from calib_lightning.metrics.functional.calibration import check_n_bins
+from calib_lightning.metrics.functional.bins import check_n_bins
 from calib_lightning.metrics.functional.ordered import Ordered
 from calib_lightning.plots.style import (
     DARK,

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from calib_lightning.metrics.functional.calibration import ece_from_bins
-from calib_lightning.metrics.functional.rows import PROBS_TOLERANCE
+from calib_lightning.metrics.functional.checks import PROBS_TOLERANCE
 from calib_lightning.plots.style import (
     DARK,
     GREY,

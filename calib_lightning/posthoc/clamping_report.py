@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.calibration import bin_sums, ece_from_bins
-from calib_lightning.metrics.functional.rows import Rows, check_shapes, check_values
+from calib_lightning.metrics.functional.bins import bin_sums
+from calib_lightning.metrics.functional.calibration import ece_from_bins
+from calib_lightning.metrics.functional.checks import check_shapes, check_values
+from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.posthoc.clamping_descent import Clamped, focal_rows
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
 from calib_lightning.posthoc.fit_report import FitReport

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.calibration import bin_index, check_n_bins, sums_in_bins
+from calib_lightning.metrics.functional.bins import bin_index, check_n_bins, sums_in_bins
 from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.metrics.functional.temperature import search_inverse_temperature
 from calib_lightning.posthoc.fit_report import Optimum

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.rows import check_shapes, check_values, seem_probs
+from calib_lightning.metrics.functional.checks import check_shapes, check_values, seem_probs
 
 Need = Literal["logits", "features", "network"]
 """What a calibrator may need; ``"network"`` is the network together with the images."""

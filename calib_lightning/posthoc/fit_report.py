@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.calibration import bin_sums, ece_from_bins
+from calib_lightning.metrics.functional.bins import bin_sums
+from calib_lightning.metrics.functional.calibration import ece_from_bins
 from calib_lightning.metrics.functional.rows import Rows
 
 _BINS = 15

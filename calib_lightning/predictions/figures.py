@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calib_lightning.metrics.functional.calibration import bin_sums
+from calib_lightning.metrics.functional.bins import bin_sums
 from calib_lightning.metrics.functional.ordered import order_rows
 from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.plots import confidence_histogram, reliability_diagram, risk_coverage_curve, save_figure

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calib_lightning.metrics.functional.rows import seem_probs
+from calib_lightning.metrics.functional.checks import seem_probs
 from calib_lightning.predictions.held_out import LOOKS_BETTER, check_apart, check_role
 from calib_lightning.predictions.reading import Predictions, input_notes, read_predictions
 from calib_lightning.predictions.results import SHARED

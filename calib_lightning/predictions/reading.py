@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics.functional.checks import InputKind, check_shapes, check_values, seem_probs
 from calib_lightning.metrics.functional.proper import check_soft_labels, check_soft_values
-from calib_lightning.metrics.functional.rows import InputKind, check_shapes, check_values, seem_probs
 from calib_lightning.posthoc import as_logits
 from calib_lightning.predictions.files import Stored
 from calib_lightning.predictions.settings import Reading

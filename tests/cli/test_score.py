@@ -13,7 +13,7 @@ import torch
 
 from calib_lightning.__main__ import main
 from calib_lightning.metrics import FULL, METRICS, SOFT, EvaluationState, functional
-from calib_lightning.metrics.functional.rows import seem_probs
+from calib_lightning.metrics.functional.checks import seem_probs
 from calib_lightning.predictions.files import read_counts
 from calib_lightning.predictions.reading import unique_names
 from calib_lightning.predictions.tables import heading

@@ -21,9 +21,8 @@ from calib_lightning.metrics.functional.adaptive import (
     ks,
     ks_from_ordered,
 )
+from calib_lightning.metrics.functional.bins import bin_index, bin_sums
 from calib_lightning.metrics.functional.calibration import (
-    bin_index,
-    bin_sums,
     ece,
     ece_from_bins,
     mce,

@@ -14,6 +14,7 @@ from calib_lightning.metrics import (
     FULL,
     METRICS,
     EvaluationState,
+    GroupTable,
     Interval,
     bootstrap_intervals,
     by_class,
@@ -21,7 +22,7 @@ from calib_lightning.metrics import (
     over_seeds,
     permutation_test,
 )
-from calib_lightning.metrics import resampling as R
+from calib_lightning.metrics import weights as W
 from tests.metrics.golden import golden_set, random_set, reference
 
 # The tempered fits of resamples are read from a table, within 1e-6; all else is the same sums in another order.
@@ -93,7 +94,7 @@ def test_weights_are_repeated_or_left_out_rows(dtype, kind, classes, ties):
             rng.random((3, n)) < [[0.5], [0.1], [0.9]],
         ]
     )
-    view = R.WeightedView(R.RowTable.of(state), torch.from_numpy(weights).double())
+    view = W.WeightedView(W.RowTable.of(state), torch.from_numpy(weights).double())
     assert view.count.tolist() == weights.sum(axis=1).tolist()
     values = {key: METRICS[key].value(view) for key in FULL}
     for b, row in enumerate(weights):
@@ -109,7 +110,7 @@ def test_subsets_of_one_row_one_class_only_right_and_only_wrong_rows():
     one = torch.zeros_like(right)
     one[17] = True
     member = torch.stack([one, case[1] == 4, right, ~right, torch.zeros_like(one)])
-    found = R.read_weighted(R.RowTable.of(state), FULL, R.subsets(member))
+    found = W.read_weighted(W.RowTable.of(state), FULL, W.subsets(member))
     for b, rows in enumerate(member):
         agree({key: value[b].item() for key, value in found.items()}, quiet(picked(case, rows)))
 
@@ -119,7 +120,7 @@ def test_an_infinite_loss_stays_in_the_subsets_that_hold_its_row():
     case = probs, torch.tensor([1, 0, 0, 1]), None, {"input": "probs"}
     state = detailed(*case[:3], metrics=("nll", "brier"), input="probs")
     member = torch.tensor([[True] * 4, [False, True, True, True]])
-    found = R.read_weighted(R.RowTable.of(state), ("nll", "brier"), R.subsets(member))
+    found = W.read_weighted(W.RowTable.of(state), ("nll", "brier"), W.subsets(member))
     assert found["nll"].tolist() == [math.inf, pytest.approx(-math.log(0.5 * 0.75 * 0.75) / 3)]
     assert found["brier"].tolist() == pytest.approx([(2 + 0.5 + 0.125 + 0.125) / 4, 0.25])
     interval = bootstrap_intervals(state, 50)["nll"]
@@ -131,18 +132,18 @@ def test_an_infinite_loss_stays_in_the_subsets_that_hold_its_row():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_pieces_of_any_size_give_the_same(monkeypatch, at_once, dtype):
     case = case_of("logits", dtype, 10, True)
-    table = R.RowTable.of(detailed(*case[:3]))
-    weights = R.resamples(150, 37, seed=4)
-    expected = R.read_weighted(table, FULL, weights)
+    table = W.RowTable.of(detailed(*case[:3]))
+    weights = W.resamples(150, 37, seed=4)
+    expected = W.read_weighted(table, FULL, weights)
     for limit in ("_AT_ONCE", "_AT_ONCE_WITH_SCORES", "_CLASS_BINS_AT_ONCE"):
-        monkeypatch.setattr(R, limit, at_once)
-    found = R.read_weighted(table, FULL, weights)
+        monkeypatch.setattr(W, limit, at_once)
+    found = W.read_weighted(table, FULL, weights)
     for key in FULL:
         assert found[key].shape == (37,)
         torch.testing.assert_close(found[key], expected[key], rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("make", [R.resamples, R.exchanges])
+@pytest.mark.parametrize("make", [W.resamples, W.exchanges])
 def test_draws_depend_on_the_seed_alone(make):
     whole = [torch.cat(list(make(20, 30, 5)(at_once))) for at_once in (1, 2, 7, 30, 1000)]
     assert all(torch.equal(whole[0], other) for other in whole)
@@ -153,7 +154,7 @@ def test_draws_depend_on_the_seed_alone(make):
 
 def test_resamples_are_multinomial_draws():
     n, total = 40, 6000
-    weights = torch.cat(list(R.resamples(n, total, 0)(1000))).numpy()
+    weights = torch.cat(list(W.resamples(n, total, 0)(1000))).numpy()
     assert weights.shape == (total, n)
     assert (weights.sum(axis=1) == n).all()
     assert (weights == weights.round()).all()
@@ -168,7 +169,7 @@ def test_resamples_are_multinomial_draws():
 
 
 def test_exchanges_swap_whole_rows():
-    weights = torch.cat(list(R.exchanges(50, 2000, 0)(64))).view(-1, 2, 2, 50)
+    weights = torch.cat(list(W.exchanges(50, 2000, 0)(64))).view(-1, 2, 2, 50)
     assert len(weights) == 2001
     first, second = weights[:, 0], weights[:, 1]
     assert torch.equal(first + second, torch.ones_like(first))
@@ -184,7 +185,7 @@ OTHERS = ("ks", "debiased_l2", "aurc", "corp_miscalibration", "corp_discriminati
 
 
 def repeats(n, total, seed):
-    for row in torch.cat(list(R.resamples(n, total, seed)(1000))).long().numpy():
+    for row in torch.cat(list(W.resamples(n, total, seed)(1000))).long().numpy():
         yield np.repeat(np.arange(n), row)
 
 
@@ -349,7 +350,7 @@ def test_a_state_without_rows_is_refused(call):
 def test_what_needs_scores_says_so():
     state = detailed(*random_set(10, 3), metrics=CORE)
     with pytest.raises(ValueError, match="keeps no scores of all classes"):
-        R.read_weighted(R.RowTable.of(state), ("classwise_ece",), R.resamples(10, 2, 0))
+        W.read_weighted(W.RowTable.of(state), ("classwise_ece",), W.resamples(10, 2, 0))
 
 
 def test_the_state_is_left_as_it_was():
@@ -461,7 +462,7 @@ def test_worst_group():
         "entropy": torch.tensor([0.1, nan, 0.4, 0.3]),
         "nll": torch.full((4,), nan),
     }
-    groups = R.GroupTable(("a", "b", "c", "d"), torch.tensor([5, 0, 5, 5]), values)
+    groups = GroupTable(("a", "b", "c", "d"), torch.tensor([5, 0, 5, 5]), values)
     assert groups.worst("accuracy") == ("c", pytest.approx(0.3))
     assert groups.worst("ece") == ("d", pytest.approx(0.3))
     assert groups.worst("signed_gap") == ("c", pytest.approx(-0.4))
@@ -513,7 +514,7 @@ def test_p_values_are_those_of_all_exchanges():
     first, second, labels = two_runs(10, 3, 5, noise=(0.3, 1.5))
     one, other = detailed(first, labels, metrics=CORE), detailed(second, labels, metrics=CORE)
     found = permutation_test(one, other, 6000, seed=3)
-    tables = R.RowTable.of(one), R.RowTable.of(other)
+    tables = W.RowTable.of(one), W.RowTable.of(other)
     for key, column in {"accuracy": "correct", "nll": "nll", "brier": "brier"}.items():
         exact = scipy.stats.permutation_test(
             [table.columns[column].double().numpy() for table in tables],
@@ -550,11 +551,11 @@ def test_only_exchanges_that_are_defined_are_counted():
     second = torch.tensor([[0.0, 2.0], [0.5, 0.0], [0.0, 1.0]], dtype=torch.float64)
     states = [detailed(rows, labels, metrics=("correctness_auroc",)) for rows in (logits, second)]
     value, p_value = permutation_test(*states, 4000)["correctness_auroc"]
-    table, defined = R.RowTable.of(states[0]).joined(R.RowTable.of(states[1])), []
+    table, defined = W.RowTable.of(states[0]).joined(W.RowTable.of(states[1])), []
     for code in range(8):
         stays = torch.tensor([float(code >> i & 1) for i in range(3)], dtype=torch.float64)
         kept = torch.cat([stays, 1 - stays])
-        view = R.WeightedView(table, torch.stack([kept, 1 - kept]))
+        view = W.WeightedView(table, torch.stack([kept, 1 - kept]))
         defined.append(float(view.auroc[0] - view.auroc[1]))
     defined = [d for d in defined if not math.isnan(d)]
     assert 0 < len(defined) < 8
@@ -632,6 +633,6 @@ def test_resamples_use_the_bins_of_the_figure(dtype):
     state = EvaluationState(["ece", "mce"], n_bins=10, details=True)
     state.update(logits[:100], labels[:100], confidence[:100])
     state.update(logits[100:], labels[100:], confidence[100:].double() if dtype == torch.float32 else confidence[100:])
-    whole = R.read_weighted(R.RowTable.of(state), state.metrics, R.subsets(torch.ones(1, 300, dtype=torch.bool)))
+    whole = W.read_weighted(W.RowTable.of(state), state.metrics, W.subsets(torch.ones(1, 300, dtype=torch.bool)))
     for key, value in state.compute().items():
         assert whole[key].item() == pytest.approx(value.item(), abs=1e-12)

@@ -10,7 +10,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 import calib_lightning.plots
-from calib_lightning.metrics.functional.calibration import bin_sums
+from calib_lightning.metrics.functional.bins import bin_sums
 from calib_lightning.metrics.functional.ordered import Ordered, order_rows
 from calib_lightning.plots import confidence_histogram, reliability_diagram, risk_coverage_curve, wilson_interval
 from tests.metrics.golden import golden_set

@@ -1,8 +1,8 @@
 """Metrics as pure functions, under the names that logs and tables use."""
 
 from calib_lightning.metrics.functional.adaptive import aece_official, aece_split, debiased_l2, ks
+from calib_lightning.metrics.functional.bins import bin_sums
 from calib_lightning.metrics.functional.calibration import (
-    bin_sums,
     ece,
     ece_from_bins,
     mce,

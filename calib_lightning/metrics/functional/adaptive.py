@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.calibration import at_least_tiny, check_n_bins
-from calib_lightning.metrics.functional.ordered import Ordered, order_rows
-from calib_lightning.metrics.functional.rows import InputKind, checked_rows
-from calib_lightning.metrics.functional.undefined import checked_result
+from calib_lightning.metrics.functional.bins import at_least_tiny, check_n_bins
+from calib_lightning.metrics.functional.checks import InputKind
+from calib_lightning.metrics.functional.ordered import Ordered
+from calib_lightning.metrics.functional.twins import of_ordered
 
 
 def with_a_group(ordered: Ordered) -> Ordered:
@@ -118,9 +118,9 @@ def aece_split(
         >>> aece_split(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=2, input="probs")
         tensor(0.4000, dtype=torch.float64)
     """
-    rows = checked_rows("aece_split", logits, labels, confidence, input)
-    value = aece_split_from_ordered(order_rows(rows.log_odds, rows.correct), n_bins)
-    return checked_result("aece_split", value, len(labels))
+    return of_ordered(
+        "aece_split", lambda ordered: aece_split_from_ordered(ordered, n_bins), logits, labels, confidence, input
+    )
 
 
 def aece_official(
@@ -156,9 +156,9 @@ def aece_official(
         >>> aece_official(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), n_bins=2, input="probs")
         tensor(0.0500, dtype=torch.float64)
     """
-    rows = checked_rows("aece_official", logits, labels, confidence, input)
-    value = aece_official_from_ordered(order_rows(rows.log_odds, rows.correct), n_bins)
-    return checked_result("aece_official", value, len(labels))
+    return of_ordered(
+        "aece_official", lambda ordered: aece_official_from_ordered(ordered, n_bins), logits, labels, confidence, input
+    )
 
 
 def ks(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits") -> Tensor:
@@ -185,8 +185,7 @@ def ks(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, inpu
         >>> ks(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 1]), input="probs")
         tensor(0.3500, dtype=torch.float64)
     """
-    rows = checked_rows("ks", logits, labels, confidence, input)
-    return checked_result("ks", ks_from_ordered(order_rows(rows.log_odds, rows.correct)), len(labels))
+    return of_ordered("ks", ks_from_ordered, logits, labels, confidence, input)
 
 
 def debiased_l2(
@@ -220,6 +219,6 @@ def debiased_l2(
         >>> debiased_l2(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([1, 1]), n_bins=1, input="probs")
         tensor(0.8000, dtype=torch.float64)
     """
-    rows = checked_rows("debiased_l2", logits, labels, confidence, input)
-    value = debiased_l2_from_ordered(order_rows(rows.log_odds, rows.correct), n_bins)
-    return checked_result("debiased_l2", value, len(labels))
+    return of_ordered(
+        "debiased_l2", lambda ordered: debiased_l2_from_ordered(ordered, n_bins), logits, labels, confidence, input
+    )

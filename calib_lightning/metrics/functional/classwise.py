@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.calibration import bin_index, check_n_bins
-from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.bins import bin_index, check_n_bins
+from calib_lightning.metrics.functional.checks import InputKind
+from calib_lightning.metrics.functional.rows import checked_rows
 from calib_lightning.metrics.functional.undefined import checked_result
 
 _BLOCK = 2**18

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.calibration import bin_sums, ece_from_bins
+from calib_lightning.metrics.functional.bins import bin_sums
+from calib_lightning.metrics.functional.calibration import ece_from_bins
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.functional.ordered import order_rows
 from calib_lightning.metrics.functional.refinement import auroc_from_ordered
-from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.rows import checked_rows
 from calib_lightning.metrics.functional.undefined import checked_result
 
 _N_BINS = 15

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from calib_lightning.metrics.functional.adaptive import with_a_group
-from calib_lightning.metrics.functional.calibration import at_least_tiny, bin_index, bin_sums, sums_in_bins
+from calib_lightning.metrics.functional.bins import at_least_tiny, bin_index, bin_sums, sums_in_bins
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.functional.ordered import Ordered, order_rows
-from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.rows import checked_rows
 from calib_lightning.metrics.functional.undefined import checked_result
 
 

@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.checks import InputKind
+from calib_lightning.metrics.functional.rows import checked_rows
 from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
 
 _BLOCK = 2**18

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics.functional.rows import (
-    PROBS_TOLERANCE,
-    InputKind,
-    check_kind,
-    check_shapes,
-    check_values,
-    checked_rows,
-)
+from calib_lightning.metrics.functional.checks import PROBS_TOLERANCE, InputKind, check_kind, check_shapes, check_values
+from calib_lightning.metrics.functional.rows import checked_rows
 
 
 def mean_of_rows(name: str, values: Tensor) -> Tensor:

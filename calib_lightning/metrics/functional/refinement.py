@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.functional.ordered import Ordered, order_rows
-from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.rows import checked_rows
 from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
 
 SLACK = 1e-12

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.functional.ordered import Ordered, order_rows
 from calib_lightning.metrics.functional.refinement import SLACK
-from calib_lightning.metrics.functional.rows import InputKind, checked_rows
+from calib_lightning.metrics.functional.rows import checked_rows
+from calib_lightning.metrics.functional.twins import of_ordered
 from calib_lightning.metrics.functional.undefined import checked_result, warn_undefined, why_undefined
 
 # digamma(x + 1/2) - log(x) as a continued fraction in x^2, (numerator, constant) from the outermost level inwards. At
@@ -134,8 +136,7 @@ def aurc(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, in
         >>> aurc(logits, torch.tensor([0, 1, 0]))
         tensor(0.2778, dtype=torch.float64)
     """
-    rows = checked_rows("aurc", logits, labels, confidence, input)
-    return checked_result("aurc", aurc_from_ordered(order_rows(rows.log_odds, rows.correct)), len(labels))
+    return of_ordered("aurc", aurc_from_ordered, logits, labels, confidence, input)
 
 
 def e_aurc(
@@ -169,8 +170,7 @@ def e_aurc(
         >>> e_aurc(logits, torch.tensor([0, 1, 0]), exact=True)
         tensor(0.1667, dtype=torch.float64)
     """
-    rows = checked_rows("e_aurc", logits, labels, confidence, input)
-    return checked_result("e_aurc", e_aurc_from_ordered(order_rows(rows.log_odds, rows.correct), exact), len(labels))
+    return of_ordered("e_aurc", lambda ordered: e_aurc_from_ordered(ordered, exact), logits, labels, confidence, input)
 
 
 def augrc(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits") -> Tensor:
@@ -199,8 +199,7 @@ def augrc(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, i
         >>> augrc(logits, torch.tensor([0, 1, 0]))
         tensor(0.2222, dtype=torch.float64)
     """
-    rows = checked_rows("augrc", logits, labels, confidence, input)
-    return checked_result("augrc", augrc_from_ordered(order_rows(rows.log_odds, rows.correct)), len(labels))
+    return of_ordered("augrc", augrc_from_ordered, logits, labels, confidence, input)
 
 
 def coverage_at_risk(

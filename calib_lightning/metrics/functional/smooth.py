@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.calibration import at_least_tiny
-from calib_lightning.metrics.functional.ordered import Ordered, order_rows
-from calib_lightning.metrics.functional.rows import InputKind, checked_rows
-from calib_lightning.metrics.functional.undefined import checked_result
+from calib_lightning.metrics.functional.bins import at_least_tiny
+from calib_lightning.metrics.functional.checks import InputKind
+from calib_lightning.metrics.functional.ordered import Ordered
+from calib_lightning.metrics.functional.twins import of_ordered
 
 _SMALLEST_SIGMA = 1e-3
 _HALVINGS = 10
@@ -105,5 +105,4 @@ def smece(logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, i
         >>> smece(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 0]), input="probs")
         tensor(0.2000, dtype=torch.float64)
     """
-    rows = checked_rows("smece", logits, labels, confidence, input)
-    return checked_result("smece", smece_from_ordered(order_rows(rows.log_odds, rows.correct)), len(labels))
+    return of_ordered("smece", smece_from_ordered, logits, labels, confidence, input)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.functional.proper import (
     check_soft,
     check_soft_values,
@@ -13,7 +14,6 @@ from calib_lightning.metrics.functional.proper import (
     soft_brier_rows,
     soft_nll_rows,
 )
-from calib_lightning.metrics.functional.rows import InputKind
 
 
 def soft_nll(logits: Tensor, probs_of_labels: Tensor, *, input: InputKind = "logits") -> Tensor:

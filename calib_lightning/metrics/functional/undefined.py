@@ -31,8 +31,8 @@ def warn_undefined(who: str, names: Sequence[str], reason: str, stacklevel: int 
     warnings.warn(f"{who}: {reason}; {what}", stacklevel=stacklevel + 1)
 
 
-def checked_result(who: str, value: Tensor, rows: int, correct: int | None = None) -> Tensor:
+def checked_result(who: str, value: Tensor, rows: int, correct: int | None = None, stacklevel: int = 3) -> Tensor:
     """The 0-d value, with a warning if it is nan."""
     if bool(torch.isnan(value)):
-        warn_undefined(who, (), why_undefined(rows, correct), stacklevel=3)
+        warn_undefined(who, (), why_undefined(rows, correct), stacklevel=stacklevel)
     return value

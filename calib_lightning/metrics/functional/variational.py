@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.rows import InputKind, Rows, checked_rows
+from calib_lightning.metrics.functional.checks import InputKind
+from calib_lightning.metrics.functional.rows import Rows, checked_rows
 from calib_lightning.metrics.functional.temperature import LOG_BETA_BOUND, fit_inverse_temperature, tempered_rows
 from calib_lightning.metrics.functional.undefined import checked_result
 
