@@ -30,7 +30,7 @@ class RowMetric(RowStates):
     Sums are float64 and counts int64, whatever the dtype of the enclosing module: ``half()``, ``to(dtype)`` and
     `set_dtype` do not change them. Invalid values raise in `update` on the CPU; on other devices they are counted
     without a sync and raise in `compute`. Small batches are copied and added together later, at most 4 MiB of them
-    (a device: 32 MiB); reading a state adds them first.
+    (a device: 8 MiB); reading a state adds them first.
 
     Args:
         parts: Names of the needed `PARTS`.

@@ -118,12 +118,12 @@ class RowStates(Metric):
             self._add_waiting()
             self._add(batch)
             return
-        if not self._waiting.takes(batch):
+        if not self._waiting.append(batch):
             self._add_waiting()
+            self._waiting.append(batch)
         if not self._waiting.states:
             inside = vars(self)
             self._waiting.states = {name: inside.pop(name) for name in self._defaults}
-        self._waiting.append(batch)
 
     def __getattr__(self, name: str) -> Any:
         """Read what is not there: a state whose rows wait, which are added first."""

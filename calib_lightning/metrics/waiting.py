@@ -10,8 +10,8 @@ from torch import Tensor
 AT_ONCE = 2**19
 """How many scores are processed together on the CPU: their intermediate results stay in the cache."""
 
-AT_ONCE_ON_DEVICE = 2**22
-"""How many scores wait on a device, where launching the operations costs more than the rows do: 16 MiB of float32."""
+AT_ONCE_ON_DEVICE = 2**20
+"""How many scores wait on a device, where launching the operations costs more than the rows do: 4 MiB of float32."""
 
 
 class RowBatch(NamedTuple):
@@ -44,40 +44,55 @@ class WaitingRoom:
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
-        self._batches: list[RowBatch] = []
+        self._room: RowBatch | None = None
         self._rows = 0
         self._kind: tuple[Any, ...] = ()
 
-    def takes(self, batch: RowBatch) -> bool:
-        """Whether the batch can wait with those that are here."""
-        most = max(1, at_once(batch.logits.device) // batch.logits.shape[1])
-        return not self._batches or (self._kind == _kind(batch) and self._rows + len(batch.labels) <= most)
-
-    def append(self, batch: RowBatch) -> None:
-        """Copy a batch; its tensors may be overwritten afterwards."""
-        if not self._batches:
-            self._kind = _kind(batch)
-        logits, labels, confidence, numbers = batch
-        labels = labels.to(torch.int64, copy=True)
-        own = None if confidence is None else confidence.detach().clone()
-        self._batches.append(RowBatch(logits.detach().clone(), labels, own, numbers))
-        self._rows += len(labels)
+    def append(self, batch: RowBatch) -> bool:
+        """Copy a batch behind the others; false if it cannot wait with them."""
+        room, start, stop = self._room, self._rows, self._rows + len(batch.labels)
+        # Joining other kinds would change a dtype.
+        kind = _kind(batch)
+        usable = room is not None and (torch.is_inference_mode_enabled() or not room.logits.is_inference())
+        if room is None or not usable or kind != self._kind or stop > len(room.labels):
+            if start:
+                return False
+            self._room = room = _room_for(batch)
+            self._kind = kind
+        for kept, column in zip(room, batch, strict=True):
+            if kept is not None and column is not None:
+                kept[start:stop] = column.detach()
+        self._rows = stop
+        return True
 
     def emptied(self) -> RowBatch | None:
-        """All rows in their order, which leave; ``None`` without any."""
-        batches, self._batches, self._rows = self._batches, [], 0
-        if not batches:
+        """All rows in their order, to be used at once, as the next ones are copied to the same place; or ``None``."""
+        room, rows, self._rows = self._room, self._rows, 0
+        if room is None or rows == 0:
             return None
-        logits, labels, confidence, numbers = zip(*batches, strict=True)
-        return RowBatch(torch.cat(logits), torch.cat(labels), _joined(confidence), _joined(numbers))
+        if room.logits.device.type != "cpu":  # where memory is scarce, and soon had again
+            self._room = None
+        logits, labels, confidence, numbers = room
+        return RowBatch(
+            logits[:rows],
+            labels[:rows],
+            None if confidence is None else confidence[:rows],
+            None if numbers is None else numbers[:rows],
+        )
 
 
-def _joined(column: tuple[Tensor | None, ...]) -> Tensor | None:
-    given = [part for part in column if part is not None]
-    return torch.cat(given) if given else None
+def _room_for(batch: RowBatch) -> RowBatch:
+    logits, labels, confidence, numbers = batch
+    rows = max(1, at_once(logits.device) // logits.shape[1])
+    return RowBatch(
+        logits.new_empty(rows, logits.shape[1]),
+        labels.new_empty(rows, dtype=torch.int64),
+        None if confidence is None else confidence.new_empty(rows),
+        None if numbers is None else numbers.new_empty(rows),
+    )
 
 
 def _kind(batch: RowBatch) -> tuple[Any, ...]:
-    """Only batches of the same kind can be joined without changing a dtype."""
-    confidence = None if batch.confidence is None else batch.confidence.dtype
-    return (*batch.logits.shape[1:], batch.logits.device, batch.logits.dtype, confidence, batch.numbers is None)
+    logits, _, confidence, numbers = batch
+    dtype = None if confidence is None else confidence.dtype
+    return logits.shape[1], logits.device, logits.dtype, dtype, numbers is None
