@@ -14,13 +14,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Benchmarks are slow; of several workers one runs all tests on process pools, the longest group, and first."""
+    """Benchmarks are slow; of several workers one runs all tests on process pools; the longest groups come first."""
     for item in items:
         if "benchmarks" in item.path.parts:
             item.add_marker(pytest.mark.slow)
         pools = {"pool2", "pool3"} & set(getattr(item, "fixturenames", ()))
         item.add_marker(pytest.mark.xdist_group("pools" if pools else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("pools",))
+    long = ("pools", "test_readme", "test_calibrators", "test_methods")
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in long)
 
 
 @pytest.fixture(autouse=True, scope="session")

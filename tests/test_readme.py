@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.__main__ import main
+from calib_lightning.callbacks import LogFigures
 from calib_lightning.commands.list import KINDS, method_table
 from calib_lightning.commands.names import COMMANDS, TRAINER
 from calib_lightning.core import encoder_names
@@ -75,6 +76,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documents")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(LogFigures, "on_test_epoch_end", Callback.on_test_epoch_end)  # nothing looks at them
         _write_predictions()
         _write_images()
         Path("configs").symlink_to(REPOSITORY / "configs")
@@ -211,6 +213,7 @@ def test_other_commands_do_what_they_say(document, workplace, capsys):
 
 
 @pytest.mark.parametrize("block", PYTHON.values(), ids=PYTHON)
+@pytest.mark.filterwarnings("ignore:operating_point")  # the rows are few
 def test_python_runs_as_written(block, workplace):
     names = _names(block)
     exec(compile(block, "a Python block", "exec"), names)

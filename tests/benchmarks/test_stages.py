@@ -27,8 +27,7 @@ from calib_lightning.core import (
 )
 from calib_lightning.data import CleanViews
 from calib_lightning.data.base import BenchmarkDataModule, Source
-from calib_lightning.methods import CrossEntropyLoss
-from calib_lightning.methods.mac_cal import AdaptiveSparsity, MaskedBottleneck, MaskedClassifier
+from calib_lightning.methods import AdaptiveSparsity, CrossEntropyLoss, MaskedBottleneck, MaskedClassifier
 from tests.ddp.pool import PROCESSES
 
 CLASSES, ROWS, SIZE, EPOCHS, STAGE_1 = 10, 1280, 32, 40, 350

@@ -1,12 +1,13 @@
 """``calib fit`` on data modules of somebody else, found in the working directory."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import yaml
+
+from .forked import Forked
 
 NET = ("--model.encoder=digits_cnn", "--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--quiet=true")
 SOURCE = '''
@@ -206,10 +207,10 @@ def test_a_batch_of_another_form_is_explained(own):
 
 def test_a_module_in_the_working_directory_is_found(tmp_path):
     (tmp_path / "own_data_of_a_test.py").write_text(SOURCE)
-    script = "import sys; sys.path = [p for p in sys.path if p]; from calib_lightning.__main__ import main; main()"
-    command = [sys.executable, "-c", script, "fit", "--data=own_data_of_a_test.Nothing", "--model=crl", *NET]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "Nothing lacks what calib fit needs" in done.stderr
+    # a process of its own, which has the folder neither on its path nor as a module
+    process = Forked(tmp_path, "fit", "--data=own_data_of_a_test.Nothing", "--model=crl", *NET)
+    assert "Nothing lacks what calib fit needs" in process.ended()
+    assert process.returncode == 1
 
 
 def test_help_says_how_data_of_ones_own_is_named(calib):

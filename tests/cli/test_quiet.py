@@ -108,6 +108,7 @@ def test_what_lightning_says_is_left_out_and_the_same_of_others_is_not(module, t
         ("my_module", "Mine"),
     ],
 )
+@pytest.mark.filterwarnings("default")
 def test_warnings_that_matter_stay(module, text):
     with warnings.catch_warnings(record=True) as caught, without_noise():
         warnings.simplefilter("always", append=True)

@@ -282,6 +282,7 @@ def test_a_stream_is_trained_on_and_numbered_as_it_comes(tmp_path):
 @pytest.mark.parametrize(
     "loader", [DataLoader(LongStream(), batch_size=8), DataLoader([default_collate([*Blobs()])], batch_size=None)]
 )
+@pytest.mark.filterwarnings("ignore:The training data is not shuffled")
 def test_crl_refuses_data_without_positions(tmp_path, loader):
     run = trainer(tmp_path, max_epochs=1)
     with pytest.raises(ValueError, match="does not identify the sample of each row"):

@@ -191,6 +191,7 @@ class Indexed(torch.utils.data.Dataset):
         (lambda i: i if i in (0, 11) else -1, "holds -1; it must"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The training data is not shuffled")
 def test_data_that_says_other_positions_is_refused(tmp_path, index, named):
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False

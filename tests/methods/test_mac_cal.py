@@ -482,6 +482,7 @@ def _expected_rates(log, sparsity, length):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:MaskedClassifier. the keep rate has reached its bound")
 def test_keep_rate_of_each_epoch_follows_the_figures_of_the_one_before(fit, sparsity):
     switch, log = MaskedClassifier(-5, sparsity=sparsity, training=_training()), Log()
     module = _module(switch)

@@ -337,6 +337,7 @@ def test_one_view_is_refused_before_any_update(fit, shape):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:StageSwitch should have switched at epoch")
 def test_a_batch_of_one_row_is_refused_and_a_foreign_data_module_may_give_views(fit):
     with pytest.raises(ValueError, match="training batch has 1 image"):
         fit(module(switch=switch(-1, views=None)), Plain(2, 1, 8, 8, rows=1), 2)
@@ -346,6 +347,7 @@ def test_a_batch_of_one_row_is_refused_and_a_foreign_data_module_may_give_views(
     assert watch.metrics[0]["train/loss"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:StageSwitch should have switched at epoch")
 def test_what_has_no_classifier_is_not_evaluated(fit, tmp_path):
     network = module()
     trainer = fit(network, toy(), 3, callbacks=[Stop(0)])

@@ -279,7 +279,7 @@ def test_only_calibrators_of_one_probability_are_wrapped(wrapper, bad):
 @pytest.mark.parametrize(
     "made",
     [
-        *(pytest.param(OneVsRest(kind()), marks=() if kind is Isotonic else pytest.mark.slow) for kind in BINARY),
+        *(pytest.param(OneVsRest(kind()), marks=pytest.mark.slow) for kind in BINARY),
         *(OneVsRest(HistogramBinning(1)), TopLabel(Beta())),
     ],
     ids=lambda made: made.name,
