@@ -136,7 +136,8 @@ SETTINGS = settings(
 def case_of(**options):
     case = type("Histories", (Histories,), {"options": options}).TestCase
     case.settings = SETTINGS
-    return pytest.mark.filterwarnings("ignore:.*nan", "ignore:ovo_auroc", "ignore:The ``compute`` method")(case)
+    expected = ("ignore:.*nan", "ignore:ovo_auroc", "ignore:The ``compute`` method", "ignore:.*are so close together")
+    return pytest.mark.filterwarnings(*expected)(case)
 
 
 TestExact = case_of()
