@@ -5,9 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.ddp.pool import ProcessPool
+# Read when torch and numpy are loaded, here and in every process of a test: several processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+from tests.ddp.pool import ProcessPool  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
