@@ -9,11 +9,12 @@ import pytest
 # Read when torch and numpy are loaded, here and in every process of a test: several processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
-from tests.ddp.pool import ProcessPool  # noqa: E402
+from tests.ddp.pool import ProcessPool
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+REPOSITORY = TESTS.parent
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "benchmarks" in item.path.parts:
             item.add_marker(pytest.mark.slow)
         pools = {"pool2", "pool3"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("pools" if pools else item.path.stem))
-    long = ("pools", "test_readme", "test_calibrators", "test_methods")
+        item.add_marker(pytest.mark.xdist_group("pools" if pools else str(item.path.relative_to(TESTS))))
+    long = ("pools", "test_readme.py", "posthoc/test_calibrators.py", "methods/test_methods.py")
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in long)
 
 

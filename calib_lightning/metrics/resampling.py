@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics.groups import GroupTable as GroupTable  # pickles of version 0.1 name it here
 from calib_lightning.metrics.row_table import RowTable
 from calib_lightning.metrics.state import EvaluationState
 from calib_lightning.metrics.table import METRICS

@@ -21,7 +21,7 @@ from calib_lightning.metrics.waiting import RowBatch, at_once
 
 _NEVER = torch.iinfo(torch.int64).max
 _SYNC_FLAGS = ("_cache", "_is_synced", "_to_sync", "_should_unsync")
-_SWITCHED_BY_FORWARD = ("_update_count", "_enable_grad", "compute_on_cpu", *_SYNC_FLAGS)
+_SWITCHED_BY_FORWARD = ("_num_classes", "_update_count", "_enable_grad", "compute_on_cpu", *_SYNC_FLAGS)
 
 
 class RowMetric(RowStates):
@@ -30,7 +30,7 @@ class RowMetric(RowStates):
     Sums are float64 and counts int64, whatever the dtype of the enclosing module: ``half()``, ``to(dtype)`` and
     `set_dtype` do not change them. Invalid values raise in `update` on the CPU; on other devices they are counted
     without a sync and raise in `compute`. Small batches are copied and added together later, at most 4 MiB of them
-    (a device: 8 MiB); reading a state adds them first.
+    (a device: some 16 MiB); reading a state adds them first.
 
     Args:
         parts: Names of the needed `PARTS`.
@@ -94,6 +94,9 @@ class RowMetric(RowStates):
         where = f"{type(self).__name__}, batch {number}"
         check_shapes(logits, labels, confidence, where)
         self._check_classes(logits, where)
+        if not devices.has_float64(logits.device):
+            logits, labels = logits.cpu(), labels.cpu()
+            confidence = None if confidence is None else confidence.cpu()
         numbers = None
         if devices.checks_at_once(logits.device):
             check_values(logits, labels, confidence, self.input, where)
@@ -105,9 +108,6 @@ class RowMetric(RowStates):
 
     def _add(self, batch: RowBatch) -> None:
         logits, labels, confidence, numbers = batch
-        if not devices.has_float64(logits.device):
-            logits, labels = logits.cpu(), labels.cpu()
-            confidence, numbers = (None if each is None else each.cpu() for each in (confidence, numbers))
         if numbers is not None:
             self._count_faults(fault_masks(logits, labels, confidence, self.input), numbers)
             # An index outside the row would stop the device before `compute` can name the fault.
@@ -141,16 +141,18 @@ class RowMetric(RowStates):
 
     def _forward_once(self, *batch: Tensor | None) -> Any:
         # The base class empties the state on the way, and a fault stops it halfway: earlier batches, what it has
-        # switched off and the number of the batch come back. K is not forgotten in between.
-        before = {
-            name: state if isinstance(state, Tensor) else list(state) for name, state in self.metric_state.items()
-        }
+        # switched off and the number of the batch come back. K is not forgotten in between. Lists are emptied in place,
+        # and metrics of one collection share them.
+        before = dict(self.metric_state)
+        lists = {name: list(state) for name, state in before.items() if isinstance(state, list)}
         switched = {name: vars(self)[name] for name in _SWITCHED_BY_FORWARD}
         self._count_before_forward = 0 if self.dist_sync_on_step else self._update_count
         try:
             return super().forward(*batch)
         except Exception:
             self._leave_waiting_room()
+            for name, rows in lists.items():
+                before[name][:] = rows
             vars(self).update({**before, **switched, "_computed": None})
             raise
         finally:

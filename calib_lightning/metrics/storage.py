@@ -113,7 +113,8 @@ class RowStates(Metric):
         """Keep a small batch for later; add a large one."""
         device = batch.logits.device
         # Tensors on a wrong device go on to where that raises.
-        here = batch.labels.device == device and (device == self._device or not devices.has_float64(device))
+        alone = {each.device for each in batch if each is not None} == {device}
+        here = alone and (device == self._device or not devices.has_float64(self._device))
         if not here or 2 * batch.logits.numel() > at_once(device):
             self._add_waiting()
             self._add(batch)

@@ -25,8 +25,8 @@ from calib_lightning.core import (
     StageTraining,
     StepSeed,
 )
-from calib_lightning.data import CleanViews
-from calib_lightning.data.base import BenchmarkDataModule, Source
+from calib_lightning.data import BenchmarkDataModule, CleanViews
+from calib_lightning.data.source import Source
 from calib_lightning.methods import AdaptiveSparsity, CrossEntropyLoss, MaskedBottleneck, MaskedClassifier
 from tests.ddp.pool import PROCESSES
 

@@ -13,6 +13,8 @@ from lightning.pytorch import Callback
 from calib_lightning.__main__ import main
 from calib_lightning.callbacks import LogFigures
 
+from .forked import Forked
+
 
 @dataclass(frozen=True)
 class Done:
@@ -47,6 +49,20 @@ def calib(tmp_path, monkeypatch, request):
         return Done(code, out.getvalue(), err.getvalue() + said)
 
     return run
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """``forked("fit", ...)``: a `Forked` command in ``tmp_path``, killed when the test ends."""
+    started = []
+
+    def start(*argv):
+        started.append(Forked(tmp_path, *argv))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 TOY = ("--data=ToyDataModule", "--data.split.val=30", "--data.split.calibration=30", "--quiet=true")

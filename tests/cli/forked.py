@@ -1,6 +1,8 @@
 """``calib ...`` in a process of its own that need not import torch and Lightning again."""
 
+import contextlib
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ class Forked:
 
     def __init__(self, folder: Path, *argv: str) -> None:
         self._printed = folder / "printed.txt"
+        self._printed.touch()
         self._process = PROCESSES.Process(target=_run, args=(folder, self._printed, argv))
         self._process.start()
         self.pid = self._process.pid
@@ -41,13 +44,21 @@ class Forked:
         assert self.returncode is not None, f"still running after {seconds} s: {self.printed()}"
         return self.printed()
 
+    def kill(self) -> None:
+        """End it and its group, whatever it does: a test that fails must not wait for it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
+
 
 def _run(folder: Path, printed: Path, argv: tuple[str, ...]) -> None:
     os.setsid()
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    with printed.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     os.chdir(folder)
+    os.environ.pop("PL_GLOBAL_SEED", None)
     import torch
 
     from calib_lightning.__main__ import main

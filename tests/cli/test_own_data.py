@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import yaml
 
-from .forked import Forked
-
 NET = ("--model.encoder=digits_cnn", "--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--quiet=true")
 SOURCE = '''
 import torch
@@ -205,10 +203,10 @@ def test_a_batch_of_another_form_is_explained(own):
     assert "a dict with the keys 'image', 'target': label is missing" in done.err
 
 
-def test_a_module_in_the_working_directory_is_found(tmp_path):
+def test_a_module_in_the_working_directory_is_found(forked, tmp_path):
     (tmp_path / "own_data_of_a_test.py").write_text(SOURCE)
     # a process of its own, which has the folder neither on its path nor as a module
-    process = Forked(tmp_path, "fit", "--data=own_data_of_a_test.Nothing", "--model=crl", *NET)
+    process = forked("fit", "--data=own_data_of_a_test.Nothing", "--model=crl", *NET)
     assert "Nothing lacks what calib fit needs" in process.ended()
     assert process.returncode == 1
 

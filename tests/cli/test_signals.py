@@ -11,7 +11,6 @@ import torch
 from calib_lightning.core import load_module
 
 from .conftest import QUICK
-from .forked import Forked
 
 LONG = ("--trainer.max_epochs=100000", "--model.scheduler=null", "--test_after_fit=false")
 
@@ -22,9 +21,9 @@ def _loads(path):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_stop_leaves_a_checkpoint_and_says_so(tmp_path, signum, code):
+def test_told_to_stop_leaves_a_checkpoint_and_says_so(forked, tmp_path, signum, code):
     # the whole process group, loader workers included, as Ctrl-C and schedulers do it
-    process = Forked(tmp_path, *QUICK, *LONG, "--data.num_workers=2")
+    process = forked(*QUICK, *LONG, "--data.num_workers=2")
     last = tmp_path / "runs/quickstart/checkpoints/last.ckpt"
     process.wait_for(last.exists)
     process.wait_for(lambda: _loads(last) > 15)
@@ -38,8 +37,8 @@ def test_told_to_stop_leaves_a_checkpoint_and_says_so(tmp_path, signum, code):
     assert "Traceback" not in output
 
 
-def test_killed_leaves_files_that_load(tmp_path):
-    process = Forked(tmp_path, *QUICK, *LONG)
+def test_killed_leaves_files_that_load(forked, tmp_path):
+    process = forked(*QUICK, *LONG)
     folder = tmp_path / "runs/quickstart/checkpoints"
     process.wait_for((folder / "last.ckpt").exists)
     time.sleep(0.5)  # it writes several times a second

@@ -59,7 +59,6 @@ def widths(name):
 
 
 @functools.cache
-@functools.cache
 def on_meta(name, **options):
     """The network without values, not to be changed: shapes, names and errors are the same, and it costs nothing."""
     with torch.device("meta"):

@@ -77,7 +77,7 @@ def check(made, path, image):
         np.testing.assert_allclose(found["confidence"], expected.confidence.numpy(), atol=1e-4)
 
 
-FAST = ("temperature", "own confidence")
+FAST = ("temperature", "own confidence", "density of features")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import copy
+import importlib
 import math
 import warnings
 from functools import partial
@@ -636,3 +637,7 @@ def test_resamples_use_the_bins_of_the_figure(dtype):
     whole = W.read_weighted(W.RowTable.of(state), state.metrics, W.subsets(torch.ones(1, 300, dtype=torch.bool)))
     for key, value in state.compute().items():
         assert whole[key].item() == pytest.approx(value.item(), abs=1e-12)
+
+
+def test_tables_of_groups_have_the_path_of_before_too():
+    assert importlib.import_module("calib_lightning.metrics.resampling").GroupTable is GroupTable

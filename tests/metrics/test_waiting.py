@@ -8,7 +8,16 @@ import torch
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import Running
 
-from calib_lightning.metrics import REPORT, Accuracy, EvaluationState, NegativeLogLikelihood, devices, waiting
+from calib_lightning.metrics import (
+    AURC,
+    REPORT,
+    Accuracy,
+    CorrectnessAUROC,
+    EvaluationState,
+    NegativeLogLikelihood,
+    devices,
+    waiting,
+)
 from calib_lightning.metrics.row_metric import RowMetric
 from tests.metrics.golden import random_set
 
@@ -172,3 +181,14 @@ def test_a_failed_forward_leaves_everything_as_it_was():
         metric(torch.tensor([[torch.nan, 0.0, 0.0, 0.0]]), torch.tensor([1]))
     assert {name: vars(metric)[name] for name in before} == before
     assert int(metric.count) == 30
+
+
+def test_a_failed_forward_leaves_the_rows_of_others_in_a_collection():
+    logits, labels = random_set(40, 3)
+    collection = MetricCollection([CorrectnessAUROC(), AURC()], compute_groups=[["CorrectnessAUROC", "AURC"]])
+    collection.update(logits, labels)
+    expected = {name: float(value) for name, value in collection.compute().items()}
+    with pytest.raises(ValueError, match="invalid logits"):
+        collection["CorrectnessAUROC"](torch.full((1, 3), torch.nan), torch.tensor([1]))
+    assert {name: float(value) for name, value in collection.compute().items()} == expected
+    assert len(collection["AURC"].rows_of("rank_scores")) == 40

@@ -30,7 +30,7 @@ def test_golden_fit():
 @pytest.mark.parametrize(
     ("rows", "classes", "scale"),
     [
-        *((500, 10, 1.7), (60, 2, 3.0)),
+        *((500, 10, 1.7), (60, 2, 3.0), (30, 100, 0.4)),
         *(pytest.param(*size, marks=pytest.mark.slow) for size in ((300, 100, 0.4), (5000, 3, 1.0), (7, 1000, 2.0))),
     ],
 )
