@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
@@ -27,7 +27,6 @@ class OrderedLoader(Protocol):
         """Select the augmentation of an epoch."""
 
 
-@runtime_checkable
 class StagedData(Protocol):
     """What a data module offers if a stage may change its images, as `BenchmarkDataModule` does.
 
@@ -50,6 +49,16 @@ class StagedData(Protocol):
         """A key of these images: equal keys mean equal images."""
 
 
+_OFFERED = (
+    "augment",
+    "stage_views",
+    "stage_batch_size",
+    "stage_features",
+    "ordered_train_loader",
+    "training_images_key",
+)
+
+
 def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
     """Return the data module whose loaders the trainer is reading, ``None`` for plain loaders.
 
@@ -69,7 +78,8 @@ def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
 def staged_data(trainer: Trainer) -> StagedData | None:
     """Return the trainer's data module if a stage may change its images and batch size, else ``None``."""
     data = datamodule_in_use(trainer)
-    return data if isinstance(data, StagedData) else None
+    # attributes that a module passes on from another one count as well, which `isinstance` would not see
+    return cast(StagedData, data) if all(hasattr(data, name) for name in _OFFERED) else None
 
 
 def can_change_loading(trainer: Trainer) -> bool:

@@ -161,7 +161,7 @@ class ClassificationModule(EvaluatedModule):
         """Called before each training step: set what follows from the epoch, since a fit may resume within one.
 
         Args:
-            batch: The batch as the loader made it.
+            batch: The batch as `training_step` receives it.
         """
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -271,6 +271,7 @@ class ClassificationModule(EvaluatedModule):
         self.stage = record["stage"]
         if not has_spec(self.head, record["head"]):
             self.head = build_head(record["head"]).to(self.device)
+        was_plain = self.plain_loss
         if record["class_path"] == class_path_of(type(self)):
             self.plain_loss = record.get("plain_loss", False)
         else:
@@ -278,6 +279,8 @@ class ClassificationModule(EvaluatedModule):
         restore_state(self.train_state, record["train_state"], self.global_rank)
         if getattr(self, "_trainer", None) is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_has_switches(checkpoint, self.trainer)
+            if was_plain and not self.plain_loss:  # back to a stage of the method's own, whose hooks `setup` left out
+                self.begin_fit()
         rows = {name: own_rows(parts, self.global_rank) for name, parts in record.get("epoch_rows", {}).items()}
         if rows:
             self.restore_epoch_rows(rows)

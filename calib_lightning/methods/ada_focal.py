@@ -211,8 +211,9 @@ class AdaFocal(ClassificationModule):
     def validation_step(self, batch: Any, batch_idx: int) -> Prediction:  # type: ignore[override]
         """Add one batch to the validation metrics, and keep its confidences for the gammas."""
         prediction = super().validation_step(batch, batch_idx)
-        confidence, predicted = at_least_float32(prediction.logits).softmax(dim=-1).max(dim=-1)
-        self._validated.append((confidence, predicted == self._checked(batch).label))
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            confidence, predicted = at_least_float32(prediction.logits).softmax(dim=-1).max(dim=-1)
+            self._validated.append((confidence, predicted == self._checked(batch).label))
         return prediction
 
     def end_validation(self) -> None:

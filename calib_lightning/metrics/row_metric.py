@@ -143,7 +143,7 @@ class RowMetric(RowStates):
         # The base class empties the state on the way, and a fault stops it halfway: earlier batches, what it has
         # switched off and the number of the batch come back. K is not forgotten in between. Lists are emptied in place,
         # and metrics of one collection share them.
-        before = dict(self.metric_state)
+        before: dict[str, Any] = dict(self.metric_state)
         lists = {name: list(state) for name, state in before.items() if isinstance(state, list)}
         switched = {name: vars(self)[name] for name in _SWITCHED_BY_FORWARD}
         self._count_before_forward = 0 if self.dist_sync_on_step else self._update_count

@@ -148,3 +148,15 @@ def test_ldam_must_know_the_number_of_epochs(fit):
 def test_bad_settings_are_named(options, named):
     with pytest.raises(ValueError, match=named):
         methods.LDAM(3, encoder="digits_cnn", **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "criterion"), [(methods.LDAM, methods.LDAMLoss), (methods.ClassBalanced, methods.ClassBalancedLoss)]
+)
+def test_a_module_that_goes_back_to_its_own_stage_has_its_own_criterion(fit, tmp_path, method, criterion):
+    data = ToyDataModule(SplitSpec(val=30), train_size=126)
+    own = method(3, encoder="digits_cnn", optimizer=_sgd)
+    fit(own, data).save_checkpoint(tmp_path / "own.ckpt")
+    own.enter_stage(1, torch.nn.CrossEntropyLoss())  # as a switch does
+    fit(own, data, epochs=2, ckpt_path=tmp_path / "own.ckpt")
+    assert (own.stage, own.plain_loss, type(own.criterion)) == (0, False, criterion)
