@@ -47,7 +47,7 @@ def staged(rank: int, world: int, folder: str, seconds: float = 0.0) -> dict[str
     module = MaCCal(3, switch, encoder="digits_cnn", optimizer=sgd, scheduler=cosine)
     last = Path(folder) / "last.ckpt"
     callbacks = [StepSeed(), _Pause(folder, rank, seconds), Preemption(folder), RunCheckpoint(folder, "last")]
-    run = trainer(folder, world, callbacks, max_epochs=EPOCHS)
+    run = trainer(folder, world, callbacks, max_epochs=EPOCHS - 4)  # the stage adds its four
     stopped = None
     try:
         run.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
