@@ -79,14 +79,7 @@ class CachedFeatures(Views):
         head: nn.Module,
         transform: nn.Module | None,
     ) -> None:
-        """Reject a run whose features cannot be stored, before training starts.
-
-        Args:
-            trainer: The trainer.
-            module: The module.
-            encoder: The frozen encoder.
-            head: The head before the switch.
-            transform: The batch transform that the stage keeps, if any.
+        """Reject a run whose features cannot be stored; see `Views.check`.
 
         Raises:
             ValueError: If the images of the stage are random, or the loader cannot be read in order.
@@ -128,14 +121,7 @@ class CachedFeatures(Views):
     def store(
         self, trainer: Trainer, module: LightningModule, encoder: nn.Module, head: nn.Module, *, resumed: bool
     ) -> StoredFeatures:
-        """Compute the features, pass them to the training loader, and make the encoder pass them through.
-
-        Args:
-            trainer: The trainer, within ``fit``, at the start of an epoch or of the fit.
-            module: The module, with its new head.
-            encoder: The frozen encoder.
-            head: The new head.
-            resumed: Whether the loader may be in the middle of an epoch, where it continues.
+        """Compute the features, give them to the loader, and let the encoder pass them on; see `Views.store`.
 
         Returns:
             The active substitution; set ``in_use`` around each training step, and call ``remove`` at the end.

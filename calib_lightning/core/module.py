@@ -207,16 +207,17 @@ class ClassificationModule(EvaluatedModule):
             self.begin_step(batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step: loss, log, training metrics."""
+        """One step: loss, log, and training metrics if there is a classifier."""
         batch = self._checked(batch)
         check_labels(batch.label, self.num_classes)
         loss, logits = ClassificationModule.loss(self, batch) if self.plain_loss else self.loss(batch)
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
-        labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
-        try:
-            self.train_state.update(logits.detach(), labels)
-        except ValueError as error:
-            raise ValueError(f"In training, at step {self.global_step}: {error}") from error
+        if self.classifies:
+            labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
+            try:
+                self.train_state.update(logits.detach(), labels)
+            except ValueError as error:
+                raise ValueError(f"In training, at step {self.global_step}: {error}") from error
         if not self.plain_loss:
             self.end_step()
         return loss
@@ -231,7 +232,8 @@ class ClassificationModule(EvaluatedModule):
 
     def on_train_epoch_end(self) -> None:
         """Compute and log the epoch's training metrics, once."""
-        self._log_state("train", self.train_state)
+        if self.classifies:
+            self._log_state("train", self.train_state)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; let the method learn from the validation."""

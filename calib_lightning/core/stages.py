@@ -11,7 +11,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from calib_lightning.core.data_in_use import can_change_loading, reload_train_loader, set_loading
-from calib_lightning.core.heads import head_size
 from calib_lightning.core.module import ClassificationModule
 from calib_lightning.core.stage_base import (
     HeadFactory,
@@ -41,8 +40,6 @@ __all__ = [  # what methods need, and class paths in older configurations
     "StageSwitch",
     "StageTraining",
     "SwitchOptions",
-    "can_change_loading",
-    "head_size",
     "load_stages",
     "own_switches",
 ]

@@ -15,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, CosineToEnd, ModuleOptions, StageSwitch
+from calib_lightning.core.data_in_use import can_change_loading
 from calib_lightning.core.own_data import image_and_label
-from calib_lightning.core.stages import HeadFactory, StageTraining, SwitchOptions, can_change_loading, own_switches
+from calib_lightning.core.stages import HeadFactory, StageTraining, SwitchOptions, own_switches
 from calib_lightning.data.views import CleanViews
 from calib_lightning.methods.cross_entropy import CrossEntropyLoss
 from calib_lightning.methods.parts.mac_cal_figures import EpochFigures

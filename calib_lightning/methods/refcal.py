@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from calib_lightning.core import ClassificationModule, Head, LinearHead, ModuleOptions
 from calib_lightning.core.data_in_use import staged_data
-from calib_lightning.core.own_data import check_labels
 from calib_lightning.core.stages import StageSwitch, StageTraining, own_switches
 from calib_lightning.data.views import ContrastiveViews, ResizedCropFlip
 from calib_lightning.functional import at_least_float32
@@ -197,21 +196,6 @@ class RefCal(ClassificationModule):
         embeddings = self.head(self.features(image.flatten(0, 1))).view(*image.shape[:2], -1)
         with torch.autocast(image.device.type, enabled=False):
             return self.refinement_loss(embeddings, batch.label), embeddings
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step: loss and log; training metrics once there is a classifier."""
-        if self.stage > 0:
-            return super().training_step(batch, batch_idx)
-        batch = self._checked(batch)
-        check_labels(batch.label, self.num_classes)
-        loss, _ = self.loss(batch)
-        self.log("train/loss", loss.detach(), batch_size=len(batch.label))
-        return loss
-
-    def on_train_epoch_end(self) -> None:
-        """Compute and log the epoch's training metrics, once there is a classifier."""
-        if self.stage > 0:
-            super().on_train_epoch_end()
 
 
 class _NoValidation(Callback):

@@ -28,8 +28,8 @@ from calib_lightning.core import (
     load_stages,
     stages,
 )
+from calib_lightning.core.heads import head_size
 from calib_lightning.core.preemption import Preempted
-from calib_lightning.core.stages import head_size
 from calib_lightning.data import CleanViews, ContrastiveViews, ResizedCropFlip, SplitSpec, ToyDataModule
 from calib_lightning.methods import (
     AdaptiveSparsity,
