@@ -17,6 +17,37 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def two_columns(logits: Tensor) -> Tensor:
+    """Return the logits ``(0, z)`` of the classes 0 and 1 for a binary network's z, so that ``p_1 = sigmoid(z)``.
+
+    Args:
+        logits: z as ``(N,)`` or ``(N, 1)``; logits ``(N, K)`` of several classes are returned as they are.
+
+    Returns:
+        ``(N, 2)``, or ``logits``.
+
+    Example:
+        >>> two_columns(torch.tensor([[3.0], [-1.0]]))
+        tensor([[ 0.,  3.],
+                [ 0., -1.]])
+    """
+    if logits.ndim == 2 and logits.shape[1] != 1:
+        return logits
+    z = logits.reshape(-1, 1) if logits.ndim < 3 else logits
+    return torch.cat([torch.zeros_like(z), z], dim=1)
+
+
+def binary_labels(labels: Tensor) -> Tensor:
+    """Return the targets of a binary network as class numbers ``(N,)``: bool, or 0. and 1., also as ``(N, 1)``.
+
+    Labels of another kind are returned as they are, for the checks that name them.
+    """
+    column = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if column.dtype == torch.bool or (column.is_floating_point() and bool(((column == 0) | (column == 1)).all())):
+        return column.long()
+    return labels if labels.is_floating_point() else column
+
+
 def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Convert labels ``(N,)`` to targets ``(N, K)``; soft targets only change dtype."""
     if labels.ndim == 2:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calib_lightning.callbacks.foreign import as_logits_of
 from calib_lightning.core.own_data import image_and_label
+from calib_lightning.functional import binary_labels
 from calib_lightning.metrics import REPORT, EvaluationState
 from calib_lightning.plots import figures, log_figure
 
@@ -19,7 +20,8 @@ from calib_lightning.plots import figures, log_figure
 class CalibrationMonitor(Callback):
     """Logs metrics, reliability diagram, confidence histogram and risk-coverage curve of any LightningModule.
 
-    Batches are tuples ``(image, label, ...)``, and ``forward(image)`` returns logits ``(N, K)``. If the validation step
+    Batches are tuples ``(image, label, ...)``, and ``forward(image)`` returns logits ``(N, K)``, or one logit z of a
+    binary network, which becomes ``(0, z)``. If the validation step
     calls the module once (``self(image)``), that output is used; otherwise the module is called again. On several
     processes, every row is counted once if the loader returns it once. Invalid values (non-finite logits, for example)
     cause a warning and do not stop the training. A module that logs one of the keys itself needs another ``prefix``:
@@ -85,7 +87,7 @@ class CalibrationMonitor(Callback):
                     output = pl_module(image)
                 found = {0: as_logits_of(output, type(self).__name__)}
             logits = next(iter(found.values()))
-            self._states[dataloader_idx].update(logits.detach(), labels)
+            self._states[dataloader_idx].update(logits.detach(), binary_labels(labels))
         except Exception as error:  # metrics must not stop a run, whatever the module's forward raises
             plain = isinstance(error, TypeError | ValueError)
             self._fault = str(error) if plain else f"{type(error).__name__}: {error}"

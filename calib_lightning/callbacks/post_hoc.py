@@ -19,6 +19,7 @@ from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.own_data import image_and_label
 from calib_lightning.data.loader import ResumableLoader
+from calib_lightning.functional import binary_labels
 from calib_lightning.posthoc import Calibrator, build, calibrator_of, calibrator_record
 from calib_lightning.posthoc.saving import FILE_KEY
 
@@ -186,7 +187,7 @@ def _collected(trainer: Trainer, module: LightningModule, batches: Iterable[Any]
         for batch in batches:
             image, label = image_and_label(trainer.strategy.batch_to_device(batch), PostHocCalibrate.__name__)
             logits.append(as_logits_of(module(image), PostHocCalibrate.__name__).detach())
-            labels.append(label)
+            labels.append(binary_labels(label))
     if not logits:
         raise ValueError("the calibration loader returned no batches")
     return torch.cat(logits), torch.cat(labels)

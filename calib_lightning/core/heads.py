@@ -90,9 +90,10 @@ def head_size(module: LightningModule, head: nn.Module) -> tuple[int, int]:
     arguments = head.spec["init_args"] if isinstance(head, Head) else {}
     linear = [part for part in head.modules() if isinstance(part, nn.Linear)]
     features = arguments.get("in_features", linear[0].in_features if linear else None)
+    built = arguments.get("num_classes", linear[-1].out_features if linear else None)
     classes = getattr(module, "num_classes", None)
-    if not isinstance(classes, int):
-        classes = arguments.get("num_classes", linear[-1].out_features if linear else None)
+    if not isinstance(classes, int) or (classes == 2 and built == 1):  # one logit for two classes
+        classes = built
     if features is None or classes is None:
         raise ValueError(
             f"The head is a {type(head).__name__}, whose numbers of features and classes are unknown: it is not a Head "

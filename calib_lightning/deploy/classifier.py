@@ -12,6 +12,7 @@ from calib_lightning.core.module import ClassificationModule
 from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
 from calib_lightning.deploy.metadata import Metadata, metadata_of
 from calib_lightning.deploy.preprocessing import Preprocessing
+from calib_lightning.functional import binary_labels, two_columns
 from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.evidence import Evidence
 from calib_lightning.types import Prediction
@@ -25,7 +26,7 @@ class CalibratedClassifier(nn.Module):
 
     Args:
         network: Maps images ``(N, C, H, W)`` to logits ``(N, K)``: a timm model, a `ClassificationModule` or any other
-            module.
+            module. One logit z of a binary network, ``(N,)`` or ``(N, 1)``, becomes ``(0, z)``: K = 2.
         calibrator: Any calibrator, fitted or to be fitted with `fit`, including those that need features or the
             network.
         preprocessing: Converts an image file to the network's input, for ``calib classify``.
@@ -231,7 +232,7 @@ class CalibratedClassifier(nn.Module):
         elif labels is None:
             raise TypeError("set_threshold: logits were given without labels. Pass the labels (N,) of the same rows.")
         else:
-            evidence, labels = Evidence(rows.to(self.device)), labels.to(self.device)
+            evidence, labels = Evidence(two_columns(rows.to(self.device))), binary_labels(labels).to(self.device)
         with torch.no_grad():
             prediction = self.calibrator.predict(*evidence)
         self.operating_point = operating_point(prediction.logits, labels, prediction.confidence, risk=risk)
@@ -256,7 +257,7 @@ class CalibratedClassifier(nn.Module):
                 raise TypeError(f"a batch of the loader is a dict with the keys {keys}; it must also have 'label'.")
             part = self.evidence(found[0].to(self.device))
             parts.append(part._replace(network=None, images=found[0].cpu() if asks_network else None))
-            labels.append(torch.as_tensor(found[1]).to(self.device))
+            labels.append(binary_labels(torch.as_tensor(found[1])).to(self.device))
         if not parts:
             raise ValueError("the loader has no batches; it must have at least one, of held-out images with labels.")
         return Evidence(
@@ -289,7 +290,7 @@ class CalibratedClassifier(nn.Module):
                 f"{type(self.network).__name__} returns {type(logits).__name__}; it must return only logits (N, K). "
                 "Wrap it in a module that does."
             )
-        return logits
+        return two_columns(logits)
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from calib_lightning.functional import at_least_float32
+from calib_lightning.functional import at_least_float32, two_columns
 from calib_lightning.posthoc.evidence import Images, Network, look_like_probs
 
 WHERE = "NeuralClamping.fit"
@@ -122,13 +122,14 @@ class ClampRows:
 
     def logits(self, image: Tensor) -> Tensor:
         """Run the network; return logits ``(N, K)``, float32 or float64."""
-        logits = self._network(image)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(image):
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        found: Any = self._network(image)
+        if not isinstance(found, Tensor) or found.ndim not in (1, 2) or len(found) != len(image):
+            found = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
                 f"{WHERE}: the network's output is {found}; it must be logits of shape ({len(image)}, K). Wrap the "
                 "network in a function that returns them."
             )
+        logits = two_columns(found)
         self.classes = logits.shape[1]
         self.look_like_probs = self.look_like_probs and look_like_probs(logits.detach())
         return at_least_float32(logits)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib_lightning.functional import at_least_float32
+from calib_lightning.functional import at_least_float32, two_columns
 from calib_lightning.metrics.functional.checks import check_shapes, check_values, seem_probs
 
 Need = Literal["logits", "features", "network"]
 """What a calibrator may need; ``"network"`` is the network together with the images."""
 
 Network = Callable[[Tensor], Tensor]
-"""Maps images ``(N, C, H, W)`` to logits ``(N, K)``; usually an ``nn.Module``."""
+"""Maps images ``(N, C, H, W)`` to logits ``(N, K)``, or to one logit z, read as ``(0, z)``; usually a module."""
 
 Images = Tensor | Iterable[Sequence[Any]]
 """Images ``(N, C, H, W)``, or batches (a ``DataLoader``) whose first two entries are images and labels."""
@@ -79,7 +79,7 @@ def asked_logits(network: Network, images: Images) -> Tensor:
     some = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
     device = None if some is None else some.device
     with torch.no_grad():
-        return torch.cat([network(image.to(device)) for image in batches])
+        return torch.cat([two_columns(network(image.to(device))) for image in batches])
 
 
 def with_logits(evidence: Evidence) -> Evidence:

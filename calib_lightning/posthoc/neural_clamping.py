@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from calib_lightning.functional import two_columns
 from calib_lightning.posthoc.base import ANY_CLASSES, Calibrator
 from calib_lightning.posthoc.clamping_descent import ClampDescent, Penalty, PenaltyWeight, RelativeWeight
 from calib_lightning.posthoc.clamping_report import ClampCandidate, ClampReport, as_plain, from_plain, measured
@@ -151,7 +152,7 @@ class NeuralClamping(Calibrator):
         else:
             batches = image_batches(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(images, Tensor)):  # a loader may be long
-            logits = torch.cat([network(self.perturb(image.to(self.delta.device))) for image in batches])
+            logits = torch.cat([two_columns(network(self.perturb(image.to(self.delta.device)))) for image in batches])
         if self.num_classes == ANY_CLASSES:
             self.num_classes = logits.shape[1]
         return logits

@@ -21,7 +21,7 @@ SKIPPED = ("id", "index")
 
 _HOW = (
     "scores must be named 0, 1, 2, ... or z0, z1, z2, ... in class order; one column p is the probability of "
-    "class 1 of two."
+    "class 1 of two, one column z its logit."
 )
 
 
@@ -121,7 +121,7 @@ def _label_column(path: Path, header: list[str], wanted: str | None, holds: Hold
 
 def _unrecognised(names: Sequence[str]) -> str:
     """Why columns are not the scores of classes 0, 1, ... in order; empty if they are."""
-    if list(names) == ["p"]:
+    if list(names) in (["p"], ["z"]):
         return ""
     parts = [re.fullmatch(r"(.*?)(\d+)", name) if _is_name(name) else None for name in names]
     first = next((part[1] for part in parts if part), None)

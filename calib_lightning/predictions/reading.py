@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib_lightning.functional import binary_labels, two_columns
 from calib_lightning.metrics.functional.checks import InputKind, check_shapes, check_values, seem_probs
 from calib_lightning.metrics.functional.proper import check_soft_labels, check_soft_values
 from calib_lightning.posthoc import as_logits
@@ -210,16 +211,18 @@ def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictio
     if confidence is not None:
         _check_dense(confidence, f"{where}: confidence")
         confidence = confidence.reshape(-1) if confidence.shape[1:] == (1,) else confidence
-    if found.input == "probs" and scores.ndim in (1, 2) and scores.numel() == len(scores):
-        p = scores.reshape(-1)  # of class 1 of two
-        scores = torch.stack([1 - p, p], dim=1)
     _check_dense(found.labels, f"{labels_where}: labels")
-    labels = _hard_labels(found.labels, labels_where)
-    if scores.ndim == 1 or scores.shape[1:] == (1,):
-        raise ValueError(
-            f"{where}: scores have shape {tuple(scores.shape)}; they must have shape (N, K) with a column for each of "
-            "K >= 2 classes. For a binary classifier with logit z, use the columns 0 and z."
-        )
+    labels = found.labels
+    if scores.ndim == 1 or scores.shape[1:] == (1,):  # of class 1 of two
+        p = scores.reshape(-1)
+        if found.input == "logits" and len(p) and bool(((p >= 0) & (p <= 1)).all()):
+            raise ValueError(
+                f"{where}: scores are one column of values in [0, 1]; for logits of class 1 that is not plausible. Set "
+                "input=probs if they are its probabilities, or give the logits as two columns, 0 and z."
+            )
+        scores = torch.stack([1 - p, p], dim=1) if found.input == "probs" else two_columns(scores)
+        labels = binary_labels(labels)
+    labels = _hard_labels(labels, labels_where)
     if scores.ndim == 2 and len(scores) != len(labels):
         inside = "" if labels_where == where else f" in {labels_where}"
         raise ValueError(

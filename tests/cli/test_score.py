@@ -556,8 +556,8 @@ BAD = {
     "one-hot": (lambda p: _array(p, logits=Z, labels=np.eye(5)[Y]), "run.npz", ["(500, 5)", "one-hot", "argmax"]),
     "float labels": (lambda p: _array(p, logits=Z, labels=Y * 1.0), "run.npz", ["float64", "integer"]),
     "bool labels": (lambda p: _array(p, logits=Z, labels=Y > 2), "run.npz", ["bool", "integer"]),
-    "one column": (lambda p: _array(p, logits=Z[:, :1], labels=Y * 0), "run.npz", ["(500, 1)", "0 and z"]),
-    "flat": (lambda p: _array(p, logits=Z[:, 0], labels=Y * 0), "run.npz", ["(500,)", "0 and z"]),
+    "one column": (lambda p: _array(p, logits=Z[:, :1], labels=Y), "run.npz", ["500 rows", "must be in 0..1"]),
+    "flat": (lambda p: _array(p, logits=np.abs(np.sin(Z[:, 0])), labels=Y % 2), "run.npz", ["[0, 1]", "input=probs"]),
     "images": (lambda p: _array(p, logits=Z.reshape(100, 5, 5), labels=Y[:100]), "run.npz", ["(100, 5, 5)", "(N, K)"]),
     "integer scores": (lambda p: _array(p, logits=Z.astype(int), labels=Y), "run.npz", ["int64", "floating"]),
     "confidence": (

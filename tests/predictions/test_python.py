@@ -184,7 +184,7 @@ def test_one_column_of_probabilities_is_class_one_of_two(shape):
     both = torch.stack([1 - p, p], dim=1)
     found = score(p.reshape(shape), labels, input="probs", metrics="core").values
     assert found == score(both, labels, input="probs", metrics="core").values
-    with pytest.raises(ValueError, match="0 and z"):
+    with pytest.raises(ValueError, match=r"one column of values in \[0, 1\].*input=probs.*0 and z"):
         score(p.reshape(shape), labels)
 
 
@@ -200,8 +200,8 @@ def test_predictions_made_by_hand_are_checked():
     )
     probs = Predictions(LOGITS.softmax(1), LABELS, input="probs")
     assert score(probs, metrics="nll").input == "probs"
-    with pytest.raises(ValueError, match="K >= 2"):
-        score(Predictions(LOGITS[:, :1], LABELS.clamp(max=0)))
+    with pytest.raises(ValueError, match=r"must be in 0\.\.1"):
+        score(Predictions(LOGITS[:, :1], LABELS + 1))
 
 
 def test_a_calibrator_that_fails_does_not_cost_the_others():

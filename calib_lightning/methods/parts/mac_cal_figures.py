@@ -13,11 +13,17 @@ from torch.utils.hooks import RemovableHandle
 from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.submodules import evaluating
-from calib_lightning.functional import at_least_float32
+from calib_lightning.functional import at_least_float32, two_columns
 
 
 def confidence_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ``(3,)`` float64: sum of confidences, number of correct rows, number of rows; does not synchronise."""
+    """Return ``(3,)`` float64: sum of confidences, number of correct rows, number of rows; does not synchronise.
+
+    One logit z of a binary network is read as ``(0, z)``; its targets may be 0. and 1., smoothed, or a column.
+    """
+    if logits.ndim == 1 or logits.shape[1] == 1:
+        logits = two_columns(logits)
+        labels = (labels.reshape(-1) > 0.5) if labels.is_floating_point() else labels.reshape(-1)
     if len(labels) != len(logits):
         raise ValueError(
             f"The classifier returned {len(logits)} rows of logits for {len(labels)} labels; there must be one label "

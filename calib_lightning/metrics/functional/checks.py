@@ -112,6 +112,12 @@ def _describe(
     """What is wrong with a row, and what it must be."""
     if kind == "labels":
         hint = " A set without labels (-1) has no such metrics." if int(labels[row]) == -1 else ""
+        if logits.shape[1] == 1:
+            hint = (
+                " There is one column. For the logit z of a binary network, pass functional.two_columns(z)."
+                if input == "logits"
+                else " There is one column. For probabilities p of class 1, pass torch.stack([1 - p, p], dim=1)."
+            )
         return _Finding(f"has label {int(labels[row])}", f"be in 0..{logits.shape[1] - 1}.{hint}")
     if kind == "confidence" and confidence is not None:
         return _Finding(f"has confidence {float(confidence[row])}", "be in [0, 1].")
