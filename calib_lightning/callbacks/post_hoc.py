@@ -22,6 +22,7 @@ from calib_lightning.data.loader import ResumableLoader
 from calib_lightning.functional import binary_labels
 from calib_lightning.posthoc import Calibrator, build, calibrator_of, calibrator_record
 from calib_lightning.posthoc.saving import FILE_KEY
+from calib_lightning.utils.stored import load_torch
 
 T = TypeVar("T")
 
@@ -145,7 +146,7 @@ class PostHocCalibrate(Callback):
             return
         final = {name: value.detach().clone() for name, value in module.state_dict().items()}
         try:
-            checkpoint = _on_all(trainer, lambda: torch.load(path, map_location="cpu", weights_only=True))
+            checkpoint = _on_all(trainer, lambda: load_torch(path))
             # Running statistics may differ between processes, and all must fit or none.
             if trainer.strategy.reduce_boolean_decision(_equal(checkpoint["state_dict"], final), all=True):
                 fitted = self.calibrator

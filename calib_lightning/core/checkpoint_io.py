@@ -15,6 +15,8 @@ from fsspec.core import strip_protocol  # type: ignore[import-untyped]
 from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from calib_lightning.utils.stored import DamagedFileError, check_archive, load_torch
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically: a crash leaves either the old file or the new one, never a partial one.
@@ -25,7 +27,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     behind; its name starts with a dot and does not end in ``.ckpt``, so it is not mistaken for a checkpoint, and the
     next save in that folder on the same machine removes it once its writer is dead.
 
-    Loading: ``weights_only=True`` unless the caller overrides it, so that an untrusted file cannot execute code.
+    Loading: the checksums in the file are compared first, so that a damaged file is never trained on; then
+    ``weights_only=True`` unless the caller overrides it, so that an untrusted file cannot execute code.
 
     The parent class handles paths with a protocol other than ``file`` (``s3://...``).
 
@@ -82,7 +85,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             RuntimeError: If the file is damaged or incomplete.
         """
         try:
-            return super().load_checkpoint(path, map_location, weights_only is not False)
+            if not _is_local(path):
+                return super().load_checkpoint(path, map_location, weights_only is not False)
+            found: dict[str, Any] = load_torch(
+                strip_protocol(str(path)), map_location, weights_only=weights_only is not False
+            )
+            return found
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(
                 f"{path} is not a checkpoint of tensors and plain data only ({_reason(error)}), so it was not loaded. "
@@ -91,14 +99,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         except (EOFError, RuntimeError) as error:
             # torch raises RuntimeError for other problems too (a missing device), whose messages are clear
-            if isinstance(error, RuntimeError) and not any(
-                name in str(error) for name in ("PytorchStreamReader", "inline_container")
-            ):
+            torchs = any(name in str(error) for name in ("PytorchStreamReader", "inline_container"))
+            if isinstance(error, RuntimeError) and not isinstance(error, DamagedFileError) and not torchs:
                 raise
-            raise RuntimeError(
-                f"{path} is damaged or incomplete ({_reason(error)}). Copy it from its source again, or resume from an "
-                "older checkpoint in the same folder."
-            ) from error
+            raise _damaged(path, error) from error
+
+
+def check_checkpoint(path: Any) -> None:
+    """Compare the checksums in a checkpoint that another reader loads; what is no local file is left to it.
+
+    Raises:
+        RuntimeError: If the file is damaged or incomplete.
+    """
+    if isinstance(path, str | Path) and _is_local(path) and Path(strip_protocol(str(path))).is_file():
+        try:
+            check_archive(strip_protocol(str(path)))
+        except DamagedFileError as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: str | Path, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"{path} is damaged or incomplete ({_reason(error)}). Copy it from its source again, or resume from an older "
+        "checkpoint in the same folder."
+    )
 
 
 class _Sink:

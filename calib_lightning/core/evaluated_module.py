@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Self
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
+from calib_lightning.core.checkpoint_io import AtomicCheckpointIO, check_checkpoint
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.data_in_use import datamodule_in_use, label_distributions_of
 from calib_lightning.core.own_data import Positioned, as_batch
@@ -35,6 +37,19 @@ class EvaluatedModule(LightningModule):
         self.test_states = nn.ModuleList()
         self.test_sets: list[str] = []
         self._soft: dict[str, tuple[Tensor, SoftLabelScores]] = {}
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # noqa: N805
+        """Lightning's own way back from a checkpoint, after the checksums in the file have been compared."""
+        check_checkpoint(checkpoint_path)
+        found: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return found
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the checksums in the file where the trainer's own reader has not."""
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and not isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            check_checkpoint(trainer.ckpt_path)
 
     def outputs(self, image: Tensor) -> Prediction:
         """Logits and, if the method defines its own, confidences; one pass through the network."""

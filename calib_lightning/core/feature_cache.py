@@ -26,6 +26,7 @@ from calib_lightning.core.stored_features import StoredFeatures, alike
 from calib_lightning.types import Views
 from calib_lightning.utils.files import write_whole
 from calib_lightning.utils.registry import class_path_of
+from calib_lightning.utils.stored import load_torch
 
 
 class CachedFeatures(Views):
@@ -175,12 +176,12 @@ class CachedFeatures(Views):
                 if trainer.is_global_zero:
                     write_whole(path, lambda file: torch.save(kept, file))
         if kept is None:
-            kept = torch.load(path, weights_only=True)
+            kept = load_torch(path)
         return kept
 
     def _read(self, path: Path, index: Tensor, first: Tensor, size: int) -> Tensor | None:
         try:
-            kept: Tensor = torch.load(path, weights_only=True)
+            kept: Tensor = load_torch(path)
             if kept.shape[:2] == (size, max(1, self.views)) and alike(kept[index, 0], first):
                 return kept
             problem = "does not match this encoder"

@@ -266,6 +266,7 @@ class ClassificationModule(EvaluatedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the head for the checkpoint's weights; Lightning calls this before loading them."""
+        super().on_load_checkpoint(checkpoint)
         record = module_record(checkpoint)
         check_classes(record, self.num_classes)
         names = record.get("class_names")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.export.passes import move_to_device_pass
 
 from calib_lightning.deploy.decision import Decision, decide
 from calib_lightning.deploy.metadata import Metadata, checked_metadata, operating_point_of, preprocessing_of
+from calib_lightning.utils.stored import DamagedFileError, check_archive
 
 METADATA_KEY = "calib_lightning"
 """Key of the metadata, as JSON, in the ``metadata_props`` of an ONNX model."""
@@ -89,7 +89,11 @@ def load_exported(path: str | Path, device: str | torch.device = "cpu") -> Expor
         text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
         run = onnx_runner(session)
     elif path.suffix == ".pt2":
-        if not zipfile.is_zipfile(path):
+        try:
+            whole = check_archive(path)
+        except DamagedFileError as error:
+            raise ValueError(f"{path} is damaged: {error}. Copy or export it again.") from error
+        if not whole:
             raise ValueError(f"{path} is damaged, or was not written by export_torch.")
         extra = {METADATA_FILE: ""}
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from calib_lightning.deploy.networks import fill_network, network_of, network_re
 from calib_lightning.posthoc import Calibrator, Sequential
 from calib_lightning.posthoc.saving import calibrator_of, calibrator_record
 from calib_lightning.utils.files import write_whole
+from calib_lightning.utils.stored import load_torch
 
 FILE_KEY = "calib_lightning.classifier"
 """Key of the record in a file of `save_classifier`."""
@@ -109,21 +110,19 @@ def _calibrator_of(record: Mapping[str, Any]) -> Calibrator:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    with path.open("rb") as file:
-        content = _plain(file, path)
+    content = _plain(path)
     if not isinstance(content, Mapping) or not isinstance(content.get(FILE_KEY), Mapping):
         raise ValueError(f"{path} does not contain a classifier. Save one with save_classifier(classifier, path).")
     return content
 
 
-def _plain(file: IO[bytes], path: Path) -> Any:
+def _plain(path: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_torch(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} contains more than tensors and plain data, or was not written by torch.save, and is not loaded: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    # torch raises OSError for a truncated archive; an OSError of the disk was raised when the file was opened
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or was not written by save_classifier: {error}") from error

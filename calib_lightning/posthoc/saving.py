@@ -13,6 +13,7 @@ from torch import Tensor
 from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.utils.described import Spec, build
 from calib_lightning.utils.files import write_whole
+from calib_lightning.utils.stored import load_torch
 
 FILE_KEY = "calib_lightning.calibrator"
 """Key of the record in a file of `save_calibrator`."""
@@ -129,7 +130,7 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no calibrator {path}. Save one with save_calibrator(calibrator, path).")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: holds more than tensors and plain data, or is not a file of torch.save, and is not read. Pass a "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calib_lightning.predictions.csv_files import Holds, load_csv, numbers
 from calib_lightning.predictions.settings import Reading
+from calib_lightning.utils.stored import DamagedFileError, check_archive, load_torch
 
 SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".csv")
 _COUNT_SUFFIXES = (".csv", ".npy", ".json")
@@ -201,9 +202,14 @@ class _Arrays(Mapping[str, Tensor]):
 
 
 def _load_arrays(path: Path) -> _Arrays:
-    if not zipfile.is_zipfile(path):
+    try:
+        reason = "" if check_archive(path) or zipfile.is_zipfile(path) else "it is not an archive"
+    except DamagedFileError as error:
+        reason = str(error)
+    if reason:
         raise ValueError(
-            f"{path} is damaged or not an .npz archive. Save it with numpy.savez (or a single array as .npy)."
+            f"{path} is damaged or not an .npz archive ({reason}). Save it with numpy.savez (or a single array as "
+            ".npy)."
         )
     return _Arrays(path, np.load(path, allow_pickle=False))
 
@@ -212,8 +218,9 @@ def _load_torch(path: Path) -> tuple[Mapping[str, Tensor] | Tensor, Any]:
     """The tensors, and the class names or ``None``."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about tensors that are rejected later
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # about tensors that are rejected later
+            warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+            content = load_torch(path)
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(
             f"{path} cannot be read as tensors ({_why_refused(error)}). Save a dict of tensors with torch.save."
