@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -11,13 +12,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from calib_lightning.core.module_record import equal_weights, load_checkpoint, stage_of
+from calib_lightning.utils.files import write_whole
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's checkpoint callback with a fixed file name, saved at the end of an epoch.
 
     A run folder may be moved: the best score so far is kept if its file is in the folder. When a module enters a new
     stage, the selection restarts, so that the selected checkpoint is from the last stage; the file of the previous
-    stage is kept as ``stage-<number>-<filename>.ckpt``, from which other runs may start.
+    stage is kept as ``stage-<number>-<filename>.ckpt``, from which other runs may start. It is never replaced: a run
+    that goes on from it trains the later stages again, and a longer first stage is kept as
+    ``stage-<number>-<filename>-2.ckpt``.
 
     Args:
         folder: Folder of the file.
@@ -67,9 +73,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         kept = Path(str(self.dirpath)) / f"{self.filename}.ckpt"
         if trainer.is_global_zero and trainer.current_epoch > 0 and kept.is_file():
-            copy = kept.with_name(f"stage-{stage}-{kept.name}")
-            shutil.copyfile(kept, copy.with_suffix(".tmp"))
-            copy.with_suffix(".tmp").replace(copy)
+            _keep(kept, stage)
         self.stage = stage
         self.best_k_models, self.best_model_path, self.kth_best_model_path = {}, "", ""
         self.best_model_score = self.current_score = None
@@ -105,3 +109,30 @@ class RunCheckpoint(ModelCheckpoint):
                 "best_k_models": dict.fromkeys([here], state_dict["best_model_score"]) if self.monitor else {},
             }
         super().load_state_dict(state_dict)
+
+
+def _keep(path: Path, stage: int) -> None:
+    """Copy a checkpoint of the previous stage, unless the file is of another one (a resumed run's) or kept already."""
+    try:
+        found = load_checkpoint(path)
+    except (RuntimeError, UnpicklingError) as error:
+        rank_zero_warn(f"{path} was not kept as a checkpoint of stage {stage}: {error}")
+        return
+    if stage_of(found) != stage - 1:
+        return
+    copy = first = path.with_name(f"stage-{stage}-{path.name}")
+    number = 1
+    while copy.exists():
+        if _holds(copy, found["state_dict"]):
+            return
+        number += 1
+        copy = first.with_stem(f"{first.stem}-{number}")
+    with path.open("rb") as source:
+        write_whole(copy, lambda target: shutil.copyfileobj(source, target))
+
+
+def _holds(path: Path, weights: dict[str, Any]) -> bool:
+    try:
+        return equal_weights(load_checkpoint(path)["state_dict"], weights)
+    except (RuntimeError, UnpicklingError):  # damaged: it stays, too
+        return False

@@ -17,6 +17,7 @@ from calib_lightning.callbacks.foreign import as_logits_of, ready
 from calib_lightning.core import AtomicCheckpointIO
 from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import gather_rows
+from calib_lightning.core.module_record import equal_weights
 from calib_lightning.core.own_data import image_and_label
 from calib_lightning.data.loader import ResumableLoader
 from calib_lightning.functional import binary_labels
@@ -148,7 +149,7 @@ class PostHocCalibrate(Callback):
         try:
             checkpoint = _on_all(trainer, lambda: load_torch(path))
             # Running statistics may differ between processes, and all must fit or none.
-            if trainer.strategy.reduce_boolean_decision(_equal(checkpoint["state_dict"], final), all=True):
+            if trainer.strategy.reduce_boolean_decision(equal_weights(checkpoint["state_dict"], final), all=True):
                 fitted = self.calibrator
             else:
                 module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
@@ -197,9 +198,3 @@ def _collected(trainer: Trainer, module: LightningModule, batches: Iterable[Any]
 def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
     return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-
-
-def _equal(weights: Any, others: dict[str, Tensor]) -> bool:
-    if weights.keys() != others.keys():
-        return False
-    return all(torch.equal(value, others[name].cpu()) for name, value in weights.items() if isinstance(value, Tensor))

@@ -69,6 +69,20 @@ def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
     return cast(ModuleRecord, record)
 
 
+def stage_of(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many switches a loaded checkpoint's module had behind it; 0 for modules of somebody else's."""
+    record = checkpoint.get(CHECKPOINT_KEY)
+    return int(record.get("stage", 0)) if isinstance(record, dict) else 0
+
+
+def equal_weights(weights: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two states are equal bit for bit, wherever their tensors are."""
+    if weights.keys() != others.keys():
+        return False
+    tensors = ((value, others[name]) for name, value in weights.items() if isinstance(value, Tensor))
+    return all(torch.equal(value.cpu(), other.cpu()) for value, other in tensors)
+
+
 def check_classes(record: ModuleRecord, num_classes: int) -> None:
     """Reject a checkpoint of another number of classes."""
     if record["num_classes"] != num_classes:
