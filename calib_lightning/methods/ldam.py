@@ -105,6 +105,8 @@ class LDAMLoss(Described, nn.Module):
 class CosineHead(Head):
     """Scaled cosines between features and class weights, ``z_k = s h w_k / (|h| |w_k|)``.
 
+    The class weights start in random directions, with length 1.
+
     Args:
         in_features: d, the number of features.
         num_classes: K.
@@ -117,7 +119,8 @@ class CosineHead(Head):
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features).uniform_(-1, 1))
+        # of length 1: the gradient of a cosine falls with the length, so longer vectors would hardly turn
+        self.weight = nn.Parameter(F.normalize(torch.empty(num_classes, in_features).uniform_(-1, 1), dim=-1))
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:

@@ -51,6 +51,22 @@ def test_cosine_head_in_any_precision():
     torch.testing.assert_close(head(7 * features), head(features))
 
 
+@pytest.mark.parametrize("width", [16, 512, 2048])
+def test_cosine_head_of_any_width_learns(width):
+    head = methods.CosineHead(width, 10)
+    start = head.weight.detach().clone()
+    torch.testing.assert_close(start.norm(dim=1), torch.ones(10))
+    labels = torch.arange(10).repeat(8)
+    features = torch.randn(10, width)[labels] + torch.randn(80, width)
+    optimizer = _sgd(head.parameters())
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(head(features), labels).backward()
+        optimizer.step()
+    assert (head(features).argmax(dim=1) == labels).float().mean() > 0.95
+    assert F.cosine_similarity(head.weight.detach(), start).max() < 0.95
+
+
 class Phases(Callback):
     def __init__(self):
         self.seen = []
