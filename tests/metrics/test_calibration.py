@@ -158,6 +158,14 @@ def reference_smooth(c, a, sigma, points=4001):
     return np.trapezoid(np.abs(curve), dx=1 / (points - 1)) / (len(c) * sigma * math.sqrt(2 * math.pi))
 
 
+def sure_rows():
+    """Confidences of a network that is sure of most rows: four of five round to 1, and one in 25 of these is wrong."""
+    c, a = random_rows(2000, seed=3)
+    c[:1600] = 1 - np.geomspace(1e-12, 1e-4, 1600)
+    a[:1600] = np.arange(1600) % 25 > 0
+    return c, a
+
+
 def reference_corp(c, a):
     """Isotonic regression by its max-min formula over the distinct confidences."""
     values = np.unique(c)
@@ -408,6 +416,23 @@ def test_smece_is_its_own_width(n):
     assert reference_smooth(c, a, value) == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.parametrize("border", [0.0, 1.0])
+def test_smooth_error_at_a_border(border):
+    """The reflection keeps all mass of confidences 0 and 1 inside: their gap counts in full."""
+    c, a = np.full(10, border), np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0]) == 1
+    a = (a ^ (border == 1)).astype(float)
+    assert smece_from_ordered(ordered_of(c, a)).item() == pytest.approx(0.3, abs=1e-9)
+    c, a = sure_rows()
+    c = c if border else 1 - c
+    a = a if border else 1 - a
+    value = smece_from_ordered(ordered_of(c, a)).item()
+    assert reference_smooth(c, a, value) == pytest.approx(value, abs=1e-5)
+    grid = residual_grid(ordered_of(c, a))
+    for sigma in (0.01, 0.1, 0.5):
+        ours = smece_at_from_grid(grid, torch.tensor(float(len(c))), sigma).item()
+        assert ours == pytest.approx(reference_smooth(c, a, sigma), abs=1e-5)
+
+
 def test_smece_of_calibrated_rows_is_zero():
     # Residuals cancel at every confidence: no fixed point above the smallest width.
     c = np.repeat([0.25, 0.5, 0.75], 4)
@@ -613,10 +638,22 @@ def test_against_torchmetrics():
         assert function(sums).item() == pytest.approx(theirs, abs=1e-6)
 
 
-def test_against_relplot():
+def test_against_relplot(monkeypatch):
     relplot = pytest.importorskip("relplot")
     for c, a in (rows_of(*golden_set()), random_rows(3000, seed=1)):
         assert smece_from_ordered(ordered_of(c, a)).item() == pytest.approx(relplot.smECE(f=c, y=a), rel=0.01)
+    c, a = sure_rows()
+    ours = smece_from_ordered(ordered_of(c, a)).item()
+    assert relplot.smECE(f=c, y=a) > 1.1 * ours  # half of the mass at the border is lost
+    round_to_grid = relplot.kernels.smooth_round_to_grid
+
+    def with_whole_borders(*arguments, **options):
+        mass = round_to_grid(*arguments, **options)
+        mass[[0, -1]] *= 2
+        return mass
+
+    monkeypatch.setattr(relplot.kernels, "smooth_round_to_grid", with_whole_borders)
+    assert relplot.smECE(f=c, y=a) == pytest.approx(ours, rel=0.02)
 
 
 def test_against_netcal():
