@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 def _classify(options: Options) -> int:
     from calib_lightning.deploy.images import find_images, read_batches  # the import takes seconds
 
-    check_output(options.output)
+    check_output(options)
     found = find_images(options.images)
     model = _model(options)
     if model.preprocessing is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from calib_lightning.utils.files import check_writable, write_whole
+from calib_lightning.utils.files import check_output_file, write_whole
 
 if TYPE_CHECKING:
     from calib_lightning.predictions.tables import Report
@@ -48,13 +49,13 @@ def wrong(command: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def check_output(output: Path | None) -> None:
-    """Reject a file that cannot be written, before any computation."""
-    if output is None:
+def check_output(options: Any) -> None:
+    """Reject an ``--output`` that cannot be written, or is a file that another option names, before any computation."""
+    if options.output is None:
         return
-    if output.is_dir():
-        raise IsADirectoryError(f"--output is {output}, a folder; it must be a file.")
-    check_writable(output.parent, "--output")
+    given = [getattr(options, entry.name) for entry in fields(options) if entry.name != "output"]
+    every = [item for value in given for item in (value if isinstance(value, list) else [value])]
+    check_output_file(options.output, "--output", [item for item in every if isinstance(item, Path)])
 
 
 def print_report(report: Report, style: str, output: Path | None) -> None:

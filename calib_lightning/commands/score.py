@@ -122,7 +122,7 @@ def _run(options: Options) -> int:
     from calib_lightning.predictions.reading import unique_names
     from calib_lightning.predictions.scoring import score
 
-    check_output(options.output)
+    check_output(options)
     if options.figures is not None:
         check_writable(options.figures, "--figures")
     names = unique_names(options.files)

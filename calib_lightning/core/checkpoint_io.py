@@ -15,6 +15,7 @@ from fsspec.core import strip_protocol  # type: ignore[import-untyped]
 from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from calib_lightning.utils.files import replaceable
 from calib_lightning.utils.stored import DamagedFileError, check_archive, load_torch
 
 
@@ -52,6 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(strip_protocol(str(path)))
+        replaceable(target)  # a link is replaced itself: ``last.ckpt`` may lead to a checkpoint that is kept
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
         try:

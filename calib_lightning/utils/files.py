@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file atomically with ``write(file)``: temporary name in the same folder, flush, fsync, rename."""
+    """Write a file atomically with ``write(file)``: temporary name in the same folder, flush, fsync, rename.
+
+    A link stays, and the file that it leads to is replaced. What is neither new nor an ordinary file is an ``OSError``.
+    """
+    path = replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -21,6 +27,61 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def replaceable(path: Path) -> Path:
+    """The file that a write to ``path`` makes or replaces, behind all links; devices, pipes and folders are refused."""
+    try:
+        target = path.resolve() if path.is_symlink() else path
+        found = target.stat() if target.exists() else None
+    except RuntimeError as error:  # from Python before 3.13, for links in a circle
+        raise OSError(f"{path} is a link that leads to itself. Choose another file.") from error
+    if found is None:
+        return target
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(f"{path} is a folder; it must be a new or an ordinary file. Choose another file.")
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for is_kind, name in _SPECIAL if is_kind(found.st_mode)), "a special file")
+        raise OSError(
+            f"{path} is {kind}, which is not replaced; it must be a new or an ordinary file. Choose another file."
+        )
+    return target
+
+
+_SPECIAL = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def check_output_file(path: Path, option: str, inputs: Iterable[Path]) -> None:
+    """Reject an output that cannot be written or must not be, before any computation; ``option`` is named in errors.
+
+    Raises:
+        OSError: The folder is not writable, or the file is neither new nor an ordinary one.
+        ValueError: The file, under this name or another, is an input, or the standard output or error.
+    """
+    try:
+        target = replaceable(path)
+    except OSError as error:
+        raise type(error)(f"{option}: {error}") from error
+    check_writable(target.parent, option)
+    if not target.exists():
+        return
+    for given in inputs:
+        if given.exists() and given.samefile(target):
+            raise ValueError(
+                f"{option} is {path}, which this command reads ({given}); it must be another file. Choose a new name."
+            )
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(os.fstat(stream), target.stat()):
+                raise ValueError(
+                    f"{option} is {path}, to which this command prints; it must be another file. Leave {option} out "
+                    "to print."
+                )
 
 
 def numbered_folder(wanted: Path) -> Path:

@@ -670,7 +670,7 @@ def test_the_columns_that_were_read_are_said(calib, tmp_path):
         (("run.npz", "--groups", "frequency", "--train_counts", "counts.json"), "counts.json"),
         (("run.npz", "--labels", "labels.npy"), "labels.npy"),
         (("run.npz", "--output", "run.npz/report.json"), "--output"),
-        (("run.npz", "--output", "folder", "--format", "json"), "--output is folder, a folder"),
+        (("run.npz", "--output", "folder", "--format", "json"), "--output: folder is a folder"),
         (("run.npz", "--figures", "run2.npz"), "--figures"),
     ],
 )

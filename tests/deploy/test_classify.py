@@ -177,7 +177,8 @@ def test_a_device_that_is_not_there_is_named(suffix, calib, pictures, models):
 def test_a_folder_as_output_is_refused_before_the_work(calib, pictures, tmp_path):
     (tmp_path / "out.csv").mkdir()
     done = calib("classify", pictures, "--model", "none.pt", "--output=out.csv")
-    assert (done.code, done.err) == (1, "calib: error: --output is out.csv, a folder; it must be a file.\n")
+    assert done.code == 1
+    assert done.err.startswith("calib: error: --output: out.csv is a folder; it must be a new or an ordinary file.")
 
 
 @pytest.mark.parametrize(
