@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,14 @@ from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 
+from calib_lightning.utils.files import write_text
+
 
 class _AppendingWriter(_ExperimentWriter):
-    """Lightning's writer, without deleting an older file: a resumed run keeps its history."""
+    """Lightning's writer, which appends to an older file (a resumed run keeps its history) and loses no row if killed.
+
+    Lightning deletes the older file, and rewrites it in place where a new column appears.
+    """
 
     def _check_log_dir_exists(self) -> None:
         pass
@@ -23,14 +30,26 @@ class _AppendingWriter(_ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            self.metrics_keys = list(reader.fieldnames or [])
-            rows = [row for row in reader if int(row["step"]) < before_step]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
+        fieldnames, rows = _rows_of(path)
+        self.metrics_keys = fieldnames
+        self._write(row for row in rows if int(row["step"]) < before_step)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(_rows_of(Path(self.metrics_file_path))[1])
+
+    def _write(self, rows: Iterable[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(Path(self.metrics_file_path), text.getvalue())
+
+
+def _rows_of(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows; a process that was killed, or a full disk, may have left part of a row at the end."""
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    reader = csv.DictReader(io.StringIO(whole.decode(), newline=""))
+    return list(reader.fieldnames or []), list(reader)
 
 
 class RunLogger(CSVLogger):

@@ -27,7 +27,7 @@ from calib_lightning.commands.fit_folder import (
     default_folder,
     direct_loggers,
     is_numbered,
-    new_config,
+    save_config,
 )
 from calib_lightning.commands.fit_parser import CalibParser, NamedData
 from calib_lightning.commands.fit_report import beginning, print_results
@@ -248,7 +248,7 @@ class CalibCLI(LightningCLI):
                 "last."
             )
         if self.trainer.is_global_zero:
-            self._parser("fit").save(self.asked, new_config(self.run_folder), skip_unset=False, multifile=False)
+            save_config(self._parser("fit").dump(self.asked, skip_unset=False), self.run_folder)
             if not command.quiet:
                 print(beginning(self.model, self.trainer, self.run_folder))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from calib_lightning.utils.files import write_text
 from calib_lightning.utils.run_folder import run_of
 
 
@@ -75,19 +76,17 @@ def checkpoint_of_run(configs: Sequence[object], command: str) -> str:
     )
 
 
-def new_config(folder: Path) -> Path:
-    """Name a file for the configuration; a resumed run keeps those that it had before.
+def save_config(text: str, folder: Path) -> None:
+    """Write the configuration of a run; a resumed run keeps those that it had before.
 
     Args:
-        folder: The run's folder.
-
-    Returns:
-        ``config.yaml``, or ``config-2.yaml``, ... where that exists.
+        text: The configuration, as YAML.
+        folder: The run's folder, which gets ``config.yaml``, or ``config-2.yaml``, ... where that exists.
     """
     path, number = folder / "config.yaml", 2
     while path.exists():
         path, number = folder / f"config-{number}.yaml", number + 1
-    return path
+    write_text(path, text)
 
 
 def direct_loggers(trainer: Namespace, folder: Path) -> None:

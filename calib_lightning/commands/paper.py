@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib_lightning.utils.files import write_text
 from calib_lightning.utils.papers import Cell, cell, read_index, rows_and_columns, tables
 
 FINISHED = "paper.txt"
@@ -100,7 +101,7 @@ def _run(commands: Sequence[str]) -> int:
         if code:
             return code
         if words[1] == "fit" and run.is_dir():
-            done.write_text(command + "\n", encoding="utf-8")
+            write_text(done, f"{command}\n")
     return 0
 
 

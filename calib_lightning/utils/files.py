@@ -84,6 +84,11 @@ def check_output_file(path: Path, option: str, inputs: Iterable[Path]) -> None:
                 )
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically and with the line ends that it has."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def numbered_folder(wanted: Path) -> Path:
     """Create and return a new folder: ``wanted``, or ``wanted-2``, ``wanted-3``, ... if it exists."""
     wanted.parent.mkdir(parents=True, exist_ok=True)

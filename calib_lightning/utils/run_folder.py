@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from calib_lightning.utils.files import numbered_folder, write_whole
+from calib_lightning.utils.files import numbered_folder, write_text
 
 _ENVIRONMENT = "CALIB_RUN_FOLDER"
 
@@ -97,7 +97,7 @@ def _is_rank_zero() -> bool:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that readers never see half a file; undefined numbers become null, as JSON has no NaN."""
     text = json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 from jsonargparse import Namespace
 
-from calib_lightning.commands.fit_folder import default_folder, new_config
+from calib_lightning.commands.fit_folder import default_folder, save_config
 
 NOTHING = (
     "--model.encoder=digits_cnn",
@@ -46,5 +46,5 @@ def test_without_a_seed_the_name_has_none(seed, name):
 
 def test_a_configuration_never_replaces_another(tmp_path):
     for name in ("config.yaml", "config-2.yaml", "config-3.yaml"):
-        assert new_config(tmp_path) == tmp_path / name
-        new_config(tmp_path).touch()
+        save_config(f"name: {name}\n", tmp_path)
+        assert (tmp_path / name).read_text() == f"name: {name}\n"
