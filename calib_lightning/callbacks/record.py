@@ -21,6 +21,7 @@ from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.own_data import rows_in
 from calib_lightning.utils.run_folder import job_id, write_json
 from calib_lightning.utils.seeding import run_seed
+from calib_lightning.utils.stopping import Stopped
 
 _PACKAGES = ("calib-lightning", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy", "scikit-learn")
 
@@ -121,7 +122,12 @@ class RunRecord(Callback):
         """Record why the stage ended."""
         if not self._record.get("stages"):
             return  # it ended before the stage began
-        self._finish_stage(trainer, f"stopped by {type(exception).__name__}: {exception}".rstrip(": "))
+        stage, name = self._record["stages"][-1], str(getattr(trainer.state.fn, "value", trainer.state.fn))
+        if stage["status"] == "finished" and stage["stage"] != name:  # the next one had not come to `setup`
+            self._record["stages"].append({"stage": name})
+            self._started = time.perf_counter()
+        reason = f"{type(exception).__name__}: {exception}".rstrip(": ")
+        self._finish_stage(trainer, f"stopped by {exception if isinstance(exception, Stopped) else reason}")
 
     def _relative(self, path: str) -> str:
         """A path inside the run folder becomes relative, so that the folder can be moved."""

@@ -203,7 +203,7 @@ class CalibCLI(LightningCLI):
     def _callbacks(self, command: Namespace) -> list[Callback]:
         saved = SavePredictions(self.run_folder / "predictions")
         if self.config.subcommand != "fit":
-            return [RunRecord(self.run_folder, None, self.trained_in), saved, LogFigures()]
+            return [RunRecord(self.run_folder, None, self.trained_in), saved, LogFigures(), Preemption()]
         folder = self.run_folder / "checkpoints"
         self.keeper = last = RunCheckpoint(folder, "last")
         keepers = [last]

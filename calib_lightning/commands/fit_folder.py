@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def checkpoint_of_run(configs: Sequence[object], command: str) -> str:
         f"calib {command} needs a trained network: give --ckpt_path FILE, or -c RUN/config.yaml of a finished run, "
         "whose chosen checkpoint is then used."
     )
+
+
+def resume_command(folder: Path) -> str | None:
+    """Name the command with which a run goes on.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The command; None if the run has no checkpoint to go on from.
+    """
+    config, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    if not (config.is_file() and last.is_file()):
+        return None
+    return shlex.join(["calib", "fit", "-c", str(config), "--ckpt_path", str(last)])
 
 
 def save_config(text: str, folder: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import sys
 import traceback
 from pathlib import Path
 
 from calib_lightning.commands.help import trainer_help
+from calib_lightning.utils.stopping import Stopped
 
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, pickle.UnpicklingError)
 
@@ -46,7 +48,20 @@ def _run(argv: list[str]) -> int:
     except USER_ERRORS as error:
         _report(error)
         return 1
+    except Stopped:
+        _say_how_to_resume()
+        raise
     return 0
+
+
+def _say_how_to_resume() -> None:
+    from calib_lightning.commands.fit_folder import resume_command
+    from calib_lightning.utils.run_folder import current_run_folder
+
+    folder = current_run_folder()
+    command = None if folder is None else resume_command(folder)
+    if command is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"Go on with: {command}", file=sys.stderr)
 
 
 def _report(error: Exception) -> None:

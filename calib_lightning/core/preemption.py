@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
-import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -16,15 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from calib_lightning.utils.stopping import EXIT_CODES, Stopped, StopRequests, die_of
+
 _SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1"))  # Windows has no SIGUSR1
-_LEAVE = {signal.SIGTERM: 143, signal.SIGINT: 130}
 _SAVE = 1  # below every exit code, so the maximum over ranks is the strongest request
-_SAME_REQUEST = (
-    1.0  # seconds: launchers forward, within milliseconds, a signal that the process group has already received
-)
 
 
-class Preempted(SystemExit):
+class Preempted(Stopped):
     """The run was asked to stop and has saved the checkpoint ``path``.
 
     It is a `SystemExit` with ``code`` 143 (SIGTERM) or 130 (SIGINT), so an uncaught one ends the script quietly.
@@ -38,10 +34,13 @@ class Preempted(SystemExit):
 class Preemption(Callback):
     """Turn SIGTERM, SIGINT and SIGUSR1 into a checkpoint from which ``fit`` resumes exactly.
 
-    SIGTERM and SIGINT (Ctrl-C): save, then exit with code 143 or 130. SIGUSR1: save and continue. During ``fit`` the
-    handler replaces Lightning's, which calls a collective operation inside the signal handler and can deadlock two
-    ranks. Ours only sets a flag. After every step the ranks agree on the flag with one all-reduce, so a signal to a
-    single rank is enough; all save and exit together. The previous handlers are restored when ``fit`` ends.
+    SIGTERM and SIGINT (Ctrl-C): save, then exit with code 143 or 130. SIGUSR1: save and continue. The handler replaces
+    Lightning's, which calls a collective operation inside the signal handler and can deadlock two ranks. Ours only sets
+    a flag. After every step the ranks agree on the flag with one all-reduce, so a signal to a single rank is enough;
+    all save and exit together. The previous handlers are restored when ``fit`` ends.
+
+    In ``validate``, ``test`` and ``predict``, where Lightning ignores SIGTERM, there is nothing to save: SIGTERM and
+    SIGINT end the process at once with the same codes, and those that Lightning has launched from it.
 
     A signal takes effect at the end of the current training step, unless a checkpoint written there would not resume
     exactly: inside a gradient-accumulation window and before a validation run it waits for the next step, after the
@@ -78,29 +77,31 @@ class Preemption(Callback):
         self.dirpath = dirpath
         self.filename = filename
         self._previous: dict[signal.Signals, Any] = {}
+        self._at_once = False
+        self._children: list[Any] = []  # processes that Lightning's launcher has started and watches
         self._forget()
 
     def _forget(self) -> None:
-        self._pid = os.getpid()
+        self._requests = StopRequests()
         self._save_wanted = False
         self._leave_wanted = 0
-        self._first_seen: dict[int, float] = {}
         self._agreed = 0  # 0, _SAVE or an exit code: the same on all ranks
 
     # ------------------------------------------------------------------------------------------------- the handlers
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the handlers so that they take precedence over Lightning's."""
-        if stage != "fit":
-            return
-        # The file must include what other callbacks do at the end of a step, but not what they do at the start of an
-        # epoch, which the resumed run repeats. A new list, since Lightning is going through the old one.
-        others = [callback for callback in _callbacks(trainer) if callback is not self]
-        trainer.callbacks = [_EpochStart(self), *others, self]  # type: ignore[attr-defined]  # as in _callbacks
+        self._at_once = stage != "fit"
+        if not self._at_once:
+            # The file must include what other callbacks do at the end of a step, but not what they do at the start of
+            # an epoch, which the resumed run repeats. A new list, since Lightning is going through the old one.
+            others = [callback for callback in _callbacks(trainer) if callback is not self]
+            trainer.callbacks = [_EpochStart(self), *others, self]  # type: ignore[attr-defined]  # as in _callbacks
         if threading.current_thread() is not threading.main_thread():
             rank_zero_warn("Preemption is inactive: Python handles signals only in the main thread. Call fit there.")
             return
         self._forget()
+        self._children = getattr(trainer.strategy.launcher, "procs", [])
         self._install(trainer)
 
         # Lightning registers its handlers after the last hook before the loops, and the loops may start many workers
@@ -117,19 +118,21 @@ class Preemption(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the old handlers, unless we are leaving: Lightning then does it after closing the loggers."""
-        if not isinstance(exception, Preempted):
+        if not isinstance(exception, Stopped):
             self._restore()
         self._detach(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the old handlers and re-raise a signal that arrived too late."""
-        if stage != "fit":
-            return
         self._restore()
         self._detach(trainer)
-        late = [signum for signum, code in _LEAVE.items() if code == self._leave_wanted]
+        late = [signum for signum, code in EXIT_CODES.items() if code == self._leave_wanted]
         self._forget()
         for signum in late:
+            before: Any = trainer._signal_connector._original_handlers.get(signum)
+            if not callable(before) or before is signal.default_int_handler:
+                self._leave(signum)  # Lightning's handler would ignore it
+            signal.signal(signum, before)
             signal.raise_signal(signum)
 
     def _detach(self, trainer: Trainer) -> None:
@@ -155,17 +158,24 @@ class Preemption(Callback):
         self._previous.clear()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a forked child (a loader's worker) inherits the handler
-            if signum == signal.SIGTERM:
-                _die_of(signum)
-            return
-        if signum not in _LEAVE:
+        if signum not in EXIT_CODES:
             self._save_wanted = True
             return
-        now = time.monotonic()
-        if now - self._first_seen.setdefault(signum, now) >= _SAME_REQUEST:
-            _die_of(signum)
-        self._leave_wanted = self._leave_wanted or _LEAVE[signal.Signals(signum)]
+        asked = self._requests.read(signum)
+        if asked == "again" and signum == signal.SIGTERM:
+            die_of(signum)
+        if asked == "again" or (asked == "first" and self._at_once):
+            self._leave(signum, signal.SIGTERM if self._at_once else signal.SIGKILL)
+        if asked == "first":
+            self._leave_wanted = self._leave_wanted or EXIT_CODES[signal.Signals(signum)]
+
+    def _leave(self, signum: int, to_children: signal.Signals = signal.SIGTERM) -> NoReturn:
+        """End this process and those that were launched from it; the launcher's watch would kill it when they end."""
+        children = self._children.copy()
+        self._children.clear()
+        for child in children:
+            child.send_signal(to_children)
+        raise Stopped(EXIT_CODES[signal.Signals(signum)])
 
     # ---------------------------------------------------------------------------------------------- acting on a flag
 
@@ -217,14 +227,14 @@ class Preemption(Callback):
             keeper.last_model_path = str(path)  # otherwise it would write last-v1.ckpt beside it
         if code != _SAVE:
             # Lightning's launcher kills all processes when one exits with a nonzero code
-            getattr(trainer.strategy.launcher, "procs", []).clear()
+            self._children.clear()
         trainer.save_checkpoint(path)  # collective; ends with a barrier
         if code == _SAVE:
             rank_zero_info(f"Save requested: wrote {path}, training continues.")
             return
         rank_zero_info(f"Stop requested: wrote {path}, exiting with code {code}. Resume with ckpt_path={path}")
         self._leave_wanted = 0
-        self._first_seen.clear()  # a launcher may repeat the signal while the loggers close
+        self._requests.forget()  # a launcher may repeat the signal while the loggers close
         raise Preempted(code, path)
 
     def _path(self, trainer: Trainer) -> Path:
@@ -263,8 +273,3 @@ def _resumes_exactly_after(trainer: Trainer, batch_idx: int) -> bool:
     if trainer.check_val_every_n_epoch is None:
         done = trainer.fit_loop.total_batch_idx + 1
     return done % every != 0  # resuming would skip the validation that is due now
-
-
-def _die_of(signum: int) -> None:
-    signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    signal.raise_signal(signum)

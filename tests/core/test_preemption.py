@@ -23,6 +23,7 @@ from torch import Tensor
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.preemption import Preempted, Preemption
 from calib_lightning.core.randomness import StepSeed
+from calib_lightning.utils.stopping import Stopped
 from tests.ddp.pool import PROCESSES
 
 BATCHES = 6
@@ -274,18 +275,45 @@ def test_the_second_interrupt_does_not_wait_but_an_echo_of_the_first_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("calib_lightning.core.preemption.time.monotonic", lambda: clock[0])
-    old = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("calib_lightning.utils.stopping.time.monotonic", lambda: clock[0])
     preemption = Preemption()
     preemption._on_signal(signal.SIGINT, None)
     clock[0] += 0.5
     preemption._on_signal(signal.SIGINT, None)
     clock[0] += 0.6
+    with pytest.raises(Stopped) as stopped:
+        preemption._on_signal(signal.SIGINT, None)
+    assert stopped.value.code == 130
+
+
+def test_a_late_signal_is_not_lost_where_nobody_handles_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the module's hook comes after those of all callbacks, which had agreed that there was no signal
+    monkeypatch.setattr(Net, "on_train_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    old = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            preemption._on_signal(signal.SIGINT, None)
+        with pytest.raises(Stopped) as stopped:
+            fit(tmp_path)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGINT, old)
+        signal.signal(signal.SIGTERM, old)
+    assert stopped.value.code == 143
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_an_evaluation(tmp_path: Path, signum: signal.Signals, code: int) -> None:
+    old = signal.getsignal(signum)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[SignalAt("on_validation_batch_start", 0, signum), Preemption()],
+    )
+    with pytest.raises(Stopped) as stopped:
+        trainer.validate(Net(), Loader(2), verbose=False)
+    assert stopped.value.code == code
+    assert signal.getsignal(signum) == old
 
 
 def test_the_file_name_is_checked() -> None:
