@@ -4,6 +4,7 @@ import json
 import zipfile
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import timm
@@ -270,3 +271,18 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
     export_onnx(classifier(), tmp_path / "file.onnx", images(2))
     with pytest.raises(ValueError, match="device is 'meta'"):
         load_exported(tmp_path / "file.onnx", "meta")
+
+
+@pytest.mark.parametrize("place", ["secret.bin", "../secret.bin", "/etc/hostname"])
+def test_a_model_cannot_read_other_files(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(bytes(16))
+    weight = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=place)
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [4]) for name in ("image", "log_probs")]
+    node = onnx.helper.make_node("Add", ["image", "w"], ["log_probs"])
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "file.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"file\.onnx is damaged or not an ONNX model"):
+        load_exported(tmp_path / "file.onnx")
