@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunRecord, SavePredictions
 from calib_lightning.commands import help as texts
@@ -171,6 +171,7 @@ class CalibCLI(LightningCLI):
             last = restarted / "checkpoints" / "last.ckpt"
             config.ckpt_path = str(last) if last.is_file() else None
             self.resumed_step = load_checkpoint(last)["global_step"] if last.is_file() else 0
+            rank_zero_info(f"This job was started before: it goes on in {restarted}, from step {self.resumed_step}.")
             return use_run_folder(restarted)
         return create_run_folder(wanted)
 

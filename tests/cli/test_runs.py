@@ -11,7 +11,7 @@ import yaml
 
 from calib_lightning.core import load_module
 from calib_lightning.methods import LabelSmoothing
-from calib_lightning.utils.run_folder import job_id
+from calib_lightning.utils.run_folder import folder_of_restarted_job, job_id
 
 from .conftest import QUICK
 
@@ -229,6 +229,26 @@ def test_a_job_that_its_scheduler_starts_again_goes_on_in_its_folder(calib, tmp_
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
     assert (tmp_path / "runs" / "quickstart-2").is_dir()
+
+
+def test_agents_of_torchrun_agree_on_the_folder_of_a_job(calib, tmp_path, monkeypatch):
+    # an agent that is started anew counts its restarts from 0: the answer must not depend on it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
+    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
+    folder, wanted = tmp_path / "runs" / "quickstart", tmp_path / "runs" / "quickstart"
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        assert folder_of_restarted_job(wanted) == folder
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+        assert folder_of_restarted_job(wanted) is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert calib(*QUICK, "--trainer.max_epochs=2").code == 0
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
+    assert folder_of_restarted_job(wanted) is None  # it has been tested: the same command begins anew
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-8")
+    assert folder_of_restarted_job(wanted) is None
 
 
 def test_a_checkpoint_is_not_tested_on_other_splits_of_its_data(calib, tmp_path):
