@@ -20,7 +20,8 @@ class Optimum(NamedTuple):
 
     Attributes:
         converged: Whether the optimum was reached (the gradient is zero up to rounding); true for fits without
-            optimisation (counts, sorting).
+            optimisation (counts, sorting). A report never has both this and `at_bound`, since there is no optimum at a
+            bound.
         passes: Number of passes over the rows.
         gradient_norm: Largest absolute entry of the gradient at the end; nan if there is none.
         at_bound: Whether a parameter ended at its bound, or would grow without limit.
@@ -71,7 +72,7 @@ class FitReport(NamedTuple):
         return cls(
             calibrator=calibrator,
             rows=int(before.rows),
-            converged=optimum.converged,
+            converged=optimum.converged and not optimum.at_bound,
             passes=optimum.passes,
             gradient_norm=optimum.gradient_norm,
             at_bound=optimum.at_bound,

@@ -13,14 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calib_lightning.metrics.functional.temperature import fit_inverse_temperature
 from calib_lightning.posthoc.solver import Preconditioner, Solution, Solver
+from calib_lightning.posthoc.temperature import bounded_temperature
 
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 """Logarithm of the smallest normal float32 number, a lower bound for log-probabilities."""
 
 _BLOCK = 2**18
 _JITTER = 1e-9
+_ROWS_A_PARAMETER = 5
 
 
 class Ridge(NamedTuple):
@@ -79,6 +80,31 @@ def separates(logits: Tensor, labels: Tensor) -> bool:
     return bool((logits.gather(1, column).squeeze(1) > others).all())
 
 
+class DefaultRidge(NamedTuple):
+    """The ridge of a map that was given none, and a note if the rows are too few to do without."""
+
+    strength: float
+    notes: tuple[str, ...]
+
+
+def default_ridge(labels: Tensor, classes: int, parameters: int) -> DefaultRidge:
+    """``r = K/N min(1, 5 P/N)`` for P parameters, ``K/N`` if a class has no rows.
+
+    With many rows it vanishes faster than the error of the maximum likelihood; with few it is that of Berta et al.
+    (2026).
+    """
+    rows, enough = len(labels), _ROWS_A_PARAMETER * parameters
+    share = 1.0 if bool((torch.bincount(labels, minlength=classes) == 0).any()) else min(1.0, enough / rows)
+    few = f"{rows} rows are few for {parameters} parameters, which a ridge therefore holds near temperature scaling"
+    return DefaultRidge(share * classes / rows, (few,) if rows <= enough else ())
+
+
+def notes_on_separation(ridge: float) -> tuple[str, ...]:
+    """What keeps the parameters finite where the mapped logits separate the rows."""
+    held = "only the ridge holds the parameters" if ridge else "the parameters grow until the gradient is zero"
+    return (f"the map separates the rows, so the likelihood has no maximum and {held}",)
+
+
 class Fit(NamedTuple):
     """A fitted affine map ``[W, b]`` or ``[w; b]``, b with mean zero, and where the solver stopped."""
 
@@ -112,7 +138,7 @@ class FullMap:
         self.inputs, self.labels = inputs, labels
         classes = inputs.shape[1]
         self.identity = torch.eye(classes, classes + 1, dtype=torch.float64, device=inputs.device)
-        self.temperature = fit_inverse_temperature(inputs, labels)
+        self.temperature = bounded_temperature(inputs, labels)
         self.start = self.temperature.beta * self.identity
         self.present = torch.bincount(labels, minlength=classes) > 0
 

@@ -11,6 +11,8 @@ from calib_lightning.posthoc.histogram_binning import Binned, check_bins, equal_
 from calib_lightning.posthoc.platt import fit_logistic
 from calib_lightning.utils.seeding import row_uniform
 
+_COMMON = 3
+
 
 def mean_log_odds(log_odds: Tensor, index: Tensor, bins: int) -> Tensor:
     """Log-odds ``(M,)`` of the mean probability of each bin, without saturation; nan for empty bins."""
@@ -33,15 +35,17 @@ class ScalingBinning(Binned):
     varies less than the fraction of hits, and the calibration error can be measured since there are few values.
 
     Args:
-        n_bins: Number of bins M.
+        n_bins: Number of bins M for events of at least a third of the rows. A rarer event gets more in proportion,
+            since otherwise all rows that name the class would share a value, and `OneVsRest` would lose it.
         split: Use a separate third of the rows for each step, as the paper's theorem requires, instead of all rows for
             all steps, as in the authors' code. The thirds are drawn by position with a fixed seed.
 
     Raises:
         ValueError: ``n_bins`` is not an integer >= 1.
 
-    Deviations: Edges lie halfway in log-odds, not in probability. With ``split``, a bin that has no rows in the last
-    third uses the mean over the second; fewer than three rows are not split.
+    Deviations: The authors use M bins for events of any frequency. Edges lie halfway in log-odds, not in probability.
+    With ``split``, a bin that has no rows in the last third uses the mean over the second; fewer than three rows are
+    not split.
 
     Example:
         >>> log_odds = torch.linspace(-2, 2, 100)
@@ -60,7 +64,8 @@ class ScalingBinning(Binned):
         scaled, parted, averaged = self._thirds(log_odds)
         fit = fit_logistic(log_odds[scaled].unsqueeze(1), log_odds[scaled], hits[scaled], intercept=True)
         # g is non-decreasing, so bins of the log-odds are bins of g.
-        edges = equal_mass_edges(log_odds[parted], self.n_bins)
+        bins = max(self.n_bins, self.n_bins * len(hits) // (_COMMON * max(1, int(hits.sum()))))
+        edges = equal_mass_edges(log_odds[parted], bins)
         index, g = torch.bucketize(log_odds, edges), fit.slopes[0] * log_odds + fit.intercept
         values = mean_log_odds(g[averaged], index[averaged], len(edges) + 1)
         fallback = mean_log_odds(g[parted], index[parted], len(edges) + 1)

@@ -203,6 +203,16 @@ def checked_solver(solver: Solver | None) -> Solver | None:
     return solver
 
 
+def checked_ridge(ridge: float | None, solver: Solver | None) -> float | None:
+    """Return the ridge of an affine map; raise ``ValueError`` if it is not allowed."""
+    if ridge is not None and not (0.0 <= ridge < math.inf and solver is None):
+        raise ValueError(
+            f"ridge is {ridge!r} and solver {solver!r}; ridge must be finite and >= 0, and solvers of the literature "
+            "have none. Leave one of them out."
+        )
+    return ridge
+
+
 @dataclass(frozen=True)
 class PlainLBFGS(Solver):
     """L-BFGS with a fixed step and no line search, as in the code of Guo et al. (2017); it stops far from the optimum.

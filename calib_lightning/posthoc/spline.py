@@ -45,7 +45,9 @@ class Spline(BinaryCalibrator):
 
     Deviations: Equal scores get the mean of their results; the authors' code fails on them. The slope is read in the
     middle of a row's step, and h is 0 before the first row. At most 1024 points are kept, at equal steps of the rank.
-    Values are kept between 1e-6 and ``1 - 1e-6``.
+    The authors cut at 0 and 1. A piece of the spline has n = N / (knots - 1) rows, which cannot tell probabilities
+    below ``f = 1 / (n + 2)`` from 0: a result below f is raised to f, or to p if p is lower; likewise near 1. Cutting
+    at 0 made classes impossible that the network had given 1 %. Values are kept between 1e-6 and ``1 - 1e-6``.
 
     Example:
         >>> log_odds = torch.zeros(40)
@@ -74,6 +76,10 @@ class Spline(BinaryCalibrator):
         knots = min(self.knots, max(2, len(probs) // _ROWS_A_KNOT))
         slope = spline_slope(np.repeat(share - scores, counts), knots)
         values = scores + np.bincount(np.repeat(np.arange(len(scores)), counts), slope) / counts
+        # The rule of succession in a piece without hits: rarer hits cannot be told from none.
+        pieces = knots - 1
+        finest = pieces / (len(probs) + 2 * pieces)
+        values = values.clip(np.minimum(scores, finest), np.maximum(scores, 1.0 - finest))
         if len(scores) > _MOST_POINTS:
             rank = np.linspace(0, len(probs) - 1, _MOST_POINTS).round().astype(np.int64)
             kept = np.unique(np.repeat(np.arange(len(scores)), counts)[rank])
@@ -81,7 +87,7 @@ class Spline(BinaryCalibrator):
         if len(scores) == 1:
             scores, values = np.append(scores, 2.0), np.repeat(values, 2)
         self.scores = torch.from_numpy(scores).to(log_odds)
-        self.values = torch.from_numpy(values.clip(0.0, 1.0)).to(log_odds)
+        self.values = torch.from_numpy(values).to(log_odds)
         few = f"{len(probs)} rows are few for a spline: only {knots} of {self.knots} knots were used"
         return Optimum(notes=(few,) if knots < self.knots else ())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calib_lightning.metrics.functional.temperature import (
     LOG_BETA_BOUND,
+    OptimalTemperature,
     search_inverse_temperature,
     tempered_rows,
 )
@@ -88,9 +89,11 @@ class Temperature(_Tempered):
     """Temperature scaling by likelihood (Guo et al., 2017).
 
     ``q = softmax(z / T)`` with the T of lowest mean negative log-likelihood. The optimum is found by safeguarded Newton
-    steps in float64, for logits of any scale. If all predictions are correct, T stops at ``exp(-16)``. If the logits of
-    the labels are not above average, the best distribution is uniform, and T stops where the logits of a row still
-    differ by 1e-3 on average, so that float32 can tell the classes apart.
+    steps in float64, for logits of any scale. If all predictions are correct, the likelihood rises as T falls to 0;
+    then T is that of smoothed targets, ``1 - 1 / (N + 2)`` for the label and the rest for the others (Platt, 1999), or
+    1 if this is lower. If the logits of the labels are not above average, the best distribution is uniform, and T stops
+    where the logits of a row still differ by 1e-3 on average, so that float32 can tell the classes apart. Both are
+    bounds, and the report says so.
 
     Args:
         solver: ``None`` for the optimum, or a method of the literature: `PlainLBFGS` starts from T = 1.5, as the code
@@ -165,11 +168,18 @@ class FocalTemperature(_Tempered):
 
 
 def most_likely(logits: Tensor, labels: Tensor) -> tuple[float, Optimum]:
-    """Maximum likelihood inverse temperature, bounded to keep the order of classes; the gradient is by ``log T``."""
+    """Maximum likelihood inverse temperature, bounded as in `Temperature`; the gradient is by ``log T``."""
     (beta, _, at_bound), slope, passes = search_inverse_temperature(logits, labels)
     gradient = abs(beta * slope)
-    optimum = Optimum(not at_bound and gradient <= CONVERGED, passes, gradient, at_bound)
-    return _still_ordered(beta, logits) if at_bound else beta, optimum
+    if at_bound:
+        return _stopped(beta, logits, labels, Optimum(False, passes, gradient, True))
+    return beta, Optimum(gradient <= CONVERGED, passes, gradient)
+
+
+def bounded_temperature(logits: Tensor, labels: Tensor) -> OptimalTemperature:
+    """Maximum likelihood inverse temperature, bounded as in `Temperature`, for maps that start from it."""
+    found = search_inverse_temperature(logits, labels).optimum
+    return found._replace(beta=_stopped(found.beta, logits, labels, Optimum())[0]) if found.at_bound else found
 
 
 class Sloped(NamedTuple):
@@ -210,15 +220,37 @@ def lowest(loss: Callable[[float, torch.dtype], Sloped], logits: Tensor, labels:
             found.append((*at(root), root))
     end, where = min((at(bound).value, bound) for bound in (-LOG_BETA_BOUND, LOG_BETA_BOUND))
     if not found or end <= min(found)[0]:
-        return _still_ordered(math.exp(where), logits), Optimum(False, passes, abs(at(where).slope), True)
+        return _stopped(math.exp(where), logits, labels, Optimum(False, passes, abs(at(where).slope), True))
     _, slope, log_beta = min(found)
     return math.exp(log_beta), Optimum(abs(slope) <= CONVERGED, passes, abs(slope))
 
 
-def _still_ordered(beta: float, logits: Tensor) -> float:
-    """Bound T where float32 log-probabilities still differ."""
-    spread = float((logits.amax(dim=-1).double() - logits.amin(dim=-1).double()).mean())
-    return max(beta, min(_LEAST_RANGE / spread, 1.0)) if spread > 0.0 else beta
+def _stopped(beta: float, logits: Tensor, labels: Tensor, optimum: Optimum) -> tuple[float, Optimum]:
+    """Bound an inverse temperature that would run to 0 or infinity, with a note on the bound."""
+    wide = logits.double()
+    if beta < 1.0:
+        # float32 log-probabilities must still differ.
+        spread = float((wide.amax(dim=-1) - wide.amin(dim=-1)).mean())
+        beta = max(beta, min(_LEAST_RANGE / spread, 1.0)) if spread > 0.0 else beta
+        note = f"the labels' logits are not above average, so the uniform distribution is best; T = {1.0 / beta:.3g}"
+        return beta, optimum._replace(notes=(*optimum.notes, f"{note}, where float32 can still tell the classes apart"))
+    of_label = wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    if bool((of_label < wide.amax(dim=-1)).any()):
+        return beta, optimum
+    rows, classes = wide.shape
+    others = (wide.sum(dim=-1) - of_label) / (classes - 1)
+    pull = float((of_label - others).mean()) / (rows + 2)
+
+    def slope(log_beta: float) -> float:
+        return float(tempered_rows(logits, labels, math.exp(log_beta))[1].mean()) + pull
+
+    if slope(LOG_BETA_BOUND) <= 0.0:
+        return beta, optimum
+    beta = 1.0  # right predictions are no reason to lower confidence
+    if slope(0.0) < 0.0:
+        beta = math.exp(brentq(slope, 0.0, LOG_BETA_BOUND, xtol=1e-12, rtol=1e-14))  # type: ignore[no-untyped-call]
+    note = f"all {rows} predictions are correct, so the likelihood has no maximum; T = {1.0 / beta:.3g} is used"
+    return beta, optimum._replace(notes=(*optimum.notes, f"{note}, a bound from targets of 1 - 1/(N + 2)"))
 
 
 def _descended(solver: Solver, logits: Tensor, labels: Tensor) -> tuple[float, Optimum]:

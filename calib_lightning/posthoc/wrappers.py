@@ -17,7 +17,7 @@ from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.top_label import top_log_odds, with_top_confidence
 from calib_lightning.types import Prediction
 
-FEWEST_ROWS = 5
+FEWEST_ROWS = 10
 """A class with fewer calibration rows keeps its probabilities in `OneVsRest`."""
 
 _BLOCK = 2**20
@@ -66,7 +66,7 @@ class OneVsRest(Calibrator):
         TypeError: ``calibrator`` is not a `BinaryCalibrator`.
 
     Attributes:
-        copies: The copies, one per class. The copy of a class that has fewer than 5 rows, or all of them, is not
+        copies: The copies, one per class. The copy of a class that has fewer than 10 rows, or all of them, is not
             fitted: ``g_k`` is then the identity.
 
     Example:

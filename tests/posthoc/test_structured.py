@@ -94,7 +94,7 @@ def test_the_ridge_fades_with_rows():
     logits, labels = golden()
     many = StructuredVectorScaling().fit(logits.repeat(1000, 1), labels.repeat(1000))
     inputs = smoothed_log_probs(logits, many.beta, many.share)
-    free = VectorScaling().fit(inputs, labels)
+    free = VectorScaling(ridge=0.0).fit(inputs, labels)
     assert many.report.nll_after == pytest.approx(free.report.nll_after, abs=1e-7)
     few = StructuredVectorScaling().fit(logits[:20], labels[:20])
     assert float((few.weight - 1).abs().max()) < 0.2 < float((free.weight - 1).abs().max())
@@ -127,7 +127,7 @@ def test_hard_rows(cls, kind):
         logits, labels = logits[labels != 3], labels[labels != 3]
     with pytest.warns() if kind != "constant" else torch.no_grad():
         fitted = cls().fit(logits, labels)
-    assert fitted.report.converged
+    assert fitted.report.converged != fitted.report.at_bound
     assert fitted.report.nll_after <= fitted.report.nll_before + 1e-9
     assert float(fitted.weight.abs().max()) < 3
     assert fitted(logits.float()).isfinite().all()

@@ -6,9 +6,12 @@ import torch
 from scipy.optimize import minimize
 
 from calib_lightning.posthoc.linear import DiagonalMap, diagonal_nll, separates
+from calib_lightning.posthoc.matrix import MatrixScaling
 from calib_lightning.posthoc.solver import LBFGS, AdamDescent, GradientDescent, PlainLBFGS
+from calib_lightning.posthoc.temperature import Temperature
 from calib_lightning.posthoc.vector import VectorScaling
 from tests.metrics.golden import golden_set, random_set
+from tests.metrics.test_real_data import load
 
 
 def golden():
@@ -21,7 +24,7 @@ def raw_nll(logits, labels):
 
 
 def test_golden_values():
-    fitted = VectorScaling().fit(*golden())
+    fitted = VectorScaling(ridge=0.0).fit(*golden())
     assert fitted.report.converged
     assert not fitted.report.at_bound
     assert fitted.report.nll_after == pytest.approx(0.650991676774, abs=1e-12)
@@ -100,7 +103,7 @@ def test_never_above_the_raw_likelihood(rows, classes, scale):
     logits, labels = random_set(rows, classes, scale=scale, seed=rows)
     with pytest.warns() if len(labels.unique()) < classes or rows < 20 else torch.no_grad():
         report = VectorScaling().fit(logits, labels).report
-    assert report.converged
+    assert report.converged != report.at_bound
     assert report.nll_after <= raw_nll(logits, labels) + 1e-12
 
 
@@ -117,7 +120,7 @@ def test_absent_classes_keep_the_temperature():
     logits, labels = golden()
     keep = (labels != 1) & (labels != 3)
     with pytest.warns(UserWarning, match="2 of 5 classes"):
-        fitted = VectorScaling().fit(logits[keep], labels[keep])
+        fitted = VectorScaling(ridge=0.0).fit(logits[keep], labels[keep])
     assert fitted.report.converged
     assert not fitted.report.at_bound
     assert fitted.weight[1] == fitted.weight[3]  # 1/T
@@ -132,11 +135,12 @@ def test_separable_rows_end_at_a_bound(rows):
     logits, _ = golden()
     logits = logits[:rows]
     with pytest.warns(UserWarning, match="bound"):
-        fitted = VectorScaling().fit(logits, logits.argmax(1))
+        fitted = VectorScaling(ridge=0.0).fit(logits, logits.argmax(1))
     assert fitted.report.at_bound
     assert fitted.weight.isfinite().all()
     assert fitted.bias.isfinite().all()
     assert fitted.weight.abs().max() < 1e7
+    assert not fitted.report.converged
     assert fitted.report.nll_after < 1e-6
     assert fitted(logits.float()).isfinite().all()
 
@@ -146,14 +150,14 @@ def test_rows_that_no_temperature_but_a_weight_separates():
     labels = torch.tensor([0, 0, 1, 1])
     shifted = logits + torch.tensor([0.0, 1.0])
     with pytest.warns(UserWarning, match="bound"):
-        fitted = VectorScaling().fit(shifted, labels)
+        fitted = VectorScaling(ridge=0.0).fit(shifted, labels)
     assert fitted.report.nll_after < 1e-6 < fitted.report.nll_before
     assert fitted.weight.abs().max() < 1e7
 
 
 def test_constant_logits_give_the_frequencies():
     labels = torch.tensor([0] * 6 + [1] * 3 + [2])
-    fitted = VectorScaling().fit(torch.full((10, 3), 2.5), labels)
+    fitted = VectorScaling(ridge=0.0).fit(torch.full((10, 3), 2.5), labels)
     assert fitted.report.converged
     assert torch.allclose(fitted(torch.full((1, 3), 2.5)).exp(), torch.tensor([[0.6, 0.3, 0.1]]), atol=1e-6)
 
@@ -172,3 +176,45 @@ def test_separates():
     assert separates(logits, torch.tensor([0, 1]))
     assert not separates(logits, torch.tensor([0, 0]))
     assert not separates(torch.zeros(1, 2), torch.tensor([0]))  # a tie is not right
+
+
+def test_the_ridge_is_the_one_documented():
+    logits, labels = random_set(400, 3)
+    beta = Temperature().fit(logits, labels).beta
+    fitted = VectorScaling().fit(logits, labels)
+    ridge = 3 / 400 * (10 * 3 / 400)
+    matrix = DiagonalMap(logits * beta, labels).fit(ridge, LBFGS(), 1.0).matrix
+    assert torch.allclose(fitted.weight, matrix[0] * beta, atol=1e-9)
+    assert torch.allclose(fitted.bias, matrix[1], atol=1e-9)
+    assert fitted.report.notes == ()
+
+
+def held_out(calibrator, logits, labels, rows):
+    """Loss of other rows before and after a fit to the first rows."""
+    after = calibrator.fit(logits[:rows], labels[:rows])(logits[rows:].double())
+    return raw_nll(logits[rows:], labels[rows:]), raw_nll(after, labels[rows:])
+
+
+@pytest.mark.parametrize("rows", [300, 1000])
+@pytest.mark.parametrize("scaling", [VectorScaling, MatrixScaling])
+def test_few_rows_of_many_real_classes_do_no_harm_and_are_named(real_data, scaling, rows):
+    logits, labels = load(real_data, "expected_cost/cifar100_resnet-20")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="rows are few for"):
+        before, after = held_out(scaling(), logits[order], labels[order], rows)
+    assert after < before
+
+
+def test_equal_rows_with_different_labels_do_not_explode():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    with pytest.warns(UserWarning, match="2 rows are few for 6 parameters"):
+        fitted = VectorScaling().fit(logits, torch.tensor([0, 1]))
+    other = torch.tensor([[0.0, 1.0, 2.0], [3.0, -2.0, 0.0]])
+    assert raw_nll(fitted(other), torch.tensor([2, 1])) < 10.0
+
+
+@pytest.mark.parametrize("scaling", [VectorScaling, MatrixScaling])
+def test_bad_ridges(scaling):
+    for arguments in ({"ridge": -1.0}, {"ridge": float("nan")}, {"ridge": 0.1, "solver": GradientDescent()}):
+        with pytest.raises(ValueError, match="ridge is"):
+            scaling(**arguments)

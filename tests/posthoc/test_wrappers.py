@@ -24,6 +24,7 @@ from calib_lightning.posthoc.scaling_binning import ScalingBinning
 from calib_lightning.posthoc.spline import Spline
 from calib_lightning.posthoc.wrappers import OneVsRest, TopLabel, class_log_odds, row_odds
 from tests.metrics.golden import golden_set, random_set
+from tests.metrics.test_real_data import load
 
 F64 = torch.float64
 BINARY = [BBQ, Beta, HistogramBinning, Isotonic, Platt, ScalingBinning, Spline]
@@ -111,7 +112,7 @@ def test_rare_classes_keep_their_probabilities():
     labels = torch.where(labels == 3, 0, labels)
     labels[:4] = 3
     labels = torch.where(labels == 4, 1, labels)
-    with pytest.warns(UserWarning, match="2 of 5 classes have fewer than 5 rows"):
+    with pytest.warns(UserWarning, match="2 of 5 classes have fewer than 10 rows"):
         calibrator = OneVsRest(Platt()).fit(logits, labels)
     assert [copy.fitted for copy in calibrator.copies] == [True, True, True, False, False]
     log_probs = calibrator(logits)
@@ -121,8 +122,8 @@ def test_rare_classes_keep_their_probabilities():
     assert "1 of 5 classes have no calibration rows (class 4)" in calibrator.report.notes
 
 
-@pytest.mark.parametrize(("rows", "enough"), [(4, False), (5, True)])
-def test_five_rows_of_a_class_are_enough(rows, enough):
+@pytest.mark.parametrize(("rows", "enough"), [(9, False), (10, True)])
+def test_ten_rows_of_a_class_are_enough(rows, enough):
     logits, labels = random_set(60, 3)
     labels = labels.clamp_max(1)
     labels[:rows] = 2
@@ -319,3 +320,17 @@ def test_a_real_network(real_data, wrapper, kind):
     raw = unseen.double().softmax(dim=1).amax(dim=1)
     own = after.logits.exp().amax(dim=1) if after.confidence is None else after.confidence
     assert mean_gap(own, after.logits.argmax(dim=1) == truth) < 0.6 * mean_gap(raw, unseen.argmax(dim=1) == truth)
+
+
+@pytest.mark.parametrize(("rows", "binary"), [(5000, ScalingBinning), (1000, ScalingBinning), (1000, Beta)])
+def test_a_hundred_real_classes_keep_their_accuracy_and_likelihood(real_data, rows, binary):
+    """One bin for all rows of a class cost half of the accuracy; three parameters for five rows cost the likelihood."""
+    logits, labels = load(real_data, "expected_cost/cifar100_resnet-20")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    logits, labels = logits[order], labels[order]
+    calibrator = quietly(OneVsRest(binary()), logits[:rows], labels[:rows])
+    before, after, labels = logits[5000:], calibrator(logits[5000:]), labels[5000:]
+    assert (
+        float((after.argmax(1) == labels).double().mean()) > float((before.argmax(1) == labels).double().mean()) - 0.02
+    )
+    assert torch.nn.functional.cross_entropy(after, labels) < torch.nn.functional.cross_entropy(before, labels)
