@@ -33,7 +33,7 @@ from calib_lightning.predictions.values import (
 )
 
 NOTICEABLE = 0.005
-"""Loss of accuracy or of correctness AUROC, as a fraction, that is noted."""
+"""Change for the worse that is noted: of accuracy, correctness AUROC or ECE as a fraction, of NLL in nats."""
 
 LOST_REFINEMENT = (
     "where the correctness AUROC falls, confidences separate right from wrong answers less well; calibration errors do "
@@ -42,6 +42,7 @@ LOST_REFINEMENT = (
 """One note for all calibrators that lower it noticeably."""
 
 _QUALITIES = {"accuracy": "accuracy", "correctness_auroc": "correctness AUROC"}
+_ERRORS = ("nll", "ece")
 
 EvidenceOf = Callable[[str, Predictions, Calibrator], Evidence]
 """Returns the inputs of calibrators for a set, given its name."""
@@ -221,12 +222,19 @@ def _losses(before: Predictions, after: Predictions, name: str, calibrator: str)
     said = [f"the {_QUALITIES[key]} from {100 * old[key]:.2f} to {100 * new[key]:.2f} %" for key in lost]
     if said:
         yield f"{name}: {calibrator} lowers {' and '.join(said)}"
+    risen = [key for key in _ERRORS if new[key] - old[key] > NOTICEABLE]
+    errors = {
+        "nll": f"the NLL from {old['nll']:.4f} to {new['nll']:.4f}",
+        "ece": f"the ECE from {100 * old['ece']:.2f} to {100 * new['ece']:.2f} %",
+    }
+    if risen:
+        yield f"{name}: {calibrator} raises {' and '.join(errors[key] for key in risen)}"
     if "correctness_auroc" in lost:
         yield LOST_REFINEMENT
 
 
 def _quality(predictions: Predictions) -> dict[str, float]:
-    state = EvaluationState(list(_QUALITIES), input=predictions.input)
+    state = EvaluationState([*_QUALITIES, *_ERRORS], input=predictions.input)
     state.update(*predictions[:3])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined values never cause a note here

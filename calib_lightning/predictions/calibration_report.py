@@ -47,6 +47,12 @@ class Fitted(NamedTuple):
         assert self.calibrator.report is not None
         return self.calibrator.report
 
+    @property
+    def temperature(self) -> float | None:
+        """T, if the calibrator has one."""
+        # With one class nothing is fitted.
+        return getattr(self.calibrator, "temperature", None) if self.calibrator.num_classes != 1 else None
+
 
 class Row(NamedTuple):
     """Values of one set with or without a calibrator; ``own_confidence``: not the largest probability."""
@@ -113,8 +119,18 @@ class CalibrationReport(Report):
             yield from value_grids(title, [""], entries)
         if self.fitted:
             rows = len(self.inputs.calibration.labels)
-            header = ["calibrator", "converged", "passes", "gradient", "at bound", "NLL", "ECE %", "accuracy change %"]
-            fits = [[name, *_fit_cells(fitted.report)] for name, fitted in self.fitted.items()]
+            header = [
+                "calibrator",
+                "T",
+                "converged",
+                "passes",
+                "gradient",
+                "at bound",
+                "NLL",
+                "ECE %",
+                "accuracy change %",
+            ]
+            fits = [[name, _temperature(fitted), *_fit_cells(fitted.report)] for name, fitted in self.fitted.items()]
             yield Grid(f"fits to the {rows:,} calibration rows, with values on these rows", header, fits)
 
     def remarks(self) -> Iterator[str]:
@@ -192,7 +208,13 @@ def _row_content(name: str, row: Row) -> dict[str, Any]:
 
 
 def _fit_content(fitted: Fitted) -> dict[str, Any]:
-    return {**fitted.report._asdict(), **fitted.calibrator.details, "notes": fitted.notes}
+    temperature = fitted.temperature
+    found = {} if temperature is None else {"temperature": temperature}
+    return {**fitted.report._asdict(), **found, **fitted.calibrator.details, "notes": fitted.notes}
+
+
+def _temperature(fitted: Fitted) -> str:
+    return "-" if fitted.temperature is None else f"{fitted.temperature:.4g}"
 
 
 def _fit_cells(fit: FitReport) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 DEFAULT_RESAMPLES = 1000
 DEFAULT_CALIBRATOR = "Temperature"
-CALIBRATION_METRICS = "accuracy,nll,brier,ece,aece_official,classwise_ece,correctness_auroc,entropy"
+CALIBRATION_METRICS = "accuracy,nll,brier,ece,aece_split,classwise_ece,correctness_auroc,entropy"
 """The metrics that `calibrate` reports unless it is asked for others."""
 
 

@@ -181,7 +181,7 @@ def test_the_fit_reaches_known_values(calibrated, calib, tmp_path):
     assert (entry["fit"]["converged"], entry["fit"]["accuracy_change"], entry["fit"]["rows"]) == (True, 0.0, 500)
     assert load_calibrator(tmp_path / "out" / entry["file"]).temperature == pytest.approx(0.596883945176, abs=1e-8)
     line = next(line for line in calib("calibrate", *FILES, *FAST).out.splitlines() if "0.7408 →" in line)
-    assert [cell.strip() for cell in line.split("│")[5:8]] == ["no", "0.7408 → 0.6698", "15.94 → 5.95"]
+    assert [cell.strip() for cell in line.split("│")[6:9]] == ["no", "0.7408 → 0.6698", "15.94 → 5.95"]
 
 
 def test_text_and_markdown_have_a_row_for_each_calibrator(files, calib):
@@ -271,6 +271,45 @@ def test_a_loss_of_refinement_or_accuracy_is_said(files, calib):
     assert "FixedTemperature(temperature=1.0) lowers" not in done.out
     explained = done.out.splitlines()[-2]
     assert ("right from wrong answers less well" in explained) == ("correctness_auroc" in lost)
+
+
+def test_a_rise_of_nll_or_ece_is_said(files, calib):
+    done = calib(
+        "calibrate", *FILES, *FAST, "--calibrators", "FixedTemperature(0.2),Temperature", "--metrics", "accuracy"
+    )
+    logits, labels = half("test")
+    before = values_of(logits, labels, metrics=("nll", "ece"))
+    after = values_of(5 * logits, labels, metrics=("nll", "ece"))
+    assert after["nll"] > before["nll"]
+    nll = f"the NLL from {before['nll']:.4f} to {after['nll']:.4f}"
+    ece = f"the ECE from {100 * before['ece']:.2f} to {100 * after['ece']:.2f} %"
+    risen = [text for text, key in ((nll, "nll"), (ece, "ece")) if after[key] - before[key] > 0.005]
+    assert f"test: FixedTemperature(temperature=0.2) raises {' and '.join(risen)}" in done.out
+    assert "test: Temperature raises" not in done.out
+
+
+def test_the_temperature_is_in_the_table_and_the_report(files, calib, calibrated):
+    expected = Temperature().fit(*half("cal")).temperature
+    names = ("--calibrators", "Temperature,OneVsRest(Isotonic)")
+    fits = {name: entry["fit"] for name, entry in calibrated(*FILES, *FAST, *names)["calibrators"].items()}
+    assert fits["Temperature"]["temperature"] == pytest.approx(expected, rel=1e-12)
+    assert "temperature" not in fits["OneVsRest(Isotonic)"]
+    lines = calib("calibrate", *FILES, *FAST, *names).out.splitlines()
+    cells = [[cell.strip() for cell in line.replace("┃", "│").split("│")] for line in lines]
+    place = next(row.index("T") for row in cells if "converged" in row)
+    assert f"{expected:.4g}" in [row[place] for row in cells if "Temperature" in row and len(row) > place]
+
+
+def test_tied_rows_are_not_dropped_by_default(calibrated, tmp_path):
+    """All rows but a few have the lowest confidence: the quantile edges drop them, the equal split does not."""
+    logits = torch.tensor([[1.0, 0.0]] * 95 + [[3.0, 0.0]] * 5)
+    labels = torch.arange(100) % 4 // 3
+    for name in ("cal", "test"):
+        save(tmp_path / f"{name}.npz", logits + (name == "cal") * 1e-3, labels)
+    report = rows_of(calibrated(*FILES, *FAST))["uncalibrated"]["values"]
+    gap = float((logits.double().softmax(1)[:, 0] - (labels == 0).double()).mean().abs())
+    assert report["aece_split"] >= gap - 1e-9
+    assert "aece_official" not in report
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
