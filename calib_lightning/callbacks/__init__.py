@@ -4,6 +4,7 @@ from calib_lightning.callbacks.accelerate import Accelerate
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.callbacks.clip_gradients import ClipGradients
 from calib_lightning.callbacks.figures import LogFigures
+from calib_lightning.callbacks.guarded import guarded
 from calib_lightning.callbacks.monitor import CalibrationMonitor
 from calib_lightning.callbacks.post_hoc import PostHocCalibrate
 from calib_lightning.callbacks.predictions import SavePredictions
@@ -20,4 +21,5 @@ __all__ = [
     "RunLogger",
     "RunRecord",
     "SavePredictions",
+    "guarded",
 ]

@@ -9,7 +9,6 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from calib_lightning.callbacks import LogFigures, RunCheckpoint, RunLogger, RunRecord, SavePredictions
@@ -25,12 +24,12 @@ from calib_lightning.commands.fit_checks import (
 from calib_lightning.commands.fit_folder import (
     checkpoint_of_run,
     default_folder,
-    direct_loggers,
     is_numbered,
     save_config,
 )
 from calib_lightning.commands.fit_parser import CalibParser, NamedData
 from calib_lightning.commands.fit_report import beginning, print_results
+from calib_lightning.commands.loggers import start_loggers
 from calib_lightning.commands.quiet import be_quiet, without_noise
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.data_facts import has_test, has_validation
@@ -152,7 +151,7 @@ class CalibCLI(LightningCLI):
         self.asked = config.clone()
         self.asked.ckpt_path = None
         self.run_folder = self._make_folder(config)
-        direct_loggers(config.trainer, self.run_folder)
+        self.loggers = start_loggers(config.trainer, self.run_folder)
         encoder = config.model.get("init_args.encoder")
         if config.ckpt_path and isinstance(encoder, dict) and encoder.get("pretrained"):
             encoder["pretrained"] = False  # the weights come from the checkpoint: nothing is downloaded
@@ -179,11 +178,6 @@ class CalibCLI(LightningCLI):
         """Build the trainer with the callbacks, the loggers and the checkpoint writer that every run has."""
         command = self._command_config()
         config = self._get(self.config_init, "trainer")
-        loggers: list[Logger] = [RunLogger(self.run_folder, self.resumed_step)]
-        if isinstance(config.logger, Logger):
-            loggers.append(config.logger)
-        elif isinstance(config.logger, list | tuple):
-            loggers.extend(config.logger)
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins] if config.plugins else []
         callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
         self.validates = self.config.subcommand != "fit" or has_validation(self.datamodule)
@@ -195,7 +189,7 @@ class CalibCLI(LightningCLI):
             kwargs["enable_model_summary"] = False  # the run's first line says what matters of it
         return super().instantiate_trainer(
             default_root_dir=str(self.run_folder),
-            logger=loggers,
+            logger=[RunLogger(self.run_folder, self.resumed_step), *self.loggers],
             plugins=[*plugins, AtomicCheckpointIO()],
             callbacks=[*(c for c in callbacks if c is not None), *self._callbacks(command)],
             **kwargs,

@@ -103,16 +103,3 @@ def save_config(text: str, folder: Path) -> None:
     while path.exists():
         path, number = folder / f"config-{number}.yaml", number + 1
     write_text(path, text)
-
-
-def direct_loggers(trainer: Namespace, folder: Path) -> None:
-    """Let loggers write into the run's folder unless they were told another place.
-
-    Args:
-        trainer: Configuration of the trainer, which is changed.
-        folder: The run's folder.
-    """
-    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-    for logger in loggers:
-        if isinstance(logger, Namespace) and logger.get("init_args.save_dir", "elsewhere") in (None, "", "."):
-            logger["init_args.save_dir"] = str(folder)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -13,6 +13,9 @@ from calib_lightning.commands.help import trainer_help
 from calib_lightning.utils.stopping import Stopped
 
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, pickle.UnpicklingError)
+
+_BEGUN = ("config.yaml", "run.json", "checkpoints")
+"""One of them is in the folder of every run that has begun."""
 
 
 def main(argv: list[str]) -> int:
@@ -60,8 +63,12 @@ def _say_how_to_resume() -> None:
 
     folder = current_run_folder()
     command = None if folder is None else resume_command(folder)
-    if command is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+    if command is not None and _leads():
         print(f"Go on with: {command}", file=sys.stderr)
+
+
+def _leads() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _report(error: Exception) -> None:
@@ -70,10 +77,9 @@ def _report(error: Exception) -> None:
     from calib_lightning.utils.run_folder import current_run_folder
 
     message, folder = plain_message(str(error)), current_run_folder()
-    if folder is not None:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # nothing was begun: the name stays free
-            folder = None
+    if folder is not None and _leads() and not any((folder / name).exists() for name in _BEGUN):
+        shutil.rmtree(folder, ignore_errors=True)  # made by this process; at most a logger has started there
+        folder = None
     if folder is None:
         print(f"calib: error: {message}", file=sys.stderr)
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from calib_lightning.utils.files import write_whole
+from calib_lightning.utils.once import warn_once
 
 _SUFFIXES = (".png", ".svg")
 _DPI = 300
@@ -75,7 +75,8 @@ def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
     file per name and step, ``<folder>/figures/<name>_step<step>.png``, with ``_`` for characters that do not belong in
     a file name and eight digits for the step, so that the files sort by step. Only rank 0 logs.
 
-    A figure must never stop a run: an error of a logger, or a logger of another kind, gives a warning.
+    A figure must never stop a run: an error of a logger, or a logger of another kind, gives a warning, one
+    for each logger.
 
     Args:
         loggers: A logger, or a list or tuple of them such as ``trainer.loggers``; nothing happens if it is ``None`` or
@@ -96,13 +97,13 @@ def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
         try:
             taken = _give(logger, name, figure, step)
         except Exception as error:
-            warnings.warn(f"{type(logger).__name__} rejected figure {name!r}: {error!r}", stacklevel=2)
+            warn_once(logger, f"{type(logger).__name__} rejected figure {name!r}: {error!r}")
             continue
         if not taken:
-            warnings.warn(
+            warn_once(
+                logger,
                 f"{type(logger).__name__} has neither log_image, nor experiment.add_image, nor a folder (log_dir, "
                 f"save_dir), so figures such as {name!r} are lost. Add a CSVLogger to keep them.",
-                stacklevel=2,
             )
 
 
