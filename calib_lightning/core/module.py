@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -19,6 +18,7 @@ from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
 from calib_lightning.core.evaluated_module import EvaluatedModule
+from calib_lightning.core.finite import check_finite
 from calib_lightning.core.heads import Head, LinearHead, build_head, has_spec
 from calib_lightning.core.module_record import (
     CHECKPOINT_KEY,
@@ -244,8 +244,7 @@ class ClassificationModule(EvaluatedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser of the trainable parameters, and its scheduler."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        trainer: Trainer | None = getattr(self, "_trainer", None)
-        given = None if trainer is None else trainer.max_epochs
+        given = None if getattr(self, "_trainer", None) is None else self.trainer.max_epochs
         epochs = 1 if given == 0 else self.first_stage_epochs or given or -1  # 0: no training
         return with_schedule(optimizer, self.scheduler, epochs)
 
@@ -253,6 +252,7 @@ class ClassificationModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing: class, K, stage, head, training metrics of an unfinished epoch."""
+        check_finite(self)
         checkpoint[CHECKPOINT_KEY] = ModuleRecord(
             class_path=class_path_of(type(self)),
             num_classes=self.num_classes,
@@ -269,8 +269,8 @@ class ClassificationModule(EvaluatedModule):
         super().on_load_checkpoint(checkpoint)
         record = module_record(checkpoint)
         check_classes(record, self.num_classes)
-        names = record.get("class_names")
-        self.class_names = self.class_names if names is None else tuple(names)
+        if (names := record.get("class_names")) is not None:
+            self.class_names = tuple(names)
         self.stage = record["stage"]
         if not has_spec(self.head, record["head"]):
             self.head = build_head(record["head"]).to(self.device)

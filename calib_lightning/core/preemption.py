@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from calib_lightning.core.finite import DivergedError, check_finite
 from calib_lightning.utils.stopping import EXIT_CODES, Stopped, StopRequests, die_of
 
 _SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1"))  # Windows has no SIGUSR1
@@ -21,7 +22,7 @@ _SAVE = 1  # below every exit code, so the maximum over ranks is the strongest r
 
 
 class Preempted(Stopped):
-    """The run was asked to stop and has saved the checkpoint ``path``.
+    """The run was asked to stop and has saved the checkpoint ``path``, unless its weights were not finite.
 
     It is a `SystemExit` with ``code`` 143 (SIGTERM) or 130 (SIGINT), so an uncaught one ends the script quietly.
     """
@@ -46,7 +47,8 @@ class Preemption(Callback):
     exactly: inside a gradient-accumulation window and before a validation run it waits for the next step, after the
     last step of an epoch for the start of the next epoch or the end of training. A signal during set-up or validation
     waits likewise, so the scheduler's grace period must exceed one validation run. Repeating the signal at least a
-    second later ends the process immediately without a checkpoint.
+    second later ends the process immediately without a checkpoint. Weights that are not finite are not saved, by this
+    callback or another: the checkpoint from before stays.
 
     The callback moves itself to the end of the trainer's list, so the file includes the other callbacks' changes in
     that step. A module's own ``on_train_batch_end`` runs after all callbacks: its changes in that step are lost.
@@ -177,6 +179,10 @@ class Preemption(Callback):
             child.send_signal(to_children)
         raise Stopped(EXIT_CODES[signal.Signals(signum)])
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that are not finite, whoever saves them."""
+        check_finite(pl_module)
+
     # ---------------------------------------------------------------------------------------------- acting on a flag
 
     def on_train_batch_end(
@@ -228,11 +234,17 @@ class Preemption(Callback):
         if code != _SAVE:
             # Lightning's launcher kills all processes when one exits with a nonzero code
             self._children.clear()
-        trainer.save_checkpoint(path)  # collective; ends with a barrier
+        try:
+            trainer.save_checkpoint(path)  # collective; ends with a barrier
+            done = f"wrote {path}, exiting with code {code}. Resume with ckpt_path={path}"
+        except DivergedError as error:
+            if code == _SAVE:
+                raise
+            done = f"exiting with code {code} without a checkpoint. {error}"
         if code == _SAVE:
             rank_zero_info(f"Save requested: wrote {path}, training continues.")
             return
-        rank_zero_info(f"Stop requested: wrote {path}, exiting with code {code}. Resume with ckpt_path={path}")
+        rank_zero_info(f"Stop requested: {done}")
         self._leave_wanted = 0
         self._requests.forget()  # a launcher may repeat the signal while the loggers close
         raise Preempted(code, path)
