@@ -171,7 +171,7 @@ class CalibCLI(LightningCLI):
             config.ckpt_path = str(last) if last.is_file() else None
             self.resumed_step = load_checkpoint(last)["global_step"] if last.is_file() else 0
             rank_zero_info(f"This job was started before: it goes on in {restarted}, from step {self.resumed_step}.")
-            return use_run_folder(restarted)
+            return use_run_folder(restarted, patience=60.0)  # what is left of this job may take a while to end
         return create_run_folder(wanted)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -40,14 +40,17 @@ def main(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     from calib_lightning.commands.fit import CalibCLI
     from calib_lightning.utils.config_search import resolve_configs
-    from calib_lightning.utils.run_folder import forget_run_folder
+    from calib_lightning.utils.run_folder import forget_run_folder, leave_run_folder
 
     forget_run_folder()
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)  # data modules of one's own are found by name, and hide no package
     try:
-        CalibCLI(resolve_configs(argv))
+        try:
+            CalibCLI(resolve_configs(argv))
+        finally:
+            leave_run_folder()
     except USER_ERRORS as error:
         _report(error)
         return 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from fsspec.core import strip_protocol  # type: ignore[import-untyped]
 from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from calib_lightning.utils.files import replaceable
+from calib_lightning.utils.files import remove_leftovers, replaceable, temporary_name
 from calib_lightning.utils.stored import DamagedFileError, check_archive, load_torch
 
 
@@ -55,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(strip_protocol(str(path)))
         replaceable(target)  # a link is replaced itself: ``last.ckpt`` may lead to a checkpoint that is kept
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+        temporary = temporary_name(target)
         try:
             _write(checkpoint, temporary)
             temporary.replace(target)
@@ -63,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(target.parent)
-        _remove_leftovers(target.parent)
+        remove_leftovers(target.parent.glob("*.tmp"))
 
     def load_checkpoint(
         self,
@@ -169,27 +168,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of dead writers on this machine."""
-    if os.name != "posix":
-        return
-    ours = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)\.tmp")
-    for entry in folder.iterdir():
-        match = ours.fullmatch(entry.name)
-        if match and not _is_alive(int(match[1])):
-            entry.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _reason(error: BaseException) -> str:

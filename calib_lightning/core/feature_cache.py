@@ -24,7 +24,7 @@ from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.feature_loader import loader_over_features, with_progress
 from calib_lightning.core.stored_features import StoredFeatures, alike
 from calib_lightning.types import Views
-from calib_lightning.utils.files import write_whole
+from calib_lightning.utils.files import remove_leftovers, write_whole
 from calib_lightning.utils.registry import class_path_of
 from calib_lightning.utils.stored import load_torch
 
@@ -168,6 +168,8 @@ class CachedFeatures(Views):
         lock: AbstractContextManager[Any] = FileLock(f"{path}.lock") if trainer.is_global_zero else nullcontext()
         kept: Tensor | None = None
         with lock:
+            if trainer.is_global_zero:
+                remove_leftovers(path.parent.glob("*.tmp"))
             if trainer.is_global_zero and path.is_file():
                 kept = self._read(path, batch.index, first, len(loader.data))
             there: bool = trainer.strategy.broadcast(kept is not None)

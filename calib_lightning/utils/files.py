@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import socket
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
@@ -17,7 +20,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     path = replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -27,6 +30,47 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside a file, with host and number of the process that writes it."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def remove_leftovers(files: Iterable[Path]) -> None:
+    """Remove temporary files whose writer is dead.
+
+    Of this machine's processes that is known; those of other machines, and what earlier versions of this package left,
+    go when they are a day old.
+
+    Args:
+        files: The files to look at; all others stay.
+    """
+    if os.name != "posix":  # elsewhere one cannot ask whether a process lives
+        return
+    here = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)\.tmp")
+    for path in files:
+        own = here.fullmatch(path.name)
+        with contextlib.suppress(FileNotFoundError):  # its writer has finished
+            if not _is_alive(int(own[1])) if own else _TEMPORARY.fullmatch(path.name) and _is_old(path):
+                path.unlink()
+
+
+_TEMPORARY = re.compile(r"\..+[.-]\d+\.tmp|stage-\d+-(best|last)\.tmp")
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > 24 * 60 * 60
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def replaceable(path: Path) -> Path:

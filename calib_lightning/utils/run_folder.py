@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from calib_lightning.utils.files import numbered_folder, write_text
+from calib_lightning.utils.files import numbered_folder, remove_leftovers, write_text
+from calib_lightning.utils.run_lock import RunLock
 
 _ENVIRONMENT = "CALIB_RUN_FOLDER"
+_locks: list[RunLock] = []  # of this process's run, if it leads one
 
 
 def create_run_folder(wanted: str | Path) -> Path:
@@ -34,11 +36,33 @@ def create_run_folder(wanted: str | Path) -> Path:
     return use_run_folder(numbered_folder(wanted))
 
 
-def use_run_folder(folder: Path) -> Path:
-    """Use a folder that exists (a resumed run goes on in its own) and tell it to processes started from here."""
+def use_run_folder(folder: Path, patience: float = 0.0) -> Path:
+    """Use a folder that exists (a resumed run goes on in its own) and tell it to processes started from here.
+
+    Rank zero holds a lock on it until `leave_run_folder`, and removes what killed writers left in it.
+
+    Args:
+        folder: The folder.
+        patience: Seconds to wait for another process that writes to it and is about to end.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RuntimeError: If another process writes to it.
+    """
     if _is_rank_zero():
+        leave_run_folder()
+        _locks.append(RunLock(folder, patience))
+        remove_leftovers(folder.rglob("*.tmp"))
         os.environ[_ENVIRONMENT] = str(folder)
     return folder
+
+
+def leave_run_folder() -> None:
+    """Let other processes write to the folder of this process's run."""
+    while _locks:
+        _locks.pop().release()
 
 
 def job_id() -> str | None:
