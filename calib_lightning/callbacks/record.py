@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -127,7 +129,11 @@ class RunRecord(Callback):
             self._record["stages"].append({"stage": name})
             self._started = time.perf_counter()
         reason = f"{type(exception).__name__}: {exception}".rstrip(": ")
-        self._finish_stage(trainer, f"stopped by {exception if isinstance(exception, Stopped) else reason}")
+        try:
+            self._finish_stage(trainer, f"stopped by {exception if isinstance(exception, Stopped) else reason}")
+        except OSError:  # a full disk, of which the exception tells
+            if trainer.is_global_zero:
+                _mark_stopped(self.path)
 
     def _relative(self, path: str) -> str:
         """A path inside the run folder becomes relative, so that the folder can be moved."""
@@ -174,6 +180,19 @@ class RunRecord(Callback):
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             write_json(self.path, self._record)
+
+
+def _mark_stopped(path: Path) -> None:
+    """Say in a record that its last stage was stopped, in place: words of the same length need no space."""
+    with contextlib.suppress(OSError):
+        last = path.read_bytes().rpartition(b'"status": "')
+        if last[0] and last[2].startswith((b'running"', b'started"')):
+            descriptor = os.open(path, os.O_WRONLY)
+            try:
+                os.lseek(descriptor, len(last[0]) + len(last[1]), os.SEEK_SET)
+                os.write(descriptor, b"stopped")
+            finally:
+                os.close(descriptor)
 
 
 def check_data_of_run(run: Path, datamodule: Any) -> None:

@@ -13,6 +13,7 @@ from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 
+from calib_lightning.utils.disk import naming
 from calib_lightning.utils.files import write_text
 
 
@@ -33,6 +34,11 @@ class _AppendingWriter(_ExperimentWriter):
         fieldnames, rows = _rows_of(path)
         self.metrics_keys = fieldnames
         self._write(row for row in rows if int(row["step"]) < before_step)
+
+    def save(self) -> None:
+        """Append what was logged."""
+        with naming(self.metrics_file_path):
+            super().save()
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         self._write(_rows_of(Path(self.metrics_file_path))[1])
@@ -74,6 +80,14 @@ class RunLogger(CSVLogger):
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
             self._experiment.take_over(self._before_step)
         return self._experiment
+
+    def finalize(self, status: str) -> None:
+        """Write what is left; where the run has failed, that is what will be told."""
+        try:
+            super().finalize(status)
+        except OSError:
+            if status == "success":
+                raise
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
         """Do nothing: the run's ``config.yaml`` has more."""

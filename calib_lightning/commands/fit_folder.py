@@ -86,10 +86,15 @@ def resume_command(folder: Path) -> str | None:
     Returns:
         The command; None if the run has no checkpoint to go on from.
     """
-    config, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    if not (config.is_file() and last.is_file()):
+    configs, last = (
+        [*folder.glob("config.yaml"), *folder.glob("config-[0-9]*.yaml")],
+        folder / "checkpoints" / "last.ckpt",
+    )
+    if not (configs and last.is_file()):
         return None
-    return shlex.join(["calib", "fit", "-c", str(config), "--ckpt_path", str(last)])
+    # that of the last resume: config-2.yaml, ... come after config.yaml
+    newest = max(configs, key=lambda path: int(path.stem.removeprefix("config").strip("-") or 1))
+    return shlex.join(["calib", "fit", "-c", str(newest), "--ckpt_path", str(last)])
 
 
 def save_config(text: str, folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from calib_lightning.utils.disk import disk_message
 from calib_lightning.utils.files import check_output_file, write_whole
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def reported(work: Callable[[], int]) -> int:
     try:
         return work()
     except FAULTS as error:
-        print(f"calib: error: {one_line(error)}", file=sys.stderr)
+        print(f"calib: error: {disk_message(error, '--output') or one_line(error)}", file=sys.stderr)
         return 1
 
 

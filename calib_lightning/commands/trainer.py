@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from calib_lightning.commands.help import trainer_help
+from calib_lightning.utils.disk import disk_message
 from calib_lightning.utils.stopping import Stopped
 
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, pickle.UnpicklingError)
@@ -76,6 +77,7 @@ def _leads() -> bool:
 
 def _report(error: Exception) -> None:
     """Say what is wrong in one line; the traceback goes to the run's folder, if a run has begun there."""
+    from calib_lightning.commands.fit_folder import resume_command
     from calib_lightning.commands.hints import plain_message
     from calib_lightning.utils.run_folder import current_run_folder
 
@@ -83,10 +85,15 @@ def _report(error: Exception) -> None:
     if folder is not None and _leads() and not any((folder / name).exists() for name in _BEGUN):
         shutil.rmtree(folder, ignore_errors=True)  # made by this process; at most a logger has started there
         folder = None
+    message = disk_message(error, "--run_dir", None if folder is None else resume_command(folder)) or message
     if folder is None:
         print(f"calib: error: {message}", file=sys.stderr)
         return
     path = folder / "error.log"
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(traceback.format_exception(error)))
-    print(f"calib: error: {message}\n(full traceback: {path})", file=sys.stderr)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)))
+        told = f"full traceback: {path}"
+    except OSError as other:  # the same full disk
+        told = f"the full traceback could not be written to {path}: {other.strerror}"
+    print(f"calib: error: {message}\n({told})", file=sys.stderr)

@@ -14,6 +14,7 @@ from fsspec.core import strip_protocol  # type: ignore[import-untyped]
 from fsspec.utils import get_protocol  # type: ignore[import-untyped]
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from calib_lightning.utils.disk import naming
 from calib_lightning.utils.files import remove_leftovers, replaceable, temporary_name
 from calib_lightning.utils.stored import DamagedFileError, check_archive, load_torch
 
@@ -56,7 +57,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(target)
         try:
-            _write(checkpoint, temporary)
+            with naming(target):
+                _write(checkpoint, temporary)
             temporary.replace(target)
         except BaseException:
             temporary.unlink(missing_ok=True)
