@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -70,7 +70,7 @@ class ClassificationModule(EvaluatedModule):
 
     stage: int = 0
     """Number of stage switches so far."""
-    select_on: ClassVar[str] = "val/nll"
+    select_on: str = "val/nll"
     """The validation metric by which the command line selects a checkpoint by default."""
     first_stage_epochs: int | None = None
     """Epochs before the first stage switch of the current fit; ``None`` without one."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -184,7 +184,7 @@ class ConfidNet(ClassificationModule):
         (-200, -20)
     """
 
-    select_on: ClassVar[str] = "last"
+    select_on: str = "last"
     confidence_encoder: Encoder | None
 
     def __init__(

@@ -15,7 +15,7 @@ from calib_lightning.utils.described import Described
 EvalLogits = Literal["raw", "normalized"]
 
 
-def normalized_logits(logits: Tensor, *, tau: float = 0.01) -> Tensor:
+def normalized_logits(logits: Tensor, *, tau: float = 0.04) -> Tensor:
     """Logits normalised to equal length (Wei et al., 2022), ``l / (tau (||l||_2 + 1e-7))``.
 
     Args:
@@ -34,7 +34,7 @@ def normalized_logits(logits: Tensor, *, tau: float = 0.01) -> Tensor:
     return logits / (tau * (length + 1e-7))
 
 
-def logit_norm_loss(logits: Tensor, labels: Tensor, *, tau: float = 0.01) -> Tensor:
+def logit_norm_loss(logits: Tensor, labels: Tensor, *, tau: float = 0.04) -> Tensor:
     """Cross-entropy of normalised logits (Wei et al., 2022), ``L = CE(l / (tau (||l||_2 + 1e-7)), y)``.
 
     The length of a row of logits has no effect, so training cannot increase it.
@@ -66,12 +66,12 @@ class LogitNormLoss(Described, nn.Module):
         ValueError: If ``tau`` is not above 0.
     """
 
-    def __init__(self, tau: float = 0.01) -> None:
+    def __init__(self, tau: float = 0.04) -> None:
         super().__init__()
         if not 0 < tau < float("inf"):
             raise ValueError(
-                f"tau is {tau}; it must be above 0 and finite. The authors use 0.01 for CIFAR-10; values near 1 cannot "
-                "be trained."
+                f"tau is {tau}; it must be above 0 and finite. The paper uses 0.04, the authors' command 0.01; values "
+                "near 1 cannot be trained."
             )
         self.tau = tau
 
@@ -89,24 +89,28 @@ class LogitNorm(ClassificationModule):
 
     Args:
         num_classes: K; the command line takes it from the data.
-        tau: Temperature; 0.01 in the authors' command for CIFAR-10; tune it for other data.
+        tau: Temperature; tune it for your data. The default is what two public sources report as the paper's setting;
+            the authors' command for CIFAR-10 has 0.01, which is harder to train: the digits reach an accuracy of 50 %
+            with 0.01, 73 % with 0.04 and 94 % with 0.1.
         eval_logits: ``"raw"``: in evaluation mode the network returns unnormalised logits, as in the authors' code;
-            their probabilities are not the trained ones. ``"normalized"``: it returns `normalized_logits`, which then
-            apply to all validation and test metrics and saved predictions. Training metrics always use raw logits.
+            their probabilities are not the trained ones, and since training leaves the length of a raw row free, the
+            checkpoint is chosen by ``val/accuracy``. ``"normalized"``: it returns `normalized_logits`, which then apply
+            to all validation and test metrics and saved predictions, and the checkpoint is chosen by ``val/nll``, as
+            usual. Training metrics always use raw logits.
         **options: See `ClassificationModule`.
 
     Raises:
         ValueError: If ``tau`` is not above 0 or ``eval_logits`` is unknown.
 
     Example:
-        >>> LogitNorm(10, tau=0.04, encoder="digits_cnn").hparams.tau
-        0.04
+        >>> LogitNorm(10, encoder="digits_cnn").select_on
+        'val/accuracy'
     """
 
     def __init__(
         self,
         num_classes: int,
-        tau: float = 0.01,
+        tau: float = 0.04,
         eval_logits: EvalLogits = "raw",
         **options: Unpack[ModuleOptions],
     ) -> None:
@@ -115,6 +119,8 @@ class LogitNorm(ClassificationModule):
         super().__init__(num_classes, criterion=LogitNormLoss(tau), **options)
         self.tau = tau
         self.eval_logits = eval_logits
+        if eval_logits == "raw":
+            self.select_on = "val/accuracy"
 
     def logits(self, image: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)``; in evaluation mode according to ``eval_logits``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import copy
 from functools import partial
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Any, Literal, Unpack
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -284,7 +284,7 @@ class MaCCal(ClassificationModule):
         -40
     """
 
-    select_on: ClassVar[str] = "last"
+    select_on: str = "last"
 
     def __init__(
         self, num_classes: int, switch: MaskedClassifier | None = None, **options: Unpack[ModuleOptions]

@@ -269,6 +269,11 @@ def test_resuming_on_other_splits_is_refused(calib, tmp_path):
     assert "splits" in done.err
 
 
+def test_a_method_may_choose_its_checkpoint_by_another_metric(calib, only_run):
+    assert calib(*QUICK, "--model", "logit_norm", "--trainer.max_epochs=1").code == 0
+    assert json.loads((only_run() / "run.json").read_text())["checkpoint"]["select_on"] == "val/accuracy"
+
+
 def test_parts_of_a_configuration_compose(calib, tmp_path):
     done = calib(
         *QUICK, "--model", "label_smoothing", "--model.smoothing=0.2", "--trainer.max_epochs=1", "--select_on=last"

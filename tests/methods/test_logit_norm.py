@@ -68,6 +68,23 @@ def test_training_sees_raw_logits():
     assert torch.equal(module(image), module.head(module.features(image)))
 
 
+def test_checkpoint_is_not_chosen_by_a_length_that_training_leaves_free(logits):
+    labels, rows = logits.argmax(dim=1), logits.float()
+    # one loss, but any likelihood of the raw logits
+    assert logit_norm_loss(rows, labels) == pytest.approx(logit_norm_loss(10 * rows, labels).item(), rel=1e-5)
+    nll = torch.nn.functional.cross_entropy
+    assert nll(10 * rows, labels) < 0.5 * nll(rows, labels)
+    assert LogitNorm(3, encoder="digits_cnn").select_on == "val/accuracy"
+    assert LogitNorm(3, eval_logits="normalized", encoder="digits_cnn").select_on == "val/nll"
+
+
+def test_default_tau_is_the_same_everywhere(logits):
+    labels = torch.arange(6)
+    expected = logit_norm_loss(logits, labels, tau=0.04)
+    assert logit_norm_loss(logits, labels) == LogitNormLoss()(logits, labels) == expected
+    assert LogitNorm(3, encoder="digits_cnn").criterion.tau == 0.04
+
+
 @pytest.mark.parametrize("tau", [0.0, -1.0, float("nan")])
 def test_impossible_tau_is_named(tau):
     with pytest.raises(ValueError, match=str(tau)):
