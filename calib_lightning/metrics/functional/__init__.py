@@ -15,6 +15,7 @@ from calib_lightning.metrics.functional.calibration import (
 from calib_lightning.metrics.functional.classwise import classwise_ece
 from calib_lightning.metrics.functional.dark_side import dark_side_terms
 from calib_lightning.metrics.functional.decomposition import corp_decomposition, murphy_decomposition
+from calib_lightning.metrics.functional.kernel import kernel_calibration_test, skce
 from calib_lightning.metrics.functional.ood import ood_aupr, ood_auroc, ood_fpr95
 from calib_lightning.metrics.functional.ordered import Ordered, order_rows
 from calib_lightning.metrics.functional.ovo import ovo_auroc
@@ -49,6 +50,7 @@ __all__ = [
     "ece_from_bins",
     "entropy",
     "fpr95",
+    "kernel_calibration_test",
     "ks",
     "label_entropy",
     "mce",
@@ -65,6 +67,7 @@ __all__ = [
     "risk_at_coverage",
     "rmsce",
     "signed_gap",
+    "skce",
     "smece",
     "soft_brier",
     "soft_nll",
