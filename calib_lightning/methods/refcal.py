@@ -77,7 +77,9 @@ class RefCal(ClassificationModule):
         switch: When and how the second stage is trained. Default, from the authors' example: 100 more epochs, a
             linear head, focal loss with gamma 2 and ten times the MDCA penalty, `ResizedCropFlip`, batches of 512, SGD
             with lr 5 (x 0.2 after 60, 75 and 90 epochs), momentum 0.9, no weight decay.
-        **options: See `ClassificationModule`; they apply to the first stage. No batch transform.
+        **options: See `ClassificationModule`; they apply to the first stage. No batch transform. The authors' first
+            stage is ``recipe/refcal`` with the configuration's SGD (lr 0.5, weight decay 1e-4) and
+            ``WarmupCosine(epochs=1000)``: the defaults are those of the base, for runs of any length.
 
     Attributes:
         switch: The switch to the second stage.

@@ -78,7 +78,8 @@ class TST(ClassificationModule):
         num_classes: K; the command line takes it from the data.
         switch: When and how the second stage is trained. Default: 40 more epochs, a `TSTHead`, Adam with lr 1e-4,
             batches of 256; the first stage's loss, augmentation and batch transform.
-        **options: See `ClassificationModule`; they apply to the first stage.
+        **options: See `ClassificationModule`; they apply to the first stage, which the authors train by ``recipe/tst``
+            (Adam, lr 1e-4, 600 epochs): the defaults are those of the base.
 
     Attributes:
         switch: The switch to the second stage.

@@ -123,6 +123,21 @@ def test_evaluation_is_the_average_softmax_of_its_draws(samples):
     assert np.abs(draw(head.noise[0].numpy()) - draw(-head.noise[0].numpy())).max() > 0.01
 
 
+def test_draws_come_in_pairs_so_that_no_direction_shifts_all_rows():
+    head = _head(samples=10)
+    assert torch.equal(head.noise[5:], -head.noise[:5])
+    assert VTSTHead(5, 4, samples=1).noise.any()
+    assert VTSTHead(5, 4, samples=7).noise.shape == (7, 128)
+    # two classes with equal means stay equal, whatever the seed
+    head = _head(samples=10, k=2)
+    with torch.no_grad():
+        for parameter in (*head.mean.parameters(), head.classifier.bias):
+            parameter.zero_()
+        head.classifier.weight[1] = -head.classifier.weight[0]
+    logits = head.eval()(torch.randn(20, 5))
+    torch.testing.assert_close(logits[:, 0], logits[:, 1])
+
+
 def test_evaluation_approaches_the_expectation():
     head, features = _head(samples=4000).eval(), torch.randn(3, 5)
     draw = _numpy(head, features)[2]
@@ -192,7 +207,7 @@ def test_size_of_the_head():
     d, z, k = 7, 5, 3
     branch = d * 3 * z + 3 * z + 3 * z * z + z
     assert sum(p.numel() for p in VTSTHead(d, k, width=z).parameters()) == 2 * branch + z * k + k
-    assert VTSTHead(d, k).noise.shape == (10, 128)
+    assert VTSTHead(d, k).noise.shape == (100, 128)
 
 
 @pytest.mark.parametrize("name", ["width", "samples"])
