@@ -71,6 +71,7 @@ class Options(Files, Settings, Reading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Reading.__post_init__(self)
         if self.run is not None:
             given = {
                 "--calibration": self.calibration,

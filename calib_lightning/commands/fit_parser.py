@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from jsonargparse import _typehints, _util
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import _typehints, _util, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from calib_lightning import data, methods  # noqa: F401  # short names are found among the classes that are imported
 from calib_lightning.commands.hints import hint, plain_message
+from calib_lightning.utils.config_search import check_aliases
 
 # --- three mends of the parser, which offers no hooks for them
 
@@ -50,6 +52,16 @@ def _classes_only(callable_type: Any, spec: Any) -> tuple[Any, Any]:
 _typehints.resolve_class_path_by_name = _ours_first
 vars(_typehints)["adapt_partial_callable_class"] = _classes_only
 vars(_typehints)["parse_value_or_config"] = _null_stays
+
+
+def _bounded_yaml(text: str) -> Any:
+    """The parser copies what an alias repeats: ten lines of them would take minutes."""
+    check_aliases(text)
+    return _yaml(text)
+
+
+_yaml = get_loader("yaml")
+set_loader("yaml", _bounded_yaml, (yaml.YAMLError,))
 
 
 class NamedData(_typehints.ActionTypeHint):

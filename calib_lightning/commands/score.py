@@ -97,6 +97,7 @@ class Options(Compared, Written, Settings, Reading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Reading.__post_init__(self)
         if (self.groups == "frequency") != (self.train_counts is not None):
             raise ValueError("--groups frequency and --train_counts FILE must be given together")
         if len(self.labels) not in (0, 1, len(self.files)):

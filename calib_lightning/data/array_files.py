@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from calib_lightning.data.archives import REMEDY, naming_damage
 from calib_lightning.data.web_files import CHUNK
+from calib_lightning.utils.stored import read_array
 
 
 def npz_names(path: Path) -> list[str]:
@@ -30,8 +31,9 @@ def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDAr
             raise ValueError(f"{path} has no array {missing[0]!r}; it has {', '.join(found)}. Name one of these.")
         arrays = {}
         for name in found if names is None else names:
+            size = pack.getinfo(f"{name}.npy").file_size
             with pack.open(f"{name}.npy") as file:
-                arrays[name] = _array(f"the array {name!r} of {path}", partial(np.lib.format.read_array, file))
+                arrays[name] = _array(f"the array {name!r} of {path}", partial(read_array, file, size))
                 while file.read(CHUNK):  # the checksum is verified at the end
                     pass
         return arrays
@@ -42,7 +44,7 @@ def load_npy(path: Path, *, mmap: bool = False) -> NDArray[Any]:
     with naming_damage(path), path.open("rb") as file:
         if mmap:
             return _array(str(path), partial(np.lib.format.open_memmap, path, mode="r"))
-        return _array(str(path), partial(np.lib.format.read_array, file))
+        return _array(str(path), partial(read_array, file, path.stat().st_size))
 
 
 def _array(name: str, read: Callable[[], NDArray[Any]]) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calib_lightning.predictions.csv_files import Holds, load_csv, numbers
 from calib_lightning.predictions.settings import Reading
-from calib_lightning.utils.stored import DamagedFileError, check_archive, load_torch
+from calib_lightning.utils.stored import DamagedFileError, check_archive, load_torch, read_array
 
 SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".csv")
 _COUNT_SUFFIXES = (".csv", ".npy", ".json")
@@ -38,7 +38,7 @@ class Stored:
         self.is_csv = suffix == ".csv"
         self.content: Mapping[str, Tensor] | Tensor
         if suffix == ".npz":
-            self.content = arrays = _load_arrays(path)
+            self.content = arrays = _load_arrays(path, reading.max_gb)
             self.class_names = arrays.strings("class_names")
         elif suffix == ".npy":
             self.content = _tensor(_load_array(path))
@@ -101,7 +101,7 @@ def read_counts(path: Path, classes: int) -> Tensor:
     if suffix == ".json":
         try:
             counts = np.asarray(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: the file is not a JSON list of numbers ({first_line(error)}).") from error
     else:
         counts = _load_array(path) if suffix == ".npy" else numbers(path, 0)
@@ -150,7 +150,7 @@ def _tensor(array: Array) -> Tensor:
 def _readable(path: Path, name: str, load: Callable[[], Array]) -> Tensor:
     try:
         return _tensor(load())
-    except (ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, TypeError, zipfile.BadZipFile, EOFError, MemoryError, OverflowError) as error:
         raise ValueError(
             f"{path}: {name}cannot be read as an array of numbers ({first_line(error)}). Save it as a plain NumPy "
             "array, not as Python objects."
@@ -163,55 +163,62 @@ def _load_array(path: Path) -> Array:
 
 
 def _one_array(path: Path) -> Array:
-    stored = np.load(path, allow_pickle=False)
-    if not isinstance(stored, np.ndarray):
+    if zipfile.is_zipfile(path):
         raise ValueError("it contains several arrays; rename it to .npz")
-    return stored
+    with path.open("rb") as file:
+        return read_array(file, path.stat().st_size)
 
 
 class _Arrays(Mapping[str, Tensor]):
     """The arrays of an ``.npz`` file, read on demand, so that invalid ones that are not needed do no harm."""
 
-    def __init__(self, path: Path, stored: Any) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._stored = stored
+        self._archive = zipfile.ZipFile(path)
+        self._members = {member.filename.removesuffix(".npy"): member for member in self._archive.infolist()}
+
+    def _array(self, name: str) -> Array:
+        with self._archive.open(self._members[name]) as file:
+            return read_array(file, self._members[name].file_size)
 
     def __getitem__(self, name: str) -> Tensor:
-        return _readable(self._path, f"{name!r} ", lambda: self._stored[name])
+        if name not in self._members:
+            raise KeyError(name)
+        return _readable(self._path, f"{name!r} ", lambda: self._array(name))
 
     def strings(self, name: str) -> Any:
         """An array of text as a list, or ``None`` if there is none."""
         if name not in self:
             return None
         try:
-            return self._stored[name].tolist()
-        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            return self._array(name).tolist()
+        except (ValueError, zipfile.BadZipFile, EOFError, MemoryError, OverflowError) as error:
             raise ValueError(
                 f"{self._path}: {name!r} cannot be read ({first_line(error)}). Save it as numpy.array(names), "
                 "fixed-width text, not as Python objects."
             ) from error
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stored.files
+        return name in self._members
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored.files)
+        return iter(self._members)
 
     def __len__(self) -> int:
-        return len(self._stored.files)
+        return len(self._members)
 
 
-def _load_arrays(path: Path) -> _Arrays:
+def _load_arrays(path: Path, max_gb: float) -> _Arrays:
     try:
-        reason = "" if check_archive(path) or zipfile.is_zipfile(path) else "it is not an archive"
+        reason = "" if check_archive(path, 1e9 * max_gb) or zipfile.is_zipfile(path) else "it is not an archive"
     except DamagedFileError as error:
         reason = str(error)
     if reason:
         raise ValueError(
             f"{path} is damaged or not an .npz archive ({reason}). Save it with numpy.savez (or a single array as "
-            ".npy)."
+            ".npy)." + (" Or raise max_gb." if "limit" in reason else "")
         )
-    return _Arrays(path, np.load(path, allow_pickle=False))
+    return _Arrays(path)
 
 
 def _load_torch(path: Path) -> tuple[Mapping[str, Tensor] | Tensor, Any]:

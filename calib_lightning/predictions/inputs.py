@@ -79,7 +79,7 @@ def read_record(run: Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} is damaged (not a JSON object).")

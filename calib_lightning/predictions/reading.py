@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,8 @@ def with_features(predictions: Predictions, reading: Reading | None = None) -> P
     if features is None and path is None:
         raise ValueError("the predictions have no features. Give a tuple (scores, labels, features).")
     if features is None and path is not None:
-        features = Stored(path, Reading(), "scores").array(name, "features_key")
+        allowed = Reading() if reading is None else Reading(max_gb=reading.max_gb)
+        features = Stored(path, allowed, "scores").array(name, "features_key")
         _check_dense(features, where)
     assert features is not None
     if features.ndim != 2 or len(features) != rows:
@@ -247,8 +249,8 @@ def _checked_names(names: Any, classes: int, where: str) -> tuple[str, ...] | No
         return None
     if not isinstance(names, list | tuple) or len(names) != classes or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"{where}: class_names are {names!r:.100}; they must be {classes} strings, one for each class in the order "
-            "of the scores."
+            f"{where}: class_names are {reprlib.repr(names)}; they must be {classes} strings, one for each class in "
+            "the order of the scores."
         )
     return tuple(names)
 

@@ -20,6 +20,7 @@ from calib_lightning.posthoc import Calibrator, Evidence
 from calib_lightning.predictions.inputs import Inputs, read_record
 from calib_lightning.predictions.reading import Predictions
 from calib_lightning.types import Batch
+from calib_lightning.utils.config_search import check_aliases
 
 AGREEMENT = 0.02
 """Tolerance of recomputed logits, relative to the size of the saved ones, which may have a lower precision."""
@@ -102,7 +103,9 @@ class RunNetwork:
 def _data_of(config: Path) -> BenchmarkDataModule:
     """Build the data module of a run's configuration, which must be one of this package."""
     try:
-        section = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+        text = config.read_text(encoding="utf-8")
+        check_aliases(text)
+        section = yaml.safe_load(text)["data"]
         class_path, arguments = str(section["class_path"]), section.get("init_args") or {}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config} does not specify the data ({error!r}).") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
 
 from calib_lightning.utils.names import nearest
 
@@ -14,6 +17,7 @@ OPTION_FOLDERS = {"--data": "data", "--model": "method"}
 """Options that take the name of a configuration, and the sub-folder of ``configs`` that they are looked up in."""
 
 _FOLDER_OF_OPTION = {"-c": "", "--config": "", **OPTION_FOLDERS}
+_MOST_VALUES = 100_000
 _LISTS = {"": "configs", "data": "data", "method": "methods"}
 
 
@@ -60,6 +64,31 @@ def config_names(axis: str = "") -> dict[str, Path]:
             found.setdefault(path.relative_to(folder / axis).with_suffix("").as_posix(), path)
     others = () if axis else (*(f"{folder}/" for folder in OPTION_FOLDERS.values()), "papers")
     return {name: found[name] for name in sorted(found) if not name.startswith(others)}
+
+
+def check_aliases(text: str) -> None:
+    """Reject YAML whose aliases repeat each other: some lines may stand for billions of values.
+
+    Raises:
+        yaml.YAMLError: If it has more than 100,000 values.
+    """
+    if "*" not in text or "&" not in text:
+        return
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # of a node within itself
+            pairs = node.value if isinstance(node.value, list) else []
+            parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and size(root) > _MOST_VALUES:
+        raise yaml.YAMLError(
+            f"with its aliases (*name) it has more than {_MOST_VALUES:,} values; it must have fewer. Write them out."
+        )
 
 
 def resolve_configs(argv: Sequence[str]) -> list[str]:
