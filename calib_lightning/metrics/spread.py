@@ -32,21 +32,26 @@ class Spread(NamedTuple):
         return f"{self.mean:.4f} ± {self.std:.4f} ({self.runs} runs)"
 
 
-def over_seeds(values: Iterable[float], level: float = 0.95) -> Spread:
+def over_seeds(
+    values: Iterable[float], level: float = 0.95, *, low: float = -math.inf, high: float = math.inf
+) -> Spread:
     """Summarise one value of several runs: mean, sample standard deviation and Student's interval of the mean.
 
     ``mean ± t_{(1 + level) / 2, n - 1} std / sqrt(n)``. It describes the variation of training; `bootstrap_intervals`
-    describes how a value would vary on another test set.
+    describes how a value would vary on another test set. The interval is cut to the possible values: the mean lies
+    among them, so that the cut loses no coverage; where it is unbounded it is Student's.
 
     Args:
         values: The value of each run; if one is nan, all results are nan, so that no run is left out silently.
         level: Coverage of the interval, a fraction.
+        low: The smallest possible value, 0 for an accuracy.
+        high: The largest possible value, 1 for an accuracy.
 
     Returns:
         The summary; standard deviation and interval are nan for a single run.
 
     Raises:
-        ValueError: No values, or ``level`` is not in (0, 1).
+        ValueError: No values, a value below ``low`` or above ``high``, or ``level`` is not in (0, 1).
 
     Example:
         >>> over_seeds([0.25, 0.5, 0.75])[:2]
@@ -58,9 +63,12 @@ def over_seeds(values: Iterable[float], level: float = 0.95) -> Spread:
     runs = len(numbers)
     if runs == 0:
         raise ValueError("values is empty; it must hold the value of at least one run.")
+    outside = numbers[(numbers < low) | (numbers > high)]
+    if len(outside):
+        raise ValueError(f"values has {outside[0]}; it must be from {low} to {high}. Check low and high.")
     mean = float(numbers.mean())
     if runs == 1:
         return Spread(mean, math.nan, math.nan, math.nan, 1)
     std = float(numbers.std(ddof=1))
     reach = float(stdtrit(runs - 1, (1.0 + level) / 2.0)) * std / math.sqrt(runs)
-    return Spread(mean, std, mean - reach, mean + reach, runs)
+    return Spread(mean, std, max(mean - reach, low), min(mean + reach, high), runs)

@@ -14,6 +14,7 @@ from calib_lightning.posthoc import Calibrator, Evidence, parse
 from calib_lightning.predictions.calibration_report import UNCALIBRATED, CalibrationReport, Fitted, Row
 from calib_lightning.predictions.held_out import check_widths
 from calib_lightning.predictions.inputs import Inputs, inputs_of, inputs_of_run
+from calib_lightning.predictions.paired import changes
 from calib_lightning.predictions.reading import Predictions, PredictionsLike, named, predictions_of, with_features
 from calib_lightning.predictions.scoring import apply
 from calib_lightning.predictions.settings import (
@@ -218,8 +219,14 @@ def _row(settings: Settings, predictions: Predictions) -> tuple[Row, list[str]]:
 
 def _losses(before: Predictions, after: Predictions, name: str, calibrator: str) -> Iterator[str]:
     old, new = _quality(before), _quality(after)
-    lost = [key for key in _QUALITIES if old[key] - new[key] > NOTICEABLE]
-    said = [f"the {_QUALITIES[key]} from {100 * old[key]:.2f} to {100 * new[key]:.2f} %" for key in lost]
+    fallen = [key for key in _QUALITIES if old[key] - new[key] > NOTICEABLE]
+    change = changes(before, after) if fallen else {}
+    lost = [key for key in fallen if not change[key].high >= 0.0]  # nan is no reason to be silent
+    said = [
+        f"the {_QUALITIES[key]} from {100 * old[key]:.2f} to {100 * new[key]:.2f} % (paired 95 % interval of the "
+        f"change: {100 * change[key].low:+.2f} to {100 * change[key].high:+.2f})"
+        for key in lost
+    ]
     if said:
         yield f"{name}: {calibrator} lowers {' and '.join(said)}"
     risen = [key for key in _ERRORS if new[key] - old[key] > NOTICEABLE]

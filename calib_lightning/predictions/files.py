@@ -69,11 +69,11 @@ class Stored:
         """The scores as stored; for a single column ``p``, the probabilities of both classes."""
         if isinstance(self.content, Tensor):
             return self.content
-        if self.is_csv and "p" in self.content and self.reading.input != "probs":
+        if self.is_csv and "p" in self.content and self.reading.kind != "probs":
             raise ValueError(f"{self.path}: column 'p' has probabilities of class 1. Set input=probs.")
         if self.is_csv:
             return self.content["scores"]
-        usual = self.reading.input
+        usual = self.reading.kind
         other = {"logits": "probs", "probs": "logits"}[usual]
         hint = f" or input={other}" if not self.reading.scores_key and other in self.content else ""
         return self._named(self.reading.scores_key or usual, "scores_key", hint)

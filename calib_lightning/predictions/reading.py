@@ -99,12 +99,11 @@ def read_predictions(
     scores = stored.scores
     labels = stored.labels if labels_path is None else Stored(labels_path, reading, "labels").only_labels
     found = Predictions(
-        scores, labels, stored.optional("confidence"), reading.input, stored.optional("label_distribution")
+        scores, labels, stored.optional("confidence"), reading.kind, stored.optional("label_distribution")
     )
     files = (path,) if labels_path is None else (path, labels_path)
-    return _checked(
-        found, Origin(files, stored.class_names, (stored.columns,) if stored.columns else ()), str(labels_path or path)
-    )
+    origin = Origin(files, stored.class_names, (stored.columns,) if stored.columns else ())
+    return _not_probs(_checked(found, origin, str(labels_path or path)), reading)
 
 
 def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> Predictions:
@@ -127,8 +126,8 @@ def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> P
         stored = Stored(Path(source[0]), reading or Reading(), "scores")
         source = (stored.scores, *source[1:])
     scores, labels, *features = map(_as_tensor, source)
-    found = Predictions(scores, labels, input=(reading or Reading()).input, features=features[0] if features else None)
-    return _checked(found, Origin(), "predictions")
+    found = Predictions(scores, labels, input=(reading or Reading()).kind, features=features[0] if features else None)
+    return _not_probs(_checked(found, Origin(), "predictions"), reading)
 
 
 def with_features(predictions: Predictions, reading: Reading | None = None) -> Predictions:
@@ -201,6 +200,16 @@ def input_notes(predictions: Predictions) -> Iterator[str]:
         )
 
 
+def _not_probs(found: Predictions, reading: Reading | None) -> Predictions:
+    """Refuse scores that are taken for logits by default, and look like probabilities."""
+    if (reading is None or reading.input is None) and found.input == "logits" and seem_probs(found.scores):
+        raise ValueError(
+            f"{found.where}: all scores are in [0, 1] and each row sums to 1, so they look like probabilities, but "
+            "they are taken for logits. Set input=probs, or input=logits if they are logits."
+        )
+    return found
+
+
 def _as_tensor(part: Any) -> Tensor:
     """Convert to a tensor; lists become float64, which torch would round to float32."""
     return part.detach().cpu() if isinstance(part, Tensor) else torch.as_tensor(np.require(part, requirements="W"))
@@ -232,6 +241,8 @@ def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictio
             "label for each row."
         )
     check_shapes(scores, labels, confidence, where)
+    if len(labels) == 0:
+        raise ValueError(f"{where} has no rows; it must have at least one. Give the rows of a set.")
     check_values(scores, labels, confidence, found.input, where)
     names = _checked_names(origin.class_names, scores.shape[1], where)
     if found.label_distribution is not None:

@@ -53,7 +53,8 @@ class ScoreReport(Report):
         sets: The sets by name, each with ``predictions``, ``values``, ``groups`` and ``notes``.
         settings: The settings.
         input: Kind of the scores.
-        spreads: Mean and standard deviation of each value over the sets; empty if they are not runs of one method.
+        spreads: Mean and standard deviation of each value over the runs of one method and data set, by their name;
+            empty if they are not asked for.
         compared_with: Name of the other run of each set; empty without one.
         notes: The notes of all sets.
     """
@@ -61,7 +62,7 @@ class ScoreReport(Report):
     sets: dict[str, SetScores]
     settings: Settings
     input: str
-    spreads: dict[str, Spread]
+    spreads: dict[str, dict[str, Spread]]
     compared_with: dict[str, str]
     notes: list[str]
 
@@ -80,10 +81,11 @@ class ScoreReport(Report):
             title += f", calibrated by {', '.join(sorted(calibrators))}"
         entries = [Entry(name, _sizes(entry.predictions), entry.values) for name, entry in self.sets.items()]
         yield from value_grids(title, ["set", "N", "K"], entries)
-        if self.spreads:
-            rows = sectioned({key: _spread_cells(key, spread) for key, spread in self.spreads.items()})
+        for group, spreads in self.spreads.items():
+            rows = sectioned({key: _spread_cells(key, spread) for key, spread in spreads.items()})
             interval = f"{100 * self.settings.level:g} % interval of the mean"
-            yield Grid(f"over {len(self.sets)} runs", ["metric", "mean ± std", interval], rows)
+            runs = next(iter(spreads.values())).runs
+            yield Grid(f"{group}: over {runs} run{'s' if runs > 1 else ''}", ["metric", "mean ± std", interval], rows)
         for name, entry in self.sets.items():
             if entry.values.differences:
                 rows = sectioned(
@@ -117,14 +119,23 @@ class ScoreReport(Report):
                 "other": other,
             }
         if self.spreads:
-            settings["seeds"] = {"runs": len(self.sets), "std": "sample (ddof = 1)", "level": self.settings.level}
+            settings["seeds"] = {
+                "runs": len(self.sets),
+                "std": "sample (ddof = 1)",
+                "level": self.settings.level,
+                "interval": "Student's, cut to the possible values",
+            }
         content: dict[str, Any] = {
             "calib_lightning": calib_lightning.__version__,
             "settings": settings,
             "sets": {name: _set_content(entry) for name, entry in self.sets.items()},
         }
         if self.spreads:
-            content["seeds"] = {key: spread._asdict() for key, spread in self.spreads.items()}
+            groups = {
+                group: {key: spread._asdict() for key, spread in spreads.items()}
+                for group, spreads in self.spreads.items()
+            }
+            content["seeds"] = groups if len(groups) > 1 else next(iter(groups.values()))
         return content | {"notes": self.notes}
 
 

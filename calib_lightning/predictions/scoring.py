@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from calib_lightning.metrics import (
     METRICS,
     by_class,
     by_frequency,
-    over_seeds,
     permutation_test,
 )
 from calib_lightning.posthoc import Calibrator, Evidence
@@ -22,6 +20,7 @@ from calib_lightning.posthoc.base import ANY_CLASSES
 from calib_lightning.predictions.files import checked_counts
 from calib_lightning.predictions.reading import Predictions, PredictionsLike, input_notes, named, predictions_of
 from calib_lightning.predictions.score_report import Groups, ScoreReport, SetScores
+from calib_lightning.predictions.seeds import groups_of_runs, spreads_of
 from calib_lightning.predictions.settings import Reading, Settings, parted
 from calib_lightning.predictions.values import (
     MOST_CLASSES_OF_OVO,
@@ -59,7 +58,8 @@ def score(
             a paired permutation test.
         groups: ``"class"`` for the values of each class, or the number of training images of each class ``(K,)`` for
             the values of frequent and rare classes.
-        seeds: Whether the sets are runs of one method; the report has the mean and standard deviation over them.
+        seeds: Whether the sets are runs with different seeds; the report has the mean and standard deviation over
+            those of one method and data set.
         **options: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``, see `Settings`; ``input`` (``"probs"``
             for probabilities) and the names of arrays in files, see `Reading`.
 
@@ -87,11 +87,10 @@ def score(
     if seeds:
         if len(sets) < 2:
             raise ValueError("seeds is True; there must be two or more sets, one for each run. Give all runs.")
-        for key in dict.fromkeys(key for entry in scored.values() for key in entry.values.values):
-            found = [entry.values.values.get(key, math.nan) for entry in scored.values()]
-            spreads[key] = over_seeds(found, asked.level)
+        for group, members in groups_of_runs(sets).items():
+            spreads[group] = spreads_of({name: scored[name].values.values for name in members}, asked.level)
     notes = [f"{name}: {note}" for name, entry in scored.items() for note in entry.notes]
-    kinds = [reading.input] if reading is not None else sorted({found.input for found in sets.values()})
+    kinds = sorted({found.input for found in sets.values()})
     compared = {name: other.where for name, other in others.items()}
     return ScoreReport(scored, asked, " and ".join(kinds), spreads, compared, list(dict.fromkeys(notes)))
 

@@ -56,8 +56,8 @@ class Settings:
             raise ValueError(f"bins is {_listed(bins)}; it must be at most {MOST_BINS}. 15 is usual.")
         if self.intervals is not None and not (_is_whole(self.intervals) and 2 <= self.intervals <= MOST_RESAMPLES):
             raise ValueError(
-                f"intervals is {self.intervals!r}; it must be a whole number from 2 to {MOST_RESAMPLES}, the number of "
-                f"resamples. {DEFAULT_RESAMPLES} is usual, None for no intervals."
+                f"intervals is {self.intervals!r}; it must be a whole number >= 2 and <= {MOST_RESAMPLES}, the number "
+                f"of resamples. {DEFAULT_RESAMPLES} is usual, None for no intervals."
             )
         if not 0.0 < self.level < 1.0:
             raise ValueError(f"level is {self.level!r}; it must be a fraction between 0 and 1. Write 0.95 for 95 %.")
@@ -72,14 +72,15 @@ class Reading:
     """Input files.
 
     Args:
-        input: Kind of the scores; it is never guessed.
+        input: Kind of the scores; it is never guessed. Default: logits, but scores that are probabilities by all signs
+            are refused.
         scores_key: Name of the scores in .npz and .pt files. Default: ``logits`` or ``probs``.
         labels_key: Name or column of the labels. Default: ``labels``, or ``label`` in a CSV file.
         features_key: Name of the features ``(N, d)``, for calibrators that need them.
         max_gb: Limit in GB on the arrays of a compressed .npz file. Others cannot be larger than their file.
     """
 
-    input: Literal["logits", "probs"] = "logits"
+    input: Literal["logits", "probs"] | None = None
     scores_key: str | None = None
     labels_key: str | None = None
     features_key: str = "features"
@@ -88,8 +89,13 @@ class Reading:
     def __post_init__(self) -> None:
         if not self.max_gb > 0.0:
             raise ValueError(f"max_gb is {self.max_gb!r}; it must be a number above 0. Write 10 for 10 GB.")
-        if self.input not in ("logits", "probs"):
+        if self.input not in (None, "logits", "probs"):
             raise ValueError(f"input is {self.input!r}; it must be 'logits' or 'probs'. It says what the scores are.")
+
+    @property
+    def kind(self) -> Literal["logits", "probs"]:
+        """Kind of the scores."""
+        return self.input or "logits"
 
 
 def keywords_of(options: Any) -> dict[str, Any]:

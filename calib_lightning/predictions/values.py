@@ -125,6 +125,11 @@ def value_notes(predictions: Predictions, values: Mapping[str, float]) -> Iterat
     infinite = [key for key, value in values.items() if math.isinf(value)]
     if infinite:
         yield f"{', '.join(infinite)} infinite: a label has probability 0"
+    if values.get("calibration_nll", 0.0) < 0.0:
+        yield (
+            "calibration_nll is below 0: hardly any temperature improves these rows, and the smoothing of its "
+            "reference, 1 row in N + 1, costs more than the best one gains"
+        )
     undefined = [key for key, value in values.items() if math.isnan(value)]
     if undefined:
         correct = int((scores.argmax(dim=1) == labels).sum())

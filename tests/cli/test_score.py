@@ -205,10 +205,12 @@ def test_input_is_stated_and_never_guessed(scored, calib, tmp_path):
     as_probs = scored(path, "--input", "probs")
     assert only(as_probs)["values"]["ece"] == pytest.approx(GOLDEN["ece"], abs=1e-10)
     assert as_probs["notes"] == []
-    as_logits = scored(path)
+    refused = calib("score", path, "--format", "json")
+    assert (refused.code, refused.out) == (1, "")
+    assert "they look like probabilities, but they are taken for logits. Set input=probs, or input=log" in refused.err
+    as_logits = scored(path, "--input", "logits")
     assert only(as_logits)["values"]["nll"] == pytest.approx(expected(probs)["nll"], abs=1e-12)
     assert [word in as_logits["notes"][0] for word in ("run", "input=probs")] == [True, True]
-    assert "input=probs" in calib("score", path, "--format", "json").err
     assert seem_probs(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     assert not seem_probs(torch.tensor([[0.5, 0.5], [1.5, -0.5]]))
     assert not seem_probs(torch.tensor([[0.5, 0.5], [0.7, 0.5]]))
@@ -497,21 +499,17 @@ def test_a_warning_of_a_metric_is_a_note(calib, scored, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["npz", "csv"])
-def test_a_set_without_rows(scored, calib, tmp_path, kind):
+def test_a_set_without_rows_is_refused(calib, tmp_path, kind):
     path = tmp_path / f"empty.{kind}"
     if kind == "npz":
         save_npz(path, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     else:
         path.write_text("z0,z1,z2,label\n")
-    options = (path, "--intervals", "10", "--groups", "class", "--figures", tmp_path / "figures")
-    report = scored(*options)
-    entry = only(report)
-    assert (entry["n"], entry["classes"]) == (0, 3)
-    assert set(entry["values"].values()) == {None}
-    assert report["notes"][-1] == "empty: all metrics undefined: no rows were given"
-    assert len(report["notes"]) == (2 if kind == "csv" else 1)
-    done = calib("score", *options)
-    assert (done.code, done.err) == (0, "")
+    for more in ((), ("--intervals", "10", "--groups", "class", "--figures", tmp_path / "figures")):
+        done = calib("score", path, *more)
+        assert (done.code, done.out) == (1, "")
+        assert f"empty.{kind} has no rows; it must have at least one" in done.err
+    assert not (tmp_path / "figures").exists()
 
 
 def test_a_probability_of_zero_is_said(scored, tmp_path):

@@ -36,7 +36,7 @@ def test_probabilities_are_said_to_be_so():
     values = score(probs, LABELS, input="probs", metrics="nll,ece").values
     assert values["nll"] == pytest.approx(float(functional.nll(LOGITS, LABELS)), abs=1e-12)
     assert values["ece"] == pytest.approx(float(functional.ece(LOGITS, LABELS)), abs=1e-12)
-    report = score(probs, LABELS, metrics="nll")
+    report = score(probs, LABELS, input="logits", metrics="nll")
     assert any("taken for logits" in note for note in report.notes)
 
 
@@ -58,7 +58,8 @@ def test_sets_are_named():
     report = score(sets, metrics="accuracy", seeds=True)
     assert list(report.sets) == ["clean", "shifted"]
     found = [entry.values.values["accuracy"] for entry in report.sets.values()]
-    assert report.spreads["accuracy"].mean == pytest.approx(sum(found) / 2)
+    (spreads,) = report.spreads.values()
+    assert spreads["accuracy"].mean == pytest.approx(sum(found) / 2)
     assert list(score([HALF, OTHER], metrics="accuracy").sets) == ["set-1", "set-2"]
     with pytest.raises(ValueError, match="2 sets"):
         _ = report.values

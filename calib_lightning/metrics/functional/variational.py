@@ -25,7 +25,8 @@ class VariationalSplit(NamedTuple):
 
     Attributes:
         nll: Mean negative log-likelihood.
-        calibration: What recalibration removes; slightly negative if there is nothing to gain.
+        calibration: What recalibration removes; slightly negative if there is nothing to gain, see
+            `variational_split`.
         refinement: Mean negative log-likelihood after recalibration.
     """
 
@@ -52,7 +53,9 @@ def variational_split(logits: Tensor, labels: Tensor, *, input: InputKind = "log
     ``refinement = min_g NLL(g(p))`` and ``calibration = NLL(p) - refinement``, where g is temperature scaling with
     smoothing: ``q = softmax(beta z)`` with the beta of `optimal_inverse_temperature`, then ``(1 - w) q + w / K`` with
     ``w = 1 / (N + 1)``, which keeps the result finite if the likelihood rises up to beta = inf. g is fitted on the
-    same rows. "Refinement" here is a likelihood, not a ranking: see `correctness_auroc` and `ovo_auroc` for those.
+    same rows. So calibration can be below 0: where beta = 1 is the best one, the smoothing alone is left, and it costs
+    up to ``log((N + 1) / N)``. "Refinement" here is a likelihood, not a ranking: see `correctness_auroc` and
+    `ovo_auroc` for those.
 
     Args:
         logits: Scores ``(N, K)``, floating point; half precision is widened to float32 first.
