@@ -3,7 +3,7 @@
 from calib_lightning.methods.acls import ACLS, ACLSLoss, acls_loss
 from calib_lightning.methods.ada_focal import AdaFocal, AdaFocalLoss, ada_focal_loss, equal_mass_edges
 from calib_lightning.methods.augmix import AugMix, AugMixTransform, jsd_consistency
-from calib_lightning.methods.balcal import BalCAL, balcal_loss, batch_class_weights, find_balance
+from calib_lightning.methods.balcal import BalCAL, balcal_loss, batch_class_weights
 from calib_lightning.methods.brier import Brier, BrierLoss, brier_loss
 from calib_lightning.methods.class_balanced import (
     ClassBalanced,
@@ -36,6 +36,7 @@ from calib_lightning.methods.mit_l import MITL, MITLTransform, decouple, draw_ra
 from calib_lightning.methods.mixup import Mixup, MixupTransform, mix
 from calib_lightning.methods.mmce import MMCE, MMCELoss, mmce_loss, mmce_penalty, weighted_mmce_penalty
 from calib_lightning.methods.parts.balcal_etf import ETFBranch, simplex_etf
+from calib_lightning.methods.parts.balcal_search import find_balance
 from calib_lightning.methods.parts.confidnet_branch import ConfidenceHead, tcp_loss
 from calib_lightning.methods.parts.mac_cal_head import MaskedBottleneck, MaskedHead, MaskedLinear, MaskedLinearHead
 from calib_lightning.methods.parts.mac_cal_rule import AdaptiveSparsity, adapt_keep_rate, decayed_step

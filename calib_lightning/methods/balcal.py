@@ -1,23 +1,24 @@
 """Balancing a linear and a fixed classifier, BalCAL (Ni, Zhao, Gao, Guo and Zha, CVPR 2025).
 
-The fixed classifier is in `parts.balcal_etf`. Here are the loss, the search for the balance, and the method.
+The fixed classifier is in `parts.balcal_etf`, the search for the balance in `parts.balcal_search`. Here are the loss
+and the method.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, ModuleOptions
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.methods.parts.balcal_etf import ETFBranch, feature_map_channels
-from calib_lightning.types import Batch
+from calib_lightning.methods.parts.balcal_search import find_balance
+from calib_lightning.types import Batch, Criterion
 
 JOINED_BATCHES = 50
 
@@ -42,16 +43,24 @@ def batch_class_weights(labels: Tensor, num_classes: int) -> Tensor:
     return torch.where(present, weights, 1.0)
 
 
-def balcal_loss(linear_logits: Tensor, etf_logits: Tensor, labels: Tensor, *, lam: float | Tensor) -> Tensor:
-    """Loss of BalCAL (Ni et al., 2025), ``L = lam CE(l_lin, y) + (1 - lam) CE(E * l_etf, y)``.
+def balcal_loss(
+    linear_logits: Tensor,
+    etf_logits: Tensor,
+    labels: Tensor,
+    *,
+    lam: float | Tensor,
+    criterion: Criterion = F.cross_entropy,
+) -> Tensor:
+    """Loss of BalCAL (Ni et al., 2025), ``L = lam C(l_lin, y) + (1 - lam) C(E * l_etf, y)``.
 
-    ``E`` are the `batch_class_weights`, one per column.
+    ``C`` is cross-entropy or another criterion; ``E`` are the `batch_class_weights`, one per column.
 
     Args:
         linear_logits: ``(N, K)`` of the linear classifier.
         etf_logits: ``(N, K)`` of the fixed classifier.
         labels: ``(N,)`` int64; soft targets are not supported.
         lam: Weight of the linear classifier, in ``[0, 1]``.
+        criterion: ``C``, maps logits ``(N, K)`` and labels ``(N,)`` to a scalar.
 
     Returns:
         Scalar, in nats.
@@ -72,42 +81,7 @@ def balcal_loss(linear_logits: Tensor, etf_logits: Tensor, labels: Tensor, *, la
             f"{tuple(linear_logits.shape)}; both must be (N, K)."
         )
     weighted = at_least_float32(etf_logits) * batch_class_weights(labels, linear_logits.shape[1])
-    return lam * F.cross_entropy(linear_logits, labels) + (1.0 - lam) * F.cross_entropy(weighted, labels)
-
-
-def find_balance(measure: Callable[[float], tuple[float, float]], delta: float, tolerance: float = 1e-4) -> float:
-    """Search for the weight at which confidence equals ``delta`` times accuracy (Ni et al., 2025).
-
-    ``lam = 1`` if the linear classifier alone is less confident than that. Otherwise bisection of ``[0, 1]``: up if
-    ``delta * accuracy > confidence`` for the mixture at the midpoint, else down; the last midpoint is the result.
-
-    Args:
-        measure: Returns accuracy and mean confidence of the mixture with weight ``lam`` of the linear classifier.
-        delta: Target confidence as a fraction of the accuracy.
-        tolerance: Interval width at which the search ends.
-
-    Returns:
-        ``lam`` in ``[0, 1]``.
-
-    Example:
-        >>> round(find_balance(lambda lam: (0.8, lam), delta=0.5), 3)
-        0.4
-    """
-
-    def is_underconfident(lam: float) -> bool:
-        accuracy, confidence = measure(lam)
-        return delta * accuracy > confidence
-
-    if is_underconfident(1.0):
-        return 1.0
-    low, high, middle = 0.0, 1.0, 1.0
-    while high - low > tolerance:
-        middle = (low + high) / 2.0
-        if is_underconfident(middle):
-            low = middle
-        else:
-            high = middle
-    return middle
+    return lam * criterion(linear_logits, labels) + (1.0 - lam) * criterion(weighted, labels)
 
 
 class BalCAL(ClassificationModule):
@@ -130,6 +104,7 @@ class BalCAL(ClassificationModule):
         etf_scale: Factor of the fixed classifier's logits. With 1 they are in ``[-1, 1]``, and its confidence cannot
             exceed 0.252 for 10 classes or 0.027 for 100.
         adaptor_width: Channels in the middle of the adaptor. Default: half of the feature map's.
+        criterion: Loss of both classifiers, such as `FocalLoss`; cross-entropy by default.
         **options: See `ClassificationModule`; no batch transform, since the loss needs more than logits. The encoder
             must have blocks, and the last but one must end in a feature map ``(N, C, H, W)`` with C >= K.
 
@@ -144,7 +119,10 @@ class BalCAL(ClassificationModule):
         The paper's network ends in batch norm, ReLU and pooling, which belong to the linear branch. Here that branch
         consists of the encoder's layers after its last stage: if the stage ends in ReLU, ``l_lin`` is the head on the
         encoder's features, and only the adaptor begins with its own batch norm and ReLU. ``lam`` is set before the
-        validation, not after it. Under DDP, class weights are per process; the search uses the rows of all.
+        validation, not after it. Under DDP, class weights are per process; the search uses the rows of all. The
+        checkpoint is chosen by ``val/nll`` of the mixture; the authors take the smallest sum of both classifiers'
+        cross-entropies. Their schedule is ``recipe/tst`` (Adam, lr 1e-4, 600 epochs); the defaults here are those of
+        the base.
 
     Example:
         >>> BalCAL(10, encoder="digits_cnn")(torch.zeros(2, 1, 8, 8)).shape
@@ -159,6 +137,7 @@ class BalCAL(ClassificationModule):
         delta: float = 0.95,
         etf_scale: float = 1.0,
         adaptor_width: int | None = None,
+        criterion: nn.Module | None = None,
         **options: Unpack[ModuleOptions],
     ) -> None:
         if options.get("batch_transform") is not None:
@@ -174,7 +153,7 @@ class BalCAL(ClassificationModule):
             raise ValueError(f"etf_scale is {etf_scale}; it must be above 0 and finite. The authors' code uses 1.")
         if adaptor_width is not None and adaptor_width < 1:
             raise ValueError(f"adaptor_width is {adaptor_width}; it must be at least 1, or None for the default.")
-        super().__init__(num_classes, **options)
+        super().__init__(num_classes, criterion=criterion, **options)
         channels = feature_map_channels(self.encoder, num_classes)
         self.delta = delta
         self.etf_branch = ETFBranch(channels, num_classes, adaptor_width or max(1, channels // 2), etf_scale)
@@ -204,7 +183,7 @@ class BalCAL(ClassificationModule):
         linear, etf = self.branch_logits(batch.image)
         # A loss in half precision loses the tail of the softmax; autocast does not widen every operation.
         with torch.autocast(linear.device.type, enabled=False):
-            loss = balcal_loss(linear, etf, batch.label, lam=self.lam)
+            loss = balcal_loss(linear, etf, batch.label, lam=self.lam, criterion=self.criterion)
         self._seen = linear.detach(), etf.detach(), batch.label
         return loss, _mixed(linear, etf, self.lam)
 

@@ -17,7 +17,11 @@ from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import balcal
 from calib_lightning.methods.balcal import BalCAL, balcal_loss, batch_class_weights, find_balance
+from calib_lightning.methods.focal import FocalLoss
+from calib_lightning.methods.label_smoothing import LabelSmoothingLoss
+from calib_lightning.methods.mbls import MbLSLoss
 from calib_lightning.methods.parts.balcal_etf import feature_map_channels, simplex_etf
+from calib_lightning.types import Batch
 from tests.ddp import cases
 
 # --- the equations, in float64 numpy ---------------------------------------------------------------------------------
@@ -92,6 +96,20 @@ def test_loss_and_gradient_equal_the_equation(n, lam):
     loss = balcal_loss(*tensors, torch.tensor(labels), lam=lam)
     assert loss.item() == pytest.approx(_loss(linear, etf, labels, lam), rel=1e-6)
     assert torch.autograd.gradcheck(lambda a, b: balcal_loss(a, b, torch.tensor(labels), lam=lam), tensors)
+
+
+@pytest.mark.parametrize("criterion", [LabelSmoothingLoss(0.1), FocalLoss(2.0), MbLSLoss(margin=1.0, strength=0.5)])
+def test_any_criterion_on_both_classifiers(criterion):
+    linear, etf, labels = map(torch.tensor, _case())
+    weighted = etf * batch_class_weights(labels, 4)
+    expected = 0.3 * criterion(linear, labels) + 0.7 * criterion(weighted, labels)
+    torch.testing.assert_close(balcal_loss(linear, etf, labels, lam=0.3, criterion=criterion), expected)
+    module = BalCAL(3, criterion=criterion, encoder="digits_cnn")
+    batch = Batch(torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 0, 0]), torch.arange(6))
+    found = module.eval().loss(batch)[0]
+    linear, etf = module.branch_logits(batch.image)
+    parts = criterion(linear, batch.label), criterion(etf * batch_class_weights(batch.label, 3), batch.label)
+    torch.testing.assert_close(found, 0.8 * parts[0] + 0.2 * parts[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
