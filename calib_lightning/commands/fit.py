@@ -24,6 +24,7 @@ from calib_lightning.commands.fit_checks import (
 from calib_lightning.commands.fit_folder import (
     checkpoint_of_run,
     default_folder,
+    folder_of_restarted_job,
     is_numbered,
     save_config,
 )
@@ -35,7 +36,7 @@ from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preem
 from calib_lightning.core.data_facts import has_test, has_validation
 from calib_lightning.core.module_record import module_record
 from calib_lightning.metrics import METRICS
-from calib_lightning.utils.run_folder import create_run_folder, folder_of_restarted_job, run_of, use_run_folder
+from calib_lightning.utils.run_folder import create_run_folder, run_of, use_run_folder
 
 
 class CalibCLI(LightningCLI):
@@ -165,14 +166,20 @@ class CalibCLI(LightningCLI):
         # A resumed run goes on where it was; other methods and names begin a run of their own from its weights.
         if run is not None and self.same_class and (config.run_dir is None or is_numbered(run, wanted)):
             return use_run_folder(run)
-        restarted = folder_of_restarted_job(wanted) if config.ckpt_path is None else None
-        if restarted is not None:
-            last = restarted / "checkpoints" / "last.ckpt"
-            config.ckpt_path = str(last) if last.is_file() else None
-            self.resumed_step = load_checkpoint(last)["global_step"] if last.is_file() else 0
-            rank_zero_info(f"This job was started before: it goes on in {restarted}, from step {self.resumed_step}.")
-            return use_run_folder(restarted, patience=60.0)  # what is left of this job may take a while to end
-        return create_run_folder(wanted)
+        restarted = folder_of_restarted_job(wanted, self._dumped())
+        if restarted is None:
+            return create_run_folder(wanted)
+        use_run_folder(restarted, patience=60.0)  # what is left of this job may take a while to end, and to save
+        last = restarted / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            config.ckpt_path, self.resumed_step = str(last), load_checkpoint(last)["global_step"]
+        rank_zero_info(f"This job was started before: it goes on in {restarted}, from step {self.resumed_step}.")
+        return restarted
+
+    def _dumped(self) -> str:
+        """What was asked for, as YAML."""
+        text: str = self._parser("fit").dump(self.asked, skip_unset=False)
+        return text
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the callbacks, the loggers and the checkpoint writer that every run has."""
@@ -243,7 +250,7 @@ class CalibCLI(LightningCLI):
                 "last."
             )
         if self.trainer.is_global_zero:
-            save_config(self._parser("fit").dump(self.asked, skip_unset=False), self.run_folder)
+            save_config(self._dumped(), self.run_folder)
             if not command.quiet:
                 print(beginning(self.model, self.trainer, self.run_folder))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
 from calib_lightning.utils.files import write_text
-from calib_lightning.utils.run_folder import run_of
+from calib_lightning.utils.run_folder import job_id, run_of
 
 
 def default_folder(config: Namespace) -> Path:
@@ -50,6 +52,37 @@ def is_numbered(folder: Path, wanted: Path) -> bool:
         Whether it is.
     """
     return re.fullmatch(re.escape(str(wanted.resolve())) + r"(-\d+)?", str(folder.resolve())) is not None
+
+
+def folder_of_restarted_job(wanted: Path, config: str) -> Path | None:
+    """Find the folder that this job used before its scheduler started it again.
+
+    An agent of torchrun that is started anew counts its restarts from 0, while the others count on. All must come to
+    the same answer, so under ``--max-restarts`` a run of the same ``--rdzv-id`` that has not come to its end goes on.
+
+    Args:
+        wanted: The folder that the run asks for.
+        config: Its configuration, as YAML: a job may train several runs.
+
+    Returns:
+        The newest folder of that name, perhaps numbered, that was begun by this job with this configuration; None if
+        the job was not started again.
+    """
+    slurm, torchrun = (int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"))
+    job = job_id()
+    if job is None or not (slurm or torchrun):
+        return None
+    for path in sorted(wanted.parent.glob("*/run.json"), key=lambda path: -path.stat().st_mtime):
+        record, first = json.loads(path.read_text()), path.with_name("config.yaml")
+        if record.get("job") == job and is_numbered(path.parent, wanted) and first.read_text("utf-8") == config:
+            return path.parent if slurm or not _is_over(record) else None
+    return None
+
+
+def _is_over(record: dict[str, Any]) -> bool:
+    """Whether a run has been tested; a fit that has finished may have its test before it."""
+    last = record["stages"][-1] if record.get("stages") else {}
+    return last.get("status") == "finished" and last.get("stage") != "fit"
 
 
 def checkpoint_of_run(configs: Sequence[object], command: str) -> str:

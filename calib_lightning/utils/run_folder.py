@@ -66,38 +66,9 @@ def leave_run_folder() -> None:
 
 
 def job_id() -> str | None:
-    """Return the scheduler's number of this job (SLURM, torchrun), which a restarted job keeps."""
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if job == "none" else job  # torchrun's default, which all jobs share
-
-
-def folder_of_restarted_job(wanted: str | Path) -> Path | None:
-    """Return the folder that this job used before its scheduler started it again, None if it was not started again.
-
-    An agent of torchrun that is started anew counts its restarts from 0, while the others count on. All must come to
-    the same answer, so under ``--max-restarts`` a run of the same ``--rdzv-id`` that has not come to its end goes on.
-
-    Args:
-        wanted: What the run asks for, as in `create_run_folder`.
-
-    Returns:
-        The newest folder whose ``run.json`` holds the number of this job.
-    """
-    slurm, torchrun = (int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"))
-    job, wanted = job_id(), Path(wanted)
-    if job is None or not (slurm or torchrun):
-        return None
-    for path in sorted(wanted.parent.glob(f"{wanted.name}*/run.json"), key=lambda path: -path.stat().st_mtime):
-        record = json.loads(path.read_text())
-        if record.get("job") == job:
-            return path.parent if slurm or not _is_over(record) else None
-    return None
-
-
-def _is_over(record: dict[str, Any]) -> bool:
-    """Whether a run has been tested; a fit that has finished may have its test before it."""
-    last = record["stages"][-1] if record.get("stages") else {}
-    return last.get("status") == "finished" and last.get("stage") != "fit"
+    """Return the number of this job, which it keeps when it is started again: torchrun's id, else SLURM's number."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    return os.environ.get("SLURM_JOB_ID") or None if job in (None, "", "none") else job  # "none": no id was given
 
 
 def current_run_folder() -> Path | None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
+from calib_lightning.commands.fit_folder import folder_of_restarted_job
 from calib_lightning.core import load_module
 from calib_lightning.methods import LabelSmoothing
-from calib_lightning.utils.run_folder import folder_of_restarted_job, job_id
+from calib_lightning.utils.run_folder import job_id
 
 from .conftest import QUICK
 
@@ -212,43 +213,89 @@ def test_another_method_from_a_checkpoint_gets_a_folder_of_its_own(calib, tmp_pa
         assert best["calib_lightning"]["class_path"].endswith(method)
 
 
+def stopped_after_an_epoch(calib, tmp_path, *words):
+    """A run of two epochs whose process was killed after the first."""
+    before = {path.name for path in (tmp_path / "runs").glob("*")}
+    assert calib(*QUICK, *words, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
+    (folder,) = (path for path in (tmp_path / "runs").iterdir() if path.name not in before)
+    config = folder / "config.yaml"
+    text = config.read_text().replace("max_epochs: 1\n", "max_epochs: 2\n")
+    config.write_text(text.replace("test_after_fit: false", "test_after_fit: true"))
+    return folder
+
+
+def epochs_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        return len([row for row in csv.DictReader(file) if row["val/nll"]])
+
+
+AGAIN = (*QUICK, "--trainer.max_epochs=2")
+
+
 def test_a_job_that_its_scheduler_starts_again_goes_on_in_its_folder(calib, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
+    first = stopped_after_an_epoch(calib, tmp_path)
+    second = stopped_after_an_epoch(calib, tmp_path, "--model.encoder=digits_cnn", "--seed_everything=1")
+    assert (first.name, second.name) == ("quickstart", "quickstart-2")
+    other = stopped_after_an_epoch(calib, tmp_path, "--run_dir=runs/quickstart-10-more")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert calib(*QUICK, "--trainer.max_epochs=2", "--test_after_fit=false").code == 0
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
-    assert torch.load(tmp_path / "runs/quickstart/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
-    with (tmp_path / "runs/quickstart/metrics.csv").open() as file:
-        assert len([row for row in csv.DictReader(file) if row["val/nll"]]) == 2
-    assert job_id() == "77"
-    monkeypatch.setenv("SLURM_JOB_ID", "")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert job_id() is None
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert calib(*AGAIN).code == 0  # not the newest: the one with this configuration
+    assert [epochs_of(folder) for folder in (first, second, other)] == [2, 1, 1]
+    assert calib(*AGAIN, "--model.encoder=digits_cnn", "--seed_everything=1").code == 0
+    assert [epochs_of(folder) for folder in (first, second, other)] == [2, 2, 1]
+    assert calib(*AGAIN, "--ckpt_path", other / "checkpoints/last.ckpt", "--run_dir=runs/from").code == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 4
     monkeypatch.setenv("SLURM_JOB_ID", "78")
-    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
-    assert (tmp_path / "runs" / "quickstart-2").is_dir()
+    assert calib(*AGAIN, "--test_after_fit=false").code == 0
+    assert (tmp_path / "runs" / "quickstart-3").is_dir()
+
+
+def test_a_restarted_job_that_began_with_another_checkpoint_goes_on_from_its_own(calib, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    foreign = stopped_after_an_epoch(calib, tmp_path)
+    words = ("--ckpt_path", foreign / "checkpoints/last.ckpt", "--model=focal")
+    assert calib(*AGAIN, *words).code == 0
+    folder = tmp_path / "runs" / "quickstart-2"
+    step = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert calib(*AGAIN, *words).code == 0
+    assert [path.name for path in sorted((tmp_path / "runs").iterdir())] == ["quickstart", "quickstart-2"]
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+    assert epochs_of(folder) == 1  # it had come to its end
+
+
+def test_the_number_of_a_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert job_id() == "77"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default, which all jobs share
+    assert job_id() == "77"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")  # within an allocation of SLURM
+    assert job_id() == "mine"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "")
+    monkeypatch.setenv("SLURM_JOB_ID", "")
+    assert job_id() is None
 
 
 def test_agents_of_torchrun_agree_on_the_folder_of_a_job(calib, tmp_path, monkeypatch):
     # an agent that is started anew counts its restarts from 0: the answer must not depend on it
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
-    assert calib(*QUICK, "--trainer.max_epochs=1", "--test_after_fit=false").code == 0
-    folder, wanted = tmp_path / "runs" / "quickstart", tmp_path / "runs" / "quickstart"
+    folder = stopped_after_an_epoch(calib, tmp_path)
+    config = (folder / "config.yaml").read_text()
     for restarts in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-        assert folder_of_restarted_job(wanted) == folder
+        assert folder_of_restarted_job(folder, config) == folder
+        assert folder_of_restarted_job(folder, config.replace("lr: ", "lr: 1")) is None
+        assert folder_of_restarted_job(folder.with_name("quick"), config) is None
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
-        assert folder_of_restarted_job(wanted) is None
+        assert folder_of_restarted_job(folder, config) is None
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert calib(*QUICK, "--trainer.max_epochs=2").code == 0
-    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert calib(*AGAIN).code == 0
+    assert epochs_of(folder) == 2
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
-    assert folder_of_restarted_job(wanted) is None  # it has been tested: the same command begins anew
+    assert folder_of_restarted_job(folder, config) is None  # it has been tested: the same command begins anew
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-8")
-    assert folder_of_restarted_job(wanted) is None
+    assert folder_of_restarted_job(folder, config) is None
 
 
 def test_a_checkpoint_is_not_tested_on_other_splits_of_its_data(calib, tmp_path):
