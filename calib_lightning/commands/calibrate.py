@@ -60,11 +60,14 @@ class Options(Files, Settings, Reading):
     Args:
         run: Folder of a run. Without it, give --calibration and --test.
         calibrators: Comma-separated calibrators; may be repeated. Default: Temperature.
+        seeds: Number of fits of every calibrator that has a seed, with seeds that follow one another; the report adds
+            their mean and standard deviation.
         output: Folder for the calibrators and the report; a number is appended if it exists. Default: RUN/calibrate.
     """
 
     run: Path | None = field(default=None, metadata={"metavar": "RUN", "positional": True})
     calibrators: list[str] = field(default_factory=list, metadata={"metavar": "NAMES", "once": True})
+    seeds: int = 1
     output: Path | None = field(default=None, metadata={"metavar": "DIR"})
     metrics: str | None = CALIBRATION_METRICS
     intervals: int | None = field(default=DEFAULT_RESAMPLES, metadata={"off": True})
@@ -72,6 +75,8 @@ class Options(Files, Settings, Reading):
     def __post_init__(self) -> None:
         super().__post_init__()
         Reading.__post_init__(self)
+        if self.seeds < 1:
+            raise ValueError(f"--seeds is {self.seeds}; it must be >= 1")
         if self.run is not None:
             given = {
                 "--calibration": self.calibration,
@@ -126,7 +131,7 @@ def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
         source = read_predictions(options.calibration, options, labels[0])
         files = zip(unique_names(options.test), options.test, labels[1:], strict=True)
         tests = {name: read_predictions(path, options, of_labels) for name, path, of_labels in files}
-    report = calibrate(source, tests, calibrators, **keywords_of(options))
+    report = calibrate(source, tests, calibrators, options.seeds, **keywords_of(options))
     print_report(report, "text", None)
     if output is None:
         print("Nothing was written; --output DIR saves the fitted calibrators and the report.")

@@ -11,6 +11,7 @@ from calib_lightning.posthoc.clamping_descent import (
     RelativeWeight,
     TermWeight,
 )
+from calib_lightning.posthoc.clamping_optimum import ClampOptimum
 from calib_lightning.posthoc.clamping_report import ClampReport
 from calib_lightning.posthoc.clamping_start import ClampStart, DataDrivenStart, RandomStart
 from calib_lightning.posthoc.density_ratio import DensityRatio
@@ -50,6 +51,7 @@ __all__ = [
     "BinaryCalibrator",
     "Calibrator",
     "ClampDescent",
+    "ClampOptimum",
     "ClampReport",
     "ClampStart",
     "DataDrivenStart",

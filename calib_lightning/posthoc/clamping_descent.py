@@ -12,35 +12,11 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics.functional.temperature import LOG_BETA_BOUND
+from calib_lightning.posthoc.clamping_objective import Objective, penalty_slope
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
 from calib_lightning.posthoc.temperature import FocalTemperature, Temperature
 from calib_lightning.utils.described import Described
-
-Penalty = Literal["l2sq", "l2"]
-"""R: the squared Euclidean norm of delta, or the norm."""
-
-
-def focal_rows(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    """Focal loss (Lin et al., 2017) of each row, ``-(1 - p_y)^gamma log p_y``; ``gamma = 0`` is cross-entropy."""
-    log_probs = torch.log_softmax(at_least_float32(logits), dim=-1)
-    of_label = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    if gamma == 0.0:
-        return -of_label
-    # For gamma < 1 the derivative of x^gamma is infinite at 0.
-    return -torch.expm1(of_label).neg().clamp_min(1e-12).pow(gamma) * of_label
-
-
-def penalty_of(delta: Tensor, penalty: Penalty) -> float:
-    """R(delta)."""
-    return float(delta.square().sum() if penalty == "l2sq" else delta.norm())
-
-
-def _penalty_slope(delta: Tensor, penalty: Penalty) -> Tensor:
-    """Gradient of R; 0 at 0."""
-    delta = delta.detach()
-    return 2.0 * delta if penalty == "l2sq" else delta / delta.norm().clamp_min(torch.finfo(delta.dtype).tiny)
 
 
 class PenaltyWeight(Described, ABC):
@@ -144,44 +120,6 @@ def _check_at_least_zero(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}; it must be finite and >= 0.")
 
 
-class Objective(NamedTuple):
-    """``mean focal(f(x + delta) / T, y) + weight R(delta)``.
-
-    Attributes:
-        rows: Images and network.
-        gamma: Focusing parameter.
-        weight: lambda.
-        penalty: Which R.
-    """
-
-    rows: ClampRows
-    gamma: float
-    weight: float
-    penalty: Penalty
-
-    def sums(self, batch: tuple[Tensor, Tensor] | None, delta: Tensor, log_t: Tensor) -> Tensor:
-        """Sum over the rows of a batch on all processes, without the penalty.
-
-        Args:
-            batch: Images and labels; ``None`` if this process has no more.
-            delta: ``(C, H, W)``, with gradient.
-            log_t: log T, 0-d, with gradient.
-
-        Returns:
-            The derivatives by the entries of delta, then that by log T, the loss and the number of rows.
-        """
-        sums = torch.zeros(delta.numel() + 3, dtype=delta.dtype, device=delta.device)
-        if batch is not None:
-            image, label = batch
-            with torch.enable_grad():
-                logits = self.rows.differentiable_logits(image + delta.to(image.dtype))
-                loss = focal_rows(logits * torch.exp(-log_t), label, self.gamma).sum()
-                slopes = torch.autograd.grad(loss, (delta, log_t))
-            values = [slopes[0].flatten(), slopes[1].view(1), loss.detach().view(1).to(delta.dtype)]
-            sums = torch.cat([*values, sums.new_full((1,), len(label))])
-        return reduced(sums)
-
-
 class Clamped(NamedTuple):
     """Final delta and T.
 
@@ -198,9 +136,38 @@ class Clamped(NamedTuple):
     at_bound: bool = False
 
 
+class ClampFit(Described, ABC):
+    """A way to train delta and T."""
+
+    @abstractmethod
+    def run(
+        self, objective: Objective, start: Tensor, after_epoch: Callable[[], Any], before: Clamped | None
+    ) -> Clamped:
+        """Minimise, and return the last point.
+
+        Args:
+            objective: The objective.
+            start: ``(C, H, W)``.
+            after_epoch: Called after every epoch.
+            before: Result of the run before in a search, from which a fit to the optimum may go on.
+
+        Returns:
+            Final delta and T.
+
+        Raises:
+            FloatingPointError: The descent diverged.
+        """
+
+    @abstractmethod
+    def length(self, runs: int) -> int:
+        """Number of epochs of a search."""
+
+
 @dataclass(frozen=True)
-class ClampDescent(Described):
-    """Stochastic gradient descent on delta and log T; the defaults are those of Tang et al. (2024).
+class ClampDescent(ClampFit):
+    """Stochastic gradient descent on delta and log T from T = 1; the defaults are those of Tang et al. (2024).
+
+    It is a recipe: with the mean over a batch the default rate ends far from the optimum; see `ClampOptimum`.
 
     Their code uses a momentum of 0.9, and its demonstration a learning rate of 0.01. In each step every process takes a
     batch, and gradients are averaged over all their rows.
@@ -210,6 +177,8 @@ class ClampDescent(Described):
         lr: Learning rate.
         momentum: In ``[0, 1)``.
         seed: Seed of the order of the rows; it does not reorder given batches.
+        reduction: ``"mean"`` as in the authors' code, or ``"sum"`` as the paper prints its objective (equation 9): the
+            sum over the rows of a batch, with lambda times their number.
 
     Raises:
         ValueError: An argument out of range.
@@ -223,26 +192,23 @@ class ClampDescent(Described):
     lr: float = 0.001
     momentum: float = 0.0
     seed: int = 0
+    reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {self.reduction!r}; it must be 'mean' or 'sum'.")
         if self.epochs < 1 or not 0.0 < self.lr < math.inf or not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"{self!r}: epochs must be >= 1, lr finite and > 0, and momentum in [0, 1).")
 
-    def run(self, objective: Objective, start: Tensor, after_epoch: Callable[[], Any]) -> Clamped:
-        """Minimise from a start with T = 1, and return the last point.
+    def length(self, runs: int) -> int:
+        """See `ClampFit.length`."""
+        return self.epochs * runs
 
-        Args:
-            objective: The objective.
-            start: ``(C, H, W)``.
-            after_epoch: Called after every epoch.
-
-        Returns:
-            Final delta and T.
-
-        Raises:
-            FloatingPointError: The loss is not finite, or log T has left ``[-16, 16]``.
-        """
+    def run(
+        self, objective: Objective, start: Tensor, after_epoch: Callable[[], Any], before: Clamped | None
+    ) -> Clamped:
+        """Minimise from a start with T = 1, independently of other runs; see `ClampFit.run`."""
         delta, log_t = start.clone().requires_grad_(), start.new_zeros((), requires_grad=True)
         optimizer = torch.optim.SGD([delta, log_t], lr=self.lr, momentum=self.momentum)
         generator = torch.Generator().manual_seed(self.seed)
@@ -256,24 +222,26 @@ class ClampDescent(Described):
                 if count == 0.0:
                     break
                 if not math.isfinite(loss):
-                    raise self._diverged(objective, f"the loss is {loss} in epoch {epoch + 1}")
-                delta.grad = (sums[:-3] / count).view_as(delta) + objective.weight * _penalty_slope(
+                    raise diverged(objective, self.lr, f"the loss is {loss} in epoch {epoch + 1}")
+                delta.grad = (sums[:-3] / count).view_as(delta) + objective.weight * penalty_slope(
                     delta, objective.penalty
                 )
                 log_t.grad = sums[-3] / count
+                if self.reduction == "sum":
+                    delta.grad, log_t.grad = count * delta.grad, count * log_t.grad
                 slopes, total = slopes + float(sums[-3]), total + count
                 optimizer.step()
             slope = slopes / total
             after_epoch()
         if not (bool(delta.isfinite().all()) and abs(float(log_t)) <= LOG_BETA_BOUND):
-            raise self._diverged(objective, f"it ends with log T = {float(log_t):g}")
+            raise diverged(objective, self.lr, f"it ends with log T = {float(log_t):g}")
         return Clamped(delta.detach(), float(log_t), slope)
 
-    def _diverged(self, objective: Objective, what: str) -> FloatingPointError:
-        return FloatingPointError(
-            f"{WHERE}: {what} with gamma={objective.gamma:g}, lambda={objective.weight:g} and lr={self.lr:g}; use a "
-            "lower lr."
-        )
+
+def diverged(objective: Objective, lr: float, what: str) -> FloatingPointError:
+    """The error of a descent that diverged."""
+    settings = f"gamma={objective.gamma:g}, lambda={objective.weight:g} and lr={lr:g}"
+    return FloatingPointError(f"{WHERE}: {what} with {settings}; use a lower lr.")
 
 
 def with_exact_temperature(rows: ClampRows, delta: Tensor, gamma: float) -> Clamped:

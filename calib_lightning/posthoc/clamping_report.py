@@ -13,7 +13,8 @@ from calib_lightning.metrics.functional.bins import bin_sums
 from calib_lightning.metrics.functional.calibration import ece_from_bins
 from calib_lightning.metrics.functional.checks import check_shapes, check_values
 from calib_lightning.metrics.functional.rows import Rows
-from calib_lightning.posthoc.clamping_descent import Clamped, focal_rows
+from calib_lightning.posthoc.clamping_descent import Clamped
+from calib_lightning.posthoc.clamping_objective import focal_rows
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
 from calib_lightning.posthoc.fit_report import FitReport
 
@@ -36,6 +37,7 @@ class ClampCandidate(NamedTuple):
         temperature: T.
         delta_norm: Euclidean norm of delta.
         accuracy_change: Accuracy at the end minus that of the network alone, a fraction.
+        entropy: Mean entropy of the predictions at the end, in nats; nan in files of earlier versions.
     """
 
     gamma: float
@@ -47,6 +49,7 @@ class ClampCandidate(NamedTuple):
     temperature: float
     delta_norm: float
     accuracy_change: float
+    entropy: float = math.nan
 
 
 class ClampReport(NamedTuple):
@@ -70,20 +73,20 @@ class ClampReport(NamedTuple):
     start_moved: float
     notes: tuple[str, ...] = ()
 
-    def summary(self, name: str, passes: int, end: Clamped) -> FitReport:
-        """Convert to the report that all calibrators have."""
+    def summary(self, name: str, passes: int, end: Clamped, before: Measured, kept: Measured) -> FitReport:
+        """Convert to the report that all calibrators have, of what was kept of the chosen run."""
         return FitReport(
             calibrator=name,
             rows=self.rows,
-            converged=abs(end.slope) <= STILL_MOVING,
+            converged=abs(end.slope) <= STILL_MOVING and not end.at_bound,
             passes=passes,
             gradient_norm=abs(end.slope),
             at_bound=end.at_bound,
             nll_before=self.nll_before,
-            nll_after=self.chosen.nll,
+            nll_after=kept.nll,
             ece_before=self.ece_before,
-            ece_after=self.chosen.ece,
-            accuracy_change=self.chosen.accuracy_change,
+            ece_after=kept.ece,
+            accuracy_change=kept.accuracy - before.accuracy,
             notes=self.notes,
         )
 
@@ -114,6 +117,7 @@ class Measured(NamedTuple):
         ece: Expected calibration error (15 bins).
         accuracy: Accuracy.
         losses: Mean focal loss for each gamma.
+        entropy: Mean entropy in nats.
     """
 
     rows: int
@@ -121,11 +125,12 @@ class Measured(NamedTuple):
     ece: float
     accuracy: float
     losses: tuple[float, ...]
+    entropy: float
 
 
 def measured(rows: ClampRows, delta: Tensor | None, log_temperature: float, gammas: Sequence[float]) -> Measured:
     """Go through the rows once without gradients; invalid rows, here or on another process, raise an error."""
-    totals = torch.zeros(4 + len(gammas) + 3 * _BINS, dtype=torch.float64)
+    totals = torch.zeros(5 + len(gammas) + 3 * _BINS, dtype=torch.float64)
     fault: TypeError | ValueError | None = None
     try:
         for image, label in rows.batches():
@@ -134,7 +139,14 @@ def measured(rows: ClampRows, delta: Tensor | None, log_temperature: float, gamm
             check_values(logits, label, None, "logits", WHERE)
             scaled = Rows(logits * math.exp(-log_temperature), label, None, "logits")
             losses = [float(focal_rows(scaled.scores, label, gamma).double().sum()) for gamma in gammas]
-            firsts = [len(label), float(scaled.nll.sum()), float(scaled.correct.sum()), 0.0, *losses]
+            firsts = [
+                len(label),
+                float(scaled.nll.sum()),
+                float(scaled.correct.sum()),
+                0.0,
+                _entropy(scaled.scores),
+                *losses,
+            ]
             bins = bin_sums(scaled.confidence, scaled.correct, _BINS).cpu().flatten()
             totals += torch.cat([torch.tensor(firsts, dtype=torch.float64), bins])
         rows.like()
@@ -146,10 +158,17 @@ def measured(rows: ClampRows, delta: Tensor | None, log_temperature: float, gamm
         totals = reduced(totals.to(rows.device)).cpu()
     if fault is not None:
         raise fault
-    count, nll, correct, faults, *losses = totals[: 4 + len(gammas)].tolist()
+    count, nll, correct, faults, entropy, *losses = totals[: 5 + len(gammas)].tolist()
     if faults:
         raise ValueError(f"{WHERE}: {int(faults)} of the other processes found invalid rows; see its message.")
     if count == 0.0:
         raise ValueError(f"{WHERE}: no rows were given; give the images and labels of the calibration split.")
-    ece = float(ece_from_bins(totals[4 + len(gammas) :].view(_BINS, 3)))
-    return Measured(int(count), nll / count, ece, correct / count, tuple(loss / count for loss in losses))
+    ece = float(ece_from_bins(totals[5 + len(gammas) :].view(_BINS, 3)))
+    means = tuple(loss / count for loss in losses)
+    return Measured(int(count), nll / count, ece, correct / count, means, entropy / count)
+
+
+def _entropy(logits: Tensor) -> float:
+    """Sum of the entropies of rows."""
+    log_probs = torch.log_softmax(logits.double(), dim=-1)
+    return -float((log_probs.exp() * log_probs).sum())

@@ -158,3 +158,17 @@ def _check_labels(labels: Any) -> None:
     found = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"{WHERE}: labels is {found}; it must be a tensor of class numbers of an integer dtype.")
+
+
+def check_like_fit(image: Any, delta: Tensor) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless images are normalised ones of the shape of those of the fit."""
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        found = str(image.dtype) if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(
+            f"NeuralClamping: images is {found}; it must be a tensor, floating point, normalised as in the fit."
+        )
+    if image.shape[1:] != delta.shape:
+        raise ValueError(
+            f"NeuralClamping was fitted to other images: images has shape {tuple(image.shape)}; it must have shape "
+            f"(N, {', '.join(map(str, delta.shape))})."
+        )

@@ -8,15 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from calib_lightning.posthoc.clamping_descent import (
-    ClampDescent,
-    Clamped,
-    Objective,
-    Penalty,
-    PenaltyWeight,
-    penalty_of,
-    with_exact_temperature,
-)
+from calib_lightning.posthoc.clamping_descent import Clamped, ClampFit, PenaltyWeight, with_exact_temperature
+from calib_lightning.posthoc.clamping_objective import Objective, Penalty, penalty_of
 from calib_lightning.posthoc.clamping_report import STILL_MOVING, ClampCandidate, Measured
 from calib_lightning.posthoc.clamping_rows import ClampRows
 
@@ -37,11 +30,15 @@ def objectives(
 
 
 def trained(
-    objective: Objective, start: Tensor, descent: ClampDescent | None, after_epoch: Callable[[], Any]
+    objective: Objective,
+    start: Tensor,
+    descent: ClampFit | None,
+    after_epoch: Callable[[], Any],
+    before: Clamped | None = None,
 ) -> Clamped:
     """Train delta and T; without a ``descent`` T alone, exactly."""
     if descent is not None:
-        return descent.run(objective, start, after_epoch)
+        return descent.run(objective, start, after_epoch, before)
     end = with_exact_temperature(objective.rows, start, objective.gamma)
     after_epoch()
     return end
@@ -61,6 +58,7 @@ def candidate(
         temperature=math.exp(end.log_temperature),
         delta_norm=float(end.delta.norm()),
         accuracy_change=after.accuracy - before.accuracy,
+        entropy=after.entropy,
     )
 
 
@@ -77,3 +75,19 @@ def notes_of(end: Clamped, chosen: ClampCandidate, before: Measured) -> Iterator
         )
     if end.at_bound:
         yield "the likelihood has no maximum, so T was stopped at its bound"
+
+
+def check_arguments(
+    gammas: Sequence[float], weights: Sequence[PenaltyWeight], penalty: str, batch_size: object, keep: str
+) -> None:
+    """Raise ``ValueError`` for an argument of `NeuralClamping` out of range."""
+    if not gammas or not all(0.0 <= gamma < math.inf for gamma in gammas):
+        raise ValueError(f"gammas is {gammas!r}; it must be one or more finite numbers >= 0. 1.0 is the default.")
+    if not weights:
+        raise ValueError("weights is empty; it must be one or more rules. Pass RelativeWeight(0.1), for example.")
+    if penalty not in ("l2sq", "l2"):
+        raise ValueError(f"penalty is {penalty!r}; it must be 'l2sq' or 'l2'.")
+    if keep not in ("both", "input", "output"):
+        raise ValueError(f"keep is {keep!r}; it must be 'both', 'input' or 'output'.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it must be an integer >= 1.")

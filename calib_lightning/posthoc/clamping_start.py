@@ -70,7 +70,8 @@ class DataDrivenStart(ClampStart):
     nearly every pixel, so most entries are 0; ``search.start_moved`` is the fraction of the others.
 
     Args:
-        low: Smallest value of each channel in normalised space, ``(0 - mean) / std`` for images in ``[0, 1]``.
+        low: Smallest value of each channel in normalised space, ``(0 - mean) / std`` for images in ``[0, 1]``; ``None``
+            if `calib calibrate` is to take both from the data of the run.
         high: Largest value of each channel, ``(1 - mean) / std``.
 
     Raises:
@@ -81,8 +82,12 @@ class DataDrivenStart(ClampStart):
         'DataDrivenStart(low=[-1.0], high=[1.0])'
     """
 
-    def __init__(self, low: Sequence[float], high: Sequence[float]) -> None:
-        self.low, self.high = tuple(map(float, low)), tuple(map(float, high))
+    def __init__(self, low: Sequence[float] | None = None, high: Sequence[float] | None = None) -> None:
+        self.low: tuple[float, ...] = ()
+        self.high: tuple[float, ...] = ()
+        if low is None and high is None:
+            return
+        self.low, self.high = tuple(map(float, low or ())), tuple(map(float, high or ()))
         if not self.low or len(self.low) != len(self.high):
             raise ValueError(f"low is {low!r} and high {high!r}; both must have one number per channel.")
         if not all(-math.inf < a < b < math.inf for a, b in zip(self.low, self.high, strict=True)):
@@ -91,6 +96,11 @@ class DataDrivenStart(ClampStart):
     def delta(self, rows: ClampRows, like: Tensor) -> Tensor:
         """Go through the rows once, forwards and backwards; see `ClampStart.delta`."""
         channels = like.shape[0]
+        if not self.low:
+            raise ValueError(
+                f"{self.name}: low and high are not given; they must be the range of the images. Pass low=(0 - mean) / "
+                "std and high=(1 - mean) / std of their normalisation."
+            )
         if len(self.low) != channels:
             raise ValueError(f"{self.name}: low has {len(self.low)} channels; it must have {channels}, as images have.")
         slope, least, largest = _entropy_slope_and_range(rows, like)

@@ -142,8 +142,8 @@ class FullMap:
         self.start = self.temperature.beta * self.identity
         self.present = torch.bincount(labels, minlength=classes) > 0
 
-    def fit(self, ridge: Ridge, solver: Solver, start: Tensor | None = None) -> Fit:
-        """Fit with a ridge R, from ``[W, b]`` or the attribute `start`."""
+    def fit(self, ridge: Ridge, solver: Solver, start: Tensor | None = None, as_written: bool = False) -> Fit:
+        """Fit with a ridge R, from ``[W, b]`` or the attribute `start`; ``as_written`` keeps M as it is for R."""
         shape = self.identity.shape
         factors = torch.full_like(self.identity, ridge.off_diagonal)
         factors[:, -1] = ridge.bias
@@ -153,7 +153,7 @@ class FullMap:
 
         def least(matrix: Tensor) -> Tensor:
             change = matrix - self.identity
-            return change - (factors * change).sum(dim=0) / total
+            return change if as_written else change - (factors * change).sum(dim=0) / total
 
         def objective(point: Tensor) -> tuple[Tensor, Tensor]:
             matrix = point.view(shape)

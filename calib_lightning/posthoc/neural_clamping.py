@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,12 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from calib_lightning.functional import two_columns
 from calib_lightning.posthoc.base import ANY_CLASSES, Calibrator
-from calib_lightning.posthoc.clamping_descent import ClampDescent, Penalty, PenaltyWeight, RelativeWeight
+from calib_lightning.posthoc.clamping_descent import Clamped, ClampFit, PenaltyWeight, RelativeWeight
+from calib_lightning.posthoc.clamping_objective import Penalty
+from calib_lightning.posthoc.clamping_optimum import ClampOptimum
 from calib_lightning.posthoc.clamping_report import ClampCandidate, ClampReport, as_plain, from_plain, measured
-from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, reduced, several_processes
-from calib_lightning.posthoc.clamping_search import candidate, notes_of, objectives, trained
+from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, check_like_fit, reduced, several_processes
+from calib_lightning.posthoc.clamping_search import candidate, check_arguments, notes_of, objectives, trained
 from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
 from calib_lightning.posthoc.evidence import PROBS_HINT, Evidence, Images, Network, frozen, image_batches
 from calib_lightning.posthoc.fit_report import Optimum
@@ -25,16 +27,21 @@ from calib_lightning.utils.described import build
 
 _WEIGHTS: tuple[PenaltyWeight, ...] = (RelativeWeight(),)
 _START = RandomStart()
-_DESCENT = ClampDescent()
+_DESCENT = ClampOptimum()
+_GAMMAS = tuple(round(0.05 * step, 2) for step in range(21))
 
 
 class NeuralClamping(Calibrator):
     """Input perturbation and temperature, trained jointly on a frozen network (Tang et al., TMLR 2024).
 
     ``z = f(x + delta) / T``, with one delta for all images that is added after normalisation, minimises
-    ``mean_i focal_gamma(z_i, y_i) + lambda R(delta)`` over the calibration rows, starting from T = 1. Each pair of a
-    gamma and a lambda is a separate run; the run with the lowest calibration error (15 bins) on the same rows is kept.
-    The fit uses the network in evaluation mode, and changes neither its parameters nor its buffers.
+    ``mean_i focal_gamma(z_i, y_i) + lambda R(delta)`` over the calibration rows. There is a run for each pair of a
+    gamma and a lambda; that with the lowest calibration error (15 bins) on the same rows is kept. The fit uses the
+    network in evaluation mode, and changes neither its parameters nor its buffers.
+
+    By default T is exact for the final delta. Recipes of the literature: with ``descent=ClampDescent(reduction="sum")``
+    and one gamma it is what the paper prints; its authors' code is ``NeuralClamping((1.0,), FixedWeight(0.01),
+    RandomStart(0.001), ClampDescent(lr=0.01, momentum=0.9), "l2", 1000)``.
 
     With ``descent=None`` delta keeps its starting value and only T is fitted, exactly. With a `DataDrivenStart` this is
     the cheap variant of the paper and costs one backward pass. There is no penalty then.
@@ -42,12 +49,13 @@ class NeuralClamping(Calibrator):
     In a group of several processes each process passes its own rows, and all end with the same delta and T.
 
     Args:
-        gammas: Focusing parameters of the loss, each at least 0; 0 is cross-entropy.
+        gammas: Focusing parameters of the loss, each at least 0; 0 is cross-entropy. The default is 0, 0.05, ..., 1.
         weights: One or more rules for lambda.
         start: Initial delta.
-        descent: How delta and T are trained; ``None`` fits T alone.
+        descent: How delta and T are trained, a `ClampOptimum` or `ClampDescent`; ``None`` fits T alone.
         penalty: R, ``"l2sq"`` for the squared Euclidean norm of delta or ``"l2"`` for the norm.
         batch_size: Batch size of each process if images are a tensor.
+        keep: What is kept of the joint fit: ``"input"`` only delta (T = 1), ``"output"`` only T, the paper's ablations.
 
     Attributes:
         delta: Perturbation ``(C, H, W)`` in units of the normalised image.
@@ -59,14 +67,15 @@ class NeuralClamping(Calibrator):
         ValueError: An argument out of range.
 
     Deviations:
-        The authors' code penalises the norm instead of its square, uses T itself as the parameter, clips probabilities
-        to ``[1e-7, 1 - 1e-7]``, and by default crops and flips the calibration images. As there, ``x + delta`` may
-        leave the range of images.
+        The paper's objective (equation 9) is the sum over rows; the mean here, as in the authors' code, has the same
+        optimum, since lambda is relative to the loss, but not the same step. The authors' code penalises the norm
+        instead of its square, uses T itself as the parameter, clips probabilities to ``[1e-7, 1 - 1e-7]``, and by
+        default crops and flips the calibration images. As there, ``x + delta`` may leave the range of images.
 
     Example:
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
         >>> images, labels = torch.randn(64, 1, 2, 2), torch.arange(64) % 3
-        >>> clamping = NeuralClamping(descent=ClampDescent(epochs=20, lr=0.1))
+        >>> clamping = NeuralClamping(gammas=(0.0, 1.0))
         >>> clamping = clamping.fit(network=network, images=images, labels=labels, progress=False)
         >>> clamping(network=network, images=images).shape
         torch.Size([64, 3])
@@ -80,25 +89,20 @@ class NeuralClamping(Calibrator):
 
     def __init__(
         self,
-        gammas: Sequence[float] = (1.0,),
+        gammas: Sequence[float] = _GAMMAS,
         weights: PenaltyWeight | Sequence[PenaltyWeight] = _WEIGHTS,
         start: ClampStart = _START,
-        descent: ClampDescent | None = _DESCENT,
+        descent: ClampFit | None = _DESCENT,
         penalty: Penalty = "l2sq",
         batch_size: int = 512,
+        keep: Literal["both", "input", "output"] = "both",
     ) -> None:
         super().__init__()
         self.gammas = tuple(map(float, gammas))  # numbers of numpy could not be read back from a file
         self.weights = (weights,) if isinstance(weights, PenaltyWeight) else tuple(weights)
         self.start, self.descent, self.penalty, self.batch_size = start, descent, penalty, batch_size
-        if not self.gammas or not all(0.0 <= gamma < math.inf for gamma in self.gammas):
-            raise ValueError(f"gammas is {gammas!r}; it must be one or more finite numbers >= 0. 1.0 is the default.")
-        if not self.weights:
-            raise ValueError("weights is empty; it must be one or more rules. Pass RelativeWeight(0.1), for example.")
-        if penalty not in ("l2sq", "l2"):
-            raise ValueError(f"penalty is {penalty!r}; it must be 'l2sq' or 'l2'.")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; it must be an integer >= 1.")
+        self.keep = keep
+        check_arguments(self.gammas, self.weights, penalty, batch_size, keep)
         self.search: ClampReport | None = None
         self.register_state("delta", "log_temperature")
 
@@ -129,16 +133,7 @@ class NeuralClamping(Calibrator):
             ValueError: Another shape than in the fit.
         """
         self._check_fitted()
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            found = str(image.dtype) if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(
-                f"NeuralClamping: images is {found}; it must be a tensor, floating point, normalised as in the fit."
-            )
-        if image.shape[1:] != self.delta.shape:
-            raise ValueError(
-                f"NeuralClamping was fitted to other images: images has shape {tuple(image.shape)}; it must have shape "
-                f"(N, {', '.join(map(str, self.delta.shape))})."
-            )
+        check_like_fit(image, self.delta)
         return image + self.delta.to(image.dtype)
 
     def logits_of(self, evidence: Evidence) -> Tensor:
@@ -237,16 +232,19 @@ class NeuralClamping(Calibrator):
             start = self.start.delta(rows, rows.like())
             losses = measured(rows, start, 0.0, self.gammas).losses
             runs: list[ClampCandidate] = []
+            end: Clamped | None = None
             weights = None if self.descent is None else self.weights
             with self._bar(progress) as bar:
                 for objective, loss in objectives(rows, start, losses, self.gammas, weights, self.penalty):
-                    end = trained(objective, start, self.descent, bar.update)
+                    end = trained(objective, start, self.descent, bar.update, end)
                     after = measured(rows, end.delta, end.log_temperature, (objective.gamma,))
                     runs.append(candidate(objective, loss, start, end, before, after))
                     if runs[-1].ece < min((run.ece for run in runs[:-1]), default=math.inf):
                         best, chosen = end, runs[-1]
-            self.delta = best.delta
-            self.log_temperature = torch.tensor(best.log_temperature, dtype=torch.float64, device=best.delta.device)
+            self.delta = best.delta if self.keep != "output" else torch.zeros_like(best.delta)
+            log_t = best.log_temperature if self.keep != "input" else 0.0
+            self.log_temperature = torch.tensor(log_t, dtype=torch.float64, device=best.delta.device)
+            kept = measured(rows, self.delta, log_t, ())
             self.num_classes = int(reduced(torch.tensor([rows.classes], device=rows.device), "MAX"))
         self.search = ClampReport(
             rows=before.rows,
@@ -257,18 +255,19 @@ class NeuralClamping(Calibrator):
             start_moved=float((start != 0).double().mean()),
             notes=tuple(notes_of(best, chosen, before)),
         )
-        epochs = 1 if self.descent is None else self.descent.epochs
-        self.report = self.search.summary(self.name, epochs * len(runs), best)
+        self.report = self.search.summary(self.name, self._epochs, best, before, kept)
         for note in self.search.notes:
             warnings.warn(f"{WHERE}: {note}", stacklevel=2)
         return self
 
     def _bar(self, progress: bool) -> Any:
-        epochs = 1 if self.descent is None else self.descent.epochs * len(self.weights)
         first = not several_processes() or dist.get_rank() == 0
-        return tqdm(
-            total=epochs * len(self.gammas), desc="Neural Clamping", disable=None if progress and first else True
-        )
+        return tqdm(total=self._epochs, desc="Neural Clamping", disable=None if progress and first else True)
+
+    @property
+    def _epochs(self) -> int:
+        gammas, weights = len(self.gammas), len(self.weights)
+        return gammas if self.descent is None else self.descent.length(gammas * weights)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

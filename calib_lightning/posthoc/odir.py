@@ -14,7 +14,7 @@ from torch import Tensor
 from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.linear import Fit, FullMap, Ridge, full_nll, separates
-from calib_lightning.posthoc.solver import LBFGS
+from calib_lightning.posthoc.solver import LBFGS, Solver, checked_solver
 from calib_lightning.utils.seeding import row_uniform
 
 # Strengths can be compared long before the optimum is reached.
@@ -76,6 +76,8 @@ class RidgedMatrix(Calibrator):
         normalize: Divide the sums by ``K (K-1)`` and K as above; ``False`` does not, as in the authors' code:
             ``lambda`` here is then ``K (K-1)`` times theirs, and ``mu`` K times.
         seed: Seed of the folds.
+        solver: A method of the literature for every fit, from ``W = I, b = 0``, such as `AdamDescent`, as papers have
+            stopped; ``None`` fits to the optimum.
 
     Attributes:
         penalty: The chosen lambda.
@@ -84,10 +86,12 @@ class RidgedMatrix(Calibrator):
         bias: b, ``(K,)``, with mean zero; with `ensemble` ``(folds, K)``.
 
     Raises:
+        TypeError: ``solver`` is not a `Solver`.
         ValueError: No strengths, or one that is not above 0; fewer than two folds, or none with `ensemble`.
 
     Deviations:
-        The authors' code minimises with Adam and stops early; here the optimum is reached. For a class without rows the
+        The authors' code minimises with Adam and stops early; here the optimum is reached unless a solver is given (its
+        batches of 128 rows are not imitated: `AdamDescent` takes all rows in each step). For a class without rows the
         diagonal entry stays at 1/T and the rest of its column has mean zero, since the likelihood would otherwise have
         no maximum; the ridge determines the rest.
     """
@@ -107,6 +111,7 @@ class RidgedMatrix(Calibrator):
         ensemble: bool = False,
         normalize: bool = True,
         seed: int = 0,
+        solver: Solver | None = None,
     ) -> None:
         super().__init__()
         lambdas = tuple(float(value) for value in lambdas)
@@ -123,6 +128,7 @@ class RidgedMatrix(Calibrator):
         self.ensemble = ensemble
         self.normalize = normalize
         self.seed = seed
+        self.solver = checked_solver(solver)
         self.register_state("weight", "bias", "penalty", "bias_penalty")
 
     @abstractmethod
@@ -150,14 +156,14 @@ class RidgedMatrix(Calibrator):
             passes, warm = path.passes, path.maps[pair]
 
         ridge, notes = self._ridge(pair, inputs.shape[1]), []
-        models = [part.fit(ridge, _EXACT) for part in parts] if self.ensemble else []
+        models = [self._fit(part, ridge, _EXACT) for part in parts] if self.ensemble else []
         if models:
             averaged = mapped_log_probs(inputs, *_stacked(models))
             if float(F.nll_loss(averaged, labels)) > float(F.nll_loss(torch.log_softmax(logits.double(), -1), labels)):
                 notes.append("the average of the folds' models is less likely than the raw logits; one model is used")
                 passes += sum(fit.solution.passes for fit in models)
                 models = []
-        models = models or [full.fit(ridge, _EXACT, warm)]
+        models = models or [self._fit(full, ridge, _EXACT, warm)]
         weight, bias = _stacked(models)
         if not self.ensemble:
             weight, bias = weight[0], bias[0]
@@ -168,7 +174,7 @@ class RidgedMatrix(Calibrator):
             passes=passes + sum(fit.solution.passes for fit in models),
             gradient_norm=max(fit.solution.gradient_norm for fit in models),
             # Only the diagonal is not held by the ridge.
-            at_bound=any(separates(inputs * fit.matrix.diagonal(), labels) for fit in models),
+            at_bound=self.solver is None and any(separates(inputs * fit.matrix.diagonal(), labels) for fit in models),
             notes=tuple(notes),
         )
 
@@ -184,13 +190,20 @@ class RidgedMatrix(Calibrator):
         shares = (classes * (classes - 1), classes) if self.normalize else (1, 1)
         return Ridge(off_diagonal=pair[0] / shares[0], bias=pair[1] / shares[1])
 
+    def _fit(self, part: FullMap, ridge: Ridge, optimum: LBFGS, warm: Tensor | None = None) -> Fit:
+        """Fit by the solver, or else to the optimum."""
+        if self.solver is None:
+            return part.fit(ridge, optimum, warm)
+        # The path of a descent depends on how the objective is written.
+        return part.fit(ridge, self.solver, part.identity, as_written=True)
+
     def _path(self, part: FullMap, chains: list[list[Pair]], inputs: Tensor, labels: Tensor) -> _Path:
         """Fit a part of the rows with all strengths, and score each fit by the likelihood of other rows."""
         path = _Path({}, {}, 0)
         for chain in chains:
             warm = None
             for pair in chain:
-                fit = part.fit(self._ridge(pair, inputs.shape[1]), _ROUGH, warm)
+                fit = self._fit(part, self._ridge(pair, inputs.shape[1]), _ROUGH, warm)
                 warm = path.maps[pair] = fit.matrix
                 path.scores[pair] = float(full_nll(inputs, labels, warm)[0]) * len(labels)
                 path = path._replace(passes=path.passes + fit.solution.passes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from calib_lightning.metrics import EvaluationState
-from calib_lightning.posthoc import Calibrator, Evidence, parse
+from calib_lightning.posthoc import Calibrator, Evidence, build, parse
 from calib_lightning.predictions.calibration_report import UNCALIBRATED, CalibrationReport, Fitted, Row
 from calib_lightning.predictions.held_out import check_widths
 from calib_lightning.predictions.inputs import Inputs, inputs_of, inputs_of_run
@@ -53,6 +54,7 @@ def calibrate(
     calibration: PredictionsLike,
     test: PredictionsLike | Sequence[PredictionsLike] | Mapping[str, PredictionsLike] | None = None,
     calibrators: str | Calibrator | Sequence[str | Calibrator] = DEFAULT_CALIBRATOR,
+    seeds: int = 1,
     **options: Any,
 ) -> CalibrationReport:
     """Fit calibrators to held-out predictions; compare accuracy, calibration and refinement before and after.
@@ -64,6 +66,8 @@ def calibrate(
             or the folder of a run, for its calibration split.
         test: One or more sets to evaluate on, as in `score`. Omit it for a run, which has its own.
         calibrators: Objects, or text such as ``"Temperature,OneVsRest(Isotonic)"``.
+        seeds: Number of fits of every calibrator that has a seed, each with the next seed; the report has all, and
+            their mean and standard deviation.
         **options: ``metrics``, ``bins``, ``intervals`` (``None`` for none), ``level`` and ``seed``, see `Settings`;
             ``input`` (``"probs"`` for probabilities) and the names of arrays in files, see `Reading`.
 
@@ -86,7 +90,7 @@ def calibrate(
     """
     asked, reading = parted(options, {"metrics": CALIBRATION_METRICS, "intervals": DEFAULT_RESAMPLES})
     selected_metrics(asked.metrics, classes=2)
-    built = named_calibrators(calibrators)
+    built, groups = _repeated(named_calibrators(calibrators), seeds)
     needs = {need: calibrator.name for calibrator in built for need in calibrator.needs if need != "logits"}
     path = Path(calibration) if isinstance(calibration, str | Path) else None
     if path is not None and path.is_dir() and test is not None:
@@ -106,7 +110,7 @@ def calibrate(
         if "features" in needs:
             inputs = _with_features(inputs, reading)
         evidence = _stored_evidence
-    return _report(asked, built, inputs, evidence)
+    return dataclasses.replace(_report(asked, built, inputs, evidence), groups=groups)
 
 
 def named_calibrators(calibrators: str | Calibrator | Sequence[str | Calibrator]) -> list[Calibrator]:
@@ -125,6 +129,38 @@ def named_calibrators(calibrators: str | Calibrator | Sequence[str | Calibrator]
     for item in given:
         built += [_built(name) for name in split_names(item)] if isinstance(item, str) else [item]
     return list({calibrator.name: calibrator for calibrator in built}.values())
+
+
+def _repeated(calibrators: list[Calibrator], seeds: int) -> tuple[list[Calibrator], dict[str, list[str]]]:
+    """Every calibrator with each seed, and the names of the fits of those that have one."""
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"seeds is {seeds!r}; it must be an integer >= 1. 5 is usual.")
+    if seeds == 1:
+        return calibrators, {}
+    found: dict[str, Calibrator] = {}
+    groups: dict[str, list[str]] = {}
+    for calibrator in calibrators:
+        fits = {fit.name: fit for fit in [calibrator, *(_reseeded(calibrator, k) for k in range(1, seeds))]}
+        found |= fits
+        if len(fits) > 1:
+            groups[calibrator.name] = list(fits)
+    return list(found.values()), groups
+
+
+def _reseeded(calibrator: Calibrator, offset: int) -> Calibrator:
+    """Build a calibrator with every argument ``seed``, of it and of its parts, raised by an offset."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: item + offset if name == "seed" and isinstance(item, int) else moved(item)
+            for name, item in value.items()
+        }
+
+    return build(moved(calibrator.spec), type(calibrator))
 
 
 def split_names(text: str) -> list[str]:

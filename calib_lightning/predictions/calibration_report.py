@@ -6,11 +6,12 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import calib_lightning
+from calib_lightning.metrics.spread import Spread, over_seeds
 from calib_lightning.posthoc import Calibrator, FitReport, save_calibrator
 from calib_lightning.predictions.inputs import Inputs
 from calib_lightning.predictions.reading import Predictions
@@ -20,6 +21,8 @@ from calib_lightning.predictions.tables import (
     Grid,
     Report,
     bins_title,
+    cell,
+    heading,
     intervals_remark,
     settings_content,
     show,
@@ -72,6 +75,7 @@ class CalibrationReport(Report):
         rows: For each set, a row for `UNCALIBRATED` and one for each calibrator.
         failed: Reasons of failures, by calibrator.
         notes: Remarks on the values.
+        groups: Names of fits that differ by their seed, by the name of the first.
     """
 
     inputs: Inputs
@@ -80,6 +84,7 @@ class CalibrationReport(Report):
     rows: dict[str, dict[str, Row]]
     failed: dict[str, str]
     notes: list[str]
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def calibrators(self) -> dict[str, Calibrator]:
@@ -105,6 +110,15 @@ class CalibrationReport(Report):
             _write(made / file, text)
         return made
 
+    def spreads(self, test: str) -> dict[str, dict[str, Spread]]:
+        """Mean and sample standard deviation of every metric of a set, for calibrators fitted with several seeds."""
+        found = {}
+        for called, names in self.groups.items():
+            each = [self.rows[test][name].values.values for name in names if name in self.rows[test]]
+            if len(each) > 1:
+                found[called] = {key: over_seeds(values[key] for values in each) for key in each[0]}
+        return found
+
     @property
     def files(self) -> dict[str, str]:
         """File names by calibrator."""
@@ -117,6 +131,10 @@ class CalibrationReport(Report):
             entries = [Entry(called, [], row.values) for called, row in self.rows[name].items()]
             title = f"{name}: {rows:,} rows, {classes:,} classes, {bins_title(self.settings)}"
             yield from value_grids(title, [""], entries)
+            if spreads := self.spreads(name):
+                keys = list(next(iter(spreads.values())))
+                means = [[called, *(_mean_and_std(k, found[k]) for k in keys)] for called, found in spreads.items()]
+                yield Grid(f"{name}: mean and standard deviation over seeds", ["", *map(heading, keys)], means)
         if self.fitted:
             rows = len(self.inputs.calibration.labels)
             header = [
@@ -132,6 +150,12 @@ class CalibrationReport(Report):
             ]
             fits = [[name, _temperature(fitted), *_fit_cells(fitted.report)] for name, fitted in self.fitted.items()]
             yield Grid(f"fits to the {rows:,} calibration rows, with values on these rows", header, fits)
+
+    def _seeds_content(self, test: str) -> dict[str, Any]:
+        return {
+            called: {key: value._asdict() for key, value in found.items()}
+            for called, found in self.spreads(test).items()
+        }
 
     def remarks(self) -> Iterator[str]:
         """The method of the intervals, the notes and the failures."""
@@ -161,6 +185,7 @@ class CalibrationReport(Report):
                 name: {
                     **_set_content(test),
                     "rows": {called: _row_content(called, row) for called, row in self.rows[name].items()},
+                    **({"seeds": seeds} if (seeds := self._seeds_content(name)) else {}),
                 }
                 for name, test in inputs.tests.items()
             },
@@ -227,3 +252,7 @@ def _fit_cells(fit: FitReport) -> list[str]:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def _mean_and_std(key: str, value: Spread) -> str:
+    return f"{cell(key, value.mean)} ± {cell(key, value.std)}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from calib_lightning import data
 from calib_lightning.core import ClassificationModule, load_module
 from calib_lightning.data import BenchmarkDataModule
-from calib_lightning.posthoc import Calibrator, Evidence
+from calib_lightning.posthoc import Calibrator, DataDrivenStart, Evidence, NeuralClamping, Sequential
 from calib_lightning.predictions.inputs import Inputs, read_record
 from calib_lightning.predictions.reading import Predictions
 from calib_lightning.types import Batch
@@ -79,8 +79,19 @@ class RunNetwork:
         """Evidence on a set, as far as the calibrator needs it; images of test sets are read a batch at a time."""
         if "network" not in calibrator.needs:
             return Evidence(predictions.logits, predictions.features)
+        if name == "calibration":
+            self._give_range(calibrator)
         images: Any = self._calibration_images if name == "calibration" else self.data.evaluation_loader(name)
         return Evidence(predictions.logits, predictions.features, self.module, images)
+
+    def _give_range(self, calibrator: Calibrator) -> None:
+        """Tell a data-driven start the range of normalised images."""
+        for part in calibrator.members if isinstance(calibrator, Sequential) else [calibrator]:
+            start = part.start if isinstance(part, NeuralClamping) else None
+            if isinstance(part, NeuralClamping) and isinstance(start, DataDrivenStart) and not start.low:
+                pairs = list(zip(self.data.mean, self.data.std, strict=True))
+                low, high = [(0.0 - mean) / std for mean, std in pairs], [(1.0 - mean) / std for mean, std in pairs]
+                part.start = DataDrivenStart(low, high)
 
     @cached_property
     def _calibration_images(self) -> Tensor:

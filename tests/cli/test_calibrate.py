@@ -16,6 +16,7 @@ from calib_lightning.core import ClassificationModule, load_module
 from calib_lightning.data import DigitsDataModule
 from calib_lightning.metrics import EvaluationState, bootstrap_intervals
 from calib_lightning.posthoc import Calibrator, FixedTemperature, Optimum, build, load_calibrator
+from calib_lightning.posthoc.clamping_start import DataDrivenStart
 from calib_lightning.posthoc.isotonic import Isotonic
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
 from calib_lightning.posthoc.sequential import Sequential
@@ -794,8 +795,45 @@ def test_a_calibration_split_that_was_trained_with_is_said(run, calib):
     assert any("MACCal" in note for note in json.loads((run / "calibrate" / "report.json").read_text())["notes"])
 
 
+def test_a_data_driven_start_takes_the_range_of_the_runs_images(run, calib):
+    name = "NeuralClamping(gammas=(1.0,), start=DataDrivenStart(), descent=None)"
+    done = calib("calibrate", run, *FAST, "--calibrators", name)
+    assert done.code == 0, done.err
+    found = load_calibrator(next((run / "calibrate").glob("NeuralClamping*.pt")))
+    module, data = load_module(run / "checkpoints" / "best.ckpt"), DigitsDataModule()
+    data.setup()
+    low, high = ([(edge - mean) / std for mean, std in zip(data.mean, data.std, strict=True)] for edge in (0.0, 1.0))
+    images, labels = (torch.cat(parts) for parts in list(zip(*data.evaluation_loader("calibration"), strict=True))[:2])
+    direct = NeuralClamping((1.0,), start=DataDrivenStart(low, high), descent=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        direct.fit(network=module, images=images, labels=labels, progress=False)
+    assert torch.equal(found.delta, direct.delta)
+    assert bool((found.delta != 0).any())
+
+
+def test_fits_over_seeds_and_ablations(run, calib):
+    parts = "start=RandomStart(0.3),descent=ClampOptimum(1)"
+    names = [f"NeuralClamping((1.0,),keep='{keep}',{parts})" for keep in ("input", "output")]
+    done = calib("calibrate", run, *FAST, "--calibrators", ",".join([*names, "Temperature"]), "--seeds", "3")
+    assert done.code == 0, done.err
+    report = json.loads((run / "calibrate" / "report.json").read_text())
+    rows = rows_of(report, "test")
+    assert len(rows) == 1 + 2 * 3 + 1
+    seeds = report["sets"]["test"]["seeds"]
+    assert len(seeds) == 2
+    for called, found in seeds.items():
+        keep = "input" if "input" in called else "output"
+        each = [row["values"]["ece"] for name, row in rows.items() if f"'{keep}'" in name]
+        assert len(set(each)) == 3
+        assert found["ece"]["mean"] == pytest.approx(np.mean(each), abs=1e-12)
+        assert found["ece"]["std"] == pytest.approx(np.std(each, ddof=1), abs=1e-12)
+        assert f"{100 * np.mean(each):.2f} ± {100 * np.std(each, ddof=1):.2f}" in done.out
+    assert calib("calibrate", run, "--seeds", "0").code == 2
+
+
 def test_neural_clamping_of_a_run(run, calib):
-    name = "NeuralClamping(descent=ClampDescent(epochs=2, lr=0.1))"
+    name = "NeuralClamping(gammas=[1.0], descent=ClampDescent(epochs=2, lr=0.1))"
     done = calib("calibrate", run, *FAST, "--calibrators", f"{name},Temperature")
     assert done.code == 0, done.err
     report = json.loads((run / "calibrate" / "report.json").read_text())

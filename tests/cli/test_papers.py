@@ -360,7 +360,7 @@ def test_another_seed_of_neural_clamping_is_that_of_its_calibrators(calib):
     usual, other = (calib("paper", *where, *more).out.splitlines()[-2:] for more in ((), ("--seed", "5")))
     assert other[0] == usual[0]
     assert usual[1] == "calib calibrate runs/neural_clamping/cifar100/resnet110 --calibrators " + shlex.quote(
-        "NeuralClamping(gammas=(1,),start=RandomStart(seed=0),descent=ClampDescent(seed=0))"
+        "NeuralClamping(gammas=(1,),start=RandomStart(seed=0),descent=ClampDescent(seed=0,reduction='sum'))"
     )
     assert other[1] == usual[1].replace("seed=0", "seed=5")
 

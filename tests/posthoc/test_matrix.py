@@ -447,3 +447,24 @@ def test_more_classes_than_rows():
 def test_strengths_may_be_an_array():
     calibrator = MatrixScalingODIR(10.0 ** np.arange(-1, 2), mus=np.array([1.0, 2.0]))
     assert calibrator.spec == MatrixScalingODIR((0.1, 1.0, 10.0), mus=(1.0, 2.0)).spec
+
+
+@pytest.mark.parametrize("cls", [MatrixScalingODIR, Dirichlet])
+def test_a_solver_of_the_literature_starts_at_the_identity(cls):
+    logits, labels = golden()
+    with pytest.warns(UserWarning, match="before the optimum"):
+        fitted = cls((1.0,), solver=AdamDescent(epochs=50)).fit(logits, labels)
+    inputs = fitted.inputs(logits)
+    weight, bias = torch.eye(5).double().requires_grad_(), torch.zeros(5).double().requires_grad_()
+    adam = torch.optim.Adam([weight, bias], lr=1e-3)
+    for _ in range(50):
+        adam.zero_grad()
+        off = weight.square().sum() - weight.diagonal().square().sum()
+        loss = torch.nn.functional.cross_entropy(inputs @ weight.T + bias, labels)
+        (loss + off / 20 + bias.square().mean()).backward()
+        adam.step()
+    expected = (inputs @ weight.T + bias).log_softmax(1).detach()
+    assert torch.allclose(fitted(logits), expected, atol=1e-9)
+    assert not fitted.report.converged
+    with pytest.raises(TypeError, match="solver is 3"):
+        cls(solver=3)

@@ -13,13 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.metrics.functional import ece
 from calib_lightning.metrics.functional.temperature import optimal_inverse_temperature
-from calib_lightning.posthoc.clamping_descent import (
-    ClampDescent,
-    FixedWeight,
-    RelativeWeight,
-    TermWeight,
-    focal_rows,
-)
+from calib_lightning.posthoc.clamping_descent import ClampDescent, FixedWeight, RelativeWeight, TermWeight
+from calib_lightning.posthoc.clamping_objective import focal_rows
 from calib_lightning.posthoc.clamping_rows import ClampRows
 from calib_lightning.posthoc.clamping_start import DataDrivenStart, RandomStart
 from calib_lightning.posthoc.neural_clamping import NeuralClamping
@@ -101,7 +96,7 @@ def test_first_step_goes_down_the_slope_of_the_equation(gamma, penalty):
 
 def test_penalty_has_no_slope_at_zero():
     image, label = rows()
-    clamping = NeuralClamping(weights=FixedWeight(1.0), start=RandomStart(0.0), descent=FEW, penalty="l2")
+    clamping = NeuralClamping((1.0,), weights=FixedWeight(1.0), start=RandomStart(0.0), descent=FEW, penalty="l2")
     clamping.fit(network=network(), images=image, labels=label, progress=False)
     assert bool(clamping.delta.isfinite().all())
 
@@ -187,7 +182,7 @@ def test_images_that_touch_the_range_leave_no_room():
     scale = torch.tensor(high).sub(torch.tensor(low)).view(2, 1, 1)
     image[0], image[1] = 0.0, 1.0
     image = (image * scale + torch.tensor(low).view(2, 1, 1)).float()
-    clamping = NeuralClamping(start=DataDrivenStart(low, high), descent=None)
+    clamping = NeuralClamping((1.0,), start=DataDrivenStart(low, high), descent=None)
     clamping.fit(network=network(dtype=torch.float32), images=image, labels=label, progress=False)
     assert clamping.search.start_moved == 0.0
     assert clamping.search.chosen.delta_norm == 0.0
@@ -217,12 +212,12 @@ def test_weight_rules():
     loss = (-(1 - p) * np.log(p)).mean()
     size = float((start**2).sum())
     rules = (RelativeWeight(0.1), TermWeight(0.1), FixedWeight(0.25))
-    clamping = NeuralClamping(weights=rules, start=RandomStart(0.3), descent=FEW)
+    clamping = NeuralClamping((1.0,), weights=rules, start=RandomStart(0.3), descent=FEW)
     clamping.fit(network=net, images=image, labels=label, progress=False)
     found = [run.weight for run in clamping.search.candidates]
     assert found == pytest.approx([0.1 * loss, 0.1 * loss / size, 0.25], rel=1e-12)
     with pytest.raises(ValueError, match="the start is zero"):
-        NeuralClamping(weights=TermWeight(), start=RandomStart(0.0)).fit(
+        NeuralClamping((1.0,), weights=TermWeight(), start=RandomStart(0.0)).fit(
             network=net, images=image, labels=label, progress=False
         )
 
@@ -332,7 +327,7 @@ def test_network_is_left_as_it_was():
     before = {name: value.clone() for name, value in net.state_dict().items()}
     seen = []
     net[1].register_forward_hook(lambda module, *_: seen.append(module.training))
-    NeuralClamping(start=DataDrivenStart([-9, -9], [9, 9]), descent=FEW).fit(
+    NeuralClamping((1.0,), start=DataDrivenStart([-9, -9], [9, 9]), descent=FEW).fit(
         network=net, images=image, labels=label, progress=False
     )
     assert seen
@@ -344,7 +339,7 @@ def test_network_is_left_as_it_was():
         assert torch.equal(value, before[name]), name
     net[1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        NeuralClamping(descent=FEW).fit(network=net, images=image, labels=label, progress=False)
+        NeuralClamping((1.0,), descent=FEW).fit(network=net, images=image, labels=label, progress=False)
     assert net[0].training
     assert net[-1].weight.requires_grad
 
@@ -355,7 +350,7 @@ def test_same_seed_same_bits_other_order_other_bits():
     def fit(seed):
         torch.manual_seed(seed + 7)  # must not matter
         descent = ClampDescent(epochs=3, lr=0.1, seed=seed)
-        return NeuralClamping(descent=descent, batch_size=16).fit(
+        return NeuralClamping((1.0,), descent=descent, batch_size=16).fit(
             network=network(), images=image, labels=label, progress=False
         )
 
@@ -371,27 +366,27 @@ def test_fit_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     net = network()
     torch.set_rng_state(before)
-    NeuralClamping(descent=FEW).fit(network=net, images=image, labels=label, progress=False)
+    NeuralClamping((1.0,), descent=FEW).fit(network=net, images=image, labels=label, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_give_what_a_tensor_gives():
     image, label = rows()
     index = torch.arange(60)
-    whole = NeuralClamping(descent=FEW, batch_size=60).fit(
+    whole = NeuralClamping((1.0,), descent=FEW, batch_size=60).fit(
         network=network(), images=image, labels=label, progress=False
     )
     loader = DataLoader(TensorDataset(image, label, index), batch_size=60)
-    fitted = NeuralClamping(descent=FEW).fit(network=network(), images=loader, progress=False)
+    fitted = NeuralClamping((1.0,), descent=FEW).fit(network=network(), images=loader, progress=False)
     torch.testing.assert_close(fitted.delta, whole.delta, rtol=1e-9, atol=1e-12)
     assert fitted.report.rows == 60
     uneven = DataLoader(TensorDataset(image, label), batch_size=25)
-    assert NeuralClamping(descent=FEW).fit(network=network(), images=uneven, progress=False).report.rows == 60
+    assert NeuralClamping((1.0,), descent=FEW).fit(network=network(), images=uneven, progress=False).report.rows == 60
 
 
 def test_loss_falls_and_no_gradient_is_asked_for_outside():
     image, label = rows(200)
-    clamping = NeuralClamping(descent=ClampDescent(epochs=30, lr=0.1)).fit(
+    clamping = NeuralClamping((1.0,), descent=ClampDescent(epochs=30, lr=0.1)).fit(
         network=network(), images=image, labels=label, progress=False
     )
     search = clamping.search
@@ -400,18 +395,20 @@ def test_loss_falls_and_no_gradient_is_asked_for_outside():
     assert search.start_moved == 1.0
     assert not clamping.delta.requires_grad
     with torch.no_grad():
-        NeuralClamping(descent=FEW).fit(network=network(), images=image, labels=label, progress=False)
+        NeuralClamping((1.0,), descent=FEW).fit(network=network(), images=image, labels=label, progress=False)
 
 
 def test_half_precision_network_and_images():
     image, label = rows(dtype=torch.float32)
     net = network(dtype=torch.bfloat16)
-    clamping = NeuralClamping(descent=FEW).fit(network=net, images=image.bfloat16(), labels=label, progress=False)
+    clamping = NeuralClamping((1.0,), descent=FEW).fit(
+        network=net, images=image.bfloat16(), labels=label, progress=False
+    )
     assert clamping.delta.dtype == torch.float32
     assert clamping.perturb(image.bfloat16()).dtype == torch.bfloat16
     assert predicted(clamping, net.eval(), image.bfloat16()).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = NeuralClamping(descent=FEW).fit(
+        mixed = NeuralClamping((1.0,), descent=FEW).fit(
             network=network(dtype=torch.float32), images=image, labels=label, progress=False
         )
     assert mixed.search.chosen.loss_end < mixed.search.chosen.loss_start
@@ -423,7 +420,7 @@ def test_half_precision_network_and_images():
 def test_ablations_keep_one_half():
     image, label = rows()
     net = network().eval()
-    clamping = NeuralClamping(start=RandomStart(0.3), descent=FEW).fit(
+    clamping = NeuralClamping((1.0,), start=RandomStart(0.3), descent=FEW).fit(
         network=net, images=image, labels=label, progress=False
     )
     with torch.no_grad():
@@ -491,7 +488,7 @@ def test_report_is_that_of_the_chosen_run():
 
 def test_large_sets_are_seen_a_batch_at_a_time():
     image, label = rows()
-    clamping = NeuralClamping(descent=FEW, batch_size=60)
+    clamping = NeuralClamping((1.0,), descent=FEW, batch_size=60)
     clamping.fit(network=network(), images=image, labels=label, progress=False)
     net = network().eval()
     whole = predicted(clamping, net, image)
@@ -509,7 +506,7 @@ def test_a_network_of_probabilities_is_told():
     image, label = rows()
     net = nn.Sequential(network(), nn.Softmax(1))
     with pytest.warns(UserWarning, match=r"NeuralClamping\.fit: .*as_logits"):
-        NeuralClamping(descent=FEW).fit(network=net, images=image, labels=label, progress=False)
+        NeuralClamping((1.0,), descent=FEW).fit(network=net, images=image, labels=label, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -549,7 +546,7 @@ def test_refuses_parts(make):
 
 def test_refuses_input():
     image, label = rows()
-    fit = NeuralClamping(descent=FEW).fit
+    fit = NeuralClamping((1.0,), descent=FEW).fit
     net = network()
     with pytest.raises(ValueError, match=r"labels is None; it must have shape \(60,\)"):
         fit(network=net, images=image, progress=False)
@@ -583,7 +580,7 @@ def test_refuses_input():
         NeuralClamping().fit_rows(torch.randn(3, 2), torch.tensor([0, 1, 0]), None)
     with pytest.raises(RuntimeError, match="not fitted"):
         NeuralClamping().perturb(image)
-    fitted = NeuralClamping(descent=FEW).fit(network=network(), images=image, labels=label, progress=False)
+    fitted = NeuralClamping((1.0,), descent=FEW).fit(network=network(), images=image, labels=label, progress=False)
     with pytest.raises(ValueError, match=r"\(60, 1, 3, 3\); it must have shape \(N, 2, 3, 3\)"):
         fitted.perturb(image[:, :1])
     with pytest.raises(TypeError, match=r"images is torch\.uint8; it must be a tensor, floating point"):
@@ -612,12 +609,12 @@ def test_divergence_in_the_last_step_is_told(gamma):
 def test_what_did_not_work_is_noted():
     image, label = rows()
     with pytest.warns(UserWarning, match="stopped before the optimum"):
-        slow = NeuralClamping(descent=ClampDescent(epochs=1, lr=1e-6)).fit(
+        slow = NeuralClamping((1.0,), descent=ClampDescent(epochs=1, lr=1e-6)).fit(
             network=network(), images=image, labels=label, progress=False
         )
     assert any("by log T" in note for note in slow.report.notes)
     with pytest.warns(UserWarning, match="the objective rose"):
-        NeuralClamping(descent=ClampDescent(epochs=1, lr=6.0)).fit(
+        NeuralClamping((1.0,), descent=ClampDescent(epochs=1, lr=6.0)).fit(
             network=network(), images=image, labels=label, progress=False
         )
 
@@ -661,3 +658,78 @@ def test_improves_a_trained_network_on_digits():
         network=net, images=image[calibration], labels=noisy[calibration], progress=False
     )
     assert cheap.search.chosen.nll < report.nll_before
+
+
+# --- the default, recipes, ablations ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_the_default_reaches_the_optimum_of_a_long_run(gamma):
+    image, label = rows(200)
+    arguments = {"network": network(scale=20.0), "images": image, "labels": label, "progress": False}
+    found = NeuralClamping((gamma,)).fit(**arguments)
+    long = NeuralClamping((gamma,), descent=ClampDescent(epochs=1000, lr=0.03, momentum=0.9)).fit(**arguments)
+    assert abs(long.temperature - 1.0) > 0.5, "the test needs a network that is far from calibrated"
+    assert found.temperature == pytest.approx(long.temperature, rel=0.01)
+    assert found.search.chosen.loss_end < long.search.chosen.loss_end + 0.01
+    assert found.report.converged
+    assert found.report.passes == 16
+
+
+def test_the_default_pool_is_chosen_by_calibration_error_and_reports_entropy():
+    image, label = rows(200)
+    pool = NeuralClamping().fit(network=network(), images=image, labels=label, progress=False)
+    runs = pool.search.candidates
+    assert [run.gamma for run in runs] == pytest.approx([0.05 * step for step in range(21)])
+    assert pool.search.chosen == min(runs, key=lambda run: run.ece)
+    q = predicted(pool, network().eval(), image).exp().numpy()
+    assert pool.search.chosen.entropy == pytest.approx(-(q * np.log(q)).sum(1).mean(), rel=1e-9)
+    assert runs[-1].entropy > runs[0].entropy  # a larger gamma lowers confidence
+    assert pool.report.passes == 4 * 24
+
+
+def test_a_sum_over_rows_is_a_longer_step():
+    image, label = rows()
+    arguments = {"network": network(), "images": image, "labels": label, "progress": False}
+    fit = NeuralClamping((1.0,), FixedWeight(0.2), descent=ClampDescent(epochs=3, lr=1e-4, reduction="sum"))
+    same = NeuralClamping((1.0,), FixedWeight(0.2), descent=ClampDescent(epochs=3, lr=6e-3))  # one batch of 60 rows
+    fit.fit(**arguments)
+    same.fit(**arguments)
+    torch.testing.assert_close(fit.delta, same.delta, rtol=1e-12, atol=0)
+    assert fit.temperature == pytest.approx(same.temperature, rel=1e-12)
+    with pytest.raises(ValueError, match="'mean' or 'sum'"):
+        ClampDescent(reduction="max")
+
+
+def test_ablations_as_calibrators():
+    image, label = rows()
+    arguments = {"network": network(), "images": image, "labels": label, "progress": False}
+    both, moved, cooled = (NeuralClamping((1.0,), keep=keep).fit(**arguments) for keep in ("both", "input", "output"))
+    net = network().eval()
+    for ablation, expected in ((moved, both.input_only()), (cooled, both.output_only())):
+        log_probs = predicted(ablation, net, image)
+        torch.testing.assert_close(log_probs, predicted(expected, net, image))
+        assert ablation.report.nll_after == pytest.approx(nn.functional.nll_loss(log_probs, label).item())
+        assert ablation.search.chosen == both.search.chosen
+    with pytest.raises(ValueError, match="'both', 'input' or 'output'"):
+        NeuralClamping(keep="neither")
+
+
+def test_a_start_without_a_range_is_refused_outside_a_run():
+    image, label = rows()
+    with pytest.raises(ValueError, match="low and high are not given"):
+        NeuralClamping(start=DataDrivenStart()).fit(network=network(), images=image, labels=label, progress=False)
+    with pytest.raises(ValueError, match="one number per channel"):
+        DataDrivenStart([0.0])
+
+
+def test_a_report_of_an_earlier_version_has_no_entropy():
+    image, label = rows()
+    clamping = NeuralClamping((1.0,)).fit(network=network(), images=image, labels=label, progress=False)
+    state = clamping.get_extra_state()
+    search = state["search"]
+    search["chosen"], search["candidates"] = search["chosen"][:-1], [run[:-1] for run in search["candidates"]]
+    again = build(clamping.spec, NeuralClamping)
+    again.set_extra_state(state)
+    assert again.search.chosen[:-1] == clamping.search.chosen[:-1]
+    assert math.isnan(again.search.chosen.entropy)
