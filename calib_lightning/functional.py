@@ -17,14 +17,19 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def two_columns(logits: Tensor) -> Tensor:
+def two_columns(logits: Tensor, rows: int | None = None) -> Tensor:
     """Return the logits ``(0, z)`` of the classes 0 and 1 for a binary network's z, so that ``p_1 = sigmoid(z)``.
 
     Args:
-        logits: z as ``(N,)`` or ``(N, 1)``; logits ``(N, K)`` of several classes are returned as they are.
+        logits: z as ``(N,)`` or ``(N, 1)``, or a scalar for one image; logits ``(N, K)`` of several classes are
+            returned as they are.
+        rows: Number of images that they belong to, if known.
 
     Returns:
         ``(N, 2)``, or ``logits``.
+
+    Raises:
+        ValueError: If there is not one z for each image.
 
     Example:
         >>> two_columns(torch.tensor([[3.0], [-1.0]]))
@@ -33,6 +38,11 @@ def two_columns(logits: Tensor) -> Tensor:
     """
     if logits.ndim == 2 and logits.shape[1] != 1:
         return logits
+    if rows is not None and logits.ndim < 2 and logits.numel() != rows:
+        raise ValueError(
+            f"The network's output has shape {tuple(logits.shape)} for {rows} images; it must be logits ({rows}, K), "
+            "or one logit of a binary network for each image. Do not squeeze the dimension of the images."
+        )
     z = logits.reshape(-1, 1) if logits.ndim < 3 else logits
     return torch.cat([torch.zeros_like(z), z], dim=1)
 

@@ -21,7 +21,7 @@ from calib_lightning.posthoc import NeuralClamping
 from calib_lightning.posthoc.clamping_descent import ClampDescent
 from calib_lightning.predictions import read_predictions
 
-SHAPES = ["column", "flat"]
+SHAPES = ["column", "flat", "squeezed"]
 TARGETS = {
     "float": lambda y: y.float(),
     "float column": lambda y: y.float().unsqueeze(1),
@@ -42,7 +42,7 @@ class Binary(LightningModule):
 
     def forward(self, x):
         z = self.fc(self.backbone(x))
-        return z if self.shape == "column" else z.squeeze(1)
+        return {"column": z, "flat": z.squeeze(1), "squeezed": z.squeeze()}[self.shape]  # a scalar for one image
 
     def training_step(self, batch, batch_idx):
         return F.binary_cross_entropy_with_logits(self(batch[0]).flatten(), batch[1].float().flatten())
@@ -105,8 +105,8 @@ def test_other_targets_are_left_to_the_checks(labels):
 def test_the_monitor_measures_it(shape, target):
     module, monitor = Binary(shape), CalibrationMonitor(figures_every=0)
     fitted = trainer(monitor)
-    fitted.fit(module, loader(), loader(70, seed=1, target=target))
-    x, y = rows(70, seed=1)
+    fitted.fit(module, loader(), loader(65, seed=1, target=target))
+    x, y = rows(65, seed=1)
     p = torch.sigmoid(logit(module, x).double())
     found = fitted.callback_metrics
     assert float(found["monitor/accuracy"]) == pytest.approx(float(((p > 0.5).long() == y).double().mean()), abs=1e-6)
@@ -115,9 +115,9 @@ def test_the_monitor_measures_it(shape, target):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_post_hoc_calibration_after_training(shape):
-    module, callback = Binary(shape), PostHocCalibrate(Temperature(), loader(80, seed=2))
+    module, callback = Binary(shape), PostHocCalibrate(Temperature(), loader(81, seed=2))
     trainer(callback, epochs=2).fit(module, loader())
-    x, y = rows(80, seed=2)
+    x, y = rows(81, seed=2)
     assert callback.calibrator.temperature == pytest.approx(best_temperature(logit(module, x), y), rel=1e-5)
 
 
@@ -125,24 +125,24 @@ def test_post_hoc_calibration_after_training(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_calibrated_classifier_of_it(shape, target, tmp_path):
     network = Binary(shape)
-    x, y = rows(200, seed=5)
-    made = CalibratedClassifier(network, Temperature(), classes=("healthy", "ill")).fit(loader(200, 5, target))
+    x, y = rows(193, seed=5)
+    made = CalibratedClassifier(network, Temperature(), classes=("healthy", "ill")).fit(loader(193, 5, target))
     z = logit(network, x)
     t = best_temperature(z, y)
     p = torch.sigmoid(z / t)
     answer = made.predict(x)
     assert torch.equal(answer.label, (z > 0).long())
     torch.testing.assert_close(answer.confidence, torch.maximum(p, 1 - p), rtol=1e-5, atol=1e-6)
-    by_images, by_logits = made.set_threshold(loader(200, 5, target)), made.set_threshold(z.unsqueeze(1), y)
+    by_images, by_logits = made.set_threshold(loader(193, 5, target)), made.set_threshold(z.unsqueeze(1), y)
     assert by_images == by_logits
     save_classifier(made, tmp_path / "classifier.pt")
     again = load_classifier(tmp_path / "classifier.pt", network=Binary(shape))
     assert torch.equal(again(x), made(x))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[:2])  # the scalar of one image is another graph
 def test_it_is_exported(shape, tmp_path):
-    made = CalibratedClassifier(Binary(shape), Temperature()).fit(loader(200, 5))
+    made = CalibratedClassifier(Binary(shape), Temperature()).fit(loader(193, 5))
     x, _ = rows(9, seed=6)
     export_onnx(made, tmp_path / "classifier.onnx", x)
     session = onnxruntime.InferenceSession(tmp_path / "classifier.onnx", providers=["CPUExecutionProvider"])
@@ -153,7 +153,7 @@ def test_it_is_exported(shape, tmp_path):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_neural_clamping_asks_it(shape):
     network = Binary(shape)
-    x, y = rows(200, seed=5)
+    x, y = rows(193, seed=5)
     clamping = NeuralClamping(descent=ClampDescent(epochs=1)).fit(labels=y, network=network, images=x)
     assert clamping.num_classes == 2
     z = logit(network, clamping.perturb(x))
@@ -225,3 +225,16 @@ def test_one_column_in_a_metric_is_told_from_wrong_labels():
         EvaluationState().update(torch.randn(4, 1), torch.tensor([0, 1, 0, 1]))
     with pytest.raises(ValueError, match=r"There is one column.*two_columns\(z\)"):
         Temperature().fit(torch.randn(4, 1), torch.tensor([0, 1, 0, 1]))
+
+
+def test_logits_of_one_image_without_its_dimension_are_no_binary_rows():
+    class Squeezed(nn.Module):
+        def forward(self, x):
+            return x[:, :3].squeeze()
+
+    x, y = rows(33)
+    made = CalibratedClassifier(Squeezed(), Temperature()).fit([(x, y)])
+    with pytest.raises(ValueError, match=r"shape \(3,\) for 1 images; it must be logits \(1, K\).*Do not squeeze"):
+        made.predict(x[:1])
+    with pytest.raises(ValueError, match=r"shape \(3,\) for 1 images"):
+        CalibratedClassifier(Squeezed(), Temperature()).fit(DataLoader(TensorDataset(x, y), batch_size=16))

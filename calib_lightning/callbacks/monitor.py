@@ -85,7 +85,7 @@ class CalibrationMonitor(Callback):
             if len(found) != 1:
                 with trainer.precision_plugin.forward_context():
                     output = pl_module(image)
-                found = {0: as_logits_of(output, type(self).__name__)}
+                found = {0: as_logits_of(output, type(self).__name__, len(labels))}
             logits = next(iter(found.values()))
             self._states[dataloader_idx].update(logits.detach(), binary_labels(labels))
         except Exception as error:  # metrics must not stop a run, whatever the module's forward raises
@@ -143,7 +143,7 @@ class CalibrationMonitor(Callback):
 def _logits_of(output: Any, labels: Tensor) -> Tensor | None:
     """The logits of these rows in an output, if it appears to hold them."""
     try:
-        logits = as_logits_of(output, "")
-    except TypeError:
+        logits = as_logits_of(output, "", len(labels))
+    except (TypeError, ValueError):
         return None
     return logits if len(logits) == len(labels) else None

@@ -188,7 +188,7 @@ def _collected(trainer: Trainer, module: LightningModule, batches: Iterable[Any]
     with ready(trainer, module):
         for batch in batches:
             image, label = image_and_label(trainer.strategy.batch_to_device(batch), PostHocCalibrate.__name__)
-            logits.append(as_logits_of(module(image), PostHocCalibrate.__name__).detach())
+            logits.append(as_logits_of(module(image), PostHocCalibrate.__name__, len(label)).detach())
             labels.append(binary_labels(label))
     if not logits:
         raise ValueError("the calibration loader returned no batches")

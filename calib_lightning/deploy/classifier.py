@@ -290,7 +290,7 @@ class CalibratedClassifier(nn.Module):
                 f"{type(self.network).__name__} returns {type(logits).__name__}; it must return only logits (N, K). "
                 "Wrap it in a module that does."
             )
-        return two_columns(logits)
+        return two_columns(logits, image.shape[0])  # len() would fix it in an export
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -123,7 +123,7 @@ class ClampRows:
     def logits(self, image: Tensor) -> Tensor:
         """Run the network; return logits ``(N, K)``, float32 or float64."""
         found: Any = self._network(image)
-        if not isinstance(found, Tensor) or found.ndim not in (1, 2) or len(found) != len(image):
+        if not isinstance(found, Tensor) or found.ndim > 2 or len(two_columns(found)) != len(image):
             found = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
                 f"{WHERE}: the network's output is {found}; it must be logits of shape ({len(image)}, K). Wrap the "

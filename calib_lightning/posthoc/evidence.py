@@ -79,7 +79,7 @@ def asked_logits(network: Network, images: Images) -> Tensor:
     some = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
     device = None if some is None else some.device
     with torch.no_grad():
-        return torch.cat([two_columns(network(image.to(device))) for image in batches])
+        return torch.cat([two_columns(network(image.to(device)), len(image)) for image in batches])
 
 
 def with_logits(evidence: Evidence) -> Evidence:

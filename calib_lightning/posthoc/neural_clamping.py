@@ -147,10 +147,13 @@ class NeuralClamping(Calibrator):
         else:
             batches = image_batches(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(images, Tensor)):  # a loader may be long
-            logits = torch.cat([two_columns(network(self.perturb(image.to(self.delta.device)))) for image in batches])
+            logits = torch.cat([self._asked(network, image.to(self.delta.device)) for image in batches])
         if self.num_classes == ANY_CLASSES:
             self.num_classes = logits.shape[1]
         return logits
+
+    def _asked(self, network: Network, image: Tensor) -> Tensor:
+        return two_columns(network(self.perturb(image)), len(image))
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
         """Divide the logits of perturbed images by T; see `Calibrator.transform`."""
