@@ -73,13 +73,18 @@ def missing(evidence: Evidence, needs: Sequence[Need]) -> str:
     return " and ".join(text for need, (absent, text) in wanted.items() if need in needs and absent)
 
 
+def asked(network: Network, image: Tensor) -> Tensor:
+    """Logits ``(N, K)`` of one batch; one logit z of a binary network becomes ``(0, z)``."""
+    return two_columns(network(image), image.shape[0])  # len() would fix the number of images in an export
+
+
 def asked_logits(network: Network, images: Images) -> Tensor:
     """Compute the logits ``(N, K)`` of images without gradients, one batch at a time."""
     batches = torch.split(images, _BATCH) if isinstance(images, Tensor) else image_batches(images)
     some = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
     device = None if some is None else some.device
     with torch.no_grad():
-        return torch.cat([two_columns(network(image.to(device)), len(image)) for image in batches])
+        return torch.cat([asked(network, image.to(device)) for image in batches])
 
 
 def with_logits(evidence: Evidence) -> Evidence:

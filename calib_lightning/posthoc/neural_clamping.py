@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from calib_lightning.functional import two_columns
 from calib_lightning.posthoc.base import ANY_CLASSES, Calibrator
 from calib_lightning.posthoc.clamping_descent import Clamped, ClampFit, PenaltyWeight, RelativeWeight
 from calib_lightning.posthoc.clamping_objective import Penalty
@@ -21,7 +20,7 @@ from calib_lightning.posthoc.clamping_report import ClampCandidate, ClampReport,
 from calib_lightning.posthoc.clamping_rows import WHERE, ClampRows, check_like_fit, reduced, several_processes
 from calib_lightning.posthoc.clamping_search import candidate, check_arguments, notes_of, objectives, trained
 from calib_lightning.posthoc.clamping_start import ClampStart, RandomStart
-from calib_lightning.posthoc.evidence import PROBS_HINT, Evidence, Images, Network, frozen, image_batches
+from calib_lightning.posthoc.evidence import PROBS_HINT, Evidence, Images, Network, asked, frozen, image_batches
 from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.utils.described import build
 
@@ -147,13 +146,10 @@ class NeuralClamping(Calibrator):
         else:
             batches = image_batches(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(images, Tensor)):  # a loader may be long
-            logits = torch.cat([self._asked(network, image.to(self.delta.device)) for image in batches])
+            logits = torch.cat([asked(network, self.perturb(image.to(self.delta.device))) for image in batches])
         if self.num_classes == ANY_CLASSES:
             self.num_classes = logits.shape[1]
         return logits
-
-    def _asked(self, network: Network, image: Tensor) -> Tensor:
-        return two_columns(network(self.perturb(image)), len(image))
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
         """Divide the logits of perturbed images by T; see `Calibrator.transform`."""

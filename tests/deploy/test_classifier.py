@@ -9,8 +9,9 @@ from torch import nn
 from calib_lightning.deploy import CalibratedClassifier
 from calib_lightning.methods import CrossEntropy
 from calib_lightning.posthoc import Calibrator, FixedTemperature, Optimum, parse
+from calib_lightning.posthoc.clamping_descent import ClampDescent
 from calib_lightning.posthoc.isotonic import Isotonic
-from calib_lightning.posthoc.neural_clamping import ClampDescent, NeuralClamping
+from calib_lightning.posthoc.neural_clamping import NeuralClamping
 from calib_lightning.posthoc.sequential import Sequential
 from calib_lightning.posthoc.temperature import Temperature
 from calib_lightning.posthoc.wrappers import TopLabel
