@@ -12,6 +12,7 @@ from typing import Any
 
 from calib_lightning.utils.files import write_text
 from calib_lightning.utils.papers import Cell, cell, read_index, rows_and_columns, tables
+from calib_lightning.utils.stopping import Stopped
 
 FINISHED = "paper.txt"
 """File in the folder of a finished run, with its command."""
@@ -97,21 +98,36 @@ def _run(commands: Sequence[str]) -> int:
             if run.exists():
                 print(f"calib: error: {_why_not(run, done)}", file=sys.stderr)
                 return 1
-        code = subprocess.run([sys.executable, "-m", "calib_lightning", *words[1:]], check=False).returncode
+        code, stopped = _call(words[1:])
         if code:
             return code
         if words[1] == "fit" and run.is_dir():
             write_text(done, f"{command}\n")
+        if stopped is not None:
+            raise stopped
     return 0
 
 
+def _call(words: Sequence[str]) -> tuple[int, Stopped | None]:
+    """Run a command to its end: the exit code, and the request to stop that has come and that was passed on to it."""
+    process, stopped = subprocess.Popen([sys.executable, "-m", "calib_lightning", *words]), None
+    try:
+        process.wait()
+    except Stopped as request:
+        stopped = request
+        process.send_signal(request.code - 128)
+        process.wait()  # a training saves its checkpoint
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode, stopped
+
+
 def _why_not(run: Path, done: Path) -> str:
+    from calib_lightning.commands.fit_folder import resume_command  # here: its parser takes a while to import
+
     if done.is_file():
         return (
             f"{run} was made by another command ({done.read_text(encoding='utf-8').strip()}). Remove or rename "
             "the folder, or give a --seed, which has its own folder."
         )
-    return (
-        f"{run} exists, but its training is not finished. Continue with calib fit -c {run}/config.yaml --ckpt_path "
-        f"{run}/checkpoints/last.ckpt, or remove the folder."
-    )
+    resume = resume_command(run)
+    remedy = "Remove the folder." if resume is None else f"Continue with {resume}, or remove the folder."
+    return f"{run} exists, but its training is not finished. {remedy}"

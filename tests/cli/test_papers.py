@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -378,14 +379,14 @@ def ran(monkeypatch, tmp_path):
     """What ``--run`` has started, and the code of each kind of command, 0 where it is not given."""
     commands, codes = [], {}
 
-    def run(words, check):
+    def run(words):
         assert words[:3] == [sys.executable, "-m", "calib_lightning"]
         commands.append(words[3:])
         if words[3] == "fit":
             (tmp_path / options_of(shlex.join(["calib", *words[3:]]))["--run_dir"][-1]).mkdir(parents=True)
-        return subprocess.CompletedProcess(words, codes.get(words[3], 0))
+        return SimpleNamespace(returncode=codes.get(words[3], 0), wait=lambda: None)
 
-    monkeypatch.setattr(paper_command.subprocess, "run", run)
+    monkeypatch.setattr(paper_command.subprocess, "Popen", run)
     return commands, codes
 
 
@@ -429,7 +430,7 @@ def test_a_training_with_other_options_is_not_taken_for_the_cell(calib, ran):
     assert "--trainer.max_epochs=1)" in done.err
 
 
-def test_an_unfinished_training_is_not_run_over(calib, ran):
+def test_an_unfinished_training_is_not_run_over(calib, ran, tmp_path):
     # the fit of the first call has failed and left its folder
     ran[1]["fit"] = 143
     assert calib("paper", *SHIFTED, "--run").code == 143
@@ -437,7 +438,13 @@ def test_an_unfinished_training_is_not_run_over(calib, ran):
     ran[0].clear()
     done = calib("paper", *SHIFTED, "--run")
     assert (done.code, ran[0]) == (1, [])
-    assert f"calib fit -c {BASELINE}/config.yaml --ckpt_path {BASELINE}/checkpoints/last.ckpt, or remove" in done.err
+    assert done.err.endswith(f"{BASELINE} exists, but its training is not finished. Remove the folder.\n")
+    for file in ("config.yaml", "config-2.yaml", "checkpoints/last.ckpt"):  # resumed once
+        (tmp_path / BASELINE / file).parent.mkdir(exist_ok=True)
+        (tmp_path / BASELINE / file).touch()
+    done = calib("paper", *SHIFTED, "--run")
+    assert (done.code, ran[0]) == (1, [])
+    assert f"calib fit -c {BASELINE}/config-2.yaml --ckpt_path {BASELINE}/checkpoints/last.ckpt, or remove" in done.err
 
 
 def test_the_folder_that_more_options_name_counts(calib, ran):
@@ -454,3 +461,29 @@ def test_a_command_that_fails_is_the_last(calib, ran, kind):
     ran[1][kind] = 143
     assert calib("paper", *SHIFTED, "--run").code == 143
     assert ran[0][-1][0] == kind
+
+
+CHILD = """
+import os, signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    open("saved", "w").close()
+    sys.exit({code})
+signal.signal(signal.{signum}, save)
+os.kill(os.getppid(), signal.{signum})
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "ends_with"), [("SIGTERM", 143, 143), ("SIGINT", 130, 130), ("SIGTERM", 143, 0)]
+)
+def test_a_signal_is_passed_on_and_the_training_saves(calib, tmp_path, monkeypatch, signum, code, ends_with):
+    (tmp_path / "child.py").write_text(CHILD.format(signum=signum, code=ends_with))
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho x >> started\nexec {sys.executable} child.py\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert calib("paper", *SHIFTED, "--run").code == code
+    assert (tmp_path / "saved").is_file()
+    assert (tmp_path / "started").read_text() == "x\n"  # what comes after it in the cell does not begin
