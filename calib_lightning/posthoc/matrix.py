@@ -74,10 +74,10 @@ class MatrixScaling(Calibrator):
         ridge, notes = default_ridge(labels, classes, parameters) if self.ridge is None else (self.ridge, ())
         fit = full.fit(Ridge(off_diagonal=(classes - 1) * ridge, diagonal=ridge, bias=ridge), LBFGS(), full.identity)
         weight, bias = fit.matrix[:, :-1], fit.matrix[:, -1].contiguous()
-        at_bound = separates(torch.addmm(bias, full.inputs, weight.T), labels)
-        notes += notes_on_separation(ridge) if at_bound else ()
+        separated = separates(torch.addmm(bias, full.inputs, weight.T), labels)
+        notes += notes_on_separation(ridge) if separated else ()
         self.weight, self.bias = weight * temperature.beta, bias
-        solution, at_bound = fit.solution, at_bound or temperature.at_bound
+        solution, at_bound = fit.solution, temperature.at_bound or (separated and ridge == 0.0)
         return Optimum(solution.converged, solution.passes, solution.gradient_norm, at_bound, notes)
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:

@@ -70,10 +70,10 @@ class VectorScaling(Calibrator):
         inputs = logits.double() * temperature.beta
         ridge, notes = default_ridge(labels, classes, 2 * classes) if self.ridge is None else (self.ridge, ())
         fit = DiagonalMap(inputs, labels).fit(ridge, LBFGS(), 1.0)
-        at_bound = separates(torch.addcmul(fit.matrix[1], inputs, fit.matrix[0]), labels)
-        notes += notes_on_separation(ridge) if at_bound else ()
+        separated = separates(torch.addcmul(fit.matrix[1], inputs, fit.matrix[0]), labels)
+        notes += notes_on_separation(ridge) if separated else ()
         self.weight, self.bias = fit.matrix[0] * temperature.beta, fit.matrix[1]
-        solution, at_bound = fit.solution, at_bound or temperature.at_bound
+        solution, at_bound = fit.solution, temperature.at_bound or (separated and ridge == 0.0)
         return Optimum(solution.converged, solution.passes, solution.gradient_norm, at_bound, notes)
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:

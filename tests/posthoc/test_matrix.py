@@ -358,7 +358,7 @@ class TestHardRows:
         assert fitted.report.at_bound
         assert not fitted.report.converged
         assert float(fitted.weight.abs().max()) < 1e7
-        assert fitted.report.nll_after < (1e-6 if calibrator.name != "MatrixScaling" else fitted.report.nll_before)
+        assert fitted.report.nll_after < (1e-6 if calibrator.name != "MatrixScaling" else 0.03)  # T of smoothed targets
         assert fitted(logits.float()).isfinite().all()
 
     def test_all_wrong(self, calibrator):

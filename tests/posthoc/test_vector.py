@@ -103,7 +103,8 @@ def test_never_above_the_raw_likelihood(rows, classes, scale):
     logits, labels = random_set(rows, classes, scale=scale, seed=rows)
     with pytest.warns() if len(labels.unique()) < classes or rows < 20 else torch.no_grad():
         report = VectorScaling().fit(logits, labels).report
-    assert report.converged != report.at_bound
+    assert report.at_bound == (rows == 3)  # all right, so T is at its bound
+    assert report.converged == (rows > 3)
     assert report.nll_after <= raw_nll(logits, labels) + 1e-12
 
 
@@ -153,6 +154,26 @@ def test_rows_that_no_temperature_but_a_weight_separates():
         fitted = VectorScaling(ridge=0.0).fit(shifted, labels)
     assert fitted.report.nll_after < 1e-6 < fitted.report.nll_before
     assert fitted.weight.abs().max() < 1e7
+
+
+@pytest.mark.parametrize("scaling", [VectorScaling, MatrixScaling])
+def test_with_a_ridge_separated_rows_have_an_optimum(scaling):
+    """Biases of 1 and -1 make all rows right; no temperature does, so nothing is at a bound."""
+    logits = 4 * torch.randn(400, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shifted = logits + torch.tensor([1.0, 0.0, -1.0])
+    best = shifted.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 0.9
+    logits, labels = logits[clear], shifted[clear].argmax(1)
+    with pytest.warns(UserWarning, match="only the ridge holds") as warned:
+        report = scaling(ridge=1e-4).fit(logits, labels).report
+    assert report.accuracy_change > 0
+    assert report.converged
+    assert not report.at_bound
+    assert not any("bound" in str(warning.message) for warning in warned)
+    with pytest.warns(UserWarning, match="bound"):
+        report = scaling(ridge=0.0).fit(logits, labels).report
+    assert report.at_bound
+    assert not report.converged
 
 
 def test_constant_logits_give_the_frequencies():
