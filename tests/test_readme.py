@@ -44,7 +44,9 @@ def _lines(document):
 
 
 def _commands(document):
-    return [shlex.split(line)[1:] for line in _lines(document) if line.startswith("calib ")]
+    """Commands of calib, also those that torchrun starts."""
+    words = [shlex.split(line.replace("-m calib_lightning ", "calib ")) for line in _lines(document)]
+    return [line[line.index("calib") + 1 :] for line in words if "calib" in line]
 
 
 def _only_prints(command):
@@ -179,7 +181,7 @@ def test_every_block_is_run():
     assert {kind for blocks in BLOCKS.values() for kind, _ in blocks} == {"bash", "python"}
     for document in TEXTS:
         for line in filter(None, _lines(document)):
-            assert line.split()[0] in ("calib", "pip", "pytest"), (document, line)
+            assert line.split()[0] in ("calib", "pip", "pytest", "torchrun"), (document, line)
         for command in _commands(document):
             assert command[0] in COMMANDS or _only_prints(command), (document, command)
 
