@@ -100,20 +100,41 @@ class RunCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "stage": self.stage}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the scores of a checkpoint, with the current paths of its files."""
+        """Restore the scores of a checkpoint, with the current paths of its files; forget a best that was replaced."""
         self.stage = int(state_dict.get("stage", 0))
         folder = Path(str(self.dirpath))
         name = Path(state_dict.get("best_model_path", "")).name
-        if name and (folder / name).is_file():
-            here = str(folder / name)
+        file = folder / name
+        if name and file.is_file():
+            best = self._best_of(state_dict, file)
+            # The file name of later saves; Lightning would remove another one's file after the next save.
+            here = str(file) if best else ""
             state_dict = {
                 **state_dict,
                 "dirpath": self.dirpath,
-                "best_model_path": here,
+                "best_model_path": best,
+                "best_model_score": state_dict["best_model_score"] if best else None,
                 "kth_best_model_path": here,
-                "best_k_models": dict.fromkeys([here], state_dict["best_model_score"]) if self.monitor else {},
+                "best_k_models": {here: state_dict["best_model_score"]} if self.monitor and best else {},
             }
         super().load_state_dict(state_dict)
+
+    def _best_of(self, state: dict[str, Any], file: Path) -> str:
+        """The file with the best weights of a state: ``file``, unless a later stage has replaced it; ``""`` if lost."""
+        kept = sorted(file.parent.glob(f"stage-{self.stage + 1}-{file.stem}*.ckpt")) if self.monitor else []
+        return next((str(path) for path in (file, *kept) if self._wrote(path, state)), "")
+
+    def _wrote(self, path: Path, state: dict[str, Any]) -> bool:
+        try:
+            found = load_checkpoint(path)["callbacks"][self.state_key]
+        except (KeyError, RuntimeError, UnpicklingError):  # damaged, or not of such a run
+            return False
+        return _stage_and_score(found) == _stage_and_score(state)
+
+
+def _stage_and_score(state: dict[str, Any]) -> tuple[int, float | None]:
+    score = state["best_model_score"]
+    return int(state.get("stage", 0)), None if score is None else float(score)
 
 
 def _keep(path: Path, stage: int) -> None:

@@ -36,9 +36,10 @@ class KilledBefore(RunCheckpoint):
         super()._save_checkpoint(trainer, filepath)
 
 
-def fit(folder, ckpt_path=None, last=RunCheckpoint, switch=2, epochs=4):
-    keepers = [RunCheckpoint(folder, "best", "score"), last(folder, "last")]
-    callbacks = [StepSeed(), StageSwitch(switch), Score(), *keepers]
+def fit(folder, ckpt_path=None, last=RunCheckpoint, switch=2, epochs=4, mode="min"):
+    keepers = [RunCheckpoint(folder, "best", "score", mode), last(folder, "last")]
+    switches = [StageSwitch(switch)] if switch else []
+    callbacks = [StepSeed(), *switches, Score(), *keepers]
     data = ToyDataModule(SplitSpec(val=31), batch_size=16, train_size=60)
     seed_everything(3)
     try:
@@ -47,6 +48,7 @@ def fit(folder, ckpt_path=None, last=RunCheckpoint, switch=2, epochs=4):
         )
     finally:
         os.environ.pop("PL_GLOBAL_SEED", None)
+    return keepers
 
 
 def contents(folder, names=STAGE_1):
@@ -106,6 +108,36 @@ def test_a_longer_first_stage_is_kept_beside_the_shorter_one(tmp_path, finished)
     fit(run, run / "stage-1-last.ckpt", switch=3, epochs=5)
     assert contents(run) == before
     assert stages(run)["stage-1-last-2.ckpt"] == (0, 2)
+
+
+def test_the_best_of_an_earlier_stage_is_its_own_file(tmp_path, finished):
+    """Going on with the first stage alone: ``best.ckpt`` is of the second one by then."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = contents(run, ALL)
+    best, last = fit(run, run / "stage-1-last.ckpt", switch=None, epochs=3)
+    assert best.best_model_path == str(run / "stage-1-best.ckpt")
+    assert float(best.best_model_score) == pytest.approx(0.1)
+    assert last.best_model_path == str(run / "last.ckpt")
+    assert contents(run, [*STAGE_1, "best.ckpt"]) == {name: before[name] for name in [*STAGE_1, "best.ckpt"]}
+    assert stages(run) == {**ALL, "last.ckpt": (0, 2)}
+
+
+def test_a_better_epoch_replaces_the_best_but_no_kept_file(tmp_path):
+    fit(tmp_path, mode="max")
+    kept = contents(tmp_path)
+    best, _ = fit(tmp_path, tmp_path / "stage-1-best.ckpt", switch=None, mode="max")
+    assert best.best_model_path == str(tmp_path / "best.ckpt")
+    assert stages(tmp_path)["best.ckpt"] == (0, 3)
+    assert contents(tmp_path) == kept
+
+
+def test_a_best_whose_file_is_lost_is_forgotten(tmp_path, finished):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "stage-1-best.ckpt").unlink()
+    best, _ = fit(run, run / "stage-1-last.ckpt", switch=None, epochs=3)
+    assert best.best_model_path == str(run / "best.ckpt")
+    assert float(best.best_model_score) == pytest.approx(0.2)  # of the one epoch that was trained
+    assert stages(run)["best.ckpt"] == (0, 2)
 
 
 def test_a_damaged_file_is_not_kept_and_the_run_goes_on(tmp_path):
