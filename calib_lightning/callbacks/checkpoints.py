@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from calib_lightning.core.finite import check_finite
+from calib_lightning.core.finite import guard_saves
 from calib_lightning.core.module_record import equal_weights, load_checkpoint, stage_of
 from calib_lightning.utils.files import write_whole
 
@@ -47,6 +47,11 @@ class RunCheckpoint(ModelCheckpoint):
         self.stage = 0
         self._validated = True
         self._limits: tuple[int | float, int | float] | None = None  # the trainer's limits, while there is no training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse weights that are not finite: the file from before can still be used."""
+        super().setup(trainer, pl_module, stage)
+        guard_saves(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check whether there is anything to train; Lightning would read the images anyway."""
@@ -90,10 +95,6 @@ class RunCheckpoint(ModelCheckpoint):
         """Save, unless the metric is from the previous stage or not available yet."""
         if self.monitor is None or (self._validated and getattr(pl_module, "classifies", True)):
             super().on_train_epoch_end(trainer, pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that are not finite: the file from before can still be used."""
-        check_finite(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores so far and their stage."""

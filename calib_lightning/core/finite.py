@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -13,20 +15,30 @@ class DivergedError(RuntimeError):
     """A checkpoint was to be saved while weights were not finite."""
 
 
-def check_finite(module: LightningModule) -> None:
-    """Refuse to save weights that are not finite; collective: all processes refuse if one has such weights.
+def guard_saves(trainer: Trainer) -> None:
+    """Refuse to save weights that are not finite, whoever asks the trainer to save; it may be called repeatedly.
+
+    ``trainer.save_checkpoint`` then raises `DivergedError` if a trained parameter or a running statistic is infinite or
+    NaN, on all processes if one has such weights. Other buffers than the statistics of batch normalisation may be
+    infinite, and so may parameters that are not trained (a mask, say).
 
     Args:
-        module: The module of a trainer. Other buffers than the statistics of batch normalisation may be infinite, and
-            so may parameters that are not trained (a mask, say).
-
-    Raises:
-        DivergedError: If a trained parameter or a running statistic is infinite or NaN.
+        trainer: The trainer; callbacks' own hooks would not see a save of weights alone.
     """
-    trainer: Trainer | None = getattr(module, "_trainer", None)
-    if trainer is None:
-        return
-    bad = [name for name, value in _weights(module) if not _is_finite(value)]
+    save = trainer.save_checkpoint
+    if getattr(save, "func", None) is not _save_finite:
+        vars(trainer)["save_checkpoint"] = partial(_save_finite, trainer, save)
+
+
+def _save_finite(trainer: Trainer, save: Callable[..., None], *args: Any, **options: Any) -> None:
+    if trainer.model is not None:  # else Lightning tells what is missing
+        _check_finite(trainer)
+    save(*args, **options)
+
+
+def _check_finite(trainer: Trainer) -> None:
+    """Collective: all processes refuse alike."""
+    bad = [name for name, value in _weights(trainer.lightning_module) if not _is_finite(value)]
     if trainer.strategy.reduce_boolean_decision(not bad, all=True):
         return
     where = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0] if bad else "on another process"

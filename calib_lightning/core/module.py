@@ -18,7 +18,7 @@ from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
 from calib_lightning.core.evaluated_module import EvaluatedModule
-from calib_lightning.core.finite import check_finite
+from calib_lightning.core.finite import guard_saves
 from calib_lightning.core.heads import Head, LinearHead, build_head, has_spec
 from calib_lightning.core.module_record import (
     CHECKPOINT_KEY,
@@ -131,6 +131,7 @@ class ClassificationModule(EvaluatedModule):
         if isinstance(facts, dict):
             self.check_images(facts["shape"])
         report_positions(self.trainer, ClassificationModule)
+        guard_saves(self.trainer)
         if stage == "fit" and not self.plain_loss:
             self.begin_fit()
 
@@ -252,7 +253,6 @@ class ClassificationModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing: class, K, stage, head, training metrics of an unfinished epoch."""
-        check_finite(self)
         checkpoint[CHECKPOINT_KEY] = ModuleRecord(
             class_path=class_path_of(type(self)),
             num_classes=self.num_classes,

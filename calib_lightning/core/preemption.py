@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from calib_lightning.core.finite import DivergedError, check_finite
+from calib_lightning.core.finite import DivergedError, guard_saves
 from calib_lightning.utils.stopping import EXIT_CODES, Stopped, StopRequests, die_of
 
 _SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1"))  # Windows has no SIGUSR1
@@ -92,7 +92,8 @@ class Preemption(Callback):
     # ------------------------------------------------------------------------------------------------- the handlers
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Install the handlers so that they take precedence over Lightning's."""
+        """Install the handlers so that they take precedence over Lightning's; guard what is saved."""
+        guard_saves(trainer)
         self._at_once = stage != "fit"
         if not self._at_once:
             # The file must include what other callbacks do at the end of a step, but not what they do at the start of
@@ -178,10 +179,6 @@ class Preemption(Callback):
         for child in children:
             child.send_signal(to_children)
         raise Stopped(EXIT_CODES[signal.Signals(signum)])
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that are not finite, whoever saves them."""
-        check_finite(pl_module)
 
     # ---------------------------------------------------------------------------------------------- acting on a flag
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from calib_lightning.callbacks import RunCheckpoint
-from calib_lightning.core import ClassificationModule, Preemption, StepSeed
+from calib_lightning.core import ClassificationModule, Preemption, StepSeed, finite
 from calib_lightning.core.finite import DivergedError
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
@@ -130,6 +130,23 @@ def test_a_module_of_somebody_elses_is_guarded_by_either_callback(tmp_path, guar
     with pytest.raises(DivergedError):
         run.fit(Foreign(), DataLoader(torch.ones(8, 2), 2))
     assert saved(tmp_path / "last.ckpt") == (4, True)
+
+
+def test_weights_alone_are_guarded_too(tmp_path):
+    """Lightning calls no hook of a callback when it saves weights only."""
+    keep = ModelCheckpoint(tmp_path, "last", save_weights_only=True)
+    run = trainer(tmp_path, 1, [Poison("net.weight"), Preemption(tmp_path), keep], max_epochs=3)
+    with pytest.raises(DivergedError):
+        run.fit(Foreign(), DataLoader(torch.ones(8, 2), 2))
+    assert saved(tmp_path / "last.ckpt") == (4, True)
+
+
+def test_each_save_is_checked_once(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(finite, "_check_finite", lambda run: found.append(run.global_step))
+    keepers = [RunCheckpoint(tmp_path, "last"), ModelCheckpoint(tmp_path, "other")]
+    fit(tmp_path, module(), [Preemption(tmp_path), *keepers])
+    assert found == [2, 2, 4, 4, 6, 6]
 
 
 def test_a_mask_may_be_infinite(tmp_path):
