@@ -71,6 +71,8 @@ def _walk(parts: list[str]) -> type | None:
         if module is None:
             continue
         namespace: Mapping[str, Any] = vars(module)
+        if parts[0] == _PACKAGE:  # its modules import some names on first use
+            namespace = {**namespace, parts[length]: getattr(module, parts[length], None)}
         found: type | None = None
         for part in parts[length:]:
             value = namespace.get(part)

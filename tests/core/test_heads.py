@@ -274,6 +274,12 @@ def test_a_reexported_class_and_a_name_alone_are_found():
         find_class("LinearHead", TwoLayerHead)
 
 
+def test_names_that_the_package_imports_on_first_use_are_found():
+    assert find_class("calib_lightning.ClassificationModule", nn.Module) is calib_lightning.ClassificationModule
+    with pytest.raises(ValueError, match="does not exist in calib_lightning"):
+        find_class("calib_lightning.score", object)  # a function
+
+
 def test_near_names_are_suggested():
     with pytest.raises(ValueError, match=r"Did you mean .*calib_lightning\.core\.heads\.LinearHead"):
         find_class("LinaerHead", Head)
