@@ -301,7 +301,7 @@ def test_one_class_alone_is_certain(name):
     logits = torch.randn(6, 1)
     calibrator = fitted(name, logits, torch.zeros(6).long(), torch.randn(6, 3))
     found = applied(calibrator, logits, torch.randn(6, 3))
-    if isinstance(calibrator, NeuralClamping):  # one logit of a network is that of class 1 of two
+    if type(calibrator).__name__ == "NeuralClamping":  # one logit of a network is that of class 1 of two
         assert found.shape == (6, 2)
         torch.testing.assert_close(found.exp().sum(dim=1), torch.ones(6))
     else:
