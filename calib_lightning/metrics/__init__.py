@@ -16,6 +16,7 @@ from calib_lightning.metrics.calibration import (
 )
 from calib_lightning.metrics.decomposition import (
     CORPDecomposition,
+    DarkSideAssumption,
     DarkSideTerms,
     MurphyDecomposition,
     VariationalSplit,
@@ -62,6 +63,7 @@ __all__ = [
     "ClasswiseCalibrationError",
     "CorrectnessAUROC",
     "CoverageAtRisk",
+    "DarkSideAssumption",
     "DarkSideTerms",
     "DebiasedL2Error",
     "Difference",

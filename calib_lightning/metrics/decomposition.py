@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from calib_lightning.metrics.functional.checks import InputKind
-from calib_lightning.metrics.state import EvaluationState
+from calib_lightning.metrics.state import EvaluationState, SingleMetric
 
 
 class TermsMetric(EvaluationState):
@@ -78,6 +78,22 @@ class DarkSideTerms(TermsMetric):
     """
 
     keys = ("dark_side_alpha", "dark_side_beta", "dark_side_gamma", "dark_side_residual")
+
+
+class DarkSideAssumption(SingleMetric):
+    """Share of 100 bins with accuracy at most confidence; see `functional.dark_side_assumption`.
+
+    The arguments are those of `SingleMetric`.
+
+    Example:
+        >>> metric = DarkSideAssumption(input="probs")
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> metric.update(probs, torch.tensor([0, 1, 0, 0]))
+        >>> round(float(metric.compute()), 3)
+        0.25
+    """
+
+    key = "dark_side_assumption"
 
 
 class VariationalSplit(TermsMetric):

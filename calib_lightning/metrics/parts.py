@@ -15,6 +15,7 @@ from torch import Tensor
 from calib_lightning.metrics.functional.bins import bin_index, bin_sums
 from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.functional.classwise import classwise_sums
+from calib_lightning.metrics.functional.dark_side import FINE_BINS
 from calib_lightning.metrics.functional.decomposition import moment_sums
 from calib_lightning.metrics.functional.proper import label_entropy_rows, soft_brier_rows, soft_nll_rows, top_k_rows
 from calib_lightning.metrics.functional.rows import Rows
@@ -101,6 +102,18 @@ def _add_bins(metric: Any, rows: Rows) -> None:
     metric.bins = metric.bins + bin_sums(rows.confidence, rows.correct, metric.n_bins)
 
 
+def _declare_fine_bins(metric: RowStates) -> None:
+    metric.add_state("fine_bins", torch.zeros(FINE_BINS, 3, dtype=torch.float64), dist_reduce_fx="sum")
+    if metric.details:
+        metric.add_list("fine_bin_rows", torch.int32)
+
+
+def _add_fine_bins(metric: Any, rows: Rows) -> None:
+    metric.fine_bins = metric.fine_bins + bin_sums(rows.confidence, rows.correct, FINE_BINS)
+    if metric.details:
+        metric.append_rows("fine_bin_rows", bin_index(rows.confidence, FINE_BINS).to(torch.int32))
+
+
 def _declare_moments(metric: RowStates) -> None:
     metric.add_state("moments", torch.zeros(metric.n_bins, 2, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -185,6 +198,7 @@ PARTS: dict[str, Part] = {
     ),
     "confidence": Part(_declare_confidence, _add_confidence, _refuse_soft),
     "bins": Part(_declare_bins, _add_bins, _refuse_soft),
+    "fine_bins": Part(_declare_fine_bins, _add_fine_bins, _refuse_soft),
     "moments": Part(_declare_moments, _add_moments, _refuse_soft),
     "classwise": Part(lambda metric: metric.add_class_sums("classwise"), _add_classwise, _refuse_soft),
     "ranks": Part(_declare_ranks, _add_ranks, _refuse_soft),

@@ -140,6 +140,12 @@ class RowTable:
         return torch.zeros(len(self), 5 * self.n_bins, dtype=torch.float64).scatter_(1, place, values)
 
     @cached_property
+    def fine_groups(self) -> tuple[Tensor, Tensor]:
+        """Positions of the rows by fine bin, and where the bins end in that order."""
+        bins, order = self.columns["fine_bin"].sort()
+        return order, group_ends(bins)
+
+    @cached_property
     def probs(self) -> Tensor:
         """Probabilities of all classes ``(N, K)``."""
         return Rows(self.all_scores, self.labels, None, self.input).probs
@@ -198,6 +204,16 @@ class WeightedView(View):
     def bins(self) -> Tensor:  # type: ignore[override]
         """Equal-width bins ``(B, M, 3)``."""
         return self._bins_and_moments[..., :3]
+
+    @cached_property
+    def fine_bins(self) -> Tensor:  # type: ignore[override]
+        """Non-empty fine bins ``(B, G, 3)``."""
+        table = self._table
+        order, ends = table.fine_groups
+        confidence, correct = (table.columns[name][order].double() for name in ("confidence", "correct"))
+        weights = self._weights[:, order]
+        sums = [sums_of_groups(values, ends) for values in (weights, weights * confidence, weights * correct)]
+        return torch.stack(sums, dim=-1)
 
     @cached_property
     def moments(self) -> Tensor:  # type: ignore[override]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calib_lightning.metrics.functional import adaptive, calibration, refinement, selective, smooth
 from calib_lightning.metrics.functional.classwise import classwise_ece_from_sums
+from calib_lightning.metrics.functional.dark_side import assumption_from_bins
 from calib_lightning.metrics.functional.ordered import Ordered
 from calib_lightning.metrics.view import View
 
@@ -189,6 +190,9 @@ _SECTIONS: dict[str, dict[str, MetricRow]] = {
             "hull",
             low=-1.0,
             binned=True,
+        ),
+        "dark_side_assumption": MetricRow(
+            "dark side assumption %", "none", ("fine_bins",), lambda view: assumption_from_bins(view.fine_bins)
         ),
     },
 }

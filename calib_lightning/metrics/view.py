@@ -32,6 +32,7 @@ class View(ABC):
         n_bins: Number of bins M.
         count: Number of rows ``(...)``, float64.
         bins: Equal-width bins ``(..., M, 3)``: count, sum of the confidences, number of correct rows.
+        fine_bins: As ``bins``, 100 of them or the non-empty ones.
         moments: Equal-width bins ``(..., M, 2)``: sum of the squared confidences, sum of those of correct rows.
         classwise: Equal-width bins of every class ``(..., 2, K, M)``: sum of the probabilities, rows with that label.
         ordered: Groups of equal confidence, ascending.
@@ -42,6 +43,7 @@ class View(ABC):
     n_bins: int
     count: Tensor
     bins: Tensor
+    fine_bins: Tensor
     moments: Tensor
     classwise: Tensor
     ordered: Ordered
@@ -88,7 +90,7 @@ class StateView(View):
 
     def __getattr__(self, name: str) -> Any:
         # The state holds sums under the same names.
-        if name not in ("bins", "moments", "classwise"):
+        if name not in ("bins", "fine_bins", "moments", "classwise"):
             raise AttributeError(name)
         return getattr(self._state, name)
 

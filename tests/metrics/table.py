@@ -55,6 +55,7 @@ METRICS = {
         0,
     ),
     "ovo_auroc": (metrics.OvOAUROC, F.ovo_auroc, 0.942120004884, 1e-12),
+    "dark_side_assumption": (metrics.DarkSideAssumption, F.dark_side_assumption, None, 0),
 }
 # key: (class, function, golden value, its precision); the class gives all terms at once
 TERMS = {
@@ -94,6 +95,7 @@ NO_SPREAD = {"murphy_resolution", "murphy_uncertainty", "corp_discrimination", "
 """0 if all rows are correct, or all wrong."""
 NO_ERRORS = {
     *("over_ece", "overconfidence_error", "aurc", "e_aurc", "augrc", "risk_at_coverage_0.8", "risk_at_coverage_0.9"),
+    "dark_side_assumption",
 }
 """0 if all rows are correct."""
 NEVER_RIGHT = {"accuracy", "under_ece", "e_aurc"}

@@ -16,7 +16,7 @@ from calib_lightning.metrics.functional.classwise import (
     classwise_sums,
     weighted_classwise_sums,
 )
-from calib_lightning.metrics.functional.dark_side import dark_side_from, dark_side_terms
+from calib_lightning.metrics.functional.dark_side import dark_side_assumption, dark_side_from, dark_side_terms
 from calib_lightning.metrics.functional.ovo import class_log_odds, ovo_auroc, weighted_ovo_auroc
 from calib_lightning.metrics.functional.proper import accuracy, brier, entropy, nll, top_k_accuracy, top_k_rows
 from calib_lightning.metrics.functional.refinement import correctness_auroc
@@ -494,6 +494,17 @@ def test_weighted_variational_of_other_weights():
 # --- dark side
 
 
+def share_by_bins(confidence, correct):
+    """Share of the non-empty ones of 100 bins whose accuracy is at most their mean confidence."""
+    holds = []
+    for m in range(100):
+        lo, hi = (np.asarray(edge / 100, confidence.dtype) for edge in (m, m + 1))
+        inside = (confidence > lo) & (confidence <= hi)
+        if inside.any():
+            holds.append(correct[inside].mean() <= confidence[inside].astype(np.float64).mean())
+    return np.mean(holds)
+
+
 def test_dark_side_terms_are_not_the_calibration_error():
     logits, labels = golden_set()
     alpha, beta, gamma, residual = (term.item() for term in dark_side_terms(logits, labels))
@@ -547,6 +558,33 @@ def test_dark_side_with_own_confidence_and_without_errors():
     with pytest.warns(UserWarning, match="no rows") as caught:
         assert all(math.isnan(part) for part in dark_side_terms(*NO_ROWS))
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dark_side_assumption_is_a_share_of_bins(dtype):
+    logits, labels = golden_set()
+    p = logits.to(dtype).softmax(1).numpy()
+    confidence, correct = p.max(1), p.argmax(1) == labels.numpy()
+    share = dark_side_assumption(torch.from_numpy(p), labels, input="probs")
+    assert share.item() == share_by_bins(confidence, correct)
+    assert 0.1 < share < 0.9
+    assert dark_side_assumption(logits.to(dtype), labels).item() == share
+    own = np.random.default_rng(0).random(500)
+    found = dark_side_assumption(logits, labels, confidence=torch.from_numpy(own))
+    assert found.item() == share_by_bins(own, correct) != share
+
+
+def test_dark_side_assumption_where_accuracy_and_confidence_are_equal():
+    p = torch.tensor([[1.0, 0.0]] * 3 + [[0.6, 0.4]] * 5, dtype=torch.float64)
+    right = torch.tensor([0, 0, 0, 0, 1, 0, 1, 0])  # three of three at 1, three of five at 0.6
+    assert dark_side_assumption(p, right, input="probs").item() == 1
+    assert dark_side_assumption(p, right * 0, input="probs").item() == 0.5
+    # 0.1 added ten times is less than 1.
+    own = torch.full((10,), 0.1, dtype=torch.float64)
+    labels = (torch.arange(10) > 0).long()
+    assert dark_side_assumption(p[:1].expand(10, 2), labels, confidence=own, input="probs").item() == 1
+    with pytest.warns(UserWarning, match="no rows"):
+        assert dark_side_assumption(*NO_ROWS).isnan()
 
 
 # --- kind of input

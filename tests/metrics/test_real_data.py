@@ -86,3 +86,18 @@ def test_every_reference_figure(real_data, name, dtype):
     # The temperature is where the gradient is nearly flat, so it carries fewer digits than what it minimises.
     assert values.pop("T_in_sample") == pytest.approx(expected.pop("T_in_sample"), rel=1e-5)
     assert values == pytest.approx(expected, abs=1e-6)
+
+
+def test_dark_side_assumption_of_a_real_network(real_data):
+    logits, labels = (each.numpy() for each in load(real_data, "expected_cost/cifar100_resnet-20"))
+    p = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    confidence, correct = p.max(1), p.argmax(1) == labels
+    holds = []
+    for m in range(100):
+        inside = (confidence > m / 100) & (confidence <= (m + 1) / 100)
+        if inside.any():
+            holds.append(correct[inside].mean() <= confidence[inside].mean())
+    share = functional.dark_side_assumption(torch.from_numpy(logits).double(), torch.from_numpy(labels)).item()
+    print(share, len(holds))
+    assert share == np.mean(holds)

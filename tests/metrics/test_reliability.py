@@ -439,13 +439,14 @@ def degenerate():
                 logits[:, :1],
                 turn * 0,
                 ONE_SIDED | {"aupr_error"} | ONE_LABEL,
-                NO_SPREAD | NO_ERRORS | ONE_ROW | ALL_ZERO,
+                (NO_SPREAD | NO_ERRORS | ONE_ROW | ALL_ZERO) - {"dark_side_assumption"},  # its confidence is 1
             ),
             right | {"dark_side_alpha": 1, "calibration_nll": None, "refinement_nll": None},
         ),
         "constant logits": (
             *(torch.full((40, 4), 7.5, dtype=torch.float64), half, {"coverage_at_risk_0.05"}),
             {"over_ece", "overconfidence_error", "murphy_resolution", "corp_discrimination", "calibration_nll"}
+            | {"dark_side_assumption"}
             | ONE_ROW,
             dict.fromkeys(("correctness_auroc", "ovo_auroc", "aupr_error", "risk_at_coverage_0.8", "aurc"), 0.5)
             | dict.fromkeys(("ece", "mce", "rmsce", "under_ece", "aece_split", "ks"), 0.25)

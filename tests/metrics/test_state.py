@@ -156,7 +156,7 @@ def test_a_metric_holds_only_what_it_needs():
     rows = {"rank_scores", "rank_correct"}
     held = {key: set(METRICS[key][0]().metric_state) - shared for key in METRICS}
     of_part = {"ranks": rows, "scores": {"scores", "score_labels"}}
-    of_part |= {part: {part} for part in ("bins", "moments", "classwise")}
+    of_part |= {part: {part} for part in ("bins", "fine_bins", "moments", "classwise")}
     for key, states in held.items():
         parts = table_module.METRICS[key].parts
         assert states == set().union(*(of_part.get(part, {f"{part}_sum"}) for part in parts)), key

@@ -13,7 +13,7 @@ from calib_lightning.metrics.functional.calibration import (
     under_ece,
 )
 from calib_lightning.metrics.functional.classwise import classwise_ece
-from calib_lightning.metrics.functional.dark_side import dark_side_terms
+from calib_lightning.metrics.functional.dark_side import dark_side_assumption, dark_side_terms
 from calib_lightning.metrics.functional.decomposition import corp_decomposition, murphy_decomposition
 from calib_lightning.metrics.functional.kernel import kernel_calibration_test, skce
 from calib_lightning.metrics.functional.ood import ood_aupr, ood_auroc, ood_fpr95
@@ -43,6 +43,7 @@ __all__ = [
     "corp_decomposition",
     "correctness_auroc",
     "coverage_at_risk",
+    "dark_side_assumption",
     "dark_side_terms",
     "debiased_l2",
     "e_aurc",

@@ -16,6 +16,10 @@ from calib_lightning.metrics.functional.rows import checked_rows
 from calib_lightning.metrics.functional.undefined import checked_result
 
 _N_BINS = 15
+FINE_BINS = 100
+"""Number of bins in which "On the Dark Side of Calibration" assumes over-confidence."""
+
+_TIED = 1e-9
 
 
 class DarkSideTerms(NamedTuple):
@@ -82,3 +86,43 @@ def dark_side_terms(
     )
     checked_result("dark_side_terms", terms.residual, len(labels), int(rows.correct.sum()))
     return terms
+
+
+def assumption_from_bins(bins: Tensor) -> Tensor:
+    """`dark_side_assumption` ``(...)`` from equal-width bins ``(..., M, 3)``; nan without rows."""
+    count, confidence, correct = bins.unbind(dim=-1)
+    # Sums in another order may differ in their last digits; a bin whose figures are equal holds either way.
+    holds = (count > 0) & (correct <= confidence + _TIED * count)
+    return holds.sum(dim=-1).double() / (count > 0).sum(dim=-1)
+
+
+def dark_side_assumption(
+    logits: Tensor, labels: Tensor, *, confidence: Tensor | None = None, input: InputKind = "logits"
+) -> Tensor:
+    """Share of the non-empty ones of 100 equal-width bins ``(lo, hi]`` whose accuracy is at most their confidence.
+
+    "On the Dark Side of Calibration" assumes that all bins are so, a share of 1: only then is the ECE of these bins
+    the signed gap ``E[c] - pi``, from which `dark_side_terms` starts. A diagnostic: every bin counts once, and chance
+    alone moves one with few rows to either side.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point; half precision is widened to float32 before the softmax.
+        labels: Class labels ``(N,)``, integer, in ``0..K-1``.
+        confidence: Confidence ``(N,)`` in ``[0, 1]`` that replaces the largest probability.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"`` (rows >= 0 that sum to 1 +- 1e-3).
+
+    Returns:
+        0-d float64; nan, with a warning, without rows.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or an invalid value; the first bad row is named.
+
+    Example:
+        >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+        >>> dark_side_assumption(probs, torch.tensor([0, 1, 0, 1]), input="probs")
+        tensor(0.5000, dtype=torch.float64)
+    """
+    rows = checked_rows("dark_side_assumption", logits, labels, confidence, input)
+    share = assumption_from_bins(bin_sums(rows.confidence, rows.correct, FINE_BINS))
+    return checked_result("dark_side_assumption", share, len(labels))
