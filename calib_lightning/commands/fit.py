@@ -37,6 +37,7 @@ from calib_lightning.core.data_facts import has_test, has_validation
 from calib_lightning.core.module_record import module_record
 from calib_lightning.metrics import METRICS
 from calib_lightning.utils.run_folder import create_run_folder, run_of, use_run_folder
+from calib_lightning.utils.stopping import ending_launched
 
 
 class CalibCLI(LightningCLI):
@@ -56,7 +57,7 @@ class CalibCLI(LightningCLI):
         self.same_class = True
         self.checkpoint_classes: int | None = None
         self._named = args[0] if isinstance(args, list) and args else None
-        with without_noise():
+        with without_noise(), ending_launched(self):
             super().__init__(
                 model_class=ClassificationModule,
                 datamodule_class=LightningDataModule,
@@ -295,6 +296,5 @@ class CalibCLI(LightningCLI):
             print(f"Predictions are in {self.run_folder / 'predictions'}.")
 
     def _report_evaluation(self) -> None:
-        print_results(
-            self.trainer, self.datamodule, f"{self.run_folder} ({Path(self._command_config().ckpt_path).name})"
-        )
+        name = Path(self._command_config().ckpt_path).name
+        print_results(self.trainer, self.datamodule, f"{self.run_folder} ({name})")

@@ -44,7 +44,10 @@ def _classes_only(callable_type: Any, spec: Any) -> tuple[Any, Any]:
     wanted = _untyped.get_subclass_types(returned)
     if wanted and not isinstance(_util.import_object(_ours_first(returned, spec["class_path"])), type):
         names = " or ".join(sorted(kind.__name__ for kind in wanted))
-        raise ImportError(f"class_path is {spec['class_path']!r}; it must be a subclass of {names}.")
+        raise ImportError(
+            f"class_path is {spec['class_path']!r}; it must be a subclass of {names}. Of a function give the bare name "
+            f"without class_path and init_args, and annotate it with '-> {names}'."
+        )
     partial: tuple[Any, Any] = _adapt(callable_type, spec)
     return partial
 

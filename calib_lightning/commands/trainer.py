@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from calib_lightning.commands.fit import CalibCLI
     from calib_lightning.utils.config_search import resolve_configs
     from calib_lightning.utils.run_folder import forget_run_folder, leave_run_folder
@@ -52,7 +54,7 @@ def _run(argv: list[str]) -> int:
             CalibCLI(resolve_configs(argv))
         finally:
             leave_run_folder()
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, MisconfigurationException) as error:
         _report(error)
         return 1
     except Stopped:
@@ -61,11 +63,21 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _say_how_to_resume() -> None:
-    from calib_lightning.commands.fit_folder import resume_command
+def _folder_of_run() -> Path | None:
+    """The folder of this process's run; one in which no run has begun is removed."""
     from calib_lightning.utils.run_folder import current_run_folder
 
     folder = current_run_folder()
+    if folder is not None and _leads() and not any((folder / name).exists() for name in _BEGUN):
+        shutil.rmtree(folder, ignore_errors=True)  # made by this process; at most a logger has started there
+        return None
+    return folder
+
+
+def _say_how_to_resume() -> None:
+    from calib_lightning.commands.fit_folder import resume_command
+
+    folder = _folder_of_run()
     command = None if folder is None else resume_command(folder)
     if command is not None and _leads():
         print(f"Go on with: {command}", file=sys.stderr)
@@ -79,12 +91,8 @@ def _report(error: Exception) -> None:
     """Say what is wrong in one line; the traceback goes to the run's folder, if a run has begun there."""
     from calib_lightning.commands.fit_folder import resume_command
     from calib_lightning.commands.hints import plain_message
-    from calib_lightning.utils.run_folder import current_run_folder
 
-    message, folder = plain_message(str(error)), current_run_folder()
-    if folder is not None and _leads() and not any((folder / name).exists() for name in _BEGUN):
-        shutil.rmtree(folder, ignore_errors=True)  # made by this process; at most a logger has started there
-        folder = None
+    message, folder = plain_message(str(error)), _folder_of_run()
     message = disk_message(error, "--run_dir", None if folder is None else resume_command(folder)) or message
     if folder is None:
         print(f"calib: error: {message}", file=sys.stderr)

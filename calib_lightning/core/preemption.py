@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from calib_lightning.core.finite import DivergedError, guard_saves
-from calib_lightning.utils.stopping import EXIT_CODES, Stopped, StopRequests, die_of
+from calib_lightning.utils.stopping import EXIT_CODES, Stopped, StopRequests, die_of, end_launched
 
 _SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1"))  # Windows has no SIGUSR1
 _SAVE = 1  # below every exit code, so the maximum over ranks is the strongest request
@@ -174,10 +174,7 @@ class Preemption(Callback):
 
     def _leave(self, signum: int, to_children: signal.Signals = signal.SIGTERM) -> NoReturn:
         """End this process and those that were launched from it; the launcher's watch would kill it when they end."""
-        children = self._children.copy()
-        self._children.clear()
-        for child in children:
-            child.send_signal(to_children)
+        end_launched(self._children, to_children)
         raise Stopped(EXIT_CODES[signal.Signals(signum)])
 
     # ---------------------------------------------------------------------------------------------- acting on a flag

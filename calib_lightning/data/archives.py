@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from calib_lightning.data.web_files import CHUNK, WEB_PAGE, is_web_page
+from calib_lightning.utils.files import owner_suffix, remove_leftovers
 
 REMEDY = "Download it or save it again."
 """What to do with a damaged file."""
@@ -71,7 +72,8 @@ def _unpack(members: list[_Member], tops: list[str], folder: Path) -> None:
     """Write all members, then rename the top-level entries; undo everything on failure."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary, moved = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder)), []
+    remove_leftovers(folder.glob(".unpacking*"))
+    temporary, moved = Path(tempfile.mkdtemp(prefix=".unpacking-", suffix=owner_suffix(), dir=folder)), []
     try:
         for member in members:
             path = temporary / member.name

@@ -97,13 +97,14 @@ def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
         try:
             taken = _give(logger, name, figure, step)
         except Exception as error:
-            warn_once(logger, f"{type(logger).__name__} rejected figure {name!r}: {error!r}")
+            warn_once(logger, f"{type(logger).__name__} rejected figure {name!r}: {error!r}", kind="figures")
             continue
         if not taken:
             warn_once(
                 logger,
                 f"{type(logger).__name__} has neither log_image, nor experiment.add_image, nor a folder (log_dir, "
                 f"save_dir), so figures such as {name!r} are lost. Add a CSVLogger to keep them.",
+                kind="figures",
             )
 
 

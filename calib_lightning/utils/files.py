@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import socket
 import stat
 import time
@@ -36,17 +37,22 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def temporary_name(path: Path) -> Path:
     """A name beside a file, with host and number of the process that writes it."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}{owner_suffix()}")
+
+
+def owner_suffix() -> str:
+    """The end of the names of temporary files and folders, by which `remove_leftovers` knows their writer."""
+    return f".{socket.gethostname()}-{os.getpid()}.tmp"
 
 
 def remove_leftovers(files: Iterable[Path]) -> None:
-    """Remove temporary files whose writer is dead.
+    """Remove temporary files and folders whose writer is dead.
 
     Of this machine's processes that is known; those of other machines, and what earlier versions of this package left,
     go when they are a day old.
 
     Args:
-        files: The files to look at; all others stay.
+        files: The files and folders to look at; all others stay.
     """
     if os.name != "posix":  # elsewhere one cannot ask whether a process lives
         return
@@ -55,10 +61,10 @@ def remove_leftovers(files: Iterable[Path]) -> None:
         own = here.fullmatch(path.name)
         with contextlib.suppress(FileNotFoundError):  # its writer has finished
             if not _is_alive(int(own[1])) if own else _TEMPORARY.fullmatch(path.name) and _is_old(path):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-_TEMPORARY = re.compile(r"\..+[.-]\d+\.tmp|stage-\d+-(best|last)\.tmp")
+_TEMPORARY = re.compile(r"\..+[.-]\d+\.tmp|stage-\d+-(best|last)\.tmp|\.unpacking-\w+")
 
 
 def _is_old(path: Path) -> bool:

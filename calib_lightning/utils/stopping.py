@@ -73,6 +73,34 @@ def die_of(signum: int) -> NoReturn:
     raise Stopped(EXIT_CODES[signal.Signals(signum)])
 
 
+def end_launched(processes: list[Any], signum: int) -> None:
+    """Send a signal to the processes that Lightning's launcher watches, and let it forget them.
+
+    Args:
+        processes: The launcher's list; it is emptied, since the launcher would kill this process when they end.
+        signum: The signal.
+    """
+    launched = processes.copy()
+    processes.clear()
+    for process in launched:
+        process.send_signal(signum)
+
+
+@contextmanager
+def ending_launched(owner: Any) -> Iterator[None]:
+    """Let `Stopped` end the processes that a trainer has launched, which Lightning does for KeyboardInterrupt alone.
+
+    Args:
+        owner: The object whose ``trainer`` it is; it may have none yet.
+    """
+    try:
+        yield
+    except Stopped:
+        strategy = getattr(getattr(owner, "trainer", None), "strategy", None)
+        end_launched(getattr(getattr(strategy, "launcher", None), "procs", []), signal.SIGKILL)
+        raise
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGINT raise `Stopped` in the main thread, until the context ends; the second ends at once."""

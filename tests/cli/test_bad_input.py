@@ -23,6 +23,7 @@ NET = ("--model=CrossEntropy", "--model.encoder=digits_cnn", "--trainer.accelera
         ((*QUICK, "--model=focal", "--model.gama=2"), ["gama", "gamma"]),
         ((*QUICK, "--trainer.max_epoch=2"), ["max_epoch", "max_epochs"]),
         ((*QUICK, "--trainer.max_epochs=many"), ["max_epochs", "many"]),
+        ((*QUICK, "--trainer.profiler=none"), ["profiler", "simple"]),
         ((*QUICK, "--data.split.val=lots"), ["val", "lots"]),
         ((*QUICK, "--model.encoder=digit_cnn"), ["digit_cnn", "digits_cnn"]),
         ((*QUICK, "--model=focal", "--model.gamma=-1"), ["gamma", "-1", "at least 0"]),

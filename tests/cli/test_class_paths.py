@@ -92,6 +92,12 @@ def test_a_stage_calls_no_other_function_either(place, folder, capsys):
     assert "os.system" in capsys.readouterr().err
 
 
+def test_how_a_function_of_ones_own_is_given_is_said(folder, capsys):
+    assert fit(folder, model_with("optimizer", {"class_path": "own_parts.made"})) == 2
+    remedy = "Of a function give the bare name without class_path and init_args, and annotate it with '-> Optimizer'."
+    assert remedy in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("optimizer", ["own_parts.made", {"class_path": "Adam", "init_args": {"lr": 0.01}}])
 def test_ones_own_optimisers_are_taken(optimizer, folder):
     assert fit(folder, model_with("optimizer", optimizer)) == 0

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from calib_lightning.commands.fit import CalibCLI
 from calib_lightning.core import load_module
 
 from .conftest import QUICK
@@ -131,6 +133,48 @@ def test_a_signal_ends_a_command_without_a_trainer(calib, tmp_path, monkeypatch,
     done = calib("score", tmp_path / "test.npz")
     assert (done.code, done.err) == (code, f"calib: stopped by {signum}\n")
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.fixture
+def launched():
+    """A process that stands for one that Lightning has launched."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("place", ["fit", "after_fit"])
+def test_a_signal_outside_the_loops_ends_launched_processes(calib, monkeypatch, launched, place):
+    def told_to_stop(cli, **_):
+        cli.trainer.strategy._launcher = SimpleNamespace(procs=[launched])
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(CalibCLI, "fit", lambda cli, **_: None)
+    monkeypatch.setattr(CalibCLI, place, told_to_stop)
+    assert calib(*SHORT).code == 130
+    assert launched.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_a_signal_before_a_run_has_begun_leaves_no_folder(calib, tmp_path, monkeypatch):
+    monkeypatch.setattr(CalibCLI, "_ready_data", lambda cli: signal.raise_signal(signal.SIGTERM))
+    done = calib(*SHORT)
+    assert (done.code, done.err) == (143, "calib: stopped by SIGTERM\n")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_signal_in_set_up_ends_both_processes(tmp_path):
+    two = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
+    options = (*SHORT, *two, *_signal_in("setup", "SIGINT"), "--trainer.callbacks.rank=0")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "calib_lightning", *options], cwd=tmp_path, env=environment, start_new_session=True
+    )
+    assert process.wait(timeout=180) == 130
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    left = [stat for pgid, stat in map(str.split, listed.splitlines()) if int(pgid) == process.pid and "Z" not in stat]
+    assert left == []
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@ import gzip
 import hashlib
 import io
 import multiprocessing
+import os
 import re
+import signal
 import stat
 import tarfile
 import threading
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from calib_lightning.data import web_files
+from calib_lightning.data import archives, web_files
 from calib_lightning.data.archives import extract
 from calib_lightning.data.array_files import load_npy, load_npz
 from calib_lightning.data.web_files import Archive, fetch, locked, md5_of
@@ -293,6 +295,20 @@ def test_an_archive_is_unpacked_beside_what_is_there(tmp_path, goal, name):
     assert stat.S_IMODE((goal / "top").stat().st_mode) & 0o7111 == 0
     extract(archive, tmp_path / "new" / "goal")
     assert (tmp_path / "new" / "goal" / "folder" / "deep" / "x").read_text() == "x" * 9
+
+
+def test_what_a_killed_process_was_unpacking_is_removed(tmp_path, goal):
+    killed = multiprocessing.get_context("fork").Process(target=_die_unpacking, args=(tmp_path, goal))
+    killed.start()
+    killed.join()
+    assert len(list(goal.glob(".unpacking*"))) == 1
+    extract(_archive(tmp_path / "a.zip", ("top", "new")), goal)
+    assert sorted(path.name for path in goal.iterdir()) == ["mine", "top"]
+
+
+def _die_unpacking(folder, goal):
+    archives.shutil.copyfileobj = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    extract(_archive(folder / "b.zip", ("first", "x")), goal)
 
 
 def test_an_entry_that_exists_is_not_replaced(tmp_path, goal):

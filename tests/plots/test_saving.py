@@ -11,10 +11,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 
+from calib_lightning.callbacks import guarded
 from calib_lightning.callbacks.run_logger import RunLogger
 from calib_lightning.metrics.functional.ordered import order_rows
 from calib_lightning.plots import (
@@ -202,6 +203,25 @@ def test_an_unknown_logger_is_named_once(figure):
 
     with pytest.warns(UserWarning, match="HomeMade has neither log_image") as caught:
         log_figure([HomeMade()], "risk", figure, step=0)
+    assert len(caught) == 1
+
+
+def test_a_logger_without_images_still_tells_that_it_fails(figure):
+    class Down(Logger):
+        name = version = "down"
+
+        def log_hyperparams(self, *args, **kwargs):
+            pass
+
+        def log_metrics(self, *args, **kwargs):
+            raise ConnectionError("no route to host")
+
+    logger = guarded(Down())
+    with pytest.warns(UserWarning, match="neither log_image"):
+        log_figure(logger, "risk", figure, step=0)
+    with pytest.warns(UserWarning, match="log_metrics failed") as caught:
+        logger.log_metrics({"loss": 1.0}, 0)
+    logger.log_metrics({"loss": 1.0}, 1)
     assert len(caught) == 1
 
 
