@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.core import ClassificationModule, LinearHead, ModuleOptions
 from calib_lightning.functional import at_least_float32, checked_batch
 from calib_lightning.methods.parts.balcal_etf import ETFBranch, feature_map_channels
 from calib_lightning.methods.parts.balcal_search import find_balance
@@ -154,6 +154,8 @@ class BalCAL(ClassificationModule):
         if adaptor_width is not None and adaptor_width < 1:
             raise ValueError(f"adaptor_width is {adaptor_width}; it must be at least 1, or None for the default.")
         super().__init__(num_classes, criterion=criterion, **options)
+        if isinstance(self.head, LinearHead) and not self.pretrained_head:
+            nn.init.zeros_(self.head.linear.bias)
         channels = feature_map_channels(self.encoder, num_classes)
         self.delta = delta
         self.etf_branch = ETFBranch(channels, num_classes, adaptor_width or max(1, channels // 2), etf_scale)

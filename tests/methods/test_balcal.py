@@ -1,6 +1,7 @@
 """BalCAL: its equations, and a balance that belongs to the epoch whose validation used it."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from calib_lightning.callbacks import RunCheckpoint
 from calib_lightning.core import BatchTransform, Preemption, StepSeed, build_encoder, load_checkpoint, load_module
-from calib_lightning.core.encoders import NoBlocksError
+from calib_lightning.core.encoders import NoBlocksError, TimmEncoder
 from calib_lightning.core.preemption import Preempted
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import balcal
@@ -110,6 +111,30 @@ def test_any_criterion_on_both_classifiers(criterion):
     linear, etf = module.branch_logits(batch.image)
     parts = criterion(linear, batch.label), criterion(etf * batch_class_weights(batch.label, 3), batch.label)
     torch.testing.assert_close(found, 0.8 * parts[0] + 0.2 * parts[1])
+
+
+def test_adaptor_starts_as_the_authors():
+    torch.manual_seed(0)
+    module = BalCAL(10, encoder="resnet18_cifar")
+    layers = list(module.etf_branch.modules())
+    assert [layer.momentum for layer in layers if isinstance(layer, torch.nn.BatchNorm2d)] == [0.01] * 3
+    convolutions = [layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [256, 512]
+    for layer in convolutions:
+        std = (2 / (9 * layer.out_channels)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.01)
+        assert layer.weight.mean().abs() < 0.01 * std
+        assert layer.weight.abs().max() > 3 * std  # normal, not uniform
+    assert not module.head.linear.bias.any()
+
+
+def test_a_pretrained_classifier_keeps_its_bias(monkeypatch):
+    def hand_over(self, linear):
+        torch.nn.init.ones_(linear.bias)
+        return True
+
+    monkeypatch.setattr(TimmEncoder, "hand_over_classifier", hand_over)
+    assert BalCAL(16, encoder="mobilenetv3_small_050").head.linear.bias.all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -412,7 +437,9 @@ def fit_stopped(rank, world, folder, stop_after=None, resume=False):
     """Two epochs of toy images; stopped after a step, resumed from ``last.ckpt``, or neither."""
     seed_everything(11, workers=True)
     data = ToyDataModule(SplitSpec(val=31), batch_size=16 // world, train_size=130)
-    module = BalCAL(3, encoder="digits_cnn", optimizer=cases.sgd)
+    # with these the balance of the second epoch is inside [0, 1], on one process and on two
+    optimizer = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
+    module = BalCAL(3, delta=0.8, etf_scale=0.1, encoder="digits_cnn", optimizer=optimizer)
     preemption = Preemption(folder)
     watch = cases.Watch(preemption, stop_after)
     follow = Follow()
@@ -442,6 +469,7 @@ def test_resumed_run_is_bit_equal(tmp_path, stop_after):
     resumed = fit_stopped(0, 1, str(tmp_path / "part"), resume=True)
     assert stopped["stopped"] == 143
     assert len(set(whole["validated"])) == 2
+    assert 0.01 < whole["lam"] < 0.99
     assert stopped["validated"] + resumed["validated"] == whole["validated"]
     assert resumed["digest"] == whole["digest"]
     assert resumed["lam"] == whole["lam"]
@@ -453,7 +481,8 @@ def test_two_processes_find_one_balance_over_all_rows(pool2, tmp_path):
     assert one["validated"] == two["validated"]
     assert not np.array_equal(one["rows"][2], two["rows"][2])
     together = [np.concatenate(parts) for parts in zip(one["rows"], two["rows"], strict=True)]
-    assert one["lam"] == _balance(*together, 0.95) != _balance(*one["rows"], 0.95)
+    assert 0.01 < one["lam"] < 0.99
+    assert one["lam"] == _balance(*together, 0.8) != _balance(*one["rows"], 0.8)
 
     stopped = pool2.run(fit_stopped, str(tmp_path / "part"), 10)
     resumed = pool2.run(fit_stopped, str(tmp_path / "part"), None, True)
@@ -466,7 +495,8 @@ def test_two_processes_find_one_balance_over_all_rows(pool2, tmp_path):
     parts = [*(part["rows"] for part in stopped), alone["rows"]]
     assert [len(rows[2]) for rows in parts] == [32, 32, 35]
     together = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-    assert alone["lam"] == _balance(*together, 0.95) != _balance(*alone["rows"], 0.95)
+    assert 0.01 < alone["lam"] < 0.99
+    assert alone["lam"] == _balance(*together, 0.8) != _balance(*alone["rows"], 0.8)
 
 
 def test_rows_of_a_checkpoint_follow_to_the_device():

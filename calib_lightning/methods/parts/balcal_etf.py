@@ -13,6 +13,8 @@ from calib_lightning.core import Encoder
 from calib_lightning.core.submodules import evaluating
 from calib_lightning.functional import at_least_float32
 
+_MOMENTUM = 0.01
+
 
 def simplex_etf(num_features: int, num_classes: int) -> Tensor:
     """Draw a simplex equiangular tight frame, ``M = sqrt(K / (K - 1)) P (I - 11^T / K)``.
@@ -40,7 +42,8 @@ def simplex_etf(num_features: int, num_classes: int) -> Tensor:
 class ETFBranch(nn.Module):
     """Residual adaptor and fixed classifier of BalCAL, on a feature map ``F`` of C channels.
 
-    ``F' = F + conv(relu(bn(conv(relu(bn(F))))))``, ``h = gap(relu(bn(F')))`` scaled to norm 1, logits ``s h M``.
+    ``F' = F + conv(relu(bn(conv(relu(bn(F))))))``, ``h = gap(relu(bn(F')))`` scaled to norm 1, logits ``s h M``. As in
+    the authors' network, BatchNorm has momentum 0.01, and the convolutions start from ``N(0, 2 / (9 C_out))``.
 
     Args:
         channels: C, at least K.
@@ -57,14 +60,17 @@ class ETFBranch(nn.Module):
     def __init__(self, channels: int, num_classes: int, width: int, scale: float) -> None:
         super().__init__()
         self.adaptor = nn.Sequential(
-            nn.BatchNorm2d(channels),
+            nn.BatchNorm2d(channels, momentum=_MOMENTUM),
             nn.ReLU(),
             nn.Conv2d(channels, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
+            nn.BatchNorm2d(width, momentum=_MOMENTUM),
             nn.ReLU(),
             nn.Conv2d(width, channels, 3, padding=1, bias=False),
         )
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = nn.BatchNorm2d(channels, momentum=_MOMENTUM)
+        for layer in self.adaptor:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         self.scale = scale
         self.register_buffer("etf", simplex_etf(channels, num_classes))
 
