@@ -22,6 +22,7 @@ from calib_lightning.metrics.decomposition import (
     VariationalSplit,
 )
 from calib_lightning.metrics.groups import GroupTable, by_class, by_frequency
+from calib_lightning.metrics.kernel import SquaredKernelCalibrationError
 from calib_lightning.metrics.ood import OODAUPR, OODAUROC, OODFPR95
 from calib_lightning.metrics.proper import Accuracy, BrierScore, Entropy, NegativeLogLikelihood, TopKAccuracy
 from calib_lightning.metrics.refinement import (
@@ -87,6 +88,7 @@ __all__ = [
     "SmoothCalibrationError",
     "SoftLabelScores",
     "Spread",
+    "SquaredKernelCalibrationError",
     "TopKAccuracy",
     "UnderCalibrationError",
     "VariationalSplit",

@@ -18,6 +18,7 @@ from calib_lightning.metrics import (
     EvaluationState,
     ExpectedCalibrationError,
     SoftLabelScores,
+    SquaredKernelCalibrationError,
 )
 from tests.metrics.table import METRICS, OOD, TERMS, name_of
 
@@ -211,7 +212,8 @@ def makers() -> dict[str, tuple[Callable[..., Any], Callable[[Batch], Batch]]]:
     """Every class with what it is fed: by key, by name for those of several values, and whole states."""
     single = {key: row[0] for key, row in METRICS.items()}
     terms = {name_of(row[0]): row[0] for row in TERMS.values()}
-    plain = {name: (maker, lambda batch: batch) for name, maker in (single | terms | STATES).items()}
+    others = {"skce": SquaredKernelCalibrationError}
+    plain = {name: (maker, lambda batch: batch) for name, maker in (single | terms | others | STATES).items()}
     return plain | {name: (maker, _ood) for name, maker in OOD.items()}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from calib_lightning.metrics import SquaredKernelCalibrationError
 from calib_lightning.metrics.functional import kernel, kernel_calibration_test, skce
 from tests.metrics.golden import golden_set
 
@@ -95,3 +96,24 @@ def test_impossible_settings_are_named():
             skce(logits, labels, bandwidth=bandwidth)
     with pytest.raises(ValueError, match="n_resamples"):
         kernel_calibration_test(logits, labels, n_resamples=0)
+
+
+@pytest.mark.parametrize("as_probs", [False, True])
+@pytest.mark.parametrize("bandwidth", [0.3, 1.0])
+def test_the_metric_is_the_function_of_all_batches(as_probs, bandwidth):
+    logits, labels = golden_set()
+    logits, labels = logits[:200].double(), labels[:200]
+    scores, words = (logits.softmax(1), {"input": "probs"}) if as_probs else (logits, {})
+    metric = SquaredKernelCalibrationError(bandwidth, **words)
+    for _ in range(2):
+        for start in range(0, 200, 64):
+            metric.update(scores[start : start + 64], labels[start : start + 64])
+        assert metric.compute().item() == pytest.approx(skce(logits, labels, bandwidth=bandwidth).item(), abs=1e-14)
+        metric.reset()
+    with pytest.raises(ValueError, match=r"batch 1: 1 of 1 rows have invalid labels"):
+        metric.update(scores[:1], torch.tensor([99]))
+    metric.update(scores[:1], labels[:1])
+    with pytest.warns(UserWarning, match="skce: these 1 rows do not define it"):
+        assert metric.compute().isnan()
+    with pytest.raises(ValueError, match="bandwidth is 0; it must be above 0"):
+        SquaredKernelCalibrationError(0)

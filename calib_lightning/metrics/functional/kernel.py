@@ -26,7 +26,8 @@ class KernelCalibrationTest(NamedTuple):
     p_value: Tensor
 
 
-def _check_bandwidth(bandwidth: float) -> None:
+def check_bandwidth(bandwidth: float) -> None:
+    """Refuse a bandwidth that is not above 0 and finite."""
     if not 0 < bandwidth < float("inf"):
         raise ValueError(f"bandwidth is {bandwidth}; it must be above 0 and finite. The default is 1.")
 
@@ -77,7 +78,7 @@ def skce(logits: Tensor, labels: Tensor, *, bandwidth: float = 1.0, input: Input
         >>> skce(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), torch.tensor([0, 0]), input="probs")
         tensor(0.0491, dtype=torch.float64)
     """
-    _check_bandwidth(bandwidth)
+    check_bandwidth(bandwidth)
     rows = checked_rows("skce", logits, labels, input=input)
     n = len(labels)
     signs = torch.ones(1, n, dtype=torch.float64, device=logits.device)
@@ -124,7 +125,7 @@ def kernel_calibration_test(
         >>> bool(kernel_calibration_test(probs, labels, input="probs").p_value > 0.5)
         True
     """
-    _check_bandwidth(bandwidth)
+    check_bandwidth(bandwidth)
     if n_resamples < 1:
         raise ValueError(f"n_resamples is {n_resamples}; it must be at least 1. The default is 1000.")
     rows = checked_rows("kernel_calibration_test", logits, labels, input=input)
