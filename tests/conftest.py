@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from tests.ddp.pool import ProcessPool
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: commands would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
