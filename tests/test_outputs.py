@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from calib_lightning.__main__ import main
 from calib_lightning.core import AtomicCheckpointIO
@@ -130,6 +131,43 @@ def test_the_model_and_images_of_classify_are_inputs_too(sets, monkeypatch, caps
     (sets / "images").mkdir()
     assert main(["classify", "images", "--model", "cal.pt", "--output", "cal.json"]) == 1
     assert "which this command reads (cal.pt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+def test_what_says_which_runs_belong_together_is_an_input(name, sets, monkeypatch, capsys):
+    monkeypatch.chdir(sets)
+    files = [Path(f"r{seed}/predictions/test.npz") for seed in range(2)]
+    for seed, file in enumerate(files):
+        file.parent.mkdir(parents=True)
+        np.savez(file, logits=np.random.default_rng(seed).normal(size=(60, 3)), labels=np.arange(60) % 3)
+        for record in ("run.json", "config.yaml"):
+            (file.parents[1] / record).write_text("{}")
+    command = ["score", *map(str, files), "--seeds", "--metrics", "accuracy", "--format", "json"]
+    assert main([*command, "--output", f"r0/{name}"]) == 1
+    assert "which this command reads" in capsys.readouterr().err
+    assert Path("r0", name).read_text() == "{}"
+
+
+@pytest.mark.parametrize("make", [os.link, os.symlink])
+def test_an_image_is_never_an_output(make, sets, monkeypatch, capsys):
+    monkeypatch.chdir(sets)
+    Path("images").mkdir()
+    Image.new("L", (8, 8)).save("images/0.png")
+    before = Path("images/0.png").read_bytes()
+    make("images/0.png", "answers.csv")
+    assert main(["classify", "images", "--model", "cal.pt", "--output", "answers.csv"]) == 1
+    assert "which this command reads (images/0.png)" in capsys.readouterr().err
+    assert Path("images/0.png").read_bytes() == before
+
+
+def test_a_figure_never_replaces_an_input(sets, monkeypatch, capsys):
+    monkeypatch.chdir(sets)
+    Path("figures/good").mkdir(parents=True)
+    Path("figures/good/reliability_diagram.png").symlink_to("../../good.npz")
+    before = Path("good.npz").read_bytes()
+    assert main(["score", "good.npz", "--metrics", "accuracy", "--figures", "figures"]) == 1
+    assert "which this command reads (good.npz)" in capsys.readouterr().err
+    assert Path("good.npz").read_bytes() == before
 
 
 def test_a_link_stays_and_its_file_is_replaced(sets, monkeypatch):

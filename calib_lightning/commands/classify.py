@@ -80,6 +80,7 @@ def _classify(options: Options) -> int:
 
     check_output(options)
     found = find_images(options.images)
+    check_output(options, [*found.images, *found.other_images])
     model = _model(options)
     if model.preprocessing is None:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,13 +50,20 @@ def wrong(command: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def check_output(options: Any) -> None:
-    """Reject an ``--output`` that cannot be written, or is a file that another option names, before any computation."""
-    if options.output is None:
-        return
-    given = [getattr(options, entry.name) for entry in fields(options) if entry.name != "output"]
+def check_output(options: Any, found: Iterable[Path] = ()) -> None:
+    """Reject an ``--output`` that cannot be written, or is an input, before any computation.
+
+    Inputs are the files that other options name, and those ``found`` by them.
+    """
+    if options.output is not None:
+        check_output_file(options.output, "--output", [*named_files(options), *found])
+
+
+def named_files(options: Any) -> list[Path]:
+    """The files that options name, other than outputs."""
+    given = [getattr(options, entry.name) for entry in fields(options) if entry.name not in ("output", "figures")]
     every = [item for value in given for item in (value if isinstance(value, list) else [value])]
-    check_output_file(options.output, "--output", [item for item in every if isinstance(item, Path)])
+    return [item for item in every if isinstance(item, Path)]
 
 
 def print_report(report: Report, style: str, output: Path | None) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from calib_lightning.commands.options import parse
-from calib_lightning.commands.running import check_metrics, check_output, one_line, print_report, reported
+from calib_lightning.commands.running import check_metrics, check_output, named_files, one_line, print_report, reported
 from calib_lightning.predictions.settings import Reading, Settings, keywords_of
-from calib_lightning.utils.files import check_writable
+from calib_lightning.utils.files import check_no_input, check_writable
 
 if TYPE_CHECKING:
     from calib_lightning.posthoc import Calibrator
@@ -122,11 +122,17 @@ def _run(options: Options) -> int:
     from calib_lightning.predictions.files import read_counts
     from calib_lightning.predictions.reading import unique_names
     from calib_lightning.predictions.scoring import score
+    from calib_lightning.predictions.seeds import files_of_runs
 
-    check_output(options)
-    if options.figures is not None:
-        check_writable(options.figures, "--figures")
+    read = files_of_runs(options.files) if options.seeds else []
+    check_output(options, read)
     names = unique_names(options.files)
+    if options.figures is not None:
+        from calib_lightning.predictions.figures import figure_files  # it imports matplotlib
+
+        check_writable(options.figures, "--figures")
+        for path in (path for name in names for path in figure_files(options.figures, name)):
+            check_no_input(path, "--figures", [*named_files(options), *read])
     labels: list[Path | None] = [*options.labels] or [None]
     labels = labels * len(names) if len(labels) == 1 else labels
     calibrator = None if options.calibrator is None else load_calibrator(options.calibrator)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
@@ -44,16 +45,26 @@ def spreads_of(values: Mapping[str, Mapping[str, float]], level: float) -> dict[
     return spreads
 
 
+def files_of_runs(files: Iterable[Path]) -> list[Path]:
+    """The records of the runs that files belong to, from which `groups_of_runs` learns what belongs together."""
+    runs = [run for run in map(run_of, files) if run is not None]
+    return [path for run in runs for path in (run / "run.json", _config_of(run))]
+
+
+def _config_of(run: Path) -> Path:
+    own = run / "config.yaml"
+    return own if own.is_file() else run.parent / "config.yaml"
+
+
 def _identity(found: Predictions) -> tuple[tuple[object, ...], str]:
     rows, classes = found.scores.shape
     file = found.origin.file
     run = None if file is None else run_of(file)
     if file is None or run is None:
         return (rows, classes), f"{rows:,} rows of {classes:,} classes"
-    home = run if (run / "config.yaml").is_file() else run.parent
     name = file.resolve().relative_to(run.resolve()).with_suffix("").as_posix().removeprefix("predictions/")
     try:
-        text = (home / "config.yaml").read_text(encoding="utf-8")
+        text = _config_of(run).read_text(encoding="utf-8")
         check_aliases(text)
         config = yaml.safe_load(text)
         model, data = config["model"], config["data"]

@@ -122,11 +122,7 @@ def check_output_file(path: Path, option: str, inputs: Iterable[Path]) -> None:
     check_writable(target.parent, option)
     if not target.exists():
         return
-    for given in inputs:
-        if given.exists() and given.samefile(target):
-            raise ValueError(
-                f"{option} is {path}, which this command reads ({given}); it must be another file. Choose a new name."
-            )
+    check_no_input(path, option, inputs)
     for stream in (1, 2):
         with contextlib.suppress(OSError):  # closed
             if os.path.samestat(os.fstat(stream), target.stat()):
@@ -134,6 +130,17 @@ def check_output_file(path: Path, option: str, inputs: Iterable[Path]) -> None:
                     f"{option} is {path}, to which this command prints; it must be another file. Leave {option} out "
                     "to print."
                 )
+
+
+def check_no_input(path: Path, option: str, inputs: Iterable[Path]) -> None:
+    """Raise ``ValueError`` if a file to be written is, under this name or another, an input."""
+    if not path.exists():
+        return
+    for given in inputs:
+        if given.exists() and given.samefile(path):
+            raise ValueError(
+                f"{option} is {path}, which this command reads ({given}); it must be another file. Choose a new name."
+            )
 
 
 def write_text(path: Path, text: str) -> None:
