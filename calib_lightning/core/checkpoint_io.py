@@ -93,6 +93,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             found: dict[str, Any] = load_torch(
                 strip_protocol(str(path)), map_location, weights_only=weights_only is not False
             )
+            if not isinstance(found, dict):
+                raise DamagedFileError(f"it holds a {type(found).__name__}, not the dict of a checkpoint")
             return found
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(

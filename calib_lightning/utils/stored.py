@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import tokenize
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -113,7 +114,7 @@ def read_array(file: IO[bytes], size: int) -> npt.NDArray[Any]:
         size: Bytes of the file, from there.
 
     Raises:
-        ValueError: The header is damaged, or its shape needs more bytes than there are.
+        ValueError: The header is damaged, or its shape needs more or fewer bytes than there are.
     """
     start = file.tell()
     version = np.lib.format.read_magic(file)
@@ -123,11 +124,16 @@ def read_array(file: IO[bytes], size: int) -> npt.NDArray[Any]:
     }
     if version not in headers:
         raise ValueError(f"version {version} of the format is for arrays with named fields")
-    shape, _, dtype = headers[version](file)
+    try:
+        shape, _, dtype = headers[version](file)
+    except (SyntaxError, tokenize.TokenError, RecursionError, TypeError) as error:  # NumPy evaluates the header
+        raise ValueError(f"its header is damaged ({type(error).__name__})") from error
     if not dtype.hasobject and math.prod(shape) * max(dtype.itemsize, 1) > size:
         raise ValueError(f"its header says shape {shape} of {dtype}, which is more than the {size} bytes that it has")
     file.seek(start)
     array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    if file.tell() - start < size:  # a damaged length of the header shifts all numbers
+        raise ValueError(f"it has {size - (file.tell() - start)} bytes more than its header says")
     return array
 
 

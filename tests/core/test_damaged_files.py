@@ -1,5 +1,7 @@
 """A file that is damaged is refused, whoever reads it: no flipped bit reaches a weight or a number."""
 
+import contextlib
+import io
 import pickle
 import random
 import warnings
@@ -12,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from calib_lightning.callbacks import PostHocCalibrate
-from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, load_module, load_stages
+from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, load_checkpoint, load_module, load_stages
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.deploy import export_torch, load_classifier, load_exported, save_classifier
 from calib_lightning.posthoc import FixedTemperature, load_calibrator, save_calibrator
@@ -193,3 +195,35 @@ def test_a_part_of_a_file_is_damaged(part, checkpoint, tmp_path):
     (tmp_path / "a.ckpt").write_bytes(whole[: int(part * len(whole))])
     with pytest.raises(DamagedFileError, match="archive is damaged"):
         check_archive(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_a_header_of_numpy_with_any_bit_turned_is_an_error_or_keeps_the_bytes(suffix, tmp_path):
+    scores = np.random.default_rng(0).normal(size=(20, 3))
+    buffer = io.BytesIO()
+    np.save(buffer, scores)
+    content = buffer.getvalue()
+    for place in range(8 * 128):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path = tmp_path / f"scores{suffix}"
+        if suffix == ".npy":
+            path.write_bytes(bytes(flipped))
+        else:  # with a checksum of its own, as an archive made from a damaged file
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("logits.npy", bytes(flipped))
+        with contextlib.suppress(ValueError, TypeError):
+            read = read_predictions(path, labels_path=_labels(tmp_path))
+            # another byte order or type is all that is not noticed: these files have no checksum
+            assert read.scores.shape == (20, 3), place
+
+
+def _labels(folder):
+    np.save(folder / "labels.npy", np.arange(20) % 3)
+    return folder / "labels.npy"
+
+
+def test_a_checkpoint_that_holds_something_else_is_named(tmp_path):
+    torch.save([1], tmp_path / "list.ckpt")
+    with pytest.raises(RuntimeError, match=r"list\.ckpt is damaged or incomplete \(it holds a list, not the dict"):
+        load_checkpoint(tmp_path / "list.ckpt")
