@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calib_lightning.metrics import EvaluationState
 from calib_lightning.posthoc import Calibrator, Evidence, build, parse
 from calib_lightning.predictions.calibration_report import UNCALIBRATED, CalibrationReport, Fitted, Row
 from calib_lightning.predictions.held_out import check_widths
@@ -27,6 +26,7 @@ from calib_lightning.predictions.settings import (
     parted,
 )
 from calib_lightning.predictions.values import (
+    filled_state,
     selected_metrics,
     states_of,
     value_notes,
@@ -232,7 +232,7 @@ def _report(
         for name, predictions in applied.items():
             rows[name][called], new = _row(settings, predictions)
             notes += [f"{name}, {called}: {note}" for note in new if note not in said[name]]
-            notes += _losses(inputs.tests[name], predictions, name, called)
+            notes += _losses(inputs.tests[name], predictions, name, called, settings.bins[0])
     notes = sorted(dict.fromkeys(notes), key=LOST_REFINEMENT.__eq__)  # after the notes that it explains
     return CalibrationReport(inputs, settings, fitted, rows, failed, notes)
 
@@ -253,8 +253,8 @@ def _row(settings: Settings, predictions: Predictions) -> tuple[Row, list[str]]:
     return row, list(dict.fromkeys([*value_notes(predictions, values.values), *warned]))
 
 
-def _losses(before: Predictions, after: Predictions, name: str, calibrator: str) -> Iterator[str]:
-    old, new = _quality(before), _quality(after)
+def _losses(before: Predictions, after: Predictions, name: str, calibrator: str, bins: int) -> Iterator[str]:
+    old, new = _quality(before, bins), _quality(after, bins)
     fallen = [key for key in _QUALITIES if old[key] - new[key] > NOTICEABLE]
     change = changes(before, after) if fallen else {}
     lost = [key for key in fallen if not change[key].high >= 0.0]  # nan is no reason to be silent
@@ -276,9 +276,8 @@ def _losses(before: Predictions, after: Predictions, name: str, calibrator: str)
         yield LOST_REFINEMENT
 
 
-def _quality(predictions: Predictions) -> dict[str, float]:
-    state = EvaluationState([*_QUALITIES, *_ERRORS], input=predictions.input)
-    state.update(*predictions[:3])
+def _quality(predictions: Predictions, bins: int) -> dict[str, float]:
+    state = filled_state(predictions, [*_QUALITIES, *_ERRORS], bins, details=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # undefined values never cause a note here
         return {key: float(value) for key, value in state.compute().items()}

@@ -14,7 +14,7 @@ import torch
 from calib_lightning.__main__ import main
 from calib_lightning.core import ClassificationModule, load_module
 from calib_lightning.data import DigitsDataModule
-from calib_lightning.metrics import EvaluationState, bootstrap_intervals
+from calib_lightning.metrics import EvaluationState, bootstrap_intervals, functional
 from calib_lightning.posthoc import Calibrator, FixedTemperature, Optimum, build, load_calibrator
 from calib_lightning.posthoc.clamping_start import DataDrivenStart
 from calib_lightning.posthoc.isotonic import Isotonic
@@ -274,13 +274,15 @@ def test_a_loss_of_refinement_or_accuracy_is_said(files, calib):
     assert ("right from wrong answers less well" in explained) == ("correctness_auroc" in lost)
 
 
-def test_a_rise_of_nll_or_ece_is_said(files, calib):
-    done = calib(
-        "calibrate", *FILES, *FAST, "--calibrators", "FixedTemperature(0.2),Temperature", "--metrics", "accuracy"
-    )
+@pytest.mark.parametrize("bins", [15, 40])
+def test_a_rise_of_nll_or_ece_is_said(files, calib, bins):
+    words = ("--calibrators", "FixedTemperature(0.2),Temperature", "--metrics", "accuracy", "--bins", str(bins))
+    done = calib("calibrate", *FILES, *FAST, *words)
     logits, labels = half("test")
-    before = values_of(logits, labels, metrics=("nll", "ece"))
-    after = values_of(5 * logits, labels, metrics=("nll", "ece"))
+    before, after = (
+        {"nll": float(functional.nll(scores, labels)), "ece": float(functional.ece(scores, labels, n_bins=bins))}
+        for scores in (logits, 5 * logits)
+    )
     assert after["nll"] > before["nll"]
     nll = f"the NLL from {before['nll']:.4f} to {after['nll']:.4f}"
     ece = f"the ECE from {100 * before['ece']:.2f} to {100 * after['ece']:.2f} %"
