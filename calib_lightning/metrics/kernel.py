@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.metrics.functional.checks import InputKind
-from calib_lightning.metrics.functional.kernel import check_bandwidth, skce
+from calib_lightning.metrics.functional.kernel import check_bandwidth, skce_of
+from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.metrics.functional.undefined import checked_result
 from calib_lightning.metrics.row_metric import RowMetric
 
@@ -49,7 +50,8 @@ class SquaredKernelCalibrationError(RowMetric):
             ValueError: Batches on a device held invalid values; their number, kind and first batch are named.
         """
         self.check_faults()
-        if self.count == 0:
-            return checked_result("skce", torch.full((), torch.nan, dtype=torch.float64), 0)
-        scores, labels = self.rows_of("scores"), self.rows_of("score_labels").long()
-        return skce(scores, labels, bandwidth=self.bandwidth, input=self.input)
+        value = torch.full((), torch.nan, dtype=torch.float64)
+        if self.count > 0:
+            rows = Rows(self.rows_of("scores"), self.rows_of("score_labels").long(), None, self.input)
+            value = skce_of(rows.probs, rows.labels, self.bandwidth)
+        return checked_result(type(self).__name__, value, int(self.count))

@@ -142,8 +142,8 @@ def test_a_change_that_chance_explains_is_no_loss(rows):
         calibrating.predictions_of((torch.stack([torch.zeros(rows), m * (2.0 * labels - 1.0)], dim=1), labels))
         for m in (margin, noisy)
     )
-    old, new = (calibrating._quality(found)["correctness_auroc"] for found in (before, after))
-    said = " ".join(calibrating._losses(before, after, "test", "X"))
+    old, new = (calibrating._quality(found, 15)["correctness_auroc"] for found in (before, after))
+    said = " ".join(calibrating._losses(before, after, "test", "X", 15))
     if rows == 20_000:
         assert 0.005 < old - new < 0.03
         assert "the correctness AUROC from" in said

@@ -113,7 +113,7 @@ def test_the_metric_is_the_function_of_all_batches(as_probs, bandwidth):
     with pytest.raises(ValueError, match=r"batch 1: 1 of 1 rows have invalid labels"):
         metric.update(scores[:1], torch.tensor([99]))
     metric.update(scores[:1], labels[:1])
-    with pytest.warns(UserWarning, match="skce: these 1 rows do not define it"):
+    with pytest.warns(UserWarning, match="SquaredKernelCalibrationError: these 1 rows do not define it"):
         assert metric.compute().isnan()
     with pytest.raises(ValueError, match="bandwidth is 0; it must be above 0"):
         SquaredKernelCalibrationError(0)

@@ -467,7 +467,7 @@ def test_degenerate_sets(case):
     logits, labels, undefined, zero, values = degenerate()[case]
     found = {}
     for name, (maker, _) in MAKERS.items():
-        if name in STATES or name in OOD:
+        if name in STATES or name in OOD or name == "skce":  # tests/metrics/test_kernel.py has it
             continue
         metric = maker()
         metric.update(logits, labels)

@@ -10,7 +10,15 @@ from lightning import LightningModule
 from torchmetrics import Metric, MetricCollection
 
 from calib_lightning import metrics
-from calib_lightning.metrics import CORE, FULL, REPORT, EvaluationState, SoftLabelScores, devices
+from calib_lightning.metrics import (
+    CORE,
+    FULL,
+    REPORT,
+    EvaluationState,
+    SoftLabelScores,
+    SquaredKernelCalibrationError,
+    devices,
+)
 from calib_lightning.metrics import parts as parts_module
 from calib_lightning.metrics import state as state_module
 from calib_lightning.metrics import table as table_module
@@ -65,7 +73,11 @@ def test_the_table_has_every_metric():
     assert "ovo_auroc" not in REPORT
     exported = [getattr(metrics, name) for name in metrics.__all__]
     classes = {each for each in exported if isinstance(each, type) and issubclass(each, Metric)}
-    assert {type(maker()) for maker in [*SINGLE, *OOD.values()]} == classes - {EvaluationState, SoftLabelScores}
+    assert {type(maker()) for maker in [*SINGLE, *OOD.values()]} == classes - {
+        EvaluationState,
+        SoftLabelScores,
+        SquaredKernelCalibrationError,
+    }
 
 
 @pytest.mark.parametrize("key", ALL)

@@ -80,11 +80,15 @@ def skce(logits: Tensor, labels: Tensor, *, bandwidth: float = 1.0, input: Input
     """
     check_bandwidth(bandwidth)
     rows = checked_rows("skce", logits, labels, input=input)
+    return checked_result("skce", skce_of(rows.probs.detach(), rows.labels.long(), bandwidth), len(labels))
+
+
+def skce_of(probs: Tensor, labels: Tensor, bandwidth: float) -> Tensor:
+    """`skce` of checked rows, without a warning."""
     n = len(labels)
-    signs = torch.ones(1, n, dtype=torch.float64, device=logits.device)
-    total = _sums_over_pairs(rows.probs.detach(), rows.labels.long(), bandwidth, signs).squeeze(0)
-    value = total / (n * (n - 1)) if n > 1 else torch.full_like(total, torch.nan)
-    return checked_result("skce", value, n)
+    signs = torch.ones(1, n, dtype=torch.float64, device=probs.device)
+    total = _sums_over_pairs(probs, labels, bandwidth, signs).squeeze(0)
+    return total / (n * (n - 1)) if n > 1 else torch.full_like(total, torch.nan)
 
 
 def kernel_calibration_test(
