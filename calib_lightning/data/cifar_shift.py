@@ -13,18 +13,12 @@ from numpy.typing import NDArray
 
 from calib_lightning.data.array_files import load_npy, load_npz
 from calib_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from calib_lightning.data.corruptions import CORRUPTIONS, SEVERITIES
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec
 from calib_lightning.data.web_files import Archive
 
-CORRUPTIONS = (
-    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-    *("gaussian_blur", "saturate", "spatter", "speckle_noise"),
-)
-"""The 15 corruptions of Hendrycks and Dietterich (2019) and their four extra ones."""
-SEVERITIES = (1, 2, 3, 4, 5)
 _ROWS = 10_000  # per severity
 
 
