@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
 
 from calib_lightning.core import ClassificationModule
-from calib_lightning.metrics import EvaluationState
-from calib_lightning.plots import figures, log_figure
+from calib_lightning.metrics import EvaluationState, families, values_by_severity
+from calib_lightning.plots import figures, log_figure, robustness_curves
 
 
 class LogFigures(Callback):
     """Logs reliability diagram, confidence histogram and risk-coverage curve of each test set.
+
+    Of corruptions in several severities it logs one curve of metrics over severity for all.
 
     Weights & Biases and TensorBoard show images; for a CSV logger, PNG files are written to its folder ``figures``.
     They are drawn from the metrics' state, without a second pass.
@@ -25,14 +30,29 @@ class LogFigures(Callback):
         """Draw and log the figures of every set."""
         if not isinstance(pl_module, ClassificationModule):
             return
+        corrupted = {name for family in families(pl_module.test_sets) if family.severities for name in family.members}
         for name, state in zip(pl_module.test_sets, pl_module.test_states, strict=True):
             assert isinstance(state, EvaluationState)
-            if not state.count:
-                continue  # unlabelled images of other classes
-            try:
-                drawn = figures(state, title=name)
-            except Exception as error:  # a failed figure must not prevent the metrics that follow
-                warnings.warn(f"no figures of {name}: {error}", stacklevel=2)
-                continue
-            for kind, figure in drawn.items():
-                log_figure(trainer.loggers, f"{name}/{kind}", figure, trainer.global_step)
+            if state.count and name not in corrupted:  # unlabelled images of other classes have none
+                self._log(trainer, name, partial(figures, state, title=name))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw and log the curves over the severities of corruptions, whose values are known by now."""
+        values: dict[str, dict[str, float]] = getattr(pl_module, "test_values", {})
+        for family in families(values):
+            if len(family.severities) > 1 and trainer.is_global_zero:
+                by_severity = values_by_severity(family, values)
+                self._log(trainer, family.name, partial(_curves, by_severity, family.name))
+
+    def _log(self, trainer: Trainer, name: str, draw: Callable[[], Mapping[str, Figure]]) -> None:
+        try:
+            drawn = draw()
+        except Exception as error:  # a failed figure must not prevent the metrics that follow
+            warnings.warn(f"no figures of {name}: {error}", stacklevel=2)
+            return
+        for kind, figure in drawn.items():
+            log_figure(trainer.loggers, f"{name}/{kind}", figure, trainer.global_step)
+
+
+def _curves(values: Mapping[int, Sequence[Mapping[str, float]]], title: str) -> dict[str, Figure]:
+    return {"robustness": robustness_curves(values, title=title)}

@@ -48,6 +48,8 @@ def print_results(trainer: Trainer, datamodule: LightningDataModule, title: str)
         return
     if getattr(getattr(datamodule, "split", None), "share", False):
         title += f"; {SHARED}"
+    for note in getattr(datamodule, "other_notes", []):
+        print(note)
     print_table({key: float(value) for key, value in trainer.callback_metrics.items()}, title)
     for name in uses_calibration(trainer):
         print(f"{name} was trained with the calibration split: values and fits on it are not independent.")

@@ -163,9 +163,9 @@ def _networks() -> Iterator[tuple[str, str]]:
 
 
 def _metrics() -> Iterator[tuple[str, str]]:
-    from calib_lightning.metrics import METRICS, SOFT
+    from calib_lightning.metrics import METRICS, OOD, SOFT
 
-    for name, metric in (METRICS | SOFT).items():
+    for name, metric in (METRICS | SOFT | OOD).items():
         yield name, f"{metric.title} ({_BETTER[metric.better]})"
 
 

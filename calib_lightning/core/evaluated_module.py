@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
@@ -15,11 +17,12 @@ from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.data_in_use import datamodule_in_use, label_distributions_of
 from calib_lightning.core.own_data import Positioned, as_batch
 from calib_lightning.functional import at_least_float32
-from calib_lightning.metrics import REPORT, EvaluationState, SoftLabelScores
+from calib_lightning.metrics import REPORT, EvaluationState, OODDetection, SoftLabelScores, means_of_families
+from calib_lightning.metrics.functional import max_prob_log_odds
 from calib_lightning.types import Batch, Prediction
 
 UNLABELLED = "ood/"
-"""Prefix of sets whose images belong to no class: their predictions are saved but not scored."""
+"""Prefix of sets whose images belong to no class: only their confidence is compared with that of the test set."""
 OVO_CLASSES = 200
 """Maximum number of classes for `ovo_auroc`, which keeps all scores of a test set: 80 MB for 50,000 rows."""
 
@@ -37,6 +40,9 @@ class EvaluatedModule(LightningModule):
         self.test_states = nn.ModuleList()
         self.test_sets: list[str] = []
         self._soft: dict[str, tuple[Tensor, SoftLabelScores]] = {}
+        self._ood: dict[str, OODDetection] = {}
+        self._rows: dict[str, Tensor] = {}
+        self.test_values: dict[str, dict[str, float]] = {}
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # noqa: N805
@@ -90,6 +96,9 @@ class EvaluatedModule(LightningModule):
             for name, labels in found.items()
             if labels is not None
         }
+        others = [name for name in self.test_sets if _is_unlabelled(name)] if "test" in self.test_sets else []
+        self._rows = {name: torch.zeros((), dtype=torch.int64, device=self.device) for name in self.test_sets}
+        self._ood = {name: OODDetection().to(self.device) for name in others}
         report = (*REPORT, "ovo_auroc") if self.num_classes <= OVO_CLASSES else REPORT
         self.test_states = nn.ModuleList(EvaluationState(report) for _ in range(count)).to(self.device)
 
@@ -99,9 +108,14 @@ class EvaluatedModule(LightningModule):
         """Add one batch to the metrics of its set; return its prediction for callbacks."""
         state, name, batch = self.test_states[dataloader_idx], self.test_sets[dataloader_idx], self._checked(batch)
         assert isinstance(state, EvaluationState)
+        self._rows[name] += len(batch.label)
         if _is_unlabelled(name):
-            return self.outputs(batch.image)
+            prediction = self.outputs(batch.image)
+            self._compare(prediction, [name], inside=False)
+            return prediction
         prediction = self._evaluate(batch, state)
+        if name == "test":
+            self._compare(prediction, self._ood, inside=True)
         if name in self._soft:
             labels, scores = self._soft[name]
             if bool((batch.index < 0).any()):
@@ -113,16 +127,27 @@ class EvaluatedModule(LightningModule):
         return prediction
 
     def on_test_epoch_end(self) -> None:
-        """Compute and log the metrics of every test set, once."""
-        for name, state in zip(self.test_sets, self.test_states, strict=True):
-            assert isinstance(state, EvaluationState)
-            if _is_unlabelled(name):
-                continue
-            self._log_state(name, state)
-            if name in self._soft:
-                self._log_state(name, self._soft[name][1])
-            rows: Tensor = self.trainer.strategy.reduce(state.count.clone(), reduce_op="sum")
-            self.log(f"{name}/n", rows.float(), add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
+        """Compute and log the metrics of every test set, once, and their means over sets that belong together."""
+        found: dict[str, dict[str, float]] = {}
+        with warnings.catch_warnings(record=True) as caught:  # a hundred shifted sets would say the same
+            warnings.simplefilter("always")
+            for name, state in zip(self.test_sets, self.test_states, strict=True):
+                assert isinstance(state, EvaluationState)
+                if name in self._ood:
+                    found[name] = self._log_state(name, self._ood[name])
+                elif not _is_unlabelled(name):
+                    found[name] = self._log_state(name, state)
+                    if name in self._soft:
+                        self._log_state(name, self._soft[name][1])
+                else:
+                    continue
+                rows: Tensor = self.trainer.strategy.reduce(self._rows[name].clone(), reduce_op="sum")
+                self._log_values(f"{name}/", {"n": rows})
+        for message, category in {(str(warning.message), warning.category): None for warning in caught}:
+            warnings.warn(message, category, stacklevel=2)
+        self.test_values = found
+        for family, values in means_of_families(found).items():
+            self._log_values(f"{family}/", {key: torch.tensor(value) for key, value in values.items()})
 
     def on_predict_start(self) -> None:
         """Compare the class names with those of the data."""
@@ -137,11 +162,24 @@ class EvaluatedModule(LightningModule):
         state.update(prediction.logits, batch.label, prediction.confidence)
         return prediction
 
-    def _log_state(self, prefix: str, state: EvaluationState | SoftLabelScores) -> None:
+    def _compare(self, prediction: Prediction, names: Iterable[str], *, inside: bool) -> None:
+        """Add the confidences of one batch to the comparisons of these sets with the test set."""
+        if not self._ood:
+            return
+        scores = max_prob_log_odds(at_least_float32(prediction.logits))
+        for name in names:
+            self._ood[name].update(scores, torch.full_like(scores, inside, dtype=torch.bool))
+
+    def _log_state(self, prefix: str, state: EvaluationState | OODDetection | SoftLabelScores) -> dict[str, float]:
+        values = state.compute()
+        self._log_values(f"{prefix}/", values)
+        return {key: float(value) for key, value in values.items()}
+
+    def _log_values(self, prefix: str, values: Mapping[str, Tensor]) -> None:
         # compute() has already summed over the ranks. Lightning asks to synchronise them: their largest is exact, while
         # their mean would round.
-        values = {f"{prefix}/{name}": value.float() for name, value in state.compute().items()}
-        self.log_dict(values, add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
+        logged = {f"{prefix}{name}": value.float() for name, value in values.items()}
+        self.log_dict(logged, add_dataloader_idx=False, sync_dist=True, reduce_fx="max")
 
     def _take_class_names(self) -> None:
         names, known = class_names_of(datamodule_in_use(self.trainer)), self.class_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Callable, Collection
 from functools import partial
@@ -10,6 +11,7 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from calib_lightning.data.archives import REMEDY, naming_damage
@@ -45,6 +47,13 @@ def load_npy(path: Path, *, mmap: bool = False) -> NDArray[Any]:
         if mmap:
             return _array(str(path), partial(np.lib.format.open_memmap, path, mode="r"))
         return _array(str(path), partial(read_array, file, path.stat().st_size))
+
+
+def mapped(array: NDArray[Any]) -> torch.Tensor:
+    """A tensor over the same bytes, without the warning about read-only memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _array(name: str, read: Callable[[], NDArray[Any]]) -> NDArray[Any]:

@@ -30,12 +30,11 @@ class ArraysDataModule(BenchmarkDataModule):
     Args:
         file: The file.
         split: How the images are divided; by default 10 % validation, 10 % calibration, 20 % test, stratified by class.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
         augment: Whether training images are shifted by up to 4 pixels and mirrored at random.
         mean: Mean of each channel, as a fraction; ``None`` uses 0.5.
         std: Standard deviation of each channel, as a fraction; ``None`` uses 0.5.
         num_classes: K, if the file does not have images of every class; ``None`` uses the largest label plus 1.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -51,14 +50,13 @@ class ArraysDataModule(BenchmarkDataModule):
         self,
         file: str | Path = "data.npz",
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         augment: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         num_classes: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers)
+        super().__init__(split, **options)
         self.file, self.augment = Path(file).expanduser().resolve(), augment
         if not self.file.is_file():
             raise FileNotFoundError(f"file is {str(self.file)!r}, which does not exist. Set it to your .npz file.")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from calib_lightning.data.divided import DividedData
 from calib_lightning.data.loader import ResumableLoader
+from calib_lightning.data.options import OtherSet
+from calib_lightning.data.other_sets import OtherSets
 from calib_lightning.data.sets import FeatureSet, FileCrop, FileSet, InMemorySet
 from calib_lightning.data.split import SplitSpec
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize
@@ -29,6 +32,10 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
         batch_size: Batch size per process.
         num_workers: Worker processes that prepare batches. Images in memory that are only cropped, mirrored and
             normalised do not use them: transferring a batch would take longer than making it.
+        shift: Sets of the same classes that are evaluated with the test set: names of ``calib data list``, or dicts of
+            such a ``name`` and its settings. "generated" corrupts the test images, see `GeneratedShift`.
+        ood: Sets of other classes, named likewise; their test images are evaluated.
+        shift_rows: How many images of each shifted set are evaluated, from its first on; ``None`` for all.
 
     Attributes:
         num_classes: K.
@@ -52,9 +59,47 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
     stage_batch_size: int | None = None
     stage_features: Tensor | None = None
 
-    def __init__(self, split: SplitSpec | None = None, batch_size: int = 128, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        split: SplitSpec | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        shift: list[OtherSet] | str | None = None,
+        ood: list[OtherSet] | str | None = None,
+        shift_rows: int | None = None,
+    ) -> None:
         super().__init__(split)
         self.batch_size, self.num_workers = batch_size, num_workers
+        self._asked = _listed(shift), _listed(ood), shift_rows
+        self._others: OtherSets | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch or check the files of the sets that ``shift`` and ``ood`` name; overriding methods call it.
+
+        Raises:
+            ValueError: If a name is unknown or its settings are wrong.
+            FileNotFoundError: If files are missing or damaged and were not, or could not be, downloaded.
+        """
+        self._other_sets().prepare()
+
+    @property
+    def other_notes(self) -> list[str]:
+        """What is to be known of the sets that ``shift`` and ``ood`` name, one remark each; known after `setup`."""
+        self._ready()
+        return list(self._other_sets().notes)
+
+    @property
+    def file_options(self) -> dict[str, Any]:
+        """Where sets of other data look for files, if nothing else is said."""
+        return {}
+
+    def _other_sets(self) -> OtherSets:
+        if self._others is None:
+            self._others = OtherSets(*self._asked, self.file_options)
+        return self._others
+
+    def _load_others(self) -> dict[str, InMemorySet | FileSet]:
+        return self._other_sets().load(self, self.image_facts)
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training split, shuffled and augmented with the seed of the run.
@@ -145,9 +190,7 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
         Raises:
             ValueError: If the set does not exist or has no images.
         """
-        if name not in self._ready():
-            raise ValueError(f"name is {name!r}; it must be one of the sets with images: {', '.join(self._ready())}.")
-        data = self._ready()[name]
+        data = self.set_of(name)
         return ResumableLoader(data, self.batch_size, shuffle=False, seed=0, num_workers=self._workers(data))
 
     # --- the training images -----------------------------------------------------------------------------------------
@@ -178,3 +221,8 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
     def _workers(self, data: InMemorySet | FileSet, *, costly: bool = False) -> int:
         """Batches of bytes in memory are made faster than a worker could transfer them."""
         return self.num_workers if costly or isinstance(data, FileSet) else 0
+
+
+def _listed(value: list[OtherSet] | str | None) -> list[OtherSet]:
+    """The entries of an option; one name stands for itself."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -22,13 +22,12 @@ class CIFAR10DataModule(DownloadedDataModule):
 
     Args:
         split: How the 50,000 training images are divided; by default all are for training.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, the folder of the unpacked archive.
         download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
         mean: Mean of each channel, as a fraction; ``None`` uses the most common constants; other code differs.
         std: Standard deviation of each channel, as a fraction; ``None`` uses the most common constants.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> CIFAR10DataModule(SplitSpec(val=5000, imbalance=0.1), root="data").num_classes
@@ -56,15 +55,14 @@ class CIFAR10DataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = True,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers, root, download, augment)
+        super().__init__(split, root, download, augment, **options)
         self.mean, self.std = mean or self.mean, std or self.std
         source = self.source  # torchvision lists the files and their checksums
         files = (*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"]))
@@ -88,13 +86,12 @@ class CIFAR100DataModule(CIFAR10DataModule):
 
     Args:
         split: How the 50,000 training images are divided; by default all are for training.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, the folder of the unpacked archive.
         download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
         mean: Mean of each channel, as a fraction; ``None`` uses that of the set; other code differs.
         std: Standard deviation of each channel, as a fraction; ``None`` uses that of the set.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> CIFAR100DataModule(SplitSpec(imbalance=0.1), root="data").num_classes
@@ -116,13 +113,12 @@ class CIFAR10HDataModule(CIFAR10DataModule):
 
     Args:
         split: How the 50,000 training images are divided; by default all are for training.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, the folders ``cifar-10-batches-py`` and ``cifar-10h``.
         download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
         mean: As in `CIFAR10DataModule`.
         std: As in `CIFAR10DataModule`.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> CIFAR10HDataModule(root="data").num_classes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib_lightning.data.array_files import load_npy, load_npz
+from calib_lightning.data.array_files import load_npy, load_npz, mapped
 from calib_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from calib_lightning.data.corruptions import CORRUPTIONS, SEVERITIES
 from calib_lightning.data.downloads import DownloadedDataModule
@@ -38,11 +37,10 @@ class CIFAR101DataModule(_CIFAR10Shift):
 
     Args:
         split: Unused: there is nothing to split.
-        batch_size: Batch size per process.
-        num_workers: Unused: the images are in memory.
         root: Folder that holds, or will hold, the folder ``cifar-10.1``.
         download: Whether to download missing files.
         version: "v6" (2,000 images, 200 per class, recommended by its authors) or "v4" (2,021 images).
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> CIFAR101DataModule(version="v6", root="data").num_classes
@@ -58,13 +56,12 @@ class CIFAR101DataModule(_CIFAR10Shift):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data",
         download: bool = True,
         version: Literal["v4", "v6"] = "v6",
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers, root, download)
+        super().__init__(split, root, download, **options)
         if version not in self.versions:
             raise ValueError(f"version is {version!r}; it must be one of {', '.join(self.versions)}.")
         self.version = version
@@ -92,11 +89,10 @@ class CIFAR102DataModule(_CIFAR10Shift):
 
     Args:
         split: Unused: there is nothing to split.
-        batch_size: Batch size per process.
-        num_workers: Unused: the images are in memory.
         root: Folder that holds, or will hold, the folder ``cifar-10.2``.
         download: Whether to download missing files.
         subset: "test" (2,000 images), "train" (10,000) or "all".
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Deviations:
         There is no published checksum; sizes and types are checked.
@@ -112,13 +108,12 @@ class CIFAR102DataModule(_CIFAR10Shift):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data",
         download: bool = True,
         subset: Literal["test", "train", "all"] = "test",
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers, root, download)
+        super().__init__(split, root, download, **options)
         if subset not in ("test", "train", "all"):
             raise ValueError(f"subset is {subset!r}; it must be one of test, train, all.")
         self.subset = subset
@@ -150,12 +145,11 @@ class CIFAR10CDataModule(_CIFAR10Shift):
 
     Args:
         split: Unused: there is nothing to split.
-        batch_size: Batch size per process.
-        num_workers: Unused: reading is faster than transfer from a worker.
         root: Folder that holds, or will hold, the unpacked folder ``CIFAR-10-C``.
         download: Whether to download missing files.
         corruptions: Some of `CORRUPTIONS`; ``None`` means all 19.
         severities: Some of 1 to 5; ``None`` means all.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> CIFAR10CDataModule(corruptions=("fog",), severities=(3, 5), root="data").num_classes
@@ -172,14 +166,13 @@ class CIFAR10CDataModule(_CIFAR10Shift):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data",
         download: bool = True,
         corruptions: Sequence[str] | None = None,
         severities: Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers, root, download)
+        super().__init__(split, root, download, **options)
         self.corruptions = _some("corruptions", corruptions, CORRUPTIONS)
         self.severities = _some("severities", severities, SEVERITIES)
         self.archives = (self.packed,)
@@ -214,12 +207,11 @@ class CIFAR100CDataModule(CIFAR10CDataModule):
 
     Args:
         split: Unused: there is nothing to split.
-        batch_size: Batch size per process.
-        num_workers: Unused.
         root: Folder that holds, or will hold, the unpacked folder ``CIFAR-100-C``.
         download: Whether to download missing files.
         corruptions: Some of `CORRUPTIONS`; ``None`` means all 19.
         severities: Some of 1 to 5; ``None`` means all.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> CIFAR100CDataModule(root="data").num_classes
@@ -257,11 +249,4 @@ def _source(image: NDArray[Any], label: NDArray[Any], rows: int, where: str) -> 
             f"{where} holds images {image.dtype} {image.shape} and labels {label.shape}; it must hold uint8 "
             f"{(rows, 32, 32, 3)} and {(rows,)}. Delete the files to download them again."
         )
-    return Source(_as_tensor(image).permute(0, 3, 1, 2), torch.from_numpy(label.astype(np.int64)))
-
-
-def _as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """A tensor over the same bytes, without the warning about read-only memory."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+    return Source(mapped(image).permute(0, 3, 1, 2), torch.from_numpy(label.astype(np.int64)))

@@ -25,8 +25,7 @@ class DigitsDataModule(BenchmarkDataModule):
 
     Args:
         split: How the 1,397 images are divided; by default 100 for validation, 200 for calibration.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> data = DigitsDataModule()

@@ -41,6 +41,7 @@ class DividedData:
         self.split = self.default_split if split is None else split
         self._sets: dict[str, InMemorySet | FileSet] = {}
         self._files: dict[str, str] = {}
+        self._own: tuple[str, ...] = ()
 
     def load_part(self, part: File) -> Source | None:
         """Read one of the three files, or ``None`` if there is none; override it where all are read in the same way."""
@@ -60,6 +61,14 @@ class DividedData:
 
     def load_more(self) -> dict[str, Source]:
         """Read further sets for evaluation, by name: "shift/<name>" and "ood/<name>"."""
+        return {}
+
+    def load_for_evaluation(self) -> Source | None:
+        """Read the images with which networks of other data are evaluated: the test file, or else the training file."""
+        return self.load_test() or self.load_train()
+
+    def _load_others(self) -> dict[str, InMemorySet | FileSet]:
+        """Sets of other benchmarks that are evaluated with the test set; the data's own sets are there."""
         return {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -89,6 +98,14 @@ class DividedData:
         self.frame = next(frames, None)
         self._files = {name: part.file for name, part in parts.items()} | {name: name for name in more}
         self._sets = sets
+        try:
+            others = self._load_others()
+        except BaseException:
+            self._sets = {}
+            raise
+        self._files |= {name: name for name in others}
+        self._sets = sets | others
+        self._own = tuple(sets)
 
     @property
     def has_validation(self) -> bool:
@@ -122,12 +139,17 @@ class DividedData:
 
     @property
     def splits_hash(self) -> str:
-        """SHA-256 over the names, rows, labels and image files of all sets: equal hashes mean equal splits."""
+        """SHA-256 over the names, rows, labels and image files of the data's own sets: equal hashes mean equal splits.
+
+        Sets of other data that are evaluated beside them do not count: they can be named for a trained network.
+        """
         digest = hashlib.sha256()
+        others = set(self._ready()) - set(self._own)
         for name, rows in self.splits.items():
-            digest.update(f"{name}:{self._files.get(name)}:{len(rows)}:".encode())
-            digest.update(rows.astype("<i8").tobytes())
-        for data in self._ready().values():
+            if name not in others:
+                digest.update(f"{name}:{self._files.get(name)}:{len(rows)}:".encode())
+                digest.update(rows.astype("<i8").tobytes())
+        for data in (self._ready()[name] for name in self._own):
             digest.update(data.label.numpy().astype("<i8").tobytes())
             if isinstance(data, FileSet):
                 digest.update(b"\n".join(data.image.names.tolist()))
@@ -145,6 +167,22 @@ class DividedData:
             "std": list(self.std),
             **{name: framed[name] for name in ("crop_pct", "crop_mode", "interpolation") if name in framed},
         }
+
+    def set_of(self, name: str) -> InMemorySet | FileSet:
+        """Images and labels of one set, as a network is evaluated on them.
+
+        Args:
+            name: One of `set_names`.
+
+        Returns:
+            The set.
+
+        Raises:
+            ValueError: If the set does not exist or has no images.
+        """
+        if name not in self._ready():
+            raise ValueError(f"name is {name!r}; it must be one of the sets with images: {', '.join(self._ready())}.")
+        return self._ready()[name]
 
     @property
     def train_size(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from calib_lightning.data.archives import extract
 from calib_lightning.data.base import BenchmarkDataModule
@@ -16,45 +17,55 @@ class DownloadedDataModule(BenchmarkDataModule):
 
     Args:
         split: How the files are divided; ``None`` means the benchmark's `default_split`.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, the files.
         download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Attributes:
         needed: Files under the root, each with its md5, or ``None`` if it is unknown or not checked.
         archives: What to download if a file is missing.
         folder: Folder under the root for downloads.
         unpacks: Whether to unpack the archives there.
+        training_files: Names of the files without which the test images can be read.
+        test_only: Whether to do without these.
     """
 
     needed: Mapping[str, str | None]
     archives: tuple[Archive, ...]
     folder: str = ""
     unpacks: bool = False
+    training_files: frozenset[str] = frozenset()
+    test_only: bool = False
 
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers)
+        super().__init__(split, **options)
         self.root = Path(root).expanduser().resolve()
         self.download, self.augment = download, augment
 
     def prepare_data(self) -> None:
-        """Check the files and download missing ones; processes take turns.
+        """Check the files, those of other sets as well, and download missing ones; processes take turns.
 
         Raises:
             FileNotFoundError: If files are missing or damaged and were not, or could not be, downloaded.
         """
-        if not self.faults():
-            return
+        if self.faults():
+            self._fetch()
+        super().prepare_data()
+
+    @property
+    def file_options(self) -> dict[str, Any]:
+        """Where sets of other data look for files, if nothing else is said: beside these."""
+        return {"root": self.root, "download": self.download}
+
+    def _fetch(self) -> None:
         if not self.download:
             raise self.not_found("download=False")
         folder = self.root / self.folder
@@ -65,7 +76,7 @@ class DownloadedDataModule(BenchmarkDataModule):
         try:
             with locked(self.root / f"{type(self).__name__}"):
                 if self.faults():
-                    for archive in self.archives:
+                    for archive in self._wanted_archives():
                         path = fetch(archive, folder)
                         if self.unpacks:
                             extract(path, folder)
@@ -73,6 +84,9 @@ class DownloadedDataModule(BenchmarkDataModule):
             raise self.not_found(f"the download failed: {error}") from error
         if self.faults():
             raise self.not_found("the downloaded files are not the expected ones")
+
+    def _wanted_archives(self) -> list[Archive]:
+        return [each for each in self.archives if not (self.test_only and each.name in self.training_files)]
 
     def faults(self) -> list[str]:
         """One line per missing or damaged file; empty if all are intact."""
@@ -82,6 +96,8 @@ class DownloadedDataModule(BenchmarkDataModule):
         """Needed files that are missing or damaged, and why."""
         bad = {}
         for name, expected in self.needed.items():
+            if self.test_only and Path(name).name in self.training_files:
+                continue
             path = self.root / name
             if not path.is_file():
                 bad[name] = "missing" + (f", expected md5 {expected}" if expected else "")
@@ -102,7 +118,7 @@ class DownloadedDataModule(BenchmarkDataModule):
         verb = "unpack" if self.unpacks else "put"
         what = ", ".join(
             f"{archive.name} ({f'md5 {archive.md5}, ' if archive.md5 else ''}from {archive.url})"
-            for archive in self.archives
+            for archive in self._wanted_archives()
         )
         return FileNotFoundError(
             f"{type(self).__name__} cannot use the files under root={str(self.root)!r} ({reason}):\n{lines}\nSet "

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class FolderDataModule(BenchmarkDataModule):
         augment: Whether training images are randomly cropped (35 to 100 % of the area) and mirrored.
         mean: Mean of each channel, as a fraction; ``None`` uses ImageNet's for RGB and 0.5 for grey images.
         std: Standard deviation of each channel, likewise (0.5 for grey images).
+        **others: ``shift``, ``ood`` and ``shift_rows`` of `BenchmarkDataModule`.
 
     Raises:
         FileNotFoundError: If the folder does not exist, or has no class folders.
@@ -70,8 +71,9 @@ class FolderDataModule(BenchmarkDataModule):
         augment: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers)
+        super().__init__(split, batch_size, num_workers, **others)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB), or None to detect it.")
         self.root = Path(root).expanduser().resolve()
@@ -112,6 +114,7 @@ class FolderDataModule(BenchmarkDataModule):
         coloured = [path for path, header in zip(chosen, found, strict=True) if header == 3]
         if self.channels is None and coloured and self._channels(paths) == 1:
             raise ValueError(f"{coloured[0]} is in colour, but most images are grey. Set channels to 1 or 3.")
+        super().prepare_data()
 
     @property
     def identity(self) -> str:
@@ -123,6 +126,11 @@ class FolderDataModule(BenchmarkDataModule):
         if not self._sets:
             self._choose_frame()
         super().setup(stage)
+
+    def load_for_evaluation(self) -> Source | None:
+        """List the test images, or all images where there are no others."""
+        self._choose_frame()
+        return super().load_for_evaluation()
 
     def load_part(self, part: File) -> Source | None:
         """List the images of one of the parts that the folder has."""

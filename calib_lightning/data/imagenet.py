@@ -55,14 +55,13 @@ class ImageNetDataModule(BenchmarkDataModule):
     Args:
         split: How the files are divided; by default, 25,000 validation images are for calibration, the others for
             testing.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that decode images.
         root: Folder with ``val`` and ``train``, or with the official archives to unpack there.
         augment: Whether training images are cropped (8 % to all of the area) and mirrored at random.
         size: Height and width of the network's input in pixels.
         crop_mode: "center" (resize to 8/7 of the size, then crop) or "squash" (resize both sides, like NCToolkit).
         mean: Mean of each channel, as a fraction; 0.5 for timm's ViT and Mixer.
         std: Standard deviation of each channel, as a fraction; 0.5 for timm's ViT and Mixer.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Raises:
         ValueError: If a value is invalid.
@@ -84,16 +83,15 @@ class ImageNetDataModule(BenchmarkDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data/imagenet",
         augment: bool = True,
         size: int = 224,
         crop_mode: CropMode = "center",
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers)
+        super().__init__(split, **options)
         self.root, self.mean, self.std = Path(root).expanduser().resolve(), mean, std
         self.augment, self._frame = augment, imagenet_frame(size, crop_mode)
 
@@ -115,6 +113,7 @@ class ImageNetDataModule(BenchmarkDataModule):
                     unpack(Path(temporary) / name)
                     (Path(temporary) / name).rename(folder)
         self._check("val", (self.root / "val").is_dir())
+        super().prepare_data()
 
     def load_train(self) -> Source | None:
         """List the training images; ``None`` without a folder of them."""
@@ -196,13 +195,12 @@ class ImageNetV2DataModule(DownloadedDataModule):
 
     Args:
         split: Unused: there is nothing to split.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that decode images.
         root: Folder that holds, or will hold, the folder of the unpacked archive.
         download: Whether to download missing files.
         variant: "matched-frequency", "threshold-0.7" or "top-images".
         size: Height and width of the network's input in pixels.
         crop_mode: As in `ImageNetDataModule`.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Raises:
         ValueError: If a value is invalid.
@@ -225,15 +223,14 @@ class ImageNetV2DataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data",
         download: bool = True,
         variant: Variant = "matched-frequency",
         size: int = 224,
         crop_mode: CropMode = "center",
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers, root, download)
+        super().__init__(split, root, download, **options)
         if variant not in get_args(Variant):
             raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(get_args(Variant))}.")
         self.variant, self._frame = variant, imagenet_frame(size, crop_mode)

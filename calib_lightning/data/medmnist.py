@@ -24,14 +24,13 @@ class MedMNISTDataModule(DownloadedDataModule):
     Args:
         split: How the files are divided; by default the official validation images are also the calibration images, as
             in the papers.
-        batch_size: Batch size per process.
-        num_workers: Unused: the images are in memory.
         name: "bloodmnist", "pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist",
             "tissuemnist", "organamnist", "organcmnist" or "organsmnist".
         size: Height and width in pixels: 28, 64, 128 or 224.
         root: Folder that holds, or will hold, ``<name>.npz`` (28 pixels) or ``<name>_<size>.npz``.
         download: Whether to download the file if it is missing.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Raises:
         ValueError: If the set does not exist, has several labels per image, or is 3-D.
@@ -52,15 +51,14 @@ class MedMNISTDataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         name: str = "bloodmnist",
         size: int = 28,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers, root, download, augment)
+        super().__init__(split, root, download, augment, **options)
         self.name, self.size, self._info = name, size, _info(name)
         suffix = "" if size == 28 else f"_{size}"
         if f"MD5{suffix}" not in self._info:

@@ -28,11 +28,10 @@ class MNISTDataModule(DownloadedDataModule):
 
     Args:
         split: How the 60,000 training images are divided; by default all are for training.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, ``MNIST/raw`` with the four files.
         download: Whether to download missing files.
         augment: Whether training images are shifted and mirrored at random; mirrored digits are not digits.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> MNISTDataModule(root="data").class_names[3]
@@ -44,6 +43,7 @@ class MNISTDataModule(DownloadedDataModule):
     std = (0.3081,)
     class_names = tuple("0123456789")
     source: ClassVar[type[MNIST]] = MNIST
+    training_files = frozenset({"train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"})
     sizes: ClassVar[dict[str, int]] = {"train": 60_000, "t10k": 10_000}
 
     @property
@@ -61,7 +61,7 @@ class MNISTDataModule(DownloadedDataModule):
 
     def bad_files(self) -> dict[str, str]:
         """Files that exist neither compressed nor uncompressed."""
-        return {f"{self.folder}/{file.name}": f"missing, expected md5 {file.md5}" for file in self.archives}
+        return {f"{self.folder}/{file.name}": f"missing, expected md5 {file.md5}" for file in self._wanted_archives()}
 
     def _found(self, name: str) -> Path | None:
         path = self.root / self.folder / name
@@ -84,11 +84,10 @@ class FashionMNISTDataModule(MNISTDataModule):
 
     Args:
         split: How the 60,000 training images are divided; by default all are for training.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, ``FashionMNIST/raw`` with the four files.
         download: Whether to download missing files.
         augment: Whether training images are shifted by up to 4 pixels and mirrored at random.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> FashionMNISTDataModule(root="data").class_names[9]

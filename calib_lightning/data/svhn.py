@@ -18,11 +18,10 @@ class SVHNDataModule(DownloadedDataModule):
 
     Args:
         split: How the training images are divided; by default all are for training.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that prepare batches.
         root: Folder that holds, or will hold, ``train_32x32.mat`` and ``test_32x32.mat``.
         download: Whether to download missing files.
         augment: Whether training images are shifted and mirrored at random; mirrored digits are not digits.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Deviations:
         The papers use the set as out-of-distribution images. Mean and standard deviation of each channel are those of
@@ -41,6 +40,7 @@ class SVHNDataModule(DownloadedDataModule):
     archives = tuple(
         Archive(url, name, md5) for url, name, md5 in (SVHN.split_list[part] for part in ("train", "test"))
     )
+    training_files = frozenset({archives[0].name})
     needed = {archive.name: archive.md5 for archive in archives}  # noqa: RUF012
 
     def load_part(self, part: File) -> Source | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torchvision.datasets import DTD
@@ -25,13 +25,12 @@ class TexturesDataModule(DownloadedDataModule):
     Args:
         split: How the files are divided; by default, half of the official validation images, 20 per class, are for
             calibration.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that decode images.
         root: Folder that holds, or will hold, the folder ``dtd``.
         download: Whether to download missing files.
         augment: Whether training images are cropped (8 % to all of the area) and mirrored at random.
         size: Height and width of the network's input in pixels.
         partition: Number of the official division, 1 to 10.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Raises:
         ValueError: If a value is invalid.
@@ -57,15 +56,14 @@ class TexturesDataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = True,
         size: int = 224,
         partition: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers, root, download, augment)
+        super().__init__(split, root, download, augment, **options)
         if partition not in range(1, 11):
             raise ValueError(f"partition is {partition}; it must be in 1..10. The usual choice is 1.")
         self.partition, self._frame = partition, imagenet_frame(size, "center")

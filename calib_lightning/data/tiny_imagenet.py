@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,11 +29,10 @@ class TinyImageNetDataModule(DownloadedDataModule):
     Args:
         split: How the 100,000 training images are divided; by default, 5,000 are for validation and 10,000 for
             calibration.
-        batch_size: Batch size per process.
-        num_workers: Worker processes that decode images.
         root: Folder that holds, or will hold, the folder ``tiny-imagenet-200``.
         download: Whether to download missing files.
         augment: Whether training images are cropped (4 pixels of padding) and mirrored at random.
+        **options: ``batch_size``, ``num_workers`` and other sets, as in `BenchmarkDataModule`.
 
     Example:
         >>> TinyImageNetDataModule(SplitSpec(imbalance=0.1), root="data").num_classes
@@ -62,13 +61,12 @@ class TinyImageNetDataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers, root, download, augment)
+        super().__init__(split, root, download, augment, **options)
         self.needed = {f"{_FOLDER}/{name}": None for name in ("wnids.txt", "words.txt", "val/val_annotations.txt")}
 
     def load_train(self) -> Source:

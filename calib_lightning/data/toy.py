@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from calib_lightning.data.base import BenchmarkDataModule
@@ -44,8 +46,9 @@ class ToyDataModule(BenchmarkDataModule):
         train_size: int = 300,
         test_size: int = 150,
         num_classes: int = 3,
+        **others: Any,
     ) -> None:
-        super().__init__(split, batch_size, num_workers)
+        super().__init__(split, batch_size, num_workers, **others)
         for name, value in (("train_size", train_size), ("test_size", test_size), ("num_classes", num_classes)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")

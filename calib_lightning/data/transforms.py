@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.functional import center_crop, resize, rgb_to_grayscale
 
 from calib_lightning.utils.seeding import derive_seed, row_uniform
 
@@ -93,6 +94,43 @@ class CropFlip(nn.Module):
         image = windows[torch.arange(len(image), device=image.device), :, top, left]
         if self.flip:
             image = torch.where((draw[:, 2] < 0.5).view(-1, 1, 1, 1), image.flip(-1), image)
+        return image
+
+
+class Fit(nn.Module):
+    """Bring images to other channels and another size: grey repeated or luminance, shorter side resized, centre cut.
+
+    Args:
+        channels: 1 (grey) or 3 (RGB), or as many as the images have.
+        size: Height and width in pixels.
+
+    Example:
+        >>> transform = Fit(3, (32, 32))
+        >>> transform(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1]), 0).shape
+        torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.channels, self.size = channels, size
+
+    def forward(self, image: Tensor, index: Tensor, epoch: int) -> Tensor:
+        """Return images of the wanted shape.
+
+        Args:
+            image: ``(N, C, H, W)`` uint8.
+            index: Unused.
+            epoch: Unused.
+
+        Returns:
+            ``(N, channels, *size)`` uint8.
+        """
+        if image.shape[1] != self.channels:
+            image = rgb_to_grayscale(image) if self.channels == 1 else image.expand(-1, self.channels, -1, -1)
+        if image.shape[2:] != self.size:
+            scale = max(wanted / found for wanted, found in zip(self.size, image.shape[2:], strict=True))
+            sides = [max(round(found * scale), side) for found, side in zip(image.shape[2:], self.size, strict=True)]
+            image = center_crop(resize(image, sides, antialias=True), list(self.size))
         return image
 
 

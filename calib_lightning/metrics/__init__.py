@@ -21,9 +21,18 @@ from calib_lightning.metrics.decomposition import (
     MurphyDecomposition,
     VariationalSplit,
 )
+from calib_lightning.metrics.families import (
+    OTHERS,
+    SEVERITIES_SHOWN,
+    Family,
+    families,
+    mean_values,
+    means_of_families,
+    values_by_severity,
+)
 from calib_lightning.metrics.groups import GroupTable, by_class, by_frequency
 from calib_lightning.metrics.kernel import SquaredKernelCalibrationError
-from calib_lightning.metrics.ood import OODAUPR, OODAUROC, OODFPR95
+from calib_lightning.metrics.ood import OODAUPR, OODAUROC, OODFPR95, OODAUPROut, OODDetection
 from calib_lightning.metrics.proper import Accuracy, BrierScore, Entropy, NegativeLogLikelihood, TopKAccuracy
 from calib_lightning.metrics.refinement import (
     AUGRC,
@@ -41,7 +50,7 @@ from calib_lightning.metrics.resampling import Difference, Interval, bootstrap_i
 from calib_lightning.metrics.soft import SoftLabelScores
 from calib_lightning.metrics.spread import Spread, over_seeds
 from calib_lightning.metrics.state import EvaluationState
-from calib_lightning.metrics.table import CORE, FULL, METRICS, REPORT, SOFT, MetricRow
+from calib_lightning.metrics.table import CORE, FULL, METRICS, OOD, REPORT, SOFT, MetricRow
 
 __all__ = [
     "AUGRC",
@@ -50,10 +59,13 @@ __all__ = [
     "FPR95",
     "FULL",
     "METRICS",
+    "OOD",
     "OODAUPR",
     "OODAUROC",
     "OODFPR95",
+    "OTHERS",
     "REPORT",
+    "SEVERITIES_SHOWN",
     "SOFT",
     "AUPRError",
     "AUPRSuccess",
@@ -72,6 +84,7 @@ __all__ = [
     "EvaluationState",
     "ExcessAURC",
     "ExpectedCalibrationError",
+    "Family",
     "GroupTable",
     "Interval",
     "KolmogorovSmirnovError",
@@ -79,6 +92,8 @@ __all__ = [
     "MetricRow",
     "MurphyDecomposition",
     "NegativeLogLikelihood",
+    "OODAUPROut",
+    "OODDetection",
     "OvOAUROC",
     "OverCalibrationError",
     "OverconfidenceError",
@@ -95,6 +110,10 @@ __all__ = [
     "bootstrap_intervals",
     "by_class",
     "by_frequency",
+    "families",
+    "mean_values",
+    "means_of_families",
     "over_seeds",
     "permutation_test",
+    "values_by_severity",
 ]

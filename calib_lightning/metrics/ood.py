@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from calib_lightning.metrics.functional.checks import FAULTS
 from calib_lightning.metrics.functional.ood import check_ood_shapes, check_ood_values, why_one_sided
 from calib_lightning.metrics.functional.undefined import warn_undefined
 from calib_lightning.metrics.row_metric import RowMetric
-from calib_lightning.metrics.table import METRICS
+from calib_lightning.metrics.table import OOD
 from calib_lightning.metrics.view import StateView
 
 
@@ -95,15 +96,17 @@ class OODMetric(RowMetric):
         Raises:
             ValueError: Batches on a device held scores that are NaN.
         """
+        return self._values([self.key])[self.key]
+
+    def _values(self, keys: Iterable[str]) -> dict[str, Tensor]:
         self.check_faults()
-        rows = int(self.count)
-        value = METRICS[self.key].value(StateView(self)) if rows else torch.full((), torch.nan, dtype=torch.float64)
-        inside = int(self.rows_of("rank_correct").sum())
-        if inside in (0, rows):
-            value = torch.full((), torch.nan, dtype=torch.float64)
-            if self.update_called:
-                warn_undefined(type(self).__name__, (), why_one_sided(rows, inside), stacklevel=3)
-        return value
+        rows, inside = int(self.count), int(self.rows_of("rank_correct").sum())
+        if inside not in (0, rows):
+            view = StateView(self)
+            return {key: OOD[key].value(view) for key in keys}
+        if self.update_called:
+            warn_undefined(type(self).__name__, (), why_one_sided(rows, inside), stacklevel=4)
+        return {key: torch.full((), torch.nan, dtype=torch.float64) for key in keys}
 
 
 class OODAUROC(OODMetric):
@@ -116,7 +119,7 @@ class OODAUROC(OODMetric):
         0.5
     """
 
-    key = "correctness_auroc"
+    key = "ood_auroc"
     higher_is_better = True
 
 
@@ -130,7 +133,21 @@ class OODAUPR(OODMetric):
         0.8333
     """
 
-    key = "aupr_success"
+    key = "ood_aupr"
+    higher_is_better = True
+
+
+class OODAUPROut(OODMetric):
+    """Average precision with out-of-distribution rows as positives; see `functional.ood_aupr_out`.
+
+    Example:
+        >>> metric = OODAUPROut()
+        >>> metric.update(torch.tensor([0.9, 0.6, 0.7]), torch.tensor([True, True, False]))
+        >>> round(float(metric.compute()), 4)
+        0.5
+    """
+
+    key = "ood_aupr_out"
     higher_is_better = True
 
 
@@ -144,5 +161,27 @@ class OODFPR95(OODMetric):
         1.0
     """
 
-    key = "fpr95"
+    key = "ood_fpr95"
     higher_is_better = False
+
+
+class OODDetection(OODMetric):
+    """All values of `OOD` of one pair of sets: AUROC, AUPR in both directions and FPR95.
+
+    Example:
+        >>> metric = OODDetection()
+        >>> metric.update(torch.tensor([0.9, 0.6, 0.7]), torch.tensor([True, True, False]))
+        >>> {key: round(float(value), 2) for key, value in metric.compute().items()}
+        {'ood_auroc': 0.5, 'ood_aupr': 0.83, 'ood_aupr_out': 0.5, 'ood_fpr95': 1.0}
+    """
+
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Compute the metrics.
+
+        Returns:
+            0-d float64 by key; nan, with one warning, unless there are rows of both kinds.
+
+        Raises:
+            ValueError: Batches on a device held scores that are NaN.
+        """
+        return self._values(OOD)

@@ -211,6 +211,18 @@ SOFT = _rows(
 )
 """The metrics of `SoftLabelScores`, which compare with distributions of labels."""
 
+OOD = _rows(
+    {
+        "images of other classes": {
+            "ood_auroc": MetricRow("OOD AUROC %", "higher", ("ranks",), lambda view: view.auroc),
+            "ood_aupr": from_ordered("OOD AUPR in %", refinement.average_precision_from_ordered, "higher"),
+            "ood_aupr_out": from_ordered("OOD AUPR out %", refinement.aupr_error_from_ordered, "higher"),
+            "ood_fpr95": from_ordered("OOD FPR95 %", refinement.fpr_at_tpr_from_ordered, "lower"),
+        }
+    }
+)
+"""The metrics of `OODDetection`, which compare the confidences of a set with those of images of other classes."""
+
 CORE = ("accuracy", "nll", "brier", "ece", "signed_gap", "correctness_auroc")
 """What a run logs while it trains, and the columns of result tables."""
 

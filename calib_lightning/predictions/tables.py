@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calib_lightning.metrics import METRICS, SOFT, MetricRow
+from calib_lightning.metrics import METRICS, OOD, SOFT, MetricRow
 from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.values import Values
 
@@ -190,7 +190,7 @@ def values_content(values: Values) -> dict[str, Any]:
 
 def _row(key: str) -> MetricRow:
     metric = key.partition("@")[0]
-    return METRICS[metric] if metric in METRICS else SOFT[metric]
+    return (METRICS | OOD | SOFT)[metric]
 
 
 def _value(values: Values, key: str) -> str:

@@ -318,11 +318,12 @@ def _run(calib, folder):
 def test_the_table_of_a_run_shows_distributions_only_where_there_are_any():
     from rich.console import Console
 
-    from calib_lightning.predictions.results import result_table
+    from calib_lightning.predictions.results import result_tables
 
     def text(metrics):
         console = Console(width=200, file=io.StringIO())
-        console.print(result_table(metrics, "run"))
+        for table in result_tables(metrics, "run"):
+            console.print(table)
         return console.file.getvalue()
 
     plain = {"test/accuracy": 0.5, "test/n": 10, "shift/a/accuracy": 0.25, "shift/a/n": 10}

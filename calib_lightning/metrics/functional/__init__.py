@@ -16,7 +16,7 @@ from calib_lightning.metrics.functional.classwise import classwise_ece
 from calib_lightning.metrics.functional.dark_side import dark_side_assumption, dark_side_terms
 from calib_lightning.metrics.functional.decomposition import corp_decomposition, murphy_decomposition
 from calib_lightning.metrics.functional.kernel import kernel_calibration_test, skce
-from calib_lightning.metrics.functional.ood import ood_aupr, ood_auroc, ood_fpr95
+from calib_lightning.metrics.functional.ood import max_prob_log_odds, ood_aupr, ood_aupr_out, ood_auroc, ood_fpr95
 from calib_lightning.metrics.functional.ordered import Ordered, order_rows
 from calib_lightning.metrics.functional.ovo import ovo_auroc
 from calib_lightning.metrics.functional.proper import accuracy, brier, entropy, nll, top_k_accuracy
@@ -54,10 +54,12 @@ __all__ = [
     "kernel_calibration_test",
     "ks",
     "label_entropy",
+    "max_prob_log_odds",
     "mce",
     "murphy_decomposition",
     "nll",
     "ood_aupr",
+    "ood_aupr_out",
     "ood_auroc",
     "ood_fpr95",
     "optimal_inverse_temperature",

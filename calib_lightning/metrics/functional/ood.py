@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics.functional.checks import InputKind
 from calib_lightning.metrics.functional.ordered import Ordered, order_rows
 from calib_lightning.metrics.functional.refinement import (
+    aupr_error_from_ordered,
     auroc_from_ordered,
     average_precision_from_ordered,
     fpr_at_tpr_from_ordered,
 )
+from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.metrics.functional.undefined import warn_undefined, why_undefined
 
 
@@ -106,6 +109,30 @@ def ood_aupr(scores: Tensor, is_id: Tensor) -> Tensor:
     return _checked_ood("ood_aupr", scores, is_id, average_precision_from_ordered)
 
 
+def ood_aupr_out(scores: Tensor, is_id: Tensor) -> Tensor:
+    """Area under the precision-recall curve of "the row is out-of-distribution"; higher is better.
+
+    `ood_aupr` with the sides exchanged and the sign of the scores reversed: without skill it equals the share of
+    out-of-distribution rows.
+
+    Args:
+        scores: ``(N,)``, floating point, any score that is higher in-distribution; infinite scores are allowed.
+        is_id: ``(N,)`` bool, true for in-distribution rows; the others are the positive ones.
+
+    Returns:
+        0-d float64 in ``[0, 1]``; nan, with a warning, unless there are rows of both kinds.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, or a score is NaN.
+
+    Example:
+        >>> ood_aupr_out(torch.tensor([0.9, 0.6, 0.7]), torch.tensor([True, True, False]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    return _checked_ood("ood_aupr_out", scores, is_id, aupr_error_from_ordered)
+
+
 def ood_fpr95(scores: Tensor, is_id: Tensor) -> Tensor:
     """Share of other rows that pass if 95 % of in-distribution rows do (Liang et al., 2018); lower is better.
 
@@ -127,3 +154,24 @@ def ood_fpr95(scores: Tensor, is_id: Tensor) -> Tensor:
         tensor(1., dtype=torch.float64)
     """
     return _checked_ood("ood_fpr95", scores, is_id, fpr_at_tpr_from_ordered)
+
+
+def max_prob_log_odds(logits: Tensor, input: InputKind = "logits") -> Tensor:
+    """Log-odds of the largest softmax probability, the score of Hendrycks and Gimpel (2017) for OOD detection.
+
+    ``log c / (1 - c)`` with ``c = max_k softmax(z)_k``: it orders rows as ``c`` does, and does not saturate where ``c``
+    rounds to 1.
+
+    Args:
+        logits: Scores ``(N, K)``, floating point.
+        input: Whether ``logits`` holds ``"logits"`` or ``"probs"``.
+
+    Returns:
+        ``(N,)``, float64 if ``logits`` are, else float32.
+
+    Example:
+        >>> max_prob_log_odds(torch.tensor([[3.0, 0.0], [0.0, 50.0]]))
+        tensor([ 3., 50.])
+    """
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return Rows(logits, labels, None, input).log_odds
