@@ -9,7 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from calib_lightning.metrics import METRICS
-from calib_lightning.plots.style import LIGHT, finish_axes, new_figure
+from calib_lightning.plots.style import LIGHT, finish_axes, finish_figure, new_figure
 
 SHOWN = ("accuracy", "ece", "nll", "correctness_auroc")
 """The metrics of `robustness_curves`, if nothing else is asked for."""
@@ -56,7 +56,7 @@ def robustness_curves(
     figure = new_figure(_HEIGHT * rows / 2, title)
     panels = iter(figure.subplots(rows, min(2, len(metrics)), squeeze=False).flat)
     handles: list[Artist] = []
-    for axes, key in zip(panels, metrics, strict=False):
+    for key, axes in zip(metrics, panels, strict=False):
         row = METRICS[key]
         scale = 100 if row.percent else 1
         found = [scale * np.array([own[key] for own in values[severity]]) for severity in severities]

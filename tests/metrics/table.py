@@ -78,7 +78,12 @@ TERMS = {
     "refinement_nll": (metrics.VariationalSplit, term(F.variational_split, "refinement"), None, 0),
 }
 ALL = METRICS | TERMS
-OOD = {"ood_auroc": metrics.OODAUROC, "ood_aupr": metrics.OODAUPR, "ood_fpr95": metrics.OODFPR95}
+OOD = {
+    "ood_auroc": metrics.OODAUROC,
+    "ood_aupr": metrics.OODAUPR,
+    "ood_aupr_out": metrics.OODAUPROut,
+    "ood_fpr95": metrics.OODFPR95,
+}
 
 TAKES_NO_CONFIDENCE = {
     *("accuracy", "top5_accuracy", "nll", "brier", "entropy", "classwise_ece", "ovo_auroc"),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.special import digamma
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from calib_lightning.metrics.functional.ood import ood_aupr, ood_auroc, ood_fpr95
+from calib_lightning.metrics import OODDetection
+from calib_lightning.metrics.functional.ood import max_prob_log_odds, ood_aupr, ood_aupr_out, ood_auroc, ood_fpr95
 from calib_lightning.metrics.functional.ordered import Ordered, group_ends, order_rows, sums_of_groups
 from calib_lightning.metrics.functional.refinement import (
     aupr_error,
@@ -530,7 +531,12 @@ def test_ood_takes_in_distribution_as_positive(case, dtype):
     s, a = scores.double().numpy(), is_id.numpy()
     assert ood_auroc(scores, is_id).item() == pytest.approx(roc_auc_score(a, s), abs=1e-12)
     assert ood_aupr(scores, is_id).item() == pytest.approx(average_precision_score(a, s), abs=1e-12)
+    assert ood_aupr_out(scores, is_id).item() == pytest.approx(average_precision_score(~a, -s), abs=1e-12)
     assert ood_fpr95(scores, is_id).item() == pytest.approx(by_definition(s, a)["fpr95"], abs=1e-12)
+    together = OODDetection()
+    together.update(scores, is_id)
+    one_by_one = {"ood_auroc": ood_auroc, "ood_aupr": ood_aupr, "ood_aupr_out": ood_aupr_out, "ood_fpr95": ood_fpr95}
+    assert together.compute() == {key: function(scores, is_id) for key, function in one_by_one.items()}
 
 
 def test_ood_by_hand():
@@ -538,10 +544,21 @@ def test_ood_by_hand():
     is_id = torch.tensor([True, False, True, False, False])
     assert ood_auroc(scores, is_id).item() == pytest.approx(5 / 6)
     assert ood_aupr(scores, is_id).item() == pytest.approx((1 + 2 / 3) / 2)
+    assert ood_aupr_out(scores, is_id).item() == pytest.approx((1 + 1 + 3 / 4) / 3)
     assert ood_fpr95(scores, is_id).item() == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("function", [ood_auroc, ood_aupr, ood_fpr95])
+def test_the_score_orders_rows_as_the_largest_probability_and_does_not_saturate():
+    logits = torch.randn(200, 7, generator=torch.Generator().manual_seed(0)).double()
+    largest = logits.softmax(1).amax(1)
+    assert max_prob_log_odds(logits).numpy() == pytest.approx(torch.log(largest / (1 - largest)).numpy(), abs=1e-12)
+    assert max_prob_log_odds(logits.softmax(1), "probs").numpy() == pytest.approx(max_prob_log_odds(logits).numpy())
+    sure = torch.tensor([[60.0, 0.0], [0.0, 90.0]])
+    assert sure.softmax(1).amax(1).unique().tolist() == [1.0]
+    assert max_prob_log_odds(sure).tolist() == [60.0, 90.0]
+
+
+@pytest.mark.parametrize("function", [ood_auroc, ood_aupr, ood_aupr_out, ood_fpr95])
 def test_ood_needs_both_sides(function):
     for n, inside, text in [
         (0, True, "no rows"),
@@ -556,7 +573,7 @@ def test_ood_needs_both_sides(function):
         assert caught[0].filename == __file__
 
 
-@pytest.mark.parametrize("function", [ood_auroc, ood_aupr, ood_fpr95])
+@pytest.mark.parametrize("function", [ood_auroc, ood_aupr, ood_aupr_out, ood_fpr95])
 def test_ood_refuses_bad_input(function):
     yes = torch.tensor([True, False])
     name = function.__name__
