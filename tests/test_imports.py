@@ -21,7 +21,9 @@ ALLOWED = {
     "methods": {"types", "functional", "core", "data", "utils"},
     "callbacks": {"types", "functional", "metrics", "plots", "posthoc", "data", "core", "utils"},
     "deploy": {"types", "functional", "metrics", "posthoc", "core", "methods", "utils"},
-    "commands": {"core", "data", "methods", "callbacks", "metrics", "posthoc", "predictions", "deploy", "utils"},
+    "commands": {
+        *("core", "data", "methods", "callbacks", "metrics", "plots", "posthoc", "predictions", "deploy", "utils"),
+    },
     "__main__": {"commands", "utils"},
     "__init__": {"core", "deploy", "metrics", "posthoc", "predictions"},  # for type checkers; at run time on first use
 }

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.__main__ import main
 from calib_lightning.callbacks import LogFigures
+from calib_lightning.commands.data_list import data_table
 from calib_lightning.commands.list import KINDS, method_table
 from calib_lightning.commands.names import COMMANDS, TRAINER
 from calib_lightning.core import encoder_names
@@ -267,6 +268,10 @@ def test_options_in_the_text_are_there(capsys):
 
 def test_the_table_of_methods_is_that_of_their_docstrings():
     assert method_table() in TEXTS["docs/methods.md"], "paste what `calib list methods --markdown` prints"
+
+
+def test_the_table_of_data_is_that_of_the_cards():
+    assert data_table() in TEXTS["docs/data.md"], "paste what `calib data list --markdown` prints"
 
 
 def test_methods_without_soft_labels_are_named():

@@ -28,7 +28,7 @@ from calib_lightning.commands.fit_folder import (
     is_numbered,
     save_config,
 )
-from calib_lightning.commands.fit_parser import CalibParser, NamedData
+from calib_lightning.commands.fit_parser import CalibParser, data_begins_anew
 from calib_lightning.commands.fit_report import beginning, print_results
 from calib_lightning.commands.loggers import start_loggers
 from calib_lightning.commands.quiet import be_quiet, without_noise
@@ -92,9 +92,7 @@ class CalibCLI(LightningCLI):
         parser.add_argument("--test_after_fit", type=bool, default=True, help=texts.TEST_AFTER_FIT)
         parser.add_argument("--batch_size", type=int | None, default=None, help=texts.BATCH_SIZE)
         parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help=texts.QUIET)
-        for action in parser._actions:
-            if action.dest == "data":
-                action.__class__ = NamedData
+        data_begins_anew(parser)
         parser.link_arguments(
             "data", "model.init_args.num_classes", compute_fn=self._num_classes, apply_on="instantiate"
         )

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import _typehints, _util, get_loader, set_loader
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from calib_lightning import data, methods  # noqa: F401  # short names are found among the classes that are imported
@@ -77,6 +78,13 @@ class NamedData(_typehints.ActionTypeHint):
         return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
+def data_begins_anew(parser: LightningArgumentParser) -> None:
+    """Let ``--data NAME`` replace what was said of other data."""
+    for action in parser._actions:
+        if action.dest == "data":
+            action.__class__ = NamedData
+
+
 class CalibParser(LightningArgumentParser):
     """Lightning's parser; its errors name what comes nearest to a misspelt name."""
 
@@ -91,3 +99,11 @@ class CalibParser(LightningArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: fifty lines of options would hide the error under them, which says where help is."""
+
+
+def data_parser(prog: str) -> CalibParser:
+    """The parser of a command that needs data alone: ``--data NAME --data.SETTING=VALUE``, as in ``calib fit``."""
+    parser = CalibParser(prog=prog)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    data_begins_anew(parser)
+    return parser

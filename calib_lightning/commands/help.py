@@ -83,6 +83,31 @@ _EXAMPLES = {
     "predict": ("calib predict -c RUN/config.yaml",),
 }
 
+_DATA_USAGE = """usage: calib data list [--markdown]
+       calib data prepare NAME [--data.SETTING=VALUE ...]
+       calib data show NAME [--data.SETTING=VALUE ...] [--output FILE] [--images N] [--seed S]
+
+list     every data set with its size, licence and source
+prepare  download the files, or check those that are there; unpack them
+show     count the images of every set and class, and draw a sheet of examples as the network sees them, before and
+         after augmentation; with corrupted sets a second sheet of corruptions by severity. Missing files are
+         downloaded first"""
+
+_DATA = (
+    Option("NAME", "a name of the list, a file, or a class such as my_module.MyDataModule, as for calib fit --data"),
+    Option("--data.SETTING=VALUE", "a setting of the data, such as --data.root=DIR or --data.download=false; calib fit "
+        "--data.help NAME lists them"),
+    Option("--output FILE", "the sheet, .png or .svg (default: NAME.png here, with a number if that is there)"),
+    Option("--images N", "augmented versions of each image; if there are none, as many more images (default: 5)"),
+    Option("--seed S", "which images are drawn, and how they are augmented (default: 0)"),
+    Option("--markdown", "the list as the table of docs/data.md"),
+)  # fmt: skip
+
+_DATA_EXAMPLES = """examples:
+  calib data list
+  calib data prepare fashion_mnist --data.root=DIR
+  calib data show folder --data.root=DIR --data.augment=true --output examples.png"""
+
 
 def overview() -> str:
     """Write the help of ``calib``: every command in one line.
@@ -124,6 +149,20 @@ def trainer_help(command: str) -> str:
         parts.append("\n".join([heading, *(line for option in wanted for line in _lines(option))]))
     parts.append("\n".join(["examples:", *(f"  {example}" for example in _EXAMPLES[command])]))
     parts.append(f"Every option of the trainer and the loggers: calib {command} --help_all")
+    return "\n\n".join(parts)
+
+
+def data_help() -> str:
+    """Write the help of ``calib data``.
+
+    Returns:
+        Text of at most 60 lines.
+    """
+    parts = [
+        _DATA_USAGE,
+        "\n".join(["options:", *(line for option in _DATA for line in _lines(option))]),
+        _DATA_EXAMPLES,
+    ]
     return "\n\n".join(parts)
 
 

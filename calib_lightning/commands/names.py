@@ -31,6 +31,7 @@ COMMANDS = {
     "score": Command("calib_lightning.commands.score", "report and compare metrics of saved predictions"),
     "calibrate": Command("calib_lightning.commands.calibrate", "fit calibrators to held-out predictions"),
     "classify": Command("calib_lightning.commands.classify", "label a folder of images with a calibrated classifier"),
+    "data": Command("calib_lightning.commands.data", "list data sets, download or check one, show examples of it"),
     "list": Command("calib_lightning.commands.list", "list methods, data, networks, metrics, calibrators or configs"),
     "paper": Command("calib_lightning.commands.paper", "print or run the commands behind a published table"),
 }

@@ -34,6 +34,13 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def find_own_modules() -> None:
+    """Let modules of the working directory be found by name; they hide no package."""
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+
+
 def check_metrics(command: str, metrics: str | None) -> None:
     """Exit with code 2 if a metric is unknown."""
     from calib_lightning.predictions.values import selected_metrics  # the import takes seconds

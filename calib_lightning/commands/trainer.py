@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from calib_lightning.commands.help import trainer_help
+from calib_lightning.commands.running import find_own_modules
 from calib_lightning.utils.disk import disk_message
 from calib_lightning.utils.stopping import Stopped
 
@@ -46,9 +47,7 @@ def _run(argv: list[str]) -> int:
     from calib_lightning.utils.run_folder import forget_run_folder, leave_run_folder
 
     forget_run_folder()
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # data modules of one's own are found by name, and hide no package
+    find_own_modules()
     try:
         try:
             CalibCLI(resolve_configs(argv))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calib_lightning.data.array_files import load_npz, npz_names
 from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.card import Card
 from calib_lightning.data.folder import OWN_SPLIT
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import File, SplitSpec
@@ -45,6 +46,7 @@ class ArraysDataModule(BenchmarkDataModule):
     """
 
     default_split: ClassVar[SplitSpec] = OWN_SPLIT
+    card = Card(None, None, None, 0, "yours", "your file --data.file")
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
             framed image instead.
         official_val: Whether there is a file of validation images.
         default_split: The split used by default.
+        card: What `calib data list` says of it.
         stage_views: How the current training stage prepares its images; ``None`` means `augment`.
         stage_batch_size: Its batch size per process; ``None`` means ``batch_size``.
         stage_features: Features ``(N, V, d)`` that replace the images; ``None`` for images.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from calib_lightning.data.array_files import load_npy
+from calib_lightning.data.card import Card
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import File, SplitSpec
@@ -34,6 +35,9 @@ class CIFAR10DataModule(DownloadedDataModule):
         10
     """
 
+    card = Card(
+        10, (50_000, 0, 10_000), (3, 32, 32), 170_498_071, "not stated", "https://www.cs.toronto.edu/~kriz/cifar.html"
+    )
     num_classes = 10
     mean: Sequence[float] = (0.4914, 0.4822, 0.4465)
     std: Sequence[float] = (0.2023, 0.1994, 0.2010)
@@ -98,6 +102,9 @@ class CIFAR100DataModule(CIFAR10DataModule):
         100
     """
 
+    card = Card(
+        100, (50_000, 0, 10_000), (3, 32, 32), 169_001_437, "not stated", "https://www.cs.toronto.edu/~kriz/cifar.html"
+    )
     num_classes = 100
     mean = (0.5071, 0.4867, 0.4408)
     std = (0.2675, 0.2565, 0.2761)
@@ -125,6 +132,14 @@ class CIFAR10HDataModule(CIFAR10DataModule):
         10
     """
 
+    card = Card(
+        10,
+        (50_000, 0, 10_000),
+        (3, 32, 32),
+        171_298_199,
+        "votes CC BY-NC-SA 4.0; images not stated",
+        "https://github.com/jcpeterson/cifar-10h",
+    )
     votes: ClassVar[Archive] = Archive(
         "https://raw.githubusercontent.com/jcpeterson/cifar-10h/master/data/cifar10h-counts.npy", "cifar10h-counts.npy"
     )

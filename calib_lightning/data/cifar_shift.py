@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from calib_lightning.data.array_files import load_npy, load_npz, mapped
+from calib_lightning.data.card import Card
 from calib_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from calib_lightning.data.corruptions import CORRUPTIONS, SEVERITIES
 from calib_lightning.data.downloads import DownloadedDataModule
@@ -47,6 +48,7 @@ class CIFAR101DataModule(_CIFAR10Shift):
         10
     """
 
+    card = Card(10, (0, 0, 2_000), (3, 32, 32), 6_152_256, "MIT", "https://github.com/modestyachts/CIFAR-10.1")
     versions: ClassVar[dict[str, tuple[int, str | None, str]]] = {
         "v4": (2021, None, "6b7b8e6d26b5addd368440d9e0a24ead"),
         "v6": (2000, "4fcae82cb1326aec9ed1dc1fc62345b8", "09a97fb7c430502fcbd69d95093a3f85"),
@@ -102,6 +104,7 @@ class CIFAR102DataModule(_CIFAR10Shift):
         10
     """
 
+    card = Card(10, (0, 0, 2_000), (3, 32, 32), None, "not stated", "https://github.com/modestyachts/cifar-10.2")
     sizes: ClassVar[dict[str, int]] = {"train": 10_000, "test": 2_000}
     folder = "cifar-10.2"
 
@@ -156,6 +159,7 @@ class CIFAR10CDataModule(_CIFAR10Shift):
         10
     """
 
+    card = Card(10, (0, 0, 950_000), (3, 32, 32), 2_918_471_680, "CC BY 4.0", "https://zenodo.org/records/2535967")
     prefix: ClassVar[str] = "cifar10_c"
     packed: ClassVar[Archive] = Archive(
         "https://zenodo.org/records/2535967/files/CIFAR-10-C.tar", "CIFAR-10-C.tar", "56bf5dcef84df0e2308c6dcbcbbd8499"
@@ -218,6 +222,7 @@ class CIFAR100CDataModule(CIFAR10CDataModule):
         100
     """
 
+    card = Card(100, (0, 0, 950_000), (3, 32, 32), 2_918_473_216, "CC BY 4.0", "https://zenodo.org/records/3555552")
     num_classes = CIFAR100DataModule.num_classes
     mean = CIFAR100DataModule.mean
     std = CIFAR100DataModule.std

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.card import Card
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import SplitSpec, cut_balanced
 
@@ -34,6 +35,14 @@ class DigitsDataModule(BenchmarkDataModule):
         {'train': 1097, 'val': 100, 'calibration': 200, 'test': 400}
     """
 
+    card = Card(
+        10,
+        (1_397, 0, 400),
+        (1, 8, 8),
+        0,
+        "CC BY 4.0",
+        "https://archive.ics.uci.edu/dataset/80 (included in scikit-learn)",
+    )
     num_classes = 10
     # of the images outside the test set
     mean = (0.3052,)

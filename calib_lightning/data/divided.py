@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calib_lightning.data.card import Card
 from calib_lightning.data.sets import FileSet, InMemorySet
 from calib_lightning.data.source import Source, check_source, take
 from calib_lightning.data.split import File, Rows, SplitSpec
@@ -35,6 +36,7 @@ class DividedData:
     frame: Frame | None = None
     official_val: bool = False
     default_split: ClassVar[SplitSpec] = SplitSpec()
+    card: ClassVar[Card | None] = None
 
     def __init__(self, split: SplitSpec | None = None) -> None:
         super().__init__()

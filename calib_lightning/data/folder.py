@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.card import Card
 from calib_lightning.data.folders import class_files
 from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
@@ -59,6 +60,7 @@ class FolderDataModule(BenchmarkDataModule):
 
     default_split: ClassVar[SplitSpec] = OWN_SPLIT
     crop_scale = (0.35, 1.0)
+    card = Card(None, None, None, 0, "yours", "your folder --data.root")
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_de
 
 from calib_lightning.data.archives import extract
 from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.card import Card
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.folders import check_counts, class_files
 from calib_lightning.data.sets import ImageFiles
@@ -75,6 +76,14 @@ class ImageNetDataModule(BenchmarkDataModule):
         run.
     """
 
+    card = Card(
+        1000,
+        (1_281_167, 0, 50_000),
+        (3, 224, 224),
+        154_644_969_425,
+        "non-commercial research and education",
+        "https://image-net.org/download.php (by hand, with an account)",
+    )
     num_classes = 1000
     crop_scale = (0.08, 1.0)
     default_split: ClassVar[SplitSpec] = SplitSpec(calibration=25_000, calibration_from="test")
@@ -214,6 +223,7 @@ class ImageNetV2DataModule(DownloadedDataModule):
         alphabetically, as in ``ImageFolder``, "10" would be class 2.
     """
 
+    card = Card(1000, (0, 0, 10_000), (3, 224, 224), 1_260_000_000, "MIT", "https://github.com/modestyachts/ImageNetV2")
     num_classes = 1000
     mean = IMAGENET_MEAN
     std = IMAGENET_STD

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
 
+from calib_lightning.data.card import Card
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import File
@@ -38,6 +39,7 @@ class MNISTDataModule(DownloadedDataModule):
         '3'
     """
 
+    card = Card(10, (60_000, 0, 10_000), (1, 28, 28), 11_594_722, "not stated", "http://yann.lecun.com/exdb/mnist/")
     num_classes = 10
     mean = (0.1307,)
     std = (0.3081,)
@@ -94,6 +96,9 @@ class FashionMNISTDataModule(MNISTDataModule):
         'Ankle boot'
     """
 
+    card = Card(
+        10, (60_000, 0, 10_000), (1, 28, 28), 30_878_645, "MIT", "https://github.com/zalandoresearch/fashion-mnist"
+    )
     mean = (0.2860,)
     std = (0.3530,)
     class_names = tuple(FashionMNIST.classes)

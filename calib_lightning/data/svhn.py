@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torchvision.datasets import SVHN
 
+from calib_lightning.data.card import Card
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import File
@@ -33,6 +34,14 @@ class SVHNDataModule(DownloadedDataModule):
         10
     """
 
+    card = Card(
+        10,
+        (73_257, 0, 26_032),
+        (3, 32, 32),
+        246_316_178,
+        "non-commercial use only",
+        "http://ufldl.stanford.edu/housenumbers/",
+    )
     num_classes = 10
     mean = (0.4377, 0.4438, 0.4728)
     std = (0.1980, 0.2010, 0.1970)

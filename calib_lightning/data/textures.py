@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torchvision.datasets import DTD
 
+from calib_lightning.data.card import Card
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.folders import check_counts
 from calib_lightning.data.imagenet import IMAGENET_MEAN, IMAGENET_STD, imagenet_frame
@@ -43,6 +44,14 @@ class TexturesDataModule(DownloadedDataModule):
         The authors report the mean over ten partitions; a run here uses one.
     """
 
+    card = Card(
+        47,
+        (1_880, 1_880, 1_880),
+        (3, 224, 224),
+        625_239_812,
+        "for research purposes",
+        "https://www.robots.ox.ac.uk/~vgg/data/dtd/",
+    )
     num_classes = 47
     mean = IMAGENET_MEAN
     std = IMAGENET_STD

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from calib_lightning.data.card import Card
 from calib_lightning.data.downloads import DownloadedDataModule
 from calib_lightning.data.folders import check_counts, class_files
 from calib_lightning.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
@@ -42,6 +43,7 @@ class TinyImageNetDataModule(DownloadedDataModule):
         Mukhoti et al. (2020) fit the temperature on the test images; here it is fitted on held-out training images.
     """
 
+    card = Card(200, (100_000, 0, 10_000), (3, 64, 64), 248_100_043, "not stated", "http://cs231n.stanford.edu/")
     num_classes = 200
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
