@@ -1,5 +1,6 @@
 """Generated corruptions: seeded by row, any size and channels, named errors, constants as published."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import calib_lightning.data.corruptions.photographs as photographs_module
 from calib_lightning.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
@@ -80,6 +82,7 @@ def test_seed_row_and_severity_change_the_random_ones_alone(corruption):
     assert (made(image, corruption, severity=4) != first).any()
 
 
+@pytest.mark.slow  # another process imports everything
 def test_a_row_is_the_same_in_another_process():
     code = (
         "import torch; from calib_lightning.data.corruptions import corrupt; from tests.data.test_corruptions import *;"
@@ -191,9 +194,24 @@ def test_what_cannot_be_generated_is_said_before(tmp_path, monkeypatch):
         unavailable(["rain"])
     monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(
-        "calib_lightning.data.corruptions.photographs._of_package.cache_clear", lambda: None, raising=False
-    )
+    photographs_module._of_package.cache_clear()
     missing = unavailable(CORRUPTIONS)
-    assert set(missing) >= {"spatter"}
-    assert "pip install 'calib-lightning[corruptions]'" in missing["spatter"]
+    assert list(missing) == ["frost", "spatter"]
+    for reason in missing.values():
+        assert "`pip install 'calib-lightning[corruptions]'`" in reason
+    assert "Give a folder of frost photographs" in missing["frost"]
+    with pytest.raises(FileNotFoundError, match="no photographs of frost"):
+        corrupt(pictures(1), "frost", 1, torch.arange(1), table="cifar")
+    with pytest.raises(ModuleNotFoundError, match="spatter needs OpenCV"):
+        corrupt(pictures(1), "spatter", 1, torch.arange(1), table="cifar")
+
+
+def test_the_package_gives_its_photographs_without_being_imported(monkeypatch):
+    if importlib.util.find_spec("imagecorruptions") is None:
+        pytest.skip("needs the extra corruptions")
+    monkeypatch.delitem(sys.modules, "imagecorruptions", raising=False)
+    photographs_module._of_package.cache_clear()
+    found = frost_photographs()
+    assert [one.dtype for one in found] == [np.uint8] * 5
+    assert all(one.ndim == 3 and one.shape[2] == 3 and min(one.shape[:2]) > 32 * 5 for one in found)
+    assert "imagecorruptions" not in sys.modules

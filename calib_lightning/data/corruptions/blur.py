@@ -64,8 +64,8 @@ def defocus_blur(image: Images, constants: tuple[float, float], rngs: Streams) -
     half = len(kernel) // 2
     padded = np.pad(unit(image), ((0, 0), (0, 0), (half, half), (half, half)), mode="reflect")
     size = [fft.next_fast_len(side, True) for side in padded.shape[-2:]]
-    transform = fft.rfft2(kernel, size)  # symmetric: convolution and correlation agree
-    blurred = fft.irfft2(fft.rfft2(padded.astype(np.float64), size) * transform, size)
+    transform = fft.rfft2(kernel.astype(np.float32), size)  # symmetric: convolution and correlation agree
+    blurred = fft.irfft2(fft.rfft2(padded, size) * transform, size)
     height, width = image.shape[-2:]
     inside = blurred[..., 2 * half : 2 * half + height, 2 * half : 2 * half + width]
     return np.asarray(inside, dtype=np.float32)

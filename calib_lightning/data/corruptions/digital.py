@@ -12,11 +12,10 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from calib_lightning.data.corruptions.draws import Floats, Images, Streams
-from calib_lightning.data.corruptions.filters import unit
+from calib_lightning.data.corruptions.draws import Images, Streams
 
 
-def jpeg_compression(image: Images, quality: int, rngs: Streams) -> Floats:
+def jpeg_compression(image: Images, quality: int, rngs: Streams) -> Images:
     """Write and read a JPEG file."""
 
     def compressed(picture: Image.Image) -> Image.Image:
@@ -27,7 +26,7 @@ def jpeg_compression(image: Images, quality: int, rngs: Streams) -> Floats:
     return _by_pillow(image, compressed)
 
 
-def pixelate(image: Images, share: float, rngs: Streams) -> Floats:
+def pixelate(image: Images, share: float, rngs: Streams) -> Images:
     """Make the pixels larger."""
     height, width = image.shape[-2:]
     small = (max(int(width * share), 1), max(int(height * share), 1))
@@ -35,14 +34,14 @@ def pixelate(image: Images, share: float, rngs: Streams) -> Floats:
     return _by_pillow(image, lambda picture: picture.resize(small, box).resize((width, height), box))
 
 
-def _by_pillow(image: Images, change: Callable[[Image.Image], Image.Image]) -> Floats:
+def _by_pillow(image: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
     """What Pillow makes of each image (C, H, W)."""
     changed = np.empty_like(image)
+    pixels = np.empty((*image.shape[2:], image.shape[1]), dtype=np.uint8)
     for one, out in zip(image, changed, strict=True):
-        if len(one) == 1:
-            out[0] = np.asarray(change(Image.fromarray(one[0])))
-        else:
-            out[:] = np.asarray(change(Image.fromarray(np.ascontiguousarray(one.transpose(1, 2, 0))))).transpose(
-                2, 0, 1
-            )
-    return unit(changed)
+        for channel, values in enumerate(one):  # three times as fast as a transpose
+            pixels[..., channel] = values
+        done = np.asarray(change(Image.fromarray(pixels[..., 0] if len(one) == 1 else pixels)))
+        for channel in range(len(one)):
+            out[channel] = done if len(one) == 1 else done[..., channel]
+    return changed

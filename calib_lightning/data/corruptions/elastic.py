@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import fft
 from scipy.ndimage import affine_transform, map_coordinates
 
 from calib_lightning.data.corruptions.draws import Floats, Images, Streams, uniform
-from calib_lightning.data.corruptions.filters import gaussian, unit
+from calib_lightning.data.corruptions.filters import unit
 
 
 def elastic_transform(image: Images, constants: tuple[float, float, float], rngs: Streams) -> Floats:
@@ -26,13 +27,24 @@ def elastic_transform(image: Images, constants: tuple[float, float, float], rngs
             affine_transform(straight, matrix, offset, output=channel, order=1, mode="mirror")
     if alpha == 0:
         return bent
-    field = gaussian(uniform(rngs, 2, height, width) * 2 - 1, sigma, mode="reflect", truncate=3.0)
+    field = _smooth(uniform(rngs, 2, height, width) * 2 - 1, sigma)
     places = np.mgrid[:height, :width] + np.float32(alpha) * field
     stretched = np.empty_like(bent)
     for x, place, out in zip(bent, places, stretched, strict=True):
         for channel, straight in zip(out, x, strict=True):
             map_coordinates(straight, place, output=channel, order=1, mode="reflect")
     return stretched
+
+
+def _smooth(field: Floats, sigma: float) -> Floats:
+    """A Gaussian filter of 3 sigma, mirrored at the edge, by cosine transforms: it may be wider than the image."""
+    steps = np.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1)
+    kernel = np.exp(-(steps**2) / (2 * sigma**2))
+    waves = fft.dctn(field, axes=(-2, -1))
+    for size, shape in ((field.shape[-2], (-1, 1)), (field.shape[-1], (1, -1))):
+        response = np.cos(np.outer(np.arange(size), steps) * (np.pi / size)) @ kernel / kernel.sum()
+        waves *= response.astype(np.float32).reshape(shape)
+    return np.asarray(fft.idctn(waves, axes=(-2, -1)), dtype=np.float32)
 
 
 def _inverse(move: Floats, height: int, width: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

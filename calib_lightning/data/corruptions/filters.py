@@ -18,8 +18,10 @@ def unit(image: Images) -> Floats:
     return image.astype(np.float32) / np.float32(255)
 
 
-def levels(x: Floats) -> Images:
+def levels(x: Floats | Images) -> Images:
     """Cut values in [0, 1] to grey levels, as a cast does; what misses a level by a rounding error reaches it."""
+    if x.dtype == np.uint8:
+        return np.asarray(x, dtype=np.uint8)
     scaled: Floats = np.clip(x, 0, 1) * np.float32(255)
     return (scaled + np.float32(1e-3)).astype(np.uint8)
 
@@ -31,10 +33,10 @@ def grey(x: Floats) -> Floats:
     return np.asarray((x * _LUMINANCE).sum(axis=1, keepdims=True), dtype=np.float32)
 
 
-def gaussian(x: Floats, sigma: float, *, mode: str = "nearest", truncate: float = 4.0) -> Floats:
-    """Blur the last two dimensions by a Gaussian kernel; the edge is repeated."""
+def gaussian(x: Floats, sigma: float) -> Floats:
+    """Blur the last two dimensions by a Gaussian kernel of 4 sigma; the edge is repeated."""
     sigmas = (0,) * (x.ndim - 2) + (sigma, sigma)
-    return np.asarray(gaussian_filter(x, sigmas, mode=mode, truncate=truncate), dtype=np.float32)
+    return np.asarray(gaussian_filter(x, sigmas, mode="nearest"), dtype=np.float32)
 
 
 def motion(x: Floats, radius: int, sigma: float, angles: NDArray[np.float64]) -> Floats:

@@ -27,7 +27,7 @@ from calib_lightning.data.corruptions.filters import grey, levels
 from calib_lightning.data.corruptions.photographs import frost_photographs
 from calib_lightning.utils.names import did_you_mean
 
-_MADE: dict[str, Callable[..., Floats]] = {
+_MADE: dict[str, Callable[..., Floats | Images]] = {
     "gaussian_noise": noise.gaussian_noise,
     "shot_noise": noise.shot_noise,
     "impulse_noise": noise.impulse_noise,
@@ -145,7 +145,7 @@ def corrupt(
         if several:
             part = np.repeat(part, 3, axis=1)
         x = function(part, constants, streams(seed, code, severity, numbers[block]))
-        corrupted[block] = levels(grey(np.clip(x, 0, 1)) if several else x)
+        corrupted[block] = levels(grey(np.clip(x, 0, 1).astype(np.float32, copy=False)) if several else x)
 
     threads = min(torch.get_num_threads(), _MOST_THREADS)
     size = max(min(_BLOCK // math.prod(image.shape[1:]), math.ceil(len(image) / threads)), 1)
@@ -191,7 +191,7 @@ def unavailable(corruptions: Sequence[str], frost_folder: str | Path | None = No
 
 def _function(
     corruption: str, table: Table, size: tuple[int, ...], frost: Sequence[Images] | None
-) -> Callable[[Images, Any, Streams], Floats]:
+) -> Callable[[Images, Any, Streams], Floats | Images]:
     """The function of a corruption, with the photographs if it needs some."""
     if corruption != "frost":
         return _MADE[corruption]

@@ -69,12 +69,12 @@ def plasma(rngs: Streams, side: int, decay: float) -> Floats:
     """Draw height maps (B, S, S) in [0, 1] by diamonds and squares, S the next power of two.
 
     Each halving of the grid sets the middle of squares, then of diamonds, to the mean of four neighbours plus a
-    uniform number; its size falls by the factor ``decay``. The map is a torus.
+    uniform number, whose range falls by the factor ``decay`` squared. The map is a torus.
     """
     size = 1 << max(side - 1, 1).bit_length()
     draws = uniform(rngs, size * size - 1) * 2 - 1
     maps = np.zeros((len(rngs), size, size), dtype=np.float32)
-    used, step, wibble = 0, size, 100.0 * 100.0
+    used, step, wibble = 0, size, 1.0
 
     def middles(total: Floats) -> Floats:
         nonlocal used
@@ -93,7 +93,7 @@ def plasma(rngs: Streams, side: int, decay: float) -> Floats:
         maps[:, ::step, half::step] = middles(above)
         beside = centre + np.roll(centre, 1, 2) + corner + np.roll(corner, -1, 1)
         maps[:, half::step, ::step] = middles(beside)
-        step, wibble = half, wibble / decay
+        step, wibble = half, wibble / decay**2
     maps -= maps.min(axis=(1, 2), keepdims=True)
     most: Floats = maps.max(axis=(1, 2), keepdims=True)
     return maps / most
