@@ -33,11 +33,13 @@ class Files:
         calibration: Scores and labels to fit to.
         test: Scores and labels to evaluate on.
         labels: File of labels (.npy, .npz, .pt or .csv), once for --calibration, then once for each --test.
+        ood: Scores of images of other classes; report how well the confidence tells them from those of the test set.
     """
 
     calibration: Path | None = None
     test: list[Path] = field(default_factory=list)
     labels: list[Path] = field(default_factory=list, metadata={"once": True})
+    ood: list[Path] = field(default_factory=list, metadata={"once": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,9 @@ class Options(Files, Settings, Reading):
 
     data:
       RUN          a folder of `calib fit`: calibrators are fitted to predictions/calibration.npz and evaluated on every
-                   other saved set except the validation set. The network is loaded only if a calibrator needs images
-                   or features.
+                   other saved set except the validation set: of corruptions the report has means, of images of other
+                   classes how well they are told from test. The network is loaded only if a calibrator needs images or
+                   features.
       files        calibrators are fitted to --calibration and evaluated on every --test. Formats: calib score --help.
                    Test rows among the calibration rows are rejected.
 
@@ -82,6 +85,7 @@ class Options(Files, Settings, Reading):
                 "--calibration": self.calibration,
                 "--test": self.test,
                 "--labels": self.labels,
+                "--ood": self.ood,
                 "--scores_key": self.scores_key,
                 "--labels_key": self.labels_key,
                 "--input probs": self.input == "probs",
@@ -131,7 +135,7 @@ def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
         source = read_predictions(options.calibration, options, labels[0])
         files = zip(unique_names(options.test), options.test, labels[1:], strict=True)
         tests = {name: read_predictions(path, options, of_labels) for name, path, of_labels in files}
-    report = calibrate(source, tests, calibrators, options.seeds, **keywords_of(options))
+    report = calibrate(source, tests, calibrators, options.seeds, options.ood or None, **keywords_of(options))
     print_report(report, "text", None)
     if output is None:
         print("Nothing was written; --output DIR saves the fitted calibrators and the report.")

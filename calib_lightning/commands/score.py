@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,6 +72,8 @@ class Options(Compared, Written, Settings, Reading):
     """Accuracy, calibration and refinement of saved predictions.
 
     files:
+      RUN          the folder of a run, for all its sets: with the means over corruptions and, of a single run, how well
+                   images of other classes are told from test
       .npz         arrays `logits` (with --input probs: `probs`) of shape (N, K) and `labels` (N,); optionally
                    `confidence` (N,), if it is not the largest probability, `class_names` (K,), and
                    `label_distribution` (N, K), such as the votes of annotators. --scores_key and --labels_key set other
@@ -86,13 +89,15 @@ class Options(Compared, Written, Settings, Reading):
     values, and "inf" or "-inf" for infinite ones.
 
     Args:
-        files: Saved scores and labels; see below.
+        files: Saved scores and labels, or folders of runs; see below.
         labels: File of labels (.npy, .npz, .pt or .csv), once for all FILEs or once for each, in their order.
+        ood: Scores of images of other classes; report how well the confidence tells them from those of FILE.
         calibrator: File of `calib calibrate`, a calibrator to apply to each FILE (not to --compare).
     """
 
     files: list[Path] = field(metadata={"metavar": "FILE"})
     labels: list[Path] = field(default_factory=list, metadata={"metavar": "FILE", "once": True})
+    ood: list[Path] = field(default_factory=list, metadata={"metavar": "FILE", "once": True})
     calibrator: Path | None = field(default=None, metadata={"metavar": "CAL"})
 
     def __post_init__(self) -> None:
@@ -105,6 +110,10 @@ class Options(Compared, Written, Settings, Reading):
                 f"--labels is given {len(self.labels)} times for {len(self.files)} files; it must be given once, or "
                 "once for each file"
             )
+        if self.ood and len(self.files) > 1:
+            raise ValueError(f"--ood is for one FILE; {len(self.files)} are given")
+        if self.labels and any(path.is_dir() for path in self.files):
+            raise ValueError("--labels is for files; a run has its own")
         if self.seeds and len(self.files) < 2:
             raise ValueError("--seeds needs two or more files, one for each run")
         _ = self.style
@@ -120,31 +129,36 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: Options) -> int:
     from calib_lightning.posthoc import load_calibrator
     from calib_lightning.predictions.files import read_counts
-    from calib_lightning.predictions.reading import unique_names
+    from calib_lightning.predictions.others import read_others
+    from calib_lightning.predictions.reading import read_predictions, unique_names
     from calib_lightning.predictions.scoring import score
     from calib_lightning.predictions.seeds import files_of_runs
 
-    read = files_of_runs(options.files) if options.seeds else []
+    found, outside = _found(options.files)
+    outside |= dict(zip(unique_names(options.ood), options.ood, strict=True))
+    read = [*found.values(), *outside.values(), *(files_of_runs(found.values()) if options.seeds else [])]
     check_output(options, read)
-    names = unique_names(options.files)
     if options.figures is not None:
-        from calib_lightning.predictions.figures import figure_files  # it imports matplotlib
+        from calib_lightning.predictions.figures import every_figure  # it imports matplotlib
 
         check_writable(options.figures, "--figures")
-        for path in (path for name in names for path in figure_files(options.figures, name)):
+        for path in every_figure(options.figures, found):
             check_no_input(path, "--figures", [*named_files(options), *read])
     labels: list[Path | None] = [*options.labels] or [None]
-    labels = labels * len(names) if len(labels) == 1 else labels
+    labels = labels * len(found) if len(labels) == 1 else labels
     calibrator = None if options.calibrator is None else load_calibrator(options.calibrator)
-    files = list(zip(options.files, labels, strict=True))
-    sets = {name: _read(options, *file, calibrator) for name, file in zip(names, files, strict=True)}
+    files = dict(zip(found, zip(found.values(), labels, strict=True), strict=True))
+    read_sets = {name: read_predictions(path, options, of) for name, (path, of) in files.items()}
+    sets = {name: _applied(options, each, calibrator) for name, each in read_sets.items()}
+    others = {name: _applied(options, each, calibrator) for name, each in read_others(outside, options).items()}
     groups: Any = options.groups
     if options.train_counts is not None:
         groups = read_counts(options.train_counts, next(iter(sets.values())).scores.shape[1])
     report = score(
         sets,
-        compare=None if options.compare is None else [_other(options, options.compare, of) for _, of in files],
+        compare=None if options.compare is None else _compared(options, options.compare, files),
         groups=groups,
+        ood=others or None,
         seeds=options.seeds,
         **keywords_of(options),
     )
@@ -152,11 +166,24 @@ def _run(options: Options) -> int:
     return 0 if options.figures is None else _write_figures(options.figures, report)
 
 
-def _read(options: Options, path: Path, labels: Path | None, calibrator: Calibrator | None) -> Predictions:
-    from calib_lightning.predictions.reading import read_predictions, with_features
+def _found(files: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Files of scores by the names of their sets; of a single run also those of other classes."""
+    from calib_lightning.predictions.inputs import files_of_run
+    from calib_lightning.predictions.reading import unique_names
+
+    if len(files) == 1 and files[0].is_dir():
+        return files_of_run(files[0])
+    found: dict[str, Path] = {}
+    for name, path in zip(unique_names(files), files, strict=True):
+        of_run = files_of_run(path)[0] if path.is_dir() else {}
+        found |= {f"{name}/{each}": file for each, file in of_run.items()} if path.is_dir() else {name: path}
+    return found, {}
+
+
+def _applied(options: Options, predictions: Predictions, calibrator: Calibrator | None) -> Predictions:
+    from calib_lightning.predictions.reading import with_features
     from calib_lightning.predictions.scoring import apply
 
-    predictions = read_predictions(path, options, labels)
     if calibrator is None:
         return predictions
     if "network" in calibrator.needs:
@@ -169,6 +196,17 @@ def _read(options: Options, path: Path, labels: Path | None, calibrator: Calibra
     return apply(calibrator, predictions, file=options.calibrator)
 
 
+def _compared(options: Options, compare: Path, files: dict[str, tuple[Path, Path | None]]) -> list[Predictions]:
+    """The other run of each set: one file for all, or the file of the same set in a run."""
+    if not compare.is_dir():
+        return [_other(options, compare, labels) for _, labels in files.values()]
+    found, _ = _found([compare])
+    missing = [name for name in files if name not in found]
+    if missing:
+        raise ValueError(f"{compare} (--compare) has no predictions of {missing[0]!r}; it has {', '.join(found)}.")
+    return [_other(options, found[name], None) for name in files]
+
+
 def _other(options: Options, path: Path, labels: Path | None) -> Predictions:
     from calib_lightning.predictions.reading import read_predictions
 
@@ -177,13 +215,17 @@ def _other(options: Options, path: Path, labels: Path | None) -> Predictions:
 
 
 def _write_figures(folder: Path, report: ScoreReport) -> int:
-    from calib_lightning.predictions.figures import write_figures
+    from calib_lightning.predictions.figures import curve_names, shown_sets, write_curves, write_figures
 
     sys.stdout.flush()
     code = 0
-    for name, entry in report.sets.items():
+    values = {name: entry.values.values for name, entry in report.sets.items()}
+    work = {name: partial(write_curves, folder, name, values) for name in curve_names(report.sets)}
+    for name in shown_sets(report.sets):
+        work[name] = partial(write_figures, folder, name, report.sets[name].predictions, report.settings.bins[0])
+    for name, write in work.items():
         try:
-            write_figures(folder, name, entry.predictions, report.settings.bins[0])
+            write()
         except Exception as error:  # the figures of the other sets may succeed
             print(f"calib: warning: no figures of {name}: {one_line(error)}", file=sys.stderr)
             code = 1

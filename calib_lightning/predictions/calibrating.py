@@ -5,16 +5,17 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib_lightning.metrics import families
 from calib_lightning.posthoc import Calibrator, Evidence, build, parse
 from calib_lightning.predictions.calibration_report import UNCALIBRATED, CalibrationReport, Fitted, Row
 from calib_lightning.predictions.held_out import check_widths
 from calib_lightning.predictions.inputs import Inputs, inputs_of, inputs_of_run
-from calib_lightning.predictions.paired import changes
+from calib_lightning.predictions.losses import LOST_REFINEMENT, losses, losses_of_family
+from calib_lightning.predictions.others import once_each, ood_values, read_others, reference
 from calib_lightning.predictions.reading import Predictions, PredictionsLike, named, predictions_of, with_features
 from calib_lightning.predictions.scoring import apply
 from calib_lightning.predictions.settings import (
@@ -26,25 +27,12 @@ from calib_lightning.predictions.settings import (
     parted,
 )
 from calib_lightning.predictions.values import (
-    filled_state,
     selected_metrics,
     states_of,
     value_notes,
     values_of,
     warnings_as_notes,
 )
-
-NOTICEABLE = 0.005
-"""Change for the worse that is noted: of accuracy, correctness AUROC or ECE as a fraction, of NLL in nats."""
-
-LOST_REFINEMENT = (
-    "where the correctness AUROC falls, confidences separate right from wrong answers less well; calibration errors do "
-    "not show that"
-)
-"""One note for all calibrators that lower it noticeably."""
-
-_QUALITIES = {"accuracy": "accuracy", "correctness_auroc": "correctness AUROC"}
-_ERRORS = ("nll", "ece")
 
 EvidenceOf = Callable[[str, Predictions, Calibrator], Evidence]
 """Returns the inputs of calibrators for a set, given its name."""
@@ -55,6 +43,7 @@ def calibrate(
     test: PredictionsLike | Sequence[PredictionsLike] | Mapping[str, PredictionsLike] | None = None,
     calibrators: str | Calibrator | Sequence[str | Calibrator] = DEFAULT_CALIBRATOR,
     seeds: int = 1,
+    ood: Any = None,
     **options: Any,
 ) -> CalibrationReport:
     """Fit calibrators to held-out predictions; compare accuracy, calibration and refinement before and after.
@@ -66,6 +55,8 @@ def calibrate(
             or the folder of a run, for its calibration split.
         test: One or more sets to evaluate on, as in `score`. Omit it for a run, which has its own.
         calibrators: Objects, or text such as ``"Temperature,OneVsRest(Isotonic)"``.
+        ood: Sets of other classes, told from the test set before and after: files, scores ``(N, K)``, or a dict by
+            name. A run has its own.
         seeds: Number of fits of every calibrator that has a seed, each with the next seed; the report has all, and
             their mean and standard deviation.
         **options: ``metrics``, ``bins``, ``intervals`` (``None`` for none), ``level`` and ``seed``, see `Settings`;
@@ -107,6 +98,7 @@ def calibrate(
         if test is None:
             raise ValueError("test is None; it must be one or more sets to evaluate on. Give their files or tensors.")
         inputs = inputs_of(predictions_of(calibration, reading), named(test, reading))
+        inputs = inputs._replace(others={} if ood is None else read_others(ood, reading))
         if "features" in needs:
             inputs = _with_features(inputs, reading)
         evidence = _stored_evidence
@@ -200,21 +192,27 @@ def _stored_evidence(name: str, predictions: Predictions, calibrator: Calibrator
 
 def _with_features(inputs: Inputs, reading: Reading | None) -> Inputs:
     calibration = with_features(inputs.calibration, reading)
-    tests = {name: with_features(test, reading) for name, test in inputs.tests.items()}
-    check_widths(calibration, tests)
-    return inputs._replace(calibration=calibration, tests=tests)
+    tests, others = (
+        {name: with_features(found, reading) for name, found in sets.items()} for sets in (inputs.tests, inputs.others)
+    )
+    check_widths(calibration, tests | others)
+    return inputs._replace(calibration=calibration, tests=tests, others=others)
 
 
 def _report(
     settings: Settings, calibrators: Sequence[Calibrator], inputs: Inputs, evidence: EvidenceOf
 ) -> CalibrationReport:
-    notes = list(inputs.notes)
     rows: dict[str, dict[str, Row]] = {}
     said: dict[str, list[str]] = {}
+    grouped = [family for family in families(inputs.tests) if family.severities]
+    corrupted = {name for family in grouped for name in family.members}
+    of_corruptions = dataclasses.replace(settings, intervals=None)  # of a hundred sets the means matter
     for name, test in inputs.tests.items():
-        row, said[name] = _row(settings, test)
+        row, said[name] = _row(of_corruptions if name in corrupted else settings, test)
         rows[name] = {UNCALIBRATED: row}
-        notes += [f"{name}: {note}" for note in said[name]]
+    notes = [*inputs.notes, *once_each(((name, note) for name, own in said.items() for note in own), inputs.tests)]
+    told_from = reference(inputs.tests)
+    others = {UNCALIBRATED: ood_values(inputs.tests[told_from], inputs.others, notes)} if inputs.others else {}
     fitted: dict[str, Fitted] = {}
     failed: dict[str, str] = {}
     for calibrator in calibrators:
@@ -223,18 +221,27 @@ def _report(
             found = _fit(calibrator, inputs.calibration, evidence("calibration", inputs.calibration, calibrator))
             applied = {
                 name: apply(found.calibrator, test, evidence(name, test, calibrator))
-                for name, test in inputs.tests.items()
+                for name, test in (inputs.tests | inputs.others).items()
             }
         except Exception as error:  # a failure must not affect the other calibrators
             failed[called] = " ".join(str(error).split()) or type(error).__name__
             continue
         fitted[called] = found
-        for name, predictions in applied.items():
-            rows[name][called], new = _row(settings, predictions)
-            notes += [f"{name}, {called}: {note}" for note in new if note not in said[name]]
-            notes += _losses(inputs.tests[name], predictions, name, called, settings.bins[0])
+        new: dict[str, list[str]] = {}
+        for name, test in inputs.tests.items():
+            rows[name][called], new[name] = _row(of_corruptions if name in corrupted else settings, applied[name])
+            if name not in corrupted:
+                notes += losses(test, applied[name], name, called, settings.bins[0])
+        added = ((name, f"{called}: {note}") for name, own in new.items() for note in own if note not in said[name])
+        notes += once_each(added, inputs.tests)
+        for family in grouped:
+            pair = (UNCALIBRATED, called)
+            before, after = ({name: row[key].values.values for name, row in rows.items()} for key in pair)
+            notes += losses_of_family(before, after, family, called)
+        if inputs.others:
+            others[called] = ood_values(applied[told_from], {name: applied[name] for name in inputs.others}, notes)
     notes = sorted(dict.fromkeys(notes), key=LOST_REFINEMENT.__eq__)  # after the notes that it explains
-    return CalibrationReport(inputs, settings, fitted, rows, failed, notes)
+    return CalibrationReport(inputs, settings, fitted, rows, failed, notes, others=others)
 
 
 def _fit(calibrator: Calibrator, predictions: Predictions, evidence: Evidence) -> Fitted:
@@ -251,33 +258,3 @@ def _row(settings: Settings, predictions: Predictions) -> tuple[Row, list[str]]:
     values, warned = values_of(settings, states, predictions)
     row = Row(values, predictions.confidence is not None)
     return row, list(dict.fromkeys([*value_notes(predictions, values.values), *warned]))
-
-
-def _losses(before: Predictions, after: Predictions, name: str, calibrator: str, bins: int) -> Iterator[str]:
-    old, new = _quality(before, bins), _quality(after, bins)
-    fallen = [key for key in _QUALITIES if old[key] - new[key] > NOTICEABLE]
-    change = changes(before, after) if fallen else {}
-    lost = [key for key in fallen if not change[key].high >= 0.0]  # nan is no reason to be silent
-    said = [
-        f"the {_QUALITIES[key]} from {100 * old[key]:.2f} to {100 * new[key]:.2f} % (paired 95 % interval of the "
-        f"change: {100 * change[key].low:+.2f} to {100 * change[key].high:+.2f})"
-        for key in lost
-    ]
-    if said:
-        yield f"{name}: {calibrator} lowers {' and '.join(said)}"
-    risen = [key for key in _ERRORS if new[key] - old[key] > NOTICEABLE]
-    errors = {
-        "nll": f"the NLL from {old['nll']:.4f} to {new['nll']:.4f}",
-        "ece": f"the ECE from {100 * old['ece']:.2f} to {100 * new['ece']:.2f} %",
-    }
-    if risen:
-        yield f"{name}: {calibrator} raises {' and '.join(errors[key] for key in risen)}"
-    if "correctness_auroc" in lost:
-        yield LOST_REFINEMENT
-
-
-def _quality(predictions: Predictions, bins: int) -> dict[str, float]:
-    state = filled_state(predictions, [*_QUALITIES, *_ERRORS], bins, details=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # undefined values never cause a note here
-        return {key: float(value) for key, value in state.compute().items()}

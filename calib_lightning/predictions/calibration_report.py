@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import calib_lightning
+from calib_lightning.metrics import means_of_families
 from calib_lightning.metrics.spread import Spread, over_seeds
 from calib_lightning.posthoc import Calibrator, FitReport, save_calibrator
 from calib_lightning.predictions.inputs import Inputs
+from calib_lightning.predictions.others import OOD_TITLE, corrupted_sets, ood_grid, reference
 from calib_lightning.predictions.reading import Predictions
+from calib_lightning.predictions.results import lines_of_corruptions
 from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.tables import (
     Entry,
@@ -76,6 +79,7 @@ class CalibrationReport(Report):
         failed: Reasons of failures, by calibrator.
         notes: Remarks on the values.
         groups: Names of fits that differ by their seed, by the name of the first.
+        others: For `UNCALIBRATED` and each calibrator, how well images of other classes are told, by their set.
     """
 
     inputs: Inputs
@@ -85,6 +89,7 @@ class CalibrationReport(Report):
     failed: dict[str, str]
     notes: list[str]
     groups: dict[str, list[str]] = field(default_factory=dict)
+    others: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def calibrators(self) -> dict[str, Calibrator]:
@@ -126,7 +131,10 @@ class CalibrationReport(Report):
 
     def grids(self) -> Iterator[Grid]:
         """One table for each set, and one of the fits."""
+        corrupted = corrupted_sets(self.inputs.tests)
         for name, test in self.inputs.tests.items():
+            if name in corrupted:
+                continue
             rows, classes = test.scores.shape
             entries = [Entry(called, [], row.values) for called, row in self.rows[name].items()]
             title = f"{name}: {rows:,} rows, {classes:,} classes, {bins_title(self.settings)}"
@@ -135,6 +143,10 @@ class CalibrationReport(Report):
                 keys = list(next(iter(spreads.values())))
                 means = [[called, *(_mean_and_std(k, found[k]) for k in keys)] for called, found in spreads.items()]
                 yield Grid(f"{name}: mean and standard deviation over seeds", ["", *map(heading, keys)], means)
+        yield from self._shift_grids()
+        for name in self.others.get(UNCALIBRATED, {}):
+            of_each = [(called, values[name]) for called, values in self.others.items()]
+            yield ood_grid(f"{name}: {OOD_TITLE.format(reference(self.inputs.tests))}", "", of_each)
         if self.fitted:
             rows = len(self.inputs.calibration.labels)
             header = [
@@ -150,6 +162,16 @@ class CalibrationReport(Report):
             ]
             fits = [[name, _temperature(fitted), *_fit_cells(fitted.report)] for name, fitted in self.fitted.items()]
             yield Grid(f"fits to the {rows:,} calibration rows, with values on these rows", header, fits)
+
+    def _shift_grids(self) -> Iterator[Grid]:
+        """A table for each benchmark of corruptions: some severities and the mean, each over all corruptions."""
+        found = {called: lines_of_corruptions(self._values(called)) for called in (UNCALIBRATED, *self.fitted)}
+        for place, line in enumerate(found[UNCALIBRATED]):
+            entries = [Entry(called, [], Values(dict(lines[place].values), {}, {})) for called, lines in found.items()]
+            yield from value_grids(f"{line.name}: {line.size}, {bins_title(self.settings)}", [""], entries)
+
+    def _values(self, called: str) -> dict[str, dict[str, float]]:
+        return {name: rows[called].values.values for name, rows in self.rows.items()}
 
     def _seeds_content(self, test: str) -> dict[str, Any]:
         return {
@@ -193,6 +215,8 @@ class CalibrationReport(Report):
                 name: {"file": self.files[name], "spec": fitted.calibrator.spec, "fit": _fit_content(fitted)}
                 for name, fitted in self.fitted.items()
             },
+            "means": {called: means_of_families(self._values(called)) for called in (UNCALIBRATED, *self.fitted)},
+            "ood": self.others,
             "failed": self.failed,
             "notes": self.notes,
         }

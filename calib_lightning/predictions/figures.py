@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from calib_lightning.metrics import families, values_by_severity
 from calib_lightning.metrics.functional.bins import bin_sums
 from calib_lightning.metrics.functional.ordered import order_rows
 from calib_lightning.metrics.functional.rows import Rows
-from calib_lightning.plots import confidence_histogram, reliability_diagram, risk_coverage_curve, save_figure
+from calib_lightning.plots import (
+    confidence_histogram,
+    reliability_diagram,
+    risk_coverage_curve,
+    robustness_curves,
+    save_figure,
+)
+from calib_lightning.plots.robustness import SHOWN
+from calib_lightning.predictions.others import corrupted_sets
 from calib_lightning.predictions.reading import Predictions
 
 _KINDS = ("reliability_diagram", "confidence_histogram", "risk_coverage_curve")
 
 
+def every_figure(folder: Path, names: Iterable[str]) -> list[Path]:
+    """The files of all figures of these sets."""
+    every = list(names)
+    figures = [path for name in shown_sets(every) for path in figure_files(folder, name)]
+    return figures + [path for name in curve_names(every) for path in _files(folder, name, ("robustness",))]
+
+
+def shown_sets(names: Iterable[str]) -> list[str]:
+    """The sets that have figures of their own: not the single corruptions of a benchmark."""
+    every = list(names)
+    corrupted = corrupted_sets(every)
+    return [name for name in every if name not in corrupted]
+
+
+def curve_names(names: Iterable[str]) -> list[str]:
+    """The benchmarks of corruptions in several severities, which have a curve over them."""
+    return [family.name for family in families(names) if len(family.severities) > 1]
+
+
 def figure_files(folder: Path, name: str) -> list[Path]:
     """The files of `write_figures`."""
-    return [folder / name / f"{kind}{suffix}" for kind in _KINDS for suffix in (".png", ".svg")]
+    return _files(folder, name, _KINDS)
+
+
+def _files(folder: Path, name: str, kinds: Iterable[str]) -> list[Path]:
+    return [folder / name / f"{kind}{suffix}" for kind in kinds for suffix in (".png", ".svg")]
 
 
 def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int) -> list[Path]:
@@ -28,3 +61,12 @@ def write_figures(folder: Path, name: str, predictions: Predictions, n_bins: int
         "risk_coverage_curve": risk_coverage_curve(ordered, title=name),
     }
     return [save_figure(figures[path.stem], path) for path in figure_files(folder, name)]
+
+
+def write_curves(folder: Path, name: str, values: Mapping[str, Mapping[str, float]]) -> list[Path]:
+    """Save the curves over severity of a benchmark of corruptions; ``values`` are those of all sets by name."""
+    family = next(family for family in families(values) if family.name == name)
+    by_severity = values_by_severity(family, values)
+    first = next(iter(by_severity.values()))[0]
+    figure = robustness_curves(by_severity, metrics=[key for key in SHOWN if key in first], title=name)
+    return [save_figure(figure, path) for path in _files(folder, name, ("robustness",))]

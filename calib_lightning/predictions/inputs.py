@@ -7,18 +7,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calib_lightning.metrics import OTHERS
 from calib_lightning.metrics.functional.checks import seem_probs
 from calib_lightning.predictions.held_out import LOOKS_BETTER, check_apart, check_role
-from calib_lightning.predictions.reading import Predictions, input_notes, read_predictions
+from calib_lightning.predictions.others import TEST, once_each, read_others
+from calib_lightning.predictions.reading import REPLACED_CONFIDENCE, Predictions, input_notes, read_predictions
 from calib_lightning.predictions.results import SHARED
-from calib_lightning.predictions.scoring import REPLACED_CONFIDENCE
 from calib_lightning.utils.run_folder import run_of
 
 
 class Inputs(NamedTuple):
     """The calibration set, the test sets by name, and notes on them.
 
-    ``run`` is ``None`` for predictions from elsewhere, ``checkpoint`` if no network was loaded.
+    ``run`` is ``None`` for predictions from elsewhere, ``checkpoint`` if no network was loaded; ``others`` are sets
+    of other classes.
     """
 
     calibration: Predictions
@@ -26,18 +28,13 @@ class Inputs(NamedTuple):
     notes: list[str]
     run: Path | None = None
     checkpoint: Path | None = None
+    others: dict[str, Predictions] = {}  # noqa: RUF012  # never changed
 
 
 def inputs_of_run(run: Path) -> Inputs:
     """Read the saved sets of a run (or of a test in its folder); the test and shifted sets are the test sets."""
-    read_record(run)
+    paths, others = files_of_run(run)
     folder = run / "predictions"
-    found = {path: path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.npz"))}
-    paths = {name: path for path, name in found.items() if not name.startswith("ood/")}  # these have no labels
-    if not paths:
-        raise ValueError(
-            f"{run} has no predictions yet. Run `calib test -c {run / 'config.yaml'}` and give {run / 'test'} as RUN."
-        )
     calibration = paths.pop("calibration", None)
     if calibration is None:
         raise ValueError(
@@ -48,7 +45,23 @@ def inputs_of_run(run: Path) -> Inputs:
     if not paths:
         raise ValueError(f"{folder} has no predictions of a test set.")
     tests = {name: read_predictions(path) for name, path in paths.items()}
-    return _noted(read_predictions(calibration), tests, run)._replace(run=run)
+    inputs = _noted(read_predictions(calibration), tests, run)
+    return inputs._replace(run=run, others=read_others(others))
+
+
+def files_of_run(run: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The files of a run's predictions by the name of the set: those with labels, and those of other classes."""
+    read_record(run)
+    folder = run / "predictions"
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.npz"))}
+    if not found:
+        raise ValueError(
+            f"{run} has no predictions yet. Run `calib test -c {run / 'config.yaml'}` and give {run / 'test'} as RUN."
+        )
+    first = {name: place for place, name in enumerate((TEST, "calibration", "val"))}
+    names = sorted(found, key=lambda name: first.get(name, len(first)))  # the others stay in the order of names
+    others = [name for name in names if name.startswith(f"{OTHERS}/")]
+    return {name: found[name] for name in names if name not in others}, {name: found[name] for name in others}
 
 
 def inputs_of(calibration: Predictions, tests: Mapping[str, Predictions]) -> Inputs:
@@ -90,10 +103,11 @@ def _noted(calibration: Predictions, tests: dict[str, Predictions], run: Path | 
     if len(calibration.labels) == 0:
         raise ValueError(f"{calibration.where} has no rows; it must have at least one. Give held-out rows.")
     notes = [] if run is None else list(_run_notes(run))
+    said: list[tuple[str, str]] = []
     for name, found in {"calibration": calibration, **tests}.items():
-        if found.confidence is not None:
-            notes.append(f"{name}: {REPLACED_CONFIDENCE}")
-        notes += [f"{name}: {note}" for note in input_notes(found)]
+        said += [(name, REPLACED_CONFIDENCE)] if found.confidence is not None else []
+        said += [(name, note) for note in input_notes(found)]
+    notes += once_each(said, tests)
     for name, test in tests.items():
         notes += check_apart(calibration, test, name)
     return Inputs(calibration, tests, list(dict.fromkeys(notes)))

@@ -66,6 +66,9 @@ class Predictions(NamedTuple):
         return "predictions" if self.origin.file is None else str(self.origin.file)
 
 
+REPLACED_CONFIDENCE = "the confidence in the file is replaced by that of the calibrated logits"
+"""Note on calibrated predictions whose file has its own confidence."""
+
 _ARRAYS = ("scores", "labels", "confidence", "label_distribution", "features")
 
 PredictionsLike = Predictions | str | Path | tuple[Any, ...]

@@ -60,6 +60,18 @@ def lines_of(sets: Mapping[str, Mapping[str, float]]) -> list[Line]:
     return [*lines, *others]
 
 
+def lines_of_corruptions(sets: Mapping[str, Mapping[str, float]]) -> list[Line]:
+    """Only the rows of `lines_of` for corruptions.
+
+    Args:
+        sets: The values of each set by name.
+
+    Returns:
+        The rows.
+    """
+    return [line for family in families(sets) if family.name != OTHERS for line in _lines_of_family(family, sets)]
+
+
 def _lines_of_family(family: Family, sets: Mapping[str, Mapping[str, float]]) -> list[Line]:
     lines = [
         _mean_line(f"{family.name}, severity {severity}", family.of_severity(severity), sets)

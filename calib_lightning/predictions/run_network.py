@@ -60,7 +60,7 @@ class RunNetwork:
         Logits that differ from the saved ones are a ``ValueError``: they are from another network.
         """
         found, largest = {}, 0.0
-        for name, predictions in {"calibration": inputs.calibration, **inputs.tests}.items():
+        for name, predictions in {"calibration": inputs.calibration, **inputs.tests, **inputs.others}.items():
             logits, features = self._outputs(name)
             off = _distance(logits, predictions)
             if not off <= AGREEMENT:
@@ -73,7 +73,10 @@ class RunNetwork:
         note = f"the logits of {self.checkpoint} agree with the saved ones (largest relative difference {largest:.1g})"
         calibration = found.pop("calibration")
         notes = [*inputs.notes, note]
-        return inputs._replace(calibration=calibration, tests=found, notes=notes, checkpoint=self.checkpoint)
+        others = {name: found.pop(name) for name in inputs.others}
+        return inputs._replace(
+            calibration=calibration, tests=found, notes=notes, checkpoint=self.checkpoint, others=others
+        )
 
     def evidence(self, name: str, predictions: Predictions, calibrator: Calibrator) -> Evidence:
         """Evidence on a set, as far as the calibrator needs it; images of test sets are read a batch at a time."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import calib_lightning
-from calib_lightning.metrics import CORE, Difference, GroupTable, Spread
+from calib_lightning.metrics import CORE, Difference, GroupTable, Spread, means_of_families
+from calib_lightning.predictions.others import OOD_TITLE, condensed, ood_grid, reference
 from calib_lightning.predictions.reading import Predictions
 from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.tables import (
@@ -57,6 +58,7 @@ class ScoreReport(Report):
             empty if they are not asked for.
         compared_with: Name of the other run of each set; empty without one.
         notes: The notes of all sets.
+        ood: How well images of other classes are told, by their set.
     """
 
     sets: dict[str, SetScores]
@@ -65,6 +67,7 @@ class ScoreReport(Report):
     spreads: dict[str, dict[str, Spread]]
     compared_with: dict[str, str]
     notes: list[str]
+    ood: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, float]:
@@ -79,8 +82,10 @@ class ScoreReport(Report):
         calibrators = {entry.predictions.origin.calibrator for entry in self.sets.values()} - {""}
         if calibrators:
             title += f", calibrated by {', '.join(sorted(calibrators))}"
-        entries = [Entry(name, _sizes(entry.predictions), entry.values) for name, entry in self.sets.items()]
-        yield from value_grids(title, ["set", "N", "K"], entries)
+        entries = {name: Entry(name, _sizes(entry.predictions), entry.values) for name, entry in self.sets.items()}
+        yield from value_grids(title, ["set", "N", "K"], condensed(entries))
+        if self.ood:
+            yield ood_grid(OOD_TITLE.format(reference(self.sets)), "set", self.ood.items())
         for group, spreads in self.spreads.items():
             rows = sectioned({key: _spread_cells(key, spread) for key, spread in spreads.items()})
             interval = f"{100 * self.settings.level:g} % interval of the mean"
@@ -130,6 +135,8 @@ class ScoreReport(Report):
             "settings": settings,
             "sets": {name: _set_content(entry) for name, entry in self.sets.items()},
         }
+        means = means_of_families({name: entry.values.values for name, entry in self.sets.items()})
+        content |= ({"means": means} if means else {}) | ({"ood": self.ood} if self.ood else {})
         if self.spreads:
             groups = {
                 group: {key: spread._asdict() for key, spread in spreads.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,16 @@ from calib_lightning.metrics import (
 from calib_lightning.posthoc import Calibrator, Evidence
 from calib_lightning.posthoc.base import ANY_CLASSES
 from calib_lightning.predictions.files import checked_counts
-from calib_lightning.predictions.reading import Predictions, PredictionsLike, input_notes, named, predictions_of
+from calib_lightning.predictions.inputs import files_of_run
+from calib_lightning.predictions.others import corrupted_sets, once_each, ood_values, read_others, reference
+from calib_lightning.predictions.reading import (
+    REPLACED_CONFIDENCE,
+    Predictions,
+    PredictionsLike,
+    input_notes,
+    named,
+    predictions_of,
+)
 from calib_lightning.predictions.score_report import Groups, ScoreReport, SetScores
 from calib_lightning.predictions.seeds import groups_of_runs, spreads_of
 from calib_lightning.predictions.settings import Reading, Settings, parted
@@ -33,9 +43,6 @@ from calib_lightning.predictions.values import (
     warnings_as_notes,
 )
 
-REPLACED_CONFIDENCE = "the confidence in the file is replaced by that of the calibrated logits"
-"""Note on calibrated predictions whose file has its own confidence."""
-
 _ROWS_AT_ONCE = 8192
 
 
@@ -46,13 +53,14 @@ def score(
     compare: PredictionsLike | Sequence[PredictionsLike] | None = None,
     groups: Literal["class"] | Tensor | Sequence[int] | None = None,
     seeds: bool = False,
+    ood: Any = None,
     **options: Any,
 ) -> ScoreReport:
     """Score predictions: accuracy, calibration and refinement, with intervals, groups and a paired comparison.
 
     Args:
         predictions: Scores ``(N, K)`` if ``labels`` are given; otherwise one or more sets, in a list or a dict by name.
-            A set is a file, `Predictions` or a pair (scores, labels).
+            A set is a file, `Predictions` or a pair (scores, labels). The folder of a run stands for all its sets.
         labels: Class numbers ``(N,)`` of the scores.
         compare: Another run on the same rows, or one for each set; the report has the differences, with the p-value of
             a paired permutation test.
@@ -60,6 +68,8 @@ def score(
             the values of frequent and rare classes.
         seeds: Whether the sets are runs with different seeds; the report has the mean and standard deviation over
             those of one method and data set.
+        ood: Sets of other classes: files, scores ``(N, K)``, or a dict by name. The report has how well the confidence
+            tells their rows from those of the set called "test", or of the first. A run has its own.
         **options: ``metrics``, ``bins``, ``intervals``, ``level`` and ``seed``, see `Settings`; ``input`` (``"probs"``
             for probabilities) and the names of arrays in files, see `Reading`.
 
@@ -79,20 +89,31 @@ def score(
     asked, reading = parted(options)
     selected_metrics(asked.metrics, classes=2)
     # All files are read first, so that an invalid last one does not waste the computation for the others.
-    sets = named(predictions if labels is None else (predictions, labels), reading)
+    sources: Any = predictions if labels is None else (predictions, labels)
+    if labels is None and isinstance(predictions, str | Path) and Path(predictions).is_dir():
+        sources, own = files_of_run(Path(predictions))
+        ood = own if ood is None else ood
+    sets = named(sources, reading)
+    outside = {} if ood is None else read_others(ood, reading)
     others = _others(compare, sets, reading)
     counts = {name: _counts(groups, found) for name, found in sets.items()}
-    scored = {name: _scored(asked, found, others.get(name), groups, counts[name]) for name, found in sets.items()}
+    of_corruptions = dataclasses.replace(asked, intervals=None)  # of a hundred sets the means matter
+    corrupted = corrupted_sets(sets)
+    scored = {
+        name: _scored(of_corruptions if name in corrupted else asked, found, others.get(name), groups, counts[name])
+        for name, found in sets.items()
+    }
     spreads = {}
     if seeds:
         if len(sets) < 2:
             raise ValueError("seeds is True; there must be two or more sets, one for each run. Give all runs.")
         for group, members in groups_of_runs(sets).items():
             spreads[group] = spreads_of({name: scored[name].values.values for name in members}, asked.level)
-    notes = [f"{name}: {note}" for name, entry in scored.items() for note in entry.notes]
+    notes = once_each(((name, note) for name, entry in scored.items() for note in entry.notes), sets)
+    told = ood_values(sets[reference(sets)], outside, notes) if outside else {}
     kinds = sorted({found.input for found in sets.values()})
     compared = {name: other.where for name, other in others.items()}
-    return ScoreReport(scored, asked, " and ".join(kinds), spreads, compared, list(dict.fromkeys(notes)))
+    return ScoreReport(scored, asked, " and ".join(kinds), spreads, compared, list(dict.fromkeys(notes)), told)
 
 
 def apply(

@@ -84,8 +84,8 @@ def forget_run_folder() -> None:
 
 
 def run_of(path: str | Path) -> Path | None:
-    """Return the run folder that a file belongs to: one of the three folders above it that has a ``run.json``."""
-    for folder in Path(path).resolve().parents[:3]:
+    """Return the run folder that a file belongs to: one of the four folders above it that has a ``run.json``."""
+    for folder in Path(path).resolve().parents[:4]:
         if (folder / "run.json").is_file():
             return folder
     return None

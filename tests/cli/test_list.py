@@ -6,7 +6,7 @@ from calib_lightning import methods, posthoc
 from calib_lightning.__main__ import main
 from calib_lightning.commands import list as listing
 from calib_lightning.core import ClassificationModule, encoder_names
-from calib_lightning.metrics import METRICS, SOFT
+from calib_lightning.metrics import METRICS, OOD, SOFT
 from calib_lightning.utils.config_search import config_names, find_config
 
 
@@ -92,7 +92,7 @@ def test_configurations_of_the_working_directory_are_listed(capsys, tmp_path, mo
 
 def test_metrics_networks_and_calibrators(capsys):
     found = listed(capsys, "metrics")
-    assert list(found) == [*METRICS, *SOFT]
+    assert list(found) == [*METRICS, *SOFT, *OOD]
     assert found["accuracy"] == "accuracy % (higher is better)"
     assert found["signed_gap"] == "signed gap % (nearest 0 is best)"
     found = listed(capsys, "networks")

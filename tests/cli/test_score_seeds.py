@@ -11,9 +11,9 @@ from calib_lightning.__main__ import main
 from calib_lightning.metrics import over_seeds
 from calib_lightning.metrics.functional import variational_split
 from calib_lightning.metrics.functional.temperature import fit_inverse_temperature
-from calib_lightning.predictions import calibrating
+from calib_lightning.predictions import losses
 from calib_lightning.predictions.paired import auroc_influence
-from calib_lightning.predictions.reading import read_predictions
+from calib_lightning.predictions.reading import predictions_of, read_predictions
 from calib_lightning.predictions.scoring import score
 
 
@@ -139,11 +139,11 @@ def test_a_change_that_chance_explains_is_no_loss(rows):
     margin = torch.randn(rows, generator=draw) + 1.0
     noisy = margin + 0.35 * torch.randn(rows, generator=draw) * (torch.rand(rows, generator=draw) < 0.3)
     before, after = (
-        calibrating.predictions_of((torch.stack([torch.zeros(rows), m * (2.0 * labels - 1.0)], dim=1), labels))
+        predictions_of((torch.stack([torch.zeros(rows), m * (2.0 * labels - 1.0)], dim=1), labels))
         for m in (margin, noisy)
     )
-    old, new = (calibrating._quality(found, 15)["correctness_auroc"] for found in (before, after))
-    said = " ".join(calibrating._losses(before, after, "test", "X", 15))
+    old, new = (losses.quality(found, 15)["correctness_auroc"] for found in (before, after))
+    said = " ".join(losses.losses(before, after, "test", "X", 15))
     if rows == 20_000:
         assert 0.005 < old - new < 0.03
         assert "the correctness AUROC from" in said

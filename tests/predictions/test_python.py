@@ -93,7 +93,7 @@ def test_groups_by_training_counts_and_one_comparison_for_each_set():
         (lambda: score(LOGITS, LABELS, metrics="core,eec"), "unknown 'eec'.*Did you mean ece"),
         (lambda: score(LOGITS, LABELS, input="prob"), "input is 'prob'"),
         (lambda: score(LOGITS, LABELS, bin=3), "no option 'bin'"),
-        (lambda: score("."), "is a folder"),
+        (lambda: score("."), "is not the folder of a run"),
         (lambda: score([]), "at least one set"),
         (lambda: calibrate(HALF, OTHER, []), "at least one"),
         (lambda: calibrate(HALF, OTHER, Temperature), "such as Temperature"),
