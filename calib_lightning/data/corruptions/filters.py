@@ -22,7 +22,7 @@ def levels(x: Floats | Images) -> Images:
     """Cut values in [0, 1] to grey levels, as a cast does; what misses a level by a rounding error reaches it."""
     if x.dtype == np.uint8:
         return np.asarray(x, dtype=np.uint8)
-    scaled: Floats = np.clip(x, 0, 1) * np.float32(255)
+    scaled = np.clip(np.asarray(x, dtype=np.float32), 0, 1) * np.float32(255)
     return (scaled + np.float32(1e-3)).astype(np.uint8)
 
 
