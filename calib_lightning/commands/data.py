@@ -85,6 +85,7 @@ def _parsed(part: str, words: Sequence[str]) -> tuple[Any, Namespace]:
         parser.add_argument("--output", type=str | None, default=None)
         parser.add_argument("--images", type=int, default=5)
         parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--corruptions", type=bool, nargs="?", const=True, default=False)
     asked = parser.parse_args(argv)
     if part == "show" and not 1 <= asked.images <= _MOST_IMAGES:
         wrong("data show", f"--images is {asked.images}; it must be in 1..{_MOST_IMAGES}. 5 is usual.")
@@ -97,12 +98,18 @@ def _output(name: str, asked: Namespace) -> Path:
     """Where the sheet goes: a file that was asked for, else a new one here."""
     from calib_lightning.utils.files import check_output_file
 
-    stem, number = Path(name).stem if Path(name).is_file() else name.rpartition(".")[2], 1
-    path = Path(asked.output or f"{stem}.png")
-    while asked.output is None and path.exists():  # it may be an image of the user's
-        number += 1
-        path = Path(f"{stem}-{number}.png")
+    stem = Path(name).stem if Path(name).is_file() else name.rpartition(".")[2]
+    path = _new(Path(f"{stem}.png")) if asked.output is None else Path(asked.output)
     check_output_file(path, "--output", [Path(name)])
+    return path
+
+
+def _new(wanted: Path) -> Path:
+    """The file or, if it exists, a numbered one: nobody has named it, and it may be an image of the user's."""
+    path, number = wanted, 1
+    while path.exists() or path.is_symlink():
+        number += 1
+        path = wanted.with_stem(f"{wanted.stem}-{number}")
     return path
 
 
@@ -176,7 +183,8 @@ def _show(data: Any, name: str, output: Path, asked: Namespace) -> None:
     from lightning.pytorch import seed_everything
 
     from calib_lightning.data import BenchmarkDataModule
-    from calib_lightning.data.examples import class_examples, corruption_examples
+    from calib_lightning.data.examples import class_examples, corruption_examples, generated_examples
+    from calib_lightning.data.generated import GENERATED
     from calib_lightning.plots.saving import save_figure
     from calib_lightning.plots.sheet import image_sheet
     from calib_lightning.utils.files import check_output_file
@@ -189,9 +197,15 @@ def _show(data: Any, name: str, output: Path, asked: Namespace) -> None:
     seed_everything(asked.seed, verbose=False)  # that of the augmentation
     sheets = {output: (class_examples(data, asked.images, asked.seed), f"{name}, {data.set_names[0]}")}
     corrupted = corruption_examples(data, asked.seed)
+    if asked.corruptions and GENERATED not in corrupted:
+        corrupted[GENERATED], table, missing = generated_examples(data, asked.seed)
+        print(f"{GENERATED} corruptions: constants {table!r}; not the archive's images")
+        for name, reason in missing.items():
+            print(f"calib: note: {name} is left out: {reason}", file=sys.stderr)
     for shift, examples in corrupted.items():
         end = "corruptions" if len(corrupted) == 1 else shift
-        sheets[output.with_stem(f"{output.stem}_{end}")] = examples, f"{shift}, by severity"
+        second = output.with_stem(f"{output.stem}_{end}")
+        sheets[_new(second) if asked.output is None else second] = examples, f"{shift}, by severity"
     for path in sheets:
         check_output_file(path, "--output", _files(data))
     for path, (examples, title) in sheets.items():
@@ -207,7 +221,9 @@ def _files(data: BenchmarkDataModule) -> Iterator[Path]:
         given = Path(getattr(data, key, ""))
         yield given
         yield from (given / name for name in getattr(data, "needed", {}))
+    if folder := getattr(data, "folder", ""):
+        yield from (Path(getattr(data, "root", "")) / folder).glob("*")
     for name in data.set_names:
-        images = data.evaluation_loader(name).data
+        images = data.set_of(name)
         if isinstance(images, FileSet):
             yield from (images.image.path(place) for place in range(len(images)))

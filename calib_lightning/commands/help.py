@@ -85,7 +85,7 @@ _EXAMPLES = {
 
 _DATA_USAGE = """usage: calib data list [--markdown]
        calib data prepare NAME [--data.SETTING=VALUE ...]
-       calib data show NAME [--data.SETTING=VALUE ...] [--output FILE] [--images N] [--seed S]
+       calib data show NAME [--data.SETTING=VALUE ...] [--output FILE] [--images N] [--seed S] [--corruptions]
 
 list     every data set with its size, licence and source
 prepare  download the files, or check those that are there; unpack them
@@ -97,9 +97,11 @@ _DATA = (
     Option("NAME", "a name of the list, a file, or a class such as my_module.MyDataModule, as for calib fit --data"),
     Option("--data.SETTING=VALUE", "a setting of the data, such as --data.root=DIR or --data.download=false; calib fit "
         "--data.help NAME lists them"),
-    Option("--output FILE", "the sheet, .png or .svg (default: NAME.png here, with a number if that is there)"),
+    Option("--output FILE", "the sheet, .png or .svg; a second one ends in _corruptions (default: NAME.png here, or "
+        "NAME-2.png if that is there)"),
     Option("--images N", "augmented versions of each image; if there are none, as many more images (default: 5)"),
     Option("--seed S", "which images are drawn, and how they are augmented (default: 0)"),
+    Option("--corruptions", "draw also one test image in the corruptions that --data.shift=generated evaluates"),
     Option("--markdown", "the list as the table of docs/data.md"),
 )  # fmt: skip
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from calib_lightning.data.base import BenchmarkDataModule
+from calib_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, Table, corrupt, table_for, unavailable
+from calib_lightning.data.generated import GENERATED
 from calib_lightning.data.sets import BatchSet
 
 _CORRUPTED = re.compile(r"shift/(.+)/(\w+)_(\d)")
@@ -42,7 +44,7 @@ def count_images(data: BenchmarkDataModule) -> dict[str, Counts]:
     """
     counts: dict[str, Counts] = {}
     for name in data.set_names:
-        label = data.evaluation_loader(name).data.label
+        label = data.set_of(name).label
         by_class = torch.bincount(label[label >= 0], minlength=data.num_classes)
         found = _CORRUPTED.fullmatch(name)
         key = f"shift/{found[1]}" if found else name
@@ -66,7 +68,7 @@ def class_examples(data: BenchmarkDataModule, images: int, seed: int) -> Example
         The rows, each of at most ``images + 1`` images.
     """
     names = data.set_names
-    evaluated, augmented = data.evaluation_loader(names[0]).data, None
+    evaluated, augmented = data.set_of(names[0]), None
     if names[0] == "train" and data.augment:
         augmented = data.train_dataloader().data
     generator = torch.Generator().manual_seed(seed)
@@ -77,11 +79,11 @@ def class_examples(data: BenchmarkDataModule, images: int, seed: int) -> Example
             rows.append((class_name(data, label), _row(data, evaluated, augmented, chosen, images)))
     for name in names:
         if name.startswith(("shift/", "ood/")) and name != names[0] and not _CORRUPTED.fullmatch(name):
-            other = data.evaluation_loader(name).data
+            other = data.set_of(name)
             chosen = _chosen(torch.arange(len(other.label)), images + 1, generator)
             rows.append((name, _bytes(data, other, chosen)))
-    kind = ("image", "image") if augmented is None else ("evaluated", "augmented")
-    return Examples(rows, [kind[0], *(kind[1] for _ in range(images))])
+    columns = ["evaluated", *(f"augmented {version}" for version in range(1, images + 1))]
+    return Examples(rows, list(map(str, range(1, images + 2))) if augmented is None else columns)
 
 
 def corruption_examples(data: BenchmarkDataModule, seed: int) -> dict[str, Examples]:
@@ -102,26 +104,47 @@ def corruption_examples(data: BenchmarkDataModule, seed: int) -> dict[str, Examp
     return {shift: _by_severity(data, corruptions, seed) for shift, corruptions in found.items()}
 
 
+def generated_examples(data: BenchmarkDataModule, seed: int) -> tuple[Examples, Table, dict[str, str]]:
+    """Corrupt one test image in every way, as the shift "generated" does by default.
+
+    Args:
+        data: Data after ``setup``; without test images the first set has the image.
+        seed: Selects the image.
+
+    Returns:
+        A row for each corruption, the image itself first; the table of constants; and why others cannot be made here.
+    """
+    images = data.set_of("test" if "test" in data.set_names else data.set_names[0])
+    place = _chosen(torch.arange(len(images)), 1, torch.Generator().manual_seed(seed))
+    image, row, table = _bytes(data, images, place), images.rows[place], table_for(*data.image_facts["shape"][1:])
+    missing, rows = unavailable(CORRUPTIONS), []
+    for corruption in CORRUPTIONS:
+        if corruption not in missing:
+            made = [corrupt(image, corruption, severity, row, table=table) for severity in SEVERITIES]
+            rows.append((corruption, torch.cat([image, *made])))
+    return Examples(rows, ["original", *map(str, SEVERITIES)]), table, missing
+
+
 def _by_severity(data: BenchmarkDataModule, corruptions: dict[str, dict[int, str]], seed: int) -> Examples:
     severities = sorted({severity for names in corruptions.values() for severity in names})
     first = next(iter(next(iter(corruptions.values())).values()))
-    size = len(data.evaluation_loader(first).data.label)
+    size = len(data.set_of(first).label)
     place = _chosen(torch.arange(size), 1, torch.Generator().manual_seed(seed))
     before = _original(data, first, int(place))
     rows = []
     for corruption, names in corruptions.items():
-        images = [_bytes(data, data.evaluation_loader(names[severity]).data, place) for severity in sorted(names)]
+        images = [_bytes(data, data.set_of(names[severity]), place) for severity in sorted(names)]
         rows.append((corruption, torch.cat([*before, *images])))
     return Examples(rows, [*("original" for _ in before), *map(str, severities)])
 
 
 def _original(data: BenchmarkDataModule, corrupted: str, place: int) -> list[Tensor]:
     """The test image that a generated one was made of."""
-    if not corrupted.startswith("shift/generated/") or "test" not in data.set_names:
+    if not corrupted.startswith(f"shift/{GENERATED}/") or "test" not in data.set_names:
         return []
     row = data.source_rows(corrupted)[place]
     same = torch.from_numpy(data.source_rows("test") == row).nonzero()[:, 0]
-    return [_bytes(data, data.evaluation_loader("test").data, same[:1])] if len(same) else []
+    return [_bytes(data, data.set_of("test"), same[:1])] if len(same) else []
 
 
 def class_name(data: BenchmarkDataModule, label: int) -> str:

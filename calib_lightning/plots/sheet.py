@@ -10,7 +10,7 @@ from torch import Tensor
 from calib_lightning.plots.style import SMALL, TEXT
 
 _DOTS = 300  # per inch, as files are saved
-_CELL, _GAP, _LABELS, _TOP, _EDGE = 180, 12, 360, 150, 30  # in dots
+_CELL, _GAP, _LABELS, _TOP, _EDGE = 210, 15, 360, 150, 30  # in dots
 _LONGEST = 24
 
 

@@ -16,7 +16,7 @@ def test_only_the_colours_of_the_images_are_drawn(tmp_path):
     colours, counts = np.unique(np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3), axis=0, return_counts=True)
     found = {tuple(colour): count for colour, count in zip(colours.tolist(), counts.tolist(), strict=True)}
     assert set(found) == {(0, 0, 0), (30, 255, 255), (100, 100, 100), (7, 7, 7), (255, 255, 255)}
-    assert {found[colour] for colour in found if colour != (255, 255, 255)} == {90 * 90}
+    assert {found[colour] for colour in found if colour != (255, 255, 255)} == {105 * 105}
 
 
 def test_labels_are_taken_literally():
