@@ -20,8 +20,8 @@ from calib_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, TABLES, co
 from calib_lightning.data.corruptions.blur import glass_blur
 from calib_lightning.data.corruptions.draws import streams
 from calib_lightning.data.corruptions.elastic import elastic_transform
-from calib_lightning.data.corruptions.filters import zoom
-from calib_lightning.data.corruptions.weather import fitted
+from calib_lightning.data.corruptions.filters import motion, zoom
+from calib_lightning.data.corruptions.weather import fitted, plasma
 from tests.data.test_corruptions import DETERMINISTIC, pictures
 
 RANDOM = (
@@ -119,13 +119,15 @@ def _enlarged(package):
 
 
 def _changes(images, corrupted):
-    """Mean and standard deviation (2, N) of each image's change."""
-    change = [one.astype(np.float32) - image for one, image in zip(corrupted, images, strict=True)]
-    return np.array([[one.mean(dtype=float), one.std(dtype=float)] for one in change]).T
+    """Mean, standard deviation and mean step from pixel to pixel (3, N) of each image's change."""
+    change = (one.astype(np.float32) - image for one, image in zip(corrupted, images, strict=True))
+    return np.array(
+        [[one.mean(dtype=float), one.std(dtype=float), np.abs(np.diff(one, axis=1)).mean()] for one in change]
+    ).T
 
 
 def statistics_agree(package, images, corruption):
-    """Whether mean and standard deviation of the change agree within 4 standard errors of the paired difference."""
+    """Whether the mean of each of `_changes` agrees within 4 standard errors of the paired difference."""
     np.random.seed(1)
     frost = list(_enlarged(package)) if corruption == "frost" else None
     for severity in SEVERITIES:
@@ -147,6 +149,30 @@ def test_random_ones_by_mean_and_spread_of_the_change(package, photographed, cor
 @pytest.mark.parametrize("corruption", RANDOM)
 def test_random_ones_by_mean_and_spread_of_the_change_on_500_images(package, photographed, corruption):
     statistics_agree(package, photographed(500, 224), corruption)
+
+
+@pytest.mark.parametrize("angle", [-45, -20.5, 0, 33, -90, -134])
+def test_motion_blur_at_an_angle(package, angle):
+    image = pictures(1, 3, 50, 60).numpy().astype(np.float32)
+    done = motion(image, 10, 5, np.array([angle]))[0]
+    expected = package.corruptions._motion_blur(image[0].transpose(1, 2, 0), 10, 5, angle)
+    np.testing.assert_allclose(done.transpose(1, 2, 0), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("side", "decay"), [(32, 3), (20, 1.75), (64, 1.4)])
+def test_fog_is_the_published_fractal_of_its_draws(package, monkeypatch, side, decay):
+    size = 1 << (side - 1).bit_length()
+    maps = plasma(streams(0, 9, 1, [3, 4]), side, decay)
+    for drawn, rng in zip(maps, streams(0, 9, 1, [3, 4]), strict=True):
+        draws = iter(rng.random(size * size - 1, dtype=np.float32).tolist())
+        monkeypatch.setattr(
+            np.random,
+            "uniform",
+            lambda low, high, shape, draws=draws: np.array(
+                [low + (high - low) * next(draws) for _ in range(np.prod(shape))]
+            ).reshape(shape),
+        )
+        np.testing.assert_allclose(drawn, package.corruptions.plasma_fractal(size, decay), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(3, 4), (9, 12), (15, 8)])
