@@ -65,8 +65,8 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
         split: SplitSpec | None = None,
         batch_size: int = 128,
         num_workers: int = 0,
-        shift: list[OtherSet] | str | None = None,
-        ood: list[OtherSet] | str | None = None,
+        shift: list[OtherSet] | OtherSet | None = None,
+        ood: list[OtherSet] | OtherSet | None = None,
         shift_rows: int | None = None,
     ) -> None:
         super().__init__(split)
@@ -224,6 +224,6 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
         return self.num_workers if costly or isinstance(data, FileSet) else 0
 
 
-def _listed(value: list[OtherSet] | str | None) -> list[OtherSet]:
+def _listed(value: list[OtherSet] | OtherSet | None) -> list[OtherSet]:
     """The entries of an option; one name stands for itself."""
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    return [] if value is None else [value] if isinstance(value, str | dict) else list(value)
