@@ -66,9 +66,9 @@ def check_corruption(corruption: str, severity: int | None = None, table: str | 
         ValueError: If one of them is unknown.
 
     Example:
-        >>> check_corruption("smog", 3)
+        >>> check_corruption("fogg", 3)
         Traceback (most recent call last):
-        ValueError: corruption is 'smog'; it must be one of gaussian_noise, shot_noise, impulse_noise, defocus_blur, \
+        ValueError: corruption is 'fogg'; it must be one of gaussian_noise, shot_noise, impulse_noise, defocus_blur, \
 glass_blur, motion_blur, zoom_blur, snow, frost, fog, brightness, contrast, elastic_transform, pixelate, \
 jpeg_compression, gaussian_blur, saturate, spatter, speckle_noise. Did you mean fog?
     """
