@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -42,9 +41,13 @@ def main(argv: Sequence[str]) -> int:
 def _list(words: Sequence[str]) -> int:
     from calib_lightning.commands.data_list import data_list, data_table
 
-    parser = argparse.ArgumentParser("calib data list", allow_abbrev=False)
-    parser.add_argument("--markdown", action="store_true")
-    print(data_table() if parser.parse_args(words).markdown else data_list(), end="")
+    if wrong_ones := [word for word in words if word != "--markdown"]:
+        near = did_you_mean(wrong_ones[0], ["--markdown"])
+        wrong(
+            "data list",
+            f"unrecognized arguments: {' '.join(wrong_ones)}.{near} calib data show NAME shows one of them.",
+        )
+    print(data_table() if words else data_list(), end="")
     return 0
 
 

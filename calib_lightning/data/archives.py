@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
 from calib_lightning.data.web_files import CHUNK, WEB_PAGE, is_web_page
 from calib_lightning.utils.files import owner_suffix, remove_leftovers
 
@@ -65,10 +67,11 @@ def extract(archive: Path, folder: Path) -> None:
         for top in tops:
             if os.path.lexists(folder / top):
                 raise FileExistsError(f"{folder / top} already exists. Remove it to unpack {archive} again.")
-        _unpack(members, tops, folder)
+        with tqdm(desc=f"Unpacking {archive.name}", total=total, unit="B", unit_scale=True, disable=None) as bar:
+            _unpack(members, tops, folder, bar.update)
 
 
-def _unpack(members: list[_Member], tops: list[str], folder: Path) -> None:
+def _unpack(members: list[_Member], tops: list[str], folder: Path, told: Callable[[int], object]) -> None:
     """Write all members, then rename the top-level entries; undo everything on failure."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,7 @@ def _unpack(members: list[_Member], tops: list[str], folder: Path) -> None:
             if member.kind == "a file":
                 with member.open() as source, path.open("wb") as file:
                     shutil.copyfileobj(source, file, CHUNK)
+                told(member.size)
         for top in tops:
             (temporary / top).rename(folder / top)
             moved.append(top)

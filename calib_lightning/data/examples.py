@@ -83,7 +83,9 @@ def class_examples(data: BenchmarkDataModule, images: int, seed: int) -> Example
             chosen = _chosen(torch.arange(len(other.label)), images + 1, generator)
             rows.append((name, _bytes(data, other, chosen)))
     columns = ["evaluated", *(f"augmented {version}" for version in range(1, images + 1))]
-    return Examples(rows, list(map(str, range(1, images + 2))) if augmented is None else columns)
+    if augmented is None:
+        columns = [str(number) for number in range(1, images + 2)]
+    return Examples(rows, columns[: max(len(shown) for _, shown in rows)])
 
 
 def corruption_examples(data: BenchmarkDataModule, seed: int) -> dict[str, Examples]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from calib_lightning.plots.style import SMALL, TEXT
 
 _DOTS = 300  # per inch, as files are saved
-_CELL, _GAP, _LABELS, _TOP, _EDGE = 210, 15, 360, 150, 30  # in dots
-_LONGEST = 24
+_CELL, _GAP, _LABELS, _TOP, _EDGE = 210, 15, 450, 150, 30  # in dots
+_LONGEST = 22
 
 
 def image_sheet(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], *, title: str | None = None) -> Figure:

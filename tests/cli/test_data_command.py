@@ -132,7 +132,8 @@ def test_sizes_in_units(size, said):
     ("argv", "said"),
     [
         (["lst"], "'lst' must be one of list, prepare, show. Did you mean list?"),
-        (["list", "digits"], "unrecognized arguments: digits"),
+        (["list", "digits"], "unrecognized arguments: digits. calib data show NAME shows one of them"),
+        (["list", "--markdwn"], "Did you mean --markdown?"),
         (["prepare"], "NAME is missing: calib data prepare NAME"),
         (["show", "--data.root=DIR"], "NAME is missing"),
         (["prepare", "fashon_mnist"], "NAME is 'fashon_mnist'; it must be a file, a class or a name"),

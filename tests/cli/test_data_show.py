@@ -159,6 +159,7 @@ def test_classes_without_images_have_no_row():
     }
     examples = class_examples(data, images=5, seed=0)
     assert [(label, len(images)) for label, images in examples.rows] == [("2", 2), ("7", 2)]
+    assert examples.columns == ["1", "2"]
     assert torch.equal(torch.cat([images for _, images in examples.rows]).sort(0).values, image)
 
 

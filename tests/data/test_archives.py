@@ -477,3 +477,16 @@ def test_a_wrong_checksum_in_an_npz_is_damage(tmp_path):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.npz is damaged.*CRC"):
         load_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_unpacking_shows_how_far_it_is(terminal, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as pack:
+        pack.writestr("folder/one.bin", CONTENT)
+        pack.writestr("folder/two.bin", CONTENT[:HALF])
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", shown)
+    extract(tmp_path / "a.zip", tmp_path / "root")
+    last = shown.getvalue().split("\r")[-1]
+    assert ("Unpacking a.zip: 100%" in last and "450k/450k" in last) if terminal else not shown.getvalue()

@@ -23,7 +23,7 @@ def test_labels_are_taken_literally():
     label = "$x$ and a name that is far too long for a label"
     figure = image_sheet([(label, torch.zeros(1, 1, 4, 4, dtype=torch.uint8))], ["a_b"], title="$title")
     texts = [text.get_text() for text in figure.texts]
-    assert texts == ["$title", "a_b", "$x$ and a name that is f…"[:23] + "…"]
+    assert texts == ["$title", "a_b", "$x$ and a name that i…"]
     assert not any(text.get_parse_math() for text in figure.texts)
 
 
@@ -38,3 +38,12 @@ def test_labels_are_taken_literally():
 def test_images_that_make_no_sheet(rows, said):
     with pytest.raises(ValueError, match=said):
         image_sheet(rows, ["x"])
+
+
+def test_labels_have_room():
+    figure = image_sheet([("tandem bicycle made for two", torch.zeros(1, 1, 4, 4, dtype=torch.uint8))], ["augmented 1"])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.texts]
+    assert all(box.x0 > 0 and box.x1 < figure.bbox.width for box in boxes)
+    assert boxes[0].width < figure.axes[0].get_window_extent().width + 15
+    assert boxes[1].x1 < figure.axes[0].get_window_extent().x0
