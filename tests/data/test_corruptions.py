@@ -161,6 +161,7 @@ def test_bad_names_and_images_are_named():
         ((image, "fogg", 1, rows, "cifar"), r"corruption is 'fogg'; it must be one of .* Did you mean fog\?"),
         ((image, "fog", 6, rows, "cifar"), "severity is 6; it must be one of 1, 2, 3, 4, 5"),
         ((image, "fog", True, rows, "cifar"), "severity is True"),
+        ((image, "fog", 2.0, rows, "cifar"), "severity is 2.0"),
         ((image, "fog", 1, rows, "imagnet"), r"table is 'imagnet'; .* Did you mean imagenet\?"),
         ((image.float(), "fog", 1, rows, "cifar"), "image is torch.float32"),
         ((image[:, :2], "fog", 1, rows, "cifar"), "of 1 or 3 channels"),

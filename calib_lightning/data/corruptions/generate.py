@@ -75,7 +75,7 @@ jpeg_compression, gaussian_blur, saturate, spatter, speckle_noise. Did you mean 
     if corruption not in CORRUPTIONS:
         near = did_you_mean(str(corruption), CORRUPTIONS)
         raise ValueError(f"corruption is {corruption!r}; it must be one of {', '.join(CORRUPTIONS)}.{near}")
-    if severity is not None and (isinstance(severity, bool) or severity not in SEVERITIES):
+    if severity is not None and (type(severity) is not int or severity not in SEVERITIES):
         raise ValueError(f"severity is {severity!r}; it must be one of {', '.join(map(str, SEVERITIES))}.")
     if table is not None and table not in TABLES:
         near = did_you_mean(str(table), TABLES)
