@@ -152,6 +152,8 @@ class RunRecord(Callback):
         if self._record.get("splits") is None:
             self._record |= {"data": data, "splits": found, "share": datamodule.split.share}
             self._record["images"] = datamodule.image_facts
+        if getattr(datamodule, "other_notes", None):
+            self._record["other_sets"] = datamodule.other_notes
             if trainer.is_global_zero:
                 datamodule.save_splits(self.path.with_name("splits.npz"))
         _check_splits(self._record, data, found, self.path.parent)

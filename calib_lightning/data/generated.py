@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -198,9 +199,11 @@ class GeneratedShift:
             digest.update(photograph.tobytes())
         name = type(owner).__name__.removesuffix("DataModule").lower()
         folder: Path = root / GENERATED / f"{name}-{table}-{len(clean)}-{digest.hexdigest()[:12]}"
-        if not folder.is_dir() and not os.access(root, os.W_OK):
-            return None
-        return folder
+        writable = (
+            os.access(root, os.W_OK) and root.stat().st_mode & stat.S_IWUSR
+        )  # root may write in spite of the mode
+        complete = all(_file(folder, pair).is_file() for pair in self._pairs())
+        return folder if complete or writable else None
 
 
 def _first(data: InMemorySet | FileSet, rows: int | None) -> InMemorySet | FileSet:
@@ -213,7 +216,7 @@ def _first(data: InMemorySet | FileSet, rows: int | None) -> InMemorySet | FileS
 
 def _stored(folder: Path, clean: InMemorySet, made: dict[tuple[str, int], Corrupt]) -> dict[tuple[str, int], Tensor]:
     """Corrupted images ``(N, C, H, W)``, mapped from files that are written where they are missing."""
-    paths = {pair: folder / f"{pair[0]}_{pair[1]}.npy" for pair in made}
+    paths = {pair: _file(folder, pair) for pair in made}
     if not all(path.is_file() for path in paths.values()):
         with locked(folder):
             missing = [pair for pair, path in paths.items() if not path.is_file()]
@@ -229,6 +232,10 @@ def _stored(folder: Path, clean: InMemorySet, made: dict[tuple[str, int], Corrup
             )
         found[pair] = mapped(image)
     return found
+
+
+def _file(folder: Path, pair: tuple[str, int]) -> Path:
+    return folder / f"{pair[0]}_{pair[1]}.npy"
 
 
 def _with_progress(missing: Sequence[tuple[str, int]]) -> Iterable[tuple[str, int]]:

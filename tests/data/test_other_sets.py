@@ -252,6 +252,19 @@ def test_generated_images_are_stored_once_and_are_those_of_the_function(tmp_path
         made(shift=[shifted], shift_rows=24)
 
 
+def test_under_a_root_that_must_not_be_written_images_are_corrupted_as_they_are_read(tmp_path, cifar10_root):
+    for path in (cifar10_root / "cifar-10-batches-py").iterdir():
+        (tmp_path / "cifar-10-batches-py").mkdir(exist_ok=True)
+        (tmp_path / "cifar-10-batches-py" / path.name).symlink_to(path)
+    tmp_path.chmod(0o555)
+    shifted = {"name": "generated", "corruptions": ["shot_noise"], "severities": [2]}
+    data = ready(CIFAR10DataModule(root=tmp_path, shift=[shifted], shift_rows=5))
+    want = corrupt(data.set_of("test").image[:5], "shot_noise", 2, torch.arange(5), table="cifar")
+    assert torch.equal(image_of(data, "shift/generated/shot_noise_2"), want)
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-batches-py"]
+    tmp_path.chmod(0o755)
+
+
 def test_image_files_are_corrupted_as_they_are_read(tmp_path):
     generator = np.random.default_rng(0)
     for name in ("ant", "bee"):
