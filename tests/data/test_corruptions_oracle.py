@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.ndimage import zoom as scipy_zoom
 
 from calib_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, TABLES, corrupt
 from calib_lightning.data.corruptions.blur import glass_blur
 from calib_lightning.data.corruptions.draws import streams
-from calib_lightning.data.corruptions.elastic import elastic_transform
+from calib_lightning.data.corruptions.elastic import _smooth, elastic_transform
 from calib_lightning.data.corruptions.filters import motion, zoom
 from calib_lightning.data.corruptions.weather import fitted, plasma
 from tests.data.test_corruptions import DETERMINISTIC, pictures
@@ -258,3 +258,10 @@ def test_elastic_transform_without_displacement_moves_three_points_as_drawn():
         # a plane stays a plane: linear interpolation is exact on it
         values = map_coordinates(out, moved.T, order=1)
         np.testing.assert_allclose(values, image[0, 0][tuple(points.T)], atol=1e-3)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 2.2, 170])
+def test_cosine_transforms_smooth_as_a_mirrored_filter(sigma):
+    field = np.random.default_rng(3).uniform(-1, 1, (2, 2, 40, 27)).astype(np.float32)
+    expected = gaussian_filter(field, (0, 0, sigma, sigma), mode="reflect", truncate=3)
+    np.testing.assert_allclose(_smooth(field, sigma), expected, atol=1e-6)
