@@ -152,10 +152,11 @@ class RunRecord(Callback):
         if self._record.get("splits") is None:
             self._record |= {"data": data, "splits": found, "share": datamodule.split.share}
             self._record["images"] = datamodule.image_facts
-        if getattr(datamodule, "other_notes", None):
-            self._record["other_sets"] = datamodule.other_notes
             if trainer.is_global_zero:
                 datamodule.save_splits(self.path.with_name("splits.npz"))
+        asked = getattr(datamodule, "asked_others", {})
+        if asked or "others" in self._record:
+            self._record["others"] = asked | {"notes": datamodule.other_notes}
         _check_splits(self._record, data, found, self.path.parent)
 
     def _finish_evaluation(self, trainer: Trainer) -> None:

@@ -52,6 +52,7 @@ class ArraysDataModule(BenchmarkDataModule):
         self,
         file: str | Path = "data.npz",
         split: SplitSpec | None = None,
+        *,
         augment: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,

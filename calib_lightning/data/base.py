@@ -14,6 +14,7 @@ from calib_lightning.data.loader import ResumableLoader
 from calib_lightning.data.options import OtherSet
 from calib_lightning.data.other_sets import OtherSets
 from calib_lightning.data.sets import FeatureSet, FileCrop, FileSet, InMemorySet
+from calib_lightning.data.source import Source, first_rows
 from calib_lightning.data.split import SplitSpec
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize
 from calib_lightning.types import Views
@@ -84,6 +85,12 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
         self._other_sets().prepare()
 
     @property
+    def asked_others(self) -> dict[str, Any]:
+        """What ``shift``, ``ood`` and ``shift_rows`` were; empty if neither names a set."""
+        shift, ood, rows = self._asked
+        return {"shift": shift, "ood": ood, "shift_rows": rows} if shift or ood else {}
+
+    @property
     def other_notes(self) -> list[str]:
         """What is to be known of the sets that ``shift`` and ``ood`` name, one remark each; known after `setup`."""
         self._ready()
@@ -98,6 +105,10 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
         if self._others is None:
             self._others = OtherSets(*self._asked, self.file_options)
         return self._others
+
+    def _load_more(self) -> dict[str, Source]:
+        rows = self._other_sets().rows
+        return {name: first_rows(source, rows) for name, source in super()._load_more().items()}
 
     def _load_others(self) -> dict[str, InMemorySet | FileSet]:
         return self._other_sets().load(self, self.image_facts)
@@ -226,4 +237,4 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
 
 def _listed(value: list[OtherSet] | OtherSet | None) -> list[OtherSet]:
     """The entries of an option; one name stands for itself."""
-    return [] if value is None else [value] if isinstance(value, str | dict) else list(value)
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

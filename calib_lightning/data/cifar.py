@@ -59,6 +59,7 @@ class CIFAR10DataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = True,
@@ -66,7 +67,7 @@ class CIFAR10DataModule(DownloadedDataModule):
         std: tuple[float, float, float] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(split, root, download, augment, **options)
+        super().__init__(split, root=root, download=download, augment=augment, **options)
         self.mean, self.std = mean or self.mean, std or self.std
         source = self.source  # torchvision lists the files and their checksums
         files = (*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"]))

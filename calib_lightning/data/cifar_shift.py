@@ -58,12 +58,13 @@ class CIFAR101DataModule(_CIFAR10Shift):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data",
         download: bool = True,
         version: Literal["v4", "v6"] = "v6",
         **options: Any,
     ) -> None:
-        super().__init__(split, root, download, **options)
+        super().__init__(split, root=root, download=download, **options)
         if version not in self.versions:
             raise ValueError(f"version is {version!r}; it must be one of {', '.join(self.versions)}.")
         self.version = version
@@ -111,12 +112,13 @@ class CIFAR102DataModule(_CIFAR10Shift):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data",
         download: bool = True,
         subset: Literal["test", "train", "all"] = "test",
         **options: Any,
     ) -> None:
-        super().__init__(split, root, download, **options)
+        super().__init__(split, root=root, download=download, **options)
         if subset not in ("test", "train", "all"):
             raise ValueError(f"subset is {subset!r}; it must be one of test, train, all.")
         self.subset = subset
@@ -170,13 +172,14 @@ class CIFAR10CDataModule(_CIFAR10Shift):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data",
         download: bool = True,
         corruptions: Sequence[str] | None = None,
         severities: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(split, root, download, **options)
+        super().__init__(split, root=root, download=download, **options)
         self.corruptions = _some("corruptions", corruptions, CORRUPTIONS)
         self.severities = _some("severities", severities, SEVERITIES)
         self.archives = (self.packed,)

@@ -69,6 +69,9 @@ class DividedData:
         """Read the images with which networks of other data are evaluated: the test file, or else the training file."""
         return self.load_test() or self.load_train()
 
+    def _load_more(self) -> dict[str, Source]:
+        return self.load_more()
+
     def _load_others(self) -> dict[str, InMemorySet | FileSet]:
         """Sets of other benchmarks that are evaluated with the test set; the data's own sets are there."""
         return {}
@@ -87,7 +90,7 @@ class DividedData:
         found: dict[File, Source | None]
         found = {"train": self.load_train(), "val": self.load_val(), "test": self.load_test()}
         files = {name: source for name, source in found.items() if source is not None}
-        more = self.load_more()
+        more = self._load_more()
         for name, source in (*files.items(), *more.items()):
             check_source(name, source, self.num_classes)
         parts = self.split.divide({name: source.label.numpy() for name, source in files.items()}, self.num_classes)

@@ -41,6 +41,7 @@ class DownloadedDataModule(BenchmarkDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = False,

@@ -14,7 +14,7 @@ from calib_lightning.data.corruptions import CORRUPTIONS, SEVERITIES, Table, cor
 from calib_lightning.data.generated import GENERATED
 from calib_lightning.data.sets import BatchSet
 
-_CORRUPTED = re.compile(r"shift/(.+)/(\w+)_(\d)")
+_CORRUPTED = re.compile(r"shift/(.+)/(\w+)_([1-5])")
 _MOST_CLASSES = 10
 
 

@@ -7,7 +7,9 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +31,14 @@ from calib_lightning.data.divided import DividedData
 from calib_lightning.data.sets import FileSet, InMemorySet
 from calib_lightning.data.transforms import Compose, Normalize
 from calib_lightning.data.web_files import locked
-from calib_lightning.utils.files import write_whole
+from calib_lightning.utils.files import remove_leftovers, write_whole
 
 GENERATED = "generated"
 """The name under which these sets appear: never that of an archive, whose means they do not equal."""
 _VERSION = 1
 """Part of the names of the stored files; raised when the same row is corrupted differently."""
 _AT_ONCE = 500
+_KEPT = 2**29  # bytes of corrupted images that are kept in memory where they cannot be stored
 
 
 class Corrupt(nn.Module):
@@ -98,20 +101,22 @@ class GeneratedShift:
         ValueError: If a value is unknown.
 
     Example:
-        >>> GeneratedShift(corruptions=("fog",), severities=(1, 5)).names
-        ['shift/generated/fog_1', 'shift/generated/fog_5']
+        >>> GeneratedShift(corruptions="fog", severities=(1, 5)).severities
+        (1, 5)
     """
 
     def __init__(
         self,
-        corruptions: Sequence[str] | None = None,
-        severities: Sequence[int] | None = None,
+        corruptions: Sequence[str] | str | None = None,
+        severities: Sequence[int] | int | None = None,
         table: Table | None = None,
         seed: int = 0,
         frost: str | Path | None = None,
     ) -> None:
-        self.corruptions = tuple(CORRUPTIONS if corruptions is None else corruptions)
-        self.severities = tuple(SEVERITIES if severities is None else severities)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed is {seed!r}; it must be a whole number, at least 0.")
+        self.corruptions: tuple[str, ...] = _tuple(CORRUPTIONS if corruptions is None else corruptions)
+        self.severities: tuple[int, ...] = _tuple(SEVERITIES if severities is None else severities)
         for what, values in (("corruptions", self.corruptions), ("severities", self.severities)):
             if not values:
                 raise ValueError(f"{what} is empty; it must name at least one, or be null for all.")
@@ -119,15 +124,12 @@ class GeneratedShift:
                 raise ValueError(f"{what} is {list(values)}; each must be named once.")
         for corruption in self.corruptions:
             for severity in self.severities:
-                check_corruption(corruption, severity, table or "cifar")
+                if severity is None:
+                    raise ValueError(f"severities is {list(self.severities)}; each must be one of 1, 2, 3, 4, 5.")
+                check_corruption(corruption, severity, table)
         self.table, self.seed = table, seed
         self.frost = None if frost is None else Path(frost).expanduser()
         self.note = ""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the sets."""
-        return [f"shift/{GENERATED}/{corruption}_{severity}" for corruption, severity in self._pairs()]
 
     def check(self) -> None:
         """Refuse what cannot be generated here.
@@ -137,18 +139,19 @@ class GeneratedShift:
         """
         missing = unavailable(self.corruptions, self.frost)
         if missing:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+            reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in missing.items())
             others = [name for name in self.corruptions if name not in missing]
-            raise ValueError(
-                f"{GENERATED} lacks what it needs: {reasons}. Or leave them out: {{name: {GENERATED}, corruptions: "
-                f"[{', '.join(others)}]}}."
-            )
+            without = f" Without: {{name: {GENERATED}, corruptions: [{', '.join(others)}]}}." if others else ""
+            raise ValueError(f"{GENERATED} lacks what it needs: {reasons}.{without}")
 
-    def sets(self, owner: DividedData, rows: int | None, normalize: Normalize) -> dict[str, InMemorySet | FileSet]:
+    def sets(
+        self, owner: DividedData, name: str, rows: int | None, normalize: Normalize
+    ) -> dict[str, InMemorySet | FileSet]:
         """Corrupt the test images.
 
         Args:
             owner: Data with a test set.
+            name: What the names of the sets begin with, such as ``shift/generated``.
             rows: How many of its first images; ``None`` for all.
             normalize: What follows.
 
@@ -156,7 +159,7 @@ class GeneratedShift:
             A set for each corruption and severity.
 
         Raises:
-            ValueError: If there is no test set, or a corruption needs what is not installed.
+            ValueError: If there is no test set, its images are too small, or a corruption needs what is not installed.
         """
         if "test" not in owner.set_names:
             raise ValueError(f"shift has {GENERATED!r}, but {type(owner).__name__} has no test set to corrupt.")
@@ -166,7 +169,7 @@ class GeneratedShift:
         table = self.table or table_for(height, width)
         kinds, steps = len(self.corruptions), len(self.severities)
         self.note = (
-            f"{GENERATED}: {kinds} corruption{'s'[: kinds > 1]} x {steps} severit{'ies' if steps > 1 else 'y'} of "
+            f"{kinds} corruption{'s'[: kinds > 1]} x {steps} severit{'ies' if steps > 1 else 'y'} of "
             f"{len(clean):,} test images, constants {table!r}, seed {self.seed}; not the archive's images"
         )
         frost = frost_photographs(self.frost) if "frost" in self.corruptions else None
@@ -174,19 +177,26 @@ class GeneratedShift:
             pair: Corrupt(*pair, clean.rows, table, self.seed, frost if pair[0] == "frost" else None)
             for pair in self._pairs()
         }
-        folder = None if isinstance(clean, FileSet) else self._folder(owner, clean, table, frost)
-        if folder is None or isinstance(clean, FileSet):
-            found = {pair: replace(clean, transform=Compose(step, normalize)) for pair, step in made.items()}
-        else:
+        found: dict[tuple[str, int], InMemorySet | FileSet]
+        folder = None if isinstance(clean, FileSet) else self._folder(owner, clean, table, made)
+        if folder is not None and isinstance(clean, InMemorySet):
             stored = _stored(folder, clean, made)
             found = {pair: replace(clean, image=image, transform=normalize) for pair, image in stored.items()}
-        return {f"shift/{GENERATED}/{corruption}_{severity}": each for (corruption, severity), each in found.items()}
+        elif isinstance(clean, InMemorySet) and clean.image.numel() * len(made) <= _KEPT:
+            bytes_of = {pair: _corrupted(clean, step) for pair, step in made.items()}
+            found = {pair: replace(clean, image=image, transform=normalize) for pair, image in bytes_of.items()}
+        else:
+            first = clean.fetch(torch.arange(1), 0)
+            for step in made.values():  # what cannot be done is said now, not after the training
+                step(first.image, first.index, 0)
+            found = {pair: replace(clean, transform=Compose(step, normalize)) for pair, step in made.items()}
+        return {f"{name}/{corruption}_{severity}": each for (corruption, severity), each in found.items()}
 
     def _pairs(self) -> list[tuple[str, int]]:
         return [(corruption, severity) for corruption in self.corruptions for severity in self.severities]
 
     def _folder(
-        self, owner: DividedData, clean: InMemorySet, table: Table, frost: Sequence[np.ndarray] | None
+        self, owner: DividedData, clean: InMemorySet, table: Table, made: dict[tuple[str, int], Corrupt]
     ) -> Path | None:
         """Where the corrupted images of these test images are stored; ``None`` where nothing can be written."""
         root = getattr(owner, "file_options", {}).get("root")
@@ -195,15 +205,17 @@ class GeneratedShift:
         digest = hashlib.sha256(f"{_VERSION} {table} {self.seed} {tuple(clean.image.shape)}".encode())
         clean.fingerprint(digest)
         digest.update(clean.rows.numpy().astype("<i8").tobytes())
-        for photograph in frost or ():
-            digest.update(photograph.tobytes())
         name = type(owner).__name__.removesuffix("DataModule").lower()
         folder: Path = root / GENERATED / f"{name}-{table}-{len(clean)}-{digest.hexdigest()[:12]}"
-        writable = (
-            os.access(root, os.W_OK) and root.stat().st_mode & stat.S_IWUSR
-        )  # root may write in spite of the mode
-        complete = all(_file(folder, pair).is_file() for pair in self._pairs())
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK) and there.stat().st_mode & stat.S_IWUSR  # also of root
+        complete = all(_file(folder, pair, step).is_file() for pair, step in made.items())
         return folder if complete or writable else None
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    """Several values; one stands for itself."""
+    return (values,) if isinstance(values, str | int) else tuple(values)
 
 
 def _first(data: InMemorySet | FileSet, rows: int | None) -> InMemorySet | FileSet:
@@ -216,12 +228,15 @@ def _first(data: InMemorySet | FileSet, rows: int | None) -> InMemorySet | FileS
 
 def _stored(folder: Path, clean: InMemorySet, made: dict[tuple[str, int], Corrupt]) -> dict[tuple[str, int], Tensor]:
     """Corrupted images ``(N, C, H, W)``, mapped from files that are written where they are missing."""
-    paths = {pair: _file(folder, pair) for pair in made}
+    paths = {pair: _file(folder, pair, step) for pair, step in made.items()}
     if not all(path.is_file() for path in paths.values()):
         with locked(folder):
+            if folder.is_dir():
+                remove_leftovers(folder.iterdir())
             missing = [pair for pair, path in paths.items() if not path.is_file()]
             for pair in _with_progress(missing):
-                _write(paths[pair], clean, made[pair])
+                image = _corrupted(clean, made[pair]).numpy()
+                write_whole(paths[pair], partial(np.save, arr=image))
     found = {}
     for pair, path in paths.items():
         image = load_npy(path, mmap=True)
@@ -234,16 +249,18 @@ def _stored(folder: Path, clean: InMemorySet, made: dict[tuple[str, int], Corrup
     return found
 
 
-def _file(folder: Path, pair: tuple[str, int]) -> Path:
-    return folder / f"{pair[0]}_{pair[1]}.npy"
+def _file(folder: Path, pair: tuple[str, int], step: Corrupt) -> Path:
+    """The file of one corruption and severity; frost has the photographs in its name."""
+    own = hashlib.sha256(b"".join(photograph.tobytes() for photograph in step.frost or ())).hexdigest()[:8]
+    return folder / f"{pair[0]}_{pair[1]}{f'-{own}' if step.frost else ''}.npy"
+
+
+def _corrupted(clean: InMemorySet, step: Corrupt) -> Tensor:
+    """All images of a set, corrupted ``(N, C, H, W)``."""
+    index = torch.arange(len(clean))
+    return torch.cat([step(clean.image.index_select(0, part), part, 0) for part in torch.split(index, _AT_ONCE)])
 
 
 def _with_progress(missing: Sequence[tuple[str, int]]) -> Iterable[tuple[str, int]]:
     bar: Iterable[tuple[str, int]] = tqdm(missing, desc="Corruptions", unit="set", disable=None)
     return bar
-
-
-def _write(path: Path, clean: InMemorySet, step: Corrupt) -> None:
-    index = torch.arange(len(clean))
-    parts = [step(clean.image.index_select(0, part), part, 0).numpy() for part in torch.split(index, _AT_ONCE)]
-    write_whole(path, lambda file: np.save(file, np.concatenate(parts)))

@@ -92,6 +92,7 @@ class ImageNetDataModule(BenchmarkDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data/imagenet",
         augment: bool = True,
         size: int = 224,
@@ -233,6 +234,7 @@ class ImageNetV2DataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data",
         download: bool = True,
         variant: Variant = "matched-frequency",
@@ -240,7 +242,7 @@ class ImageNetV2DataModule(DownloadedDataModule):
         crop_mode: CropMode = "center",
         **options: Any,
     ) -> None:
-        super().__init__(split, root, download, **options)
+        super().__init__(split, root=root, download=download, **options)
         if variant not in get_args(Variant):
             raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(get_args(Variant))}.")
         self.variant, self._frame = variant, imagenet_frame(size, crop_mode)

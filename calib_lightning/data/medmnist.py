@@ -65,6 +65,7 @@ class MedMNISTDataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         name: str = "bloodmnist",
         size: int = 28,
         root: str | Path = "data",
@@ -72,7 +73,7 @@ class MedMNISTDataModule(DownloadedDataModule):
         augment: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(split, root, download, augment, **options)
+        super().__init__(split, root=root, download=download, augment=augment, **options)
         self.name, self.size, self._info = name, size, _info(name)
         suffix = "" if size == 28 else f"_{size}"
         if f"MD5{suffix}" not in self._info:

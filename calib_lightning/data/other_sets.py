@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from calib_lightning.data.divided import DividedData
-from calib_lightning.data.generated import GENERATED, GeneratedShift
+from calib_lightning.data.generated import GeneratedShift
+from calib_lightning.data.named_sets import Kind, named_set
 from calib_lightning.data.options import OtherSet
 from calib_lightning.data.sets import FileSet, ImageFiles, InMemorySet
-from calib_lightning.data.source import Source, check_source, take
+from calib_lightning.data.source import Source, check_source, first_rows, take
 from calib_lightning.data.transforms import Compose, Fit, Normalize
-from calib_lightning.utils.config_search import check_aliases, config_names, find_config
 from calib_lightning.utils.images import Frame
-from calib_lightning.utils.names import did_you_mean
-from calib_lightning.utils.registry import find_class
 
-Kind = Literal["shift", "ood"]
 _MOST_CUT = 0.75
 """Share of an image that may be cut away where its shape is fitted."""
+_NAMED = 3  # shared classes in a remark
 
 
 class Prepared(Protocol):
@@ -31,14 +27,6 @@ class Prepared(Protocol):
 
     def prepare_data(self) -> None:
         """Fetch or check the files."""
-
-
-class Named(NamedTuple):
-    """Another set: which option names it, how, and its data module or generator."""
-
-    kind: Kind
-    name: str
-    data: DividedData | GeneratedShift
 
 
 class OtherSets:
@@ -57,14 +45,17 @@ class OtherSets:
     def __init__(
         self, shift: Sequence[OtherSet], ood: Sequence[OtherSet], rows: int | None, files: Mapping[str, Any]
     ) -> None:
-        if rows is not None and rows < 1:
-            raise ValueError(f"shift_rows is {rows}; it must be at least 1, or null for all rows.")
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise ValueError(f"shift_rows is {rows!r}; it must be a whole number, at least 1, or null for all rows.")
         kinds: dict[Kind, Sequence[OtherSet]] = {"shift": shift, "ood": ood}
-        self.named = [_named(kind, entry, files) for kind, entries in kinds.items() for entry in entries]
-        self.rows = rows
+        self.named = [named_set(kind, entry, files) for kind, entries in kinds.items() for entry in entries]
+        self.rows, self.notes = rows, list[str]()
         names = [f"{found.kind}/{found.name}" for found in self.named]
-        if again := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"{sorted(again)[0]} is named twice; every set must be named once.")
+        if again := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"{again[0]} is named twice; every set must have a name of its own. Leave one out, or give one another "
+                "name: {name: ..., as: NAME}."
+            )
 
     def prepare(self) -> None:
         """Fetch or check the files of every set.
@@ -92,71 +83,48 @@ class OtherSets:
         Raises:
             ValueError: If a set has the wrong classes, or its images cannot be fitted.
         """
-        normalize, self.notes = Normalize(owner.mean, owner.std), list[str]()
+        normalize, self.notes = Normalize(owner.mean, owner.std), []
         sets: dict[str, InMemorySet | FileSet] = {}
         for kind, name, data in self.named:
             if isinstance(data, GeneratedShift):
-                sets |= data.sets(owner, self.rows, normalize)
-                self.notes.append(data.note)
-                continue
-            found = dict(_sources(kind, name, data))
-            _check_classes(owner, kind, name, data)
-            said = set()
-            for key, source in found.items():
-                source = _labelled(kind, source, self.rows)
-                check_source(key, source, owner.num_classes)
-                image, fit, how = _fitted(key, source.image, tuple(facts["shape"]), owner.frame)
-                prepare = normalize if fit is None else Compose(fit, normalize)
-                sets[key] = take(source._replace(image=image), None, prepare)
-                said.add(how)
-            self.notes += [f"{kind}/{name}: {'; '.join(sorted(how for how in said if how))}"] if any(said) else []
-        if self.rows is not None and any(found.kind == "shift" for found in self.named):
+                found = data.sets(owner, f"shift/{name}", self.rows, normalize)
+                self.notes.append(f"shift/{name}: {data.note}")
+            else:
+                sources = dict(_sources(kind, name, data))
+                remarks = list(_check_classes(owner, kind, name, data))
+                found, fitted = self._of_other(owner, kind, sources, normalize, tuple(facts["shape"]))
+                remarks += sorted(fitted)
+                self.notes += [f"{kind}/{name}: {'; '.join(remarks)}"] if remarks else []
+            if again := [key for key in found if key in sets or key in owner.set_names]:
+                raise ValueError(f"{again[0]} is named twice; every set must be named once. Leave one out.")
+            sets |= found
+        held = {name for name, file in owner.source_files.items() if file == "test" and name != "test"}
+        archives = [name for kind, name, data in self.named if kind == "shift" and not isinstance(data, GeneratedShift)]
+        if held and archives:
+            self.notes.append(
+                f"shift/{archives[0]}: all of its images; {', '.join(sorted(held))} has some of the test file here"
+            )
+        if self.rows is not None and any(name.startswith("shift/") for name in sets):
             self.notes.append(f"of shifted sets the first {self.rows:,} test rows")
         return sets
 
-
-def _named(kind: Kind, entry: OtherSet, files: Mapping[str, Any]) -> Named:
-    """The set that an entry of an option names."""
-    settings = {"name": entry} if isinstance(entry, str) else dict(entry)
-    name = settings.pop("name", None)
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"{kind} has {entry!r}; each entry must be a name, or a name with settings such as {{name: svhn, root: "
-            "DIR}. `calib data list` lists all names."
-        )
-    if name == GENERATED:
-        if kind == "ood":
-            raise ValueError("ood has 'generated'; corrupted test images keep their classes. Name it under shift.")
-        return Named(kind, name, _build(f"{kind}: {name}", GeneratedShift, settings))
-    path = find_config(name, "data")
-    if path is None:
-        known = [*config_names("data"), *([GENERATED] if kind == "shift" else [])]
-        raise ValueError(
-            f"{kind} has {name!r}; it must be a name of `calib data list` or a file of that kind."
-            f"{did_you_mean(name, known)}"
-        )
-    text = path.read_text(encoding="utf-8")
-    check_aliases(text)
-    config = yaml.safe_load(text)
-    if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
-        raise ValueError(f"{kind} names {path}; it must have a class_path and init_args. Write one as in configs/data.")
-    cls: type[DividedData] = find_class(config["class_path"], DividedData)
-    init = {key: value for key, value in (config.get("init_args") or {}).items() if key != "split"}
-    if hasattr(cls, "test_only"):
-        init |= files
-    data = _build(f"{kind}: {name}", cls, init | settings)
-    if hasattr(data, "test_only"):
-        data.test_only = True
-    return Named(kind, path.stem if Path(name).is_file() else name, data)
-
-
-def _build(where: str, cls: type[Any], settings: Mapping[str, Any]) -> Any:
-    try:
-        return cls(**settings)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}. Its settings are those of {cls.__name__}.") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    def _of_other(
+        self, owner: DividedData, kind: Kind, sources: dict[str, Source], normalize: Normalize, shape: tuple[int, ...]
+    ) -> tuple[dict[str, InMemorySet | FileSet], set[str]]:
+        """The sets of another benchmark, and how their images are fitted."""
+        sets: dict[str, InMemorySet | FileSet] = {}
+        said = set()
+        for key, source in sources.items():
+            if kind == "ood":
+                source = source._replace(label=torch.full_like(source.label, -1))
+            else:
+                source = first_rows(source, self.rows)
+            check_source(key, source, owner.num_classes)
+            image, fit, how = _fitted(key, source.image, shape, owner.frame)
+            prepare = normalize if fit is None else Compose(fit, normalize)
+            sets[key] = take(source._replace(image=image), None, prepare)
+            said.add(how)
+        return sets, said - {""}
 
 
 def _sources(kind: Kind, name: str, data: DividedData) -> Iterator[tuple[str, Source]]:
@@ -176,39 +144,33 @@ def _sources(kind: Kind, name: str, data: DividedData) -> Iterator[tuple[str, So
     yield f"{kind}/{name}", source
 
 
-def _check_classes(owner: DividedData, kind: Kind, name: str, data: DividedData) -> None:
-    """Shifted sets must have the classes of the training data, others must not."""
+def _check_classes(owner: DividedData, kind: Kind, name: str, data: DividedData) -> Iterator[str]:
+    """Shifted sets must have the classes of the training data, others must not; remarks on what is not sure."""
     own, other = owner.class_names, data.class_names
     who = type(owner).__name__
-    same = type(owner) is type(data) and owner.identity == getattr(data, "identity", None)
-    if own is not None and other is not None:
-        same = set(other) <= set(own)
-    if kind == "ood" and same:
-        raise ValueError(
-            f"ood has {name!r}, whose classes are those of {who}; images of other classes are wanted. Name it under "
-            "shift, or name another set."
-        )
     if kind == "shift" and data.num_classes != owner.num_classes:
         raise ValueError(
             f"shift has {name!r} with {data.num_classes} classes; {who} has {owner.num_classes}. Name a set of the "
             "same classes, or name it under ood."
         )
-    if kind == "shift" and own is not None and other is not None and list(own) != list(other):
+    if own is None or other is None:
+        if kind == "ood" and owner.identity == data.identity:
+            raise ValueError(f"ood has {name!r}, which is the data itself. Name a set of other classes.")
+        yield "classes have no names, so they are not compared"
+    elif kind == "shift" and list(own) != list(other):
         first = next(k for k in range(len(own)) if own[k] != other[k])
         raise ValueError(
             f"shift has {name!r}, whose class {first} is {other[first]!r}; that of {who} is {own[first]!r}. Name a set "
             "of the same classes in the same order, or name it under ood."
         )
-
-
-def _labelled(kind: Kind, source: Source, rows: int | None) -> Source:
-    """The first rows of shifted images; images of other classes have no label."""
-    if kind == "ood":
-        return source._replace(label=torch.full_like(source.label, -1))
-    if rows is None or rows >= len(source.label):
-        return source
-    image = source.image[:rows] if isinstance(source.image, Tensor) else source.image[torch.arange(rows)]
-    return Source(image, source.label[:rows], None if source.rows is None else source.rows[:rows])
+    elif kind == "ood" and set(other) <= set(own):
+        raise ValueError(
+            f"ood has {name!r}, whose classes are those of {who}; images of other classes are wanted. Name it under "
+            "shift, or name another set."
+        )
+    elif kind == "ood" and (shared := sorted(set(other) & set(own))):
+        some = ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else "")
+        yield f"{len(shared)} of its {len(other)} classes are known to the network ({some})"
 
 
 def _fitted(

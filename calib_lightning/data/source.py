@@ -48,6 +48,14 @@ def check_source(name: str, source: Source, num_classes: int) -> None:
         )
 
 
+def first_rows(source: Source, rows: int | None) -> Source:
+    """The first rows of a file; ``None`` takes all."""
+    if rows is None or rows >= len(source.label):
+        return source
+    image = source.image[:rows] if isinstance(source.image, Tensor) else source.image[torch.arange(rows)]
+    return Source(image, source.label[:rows], None if source.rows is None else source.rows[:rows])
+
+
 def take(source: Source, index: Tensor | None, transform: Transform) -> InMemorySet | FileSet:
     """Make a set of the images at positions ``(N,)`` of a file; ``None`` takes all, without a copy."""
     image, label = (source.image, source.label) if index is None else (source.image[index], source.label[index])

@@ -65,6 +65,7 @@ class TexturesDataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = True,
@@ -72,7 +73,7 @@ class TexturesDataModule(DownloadedDataModule):
         partition: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(split, root, download, augment, **options)
+        super().__init__(split, root=root, download=download, augment=augment, **options)
         if partition not in range(1, 11):
             raise ValueError(f"partition is {partition}; it must be in 1..10. The usual choice is 1.")
         self.partition, self._frame = partition, imagenet_frame(size, "center")

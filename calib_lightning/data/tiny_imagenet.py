@@ -63,12 +63,13 @@ class TinyImageNetDataModule(DownloadedDataModule):
     def __init__(
         self,
         split: SplitSpec | None = None,
+        *,
         root: str | Path = "data",
         download: bool = True,
         augment: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(split, root, download, augment, **options)
+        super().__init__(split, root=root, download=download, augment=augment, **options)
         self.needed = {f"{_FOLDER}/{name}": None for name in ("wnids.txt", "words.txt", "val/val_annotations.txt")}
 
     def load_train(self) -> Source:

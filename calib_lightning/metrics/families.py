@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 SEVERITIES_SHOWN = (1, 3, 5)
 """The severities that tables of a run have rows for."""
-_MEMBER = re.compile(r"(shift/[^/]+)/(.+)_([1-5])")
+_MEMBER = re.compile(r"((?:.*[/ ])?shift/[^/]+)/(.+)_([1-5])")  # of several runs, their names precede
 OTHERS = "ood"
 """Name of the family of sets of other classes."""
 

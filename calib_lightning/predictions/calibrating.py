@@ -212,34 +212,37 @@ def _report(
         rows[name] = {UNCALIBRATED: row}
     notes = [*inputs.notes, *once_each(((name, note) for name, own in said.items() for note in own), inputs.tests)]
     told_from = reference(inputs.tests)
-    others = {UNCALIBRATED: ood_values(inputs.tests[told_from], inputs.others, notes)} if inputs.others else {}
+    others = {UNCALIBRATED: ood_values(inputs.tests.get(told_from or ""), inputs.others, notes)}
     fitted: dict[str, Fitted] = {}
     failed: dict[str, str] = {}
     for calibrator in calibrators:
         called = calibrator.name
+        own: dict[str, Row] = {}
+        remarks: list[str] = []
+        new: list[tuple[str, str]] = []
+        kept: dict[str, Predictions] = {}
         try:
             found = _fit(calibrator, inputs.calibration, evidence("calibration", inputs.calibration, calibrator))
-            applied = {
-                name: apply(found.calibrator, test, evidence(name, test, calibrator))
-                for name, test in (inputs.tests | inputs.others).items()
-            }
+            for name, test in (inputs.tests | inputs.others).items():  # one by one: a hundred sets may be large
+                after = apply(found.calibrator, test, evidence(name, test, calibrator))
+                if name in inputs.others or name == told_from:
+                    kept[name] = after
+                if name in inputs.others:
+                    continue
+                own[name], notes_of = _row(of_corruptions if name in corrupted else settings, after)
+                new += [(name, f"{called}: {note}") for note in notes_of if note not in said[name]]
+                remarks += () if name in corrupted else losses(test, after, name, called, settings.bins[0])
+            told = ood_values(kept.pop(told_from or "", None), kept, remarks)
         except Exception as error:  # a failure must not affect the other calibrators
             failed[called] = " ".join(str(error).split()) or type(error).__name__
             continue
-        fitted[called] = found
-        new: dict[str, list[str]] = {}
-        for name, test in inputs.tests.items():
-            rows[name][called], new[name] = _row(of_corruptions if name in corrupted else settings, applied[name])
-            if name not in corrupted:
-                notes += losses(test, applied[name], name, called, settings.bins[0])
-        added = ((name, f"{called}: {note}") for name, own in new.items() for note in own if note not in said[name])
-        notes += once_each(added, inputs.tests)
+        fitted[called], others[called] = found, told
+        for name, row in own.items():
+            rows[name][called] = row
+        notes += [*remarks, *once_each(new, inputs.tests)]
+        old, fresh = ({name: row[key].values.values for name, row in rows.items()} for key in (UNCALIBRATED, called))
         for family in grouped:
-            pair = (UNCALIBRATED, called)
-            before, after = ({name: row[key].values.values for name, row in rows.items()} for key in pair)
-            notes += losses_of_family(before, after, family, called)
-        if inputs.others:
-            others[called] = ood_values(applied[told_from], {name: applied[name] for name in inputs.others}, notes)
+            notes += losses_of_family(old, fresh, family, called)
     notes = sorted(dict.fromkeys(notes), key=LOST_REFINEMENT.__eq__)  # after the notes that it explains
     return CalibrationReport(inputs, settings, fitted, rows, failed, notes, others=others)
 

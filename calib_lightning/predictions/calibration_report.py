@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import calib_lightning
-from calib_lightning.metrics import means_of_families
+from calib_lightning.metrics import OTHERS, means_of_families
 from calib_lightning.metrics.spread import Spread, over_seeds
 from calib_lightning.posthoc import Calibrator, FitReport, save_calibrator
 from calib_lightning.predictions.inputs import Inputs
-from calib_lightning.predictions.others import OOD_TITLE, corrupted_sets, ood_grid, reference
+from calib_lightning.predictions.others import corrupted_sets, ood_grid, reference
 from calib_lightning.predictions.reading import Predictions
-from calib_lightning.predictions.results import lines_of_corruptions
+from calib_lightning.predictions.results import MEAN_OF_OTHERS, OOD_TITLE, lines_of_corruptions
 from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.tables import (
     Entry,
@@ -146,7 +146,8 @@ class CalibrationReport(Report):
         yield from self._shift_grids()
         for name in self.others.get(UNCALIBRATED, {}):
             of_each = [(called, values[name]) for called, values in self.others.items()]
-            yield ood_grid(f"{name}: {OOD_TITLE.format(reference(self.inputs.tests))}", "", of_each)
+            title = OOD_TITLE.format(reference(self.inputs.tests))
+            yield ood_grid(f"{MEAN_OF_OTHERS if name == OTHERS else name}: {title}", "", of_each)
         if self.fitted:
             rows = len(self.inputs.calibration.labels)
             header = [
@@ -216,7 +217,7 @@ class CalibrationReport(Report):
                 for name, fitted in self.fitted.items()
             },
             "means": {called: means_of_families(self._values(called)) for called in (UNCALIBRATED, *self.fitted)},
-            "ood": self.others,
+            "ood": self.others if self.inputs.others else {},
             "failed": self.failed,
             "notes": self.notes,
         }

@@ -27,7 +27,7 @@ def check_role(path: Path, run: Path | None) -> None:
         )
 
 
-def check_apart(calibration: Predictions, test: Predictions, name: str) -> list[str]:
+def check_apart(calibration: Predictions, test: Predictions) -> list[str]:
     """Reject test rows among the calibration rows; a few, which may be a coincidence, are only noted."""
     places = f"{calibration.where} and {test.where}"
     if calibration.scores.shape[1] != test.scores.shape[1]:
@@ -48,7 +48,7 @@ def check_apart(calibration: Predictions, test: Predictions, name: str) -> list[
         raise ValueError(f"{places} hold the same rows up to rounding (scores and labels): {LOOKS_BETTER}")
     if by_chance:
         return []
-    return [f"{name}: {shared} of its rows are also among the calibration rows"]
+    return [f"{shared} of its rows are also among the calibration rows"]
 
 
 def check_widths(calibration: Predictions, tests: Mapping[str, Predictions]) -> None:

@@ -51,9 +51,12 @@ def inputs_of_run(run: Path) -> Inputs:
 
 def files_of_run(run: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """The files of a run's predictions by the name of the set: those with labels, and those of other classes."""
-    read_record(run)
+    record = read_record(run)
     folder = run / "predictions"
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.npz"))}
+    evaluated = {key.removesuffix("/n") for key in record.get("results") or {} if key.endswith("/n")}
+    if evaluated:  # files of sets that the last evaluation did not have are of an earlier network
+        found = {name: path for name, path in found.items() if name in evaluated or "/" not in name}
     if not found:
         raise ValueError(
             f"{run} has no predictions yet. Run `calib test -c {run / 'config.yaml'}` and give {run / 'test'} as RUN."
@@ -107,9 +110,8 @@ def _noted(calibration: Predictions, tests: dict[str, Predictions], run: Path | 
     for name, found in {"calibration": calibration, **tests}.items():
         said += [(name, REPLACED_CONFIDENCE)] if found.confidence is not None else []
         said += [(name, note) for note in input_notes(found)]
+    said += [(name, note) for name, test in tests.items() for note in check_apart(calibration, test)]
     notes += once_each(said, tests)
-    for name, test in tests.items():
-        notes += check_apart(calibration, test, name)
     return Inputs(calibration, tests, list(dict.fromkeys(notes)))
 
 

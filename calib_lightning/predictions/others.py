@@ -12,20 +12,18 @@ from calib_lightning.metrics import OOD, OTHERS, OODDetection, families, mean_va
 from calib_lightning.metrics.functional.rows import Rows
 from calib_lightning.predictions.files import Stored
 from calib_lightning.predictions.reading import Origin, Predictions, predictions_of, unique_names
-from calib_lightning.predictions.results import Line, lines_of
+from calib_lightning.predictions.results import MEAN_OF_OTHERS, Line, lines_of
 from calib_lightning.predictions.settings import Reading
 from calib_lightning.predictions.tables import Entry, Grid, cell, heading
 from calib_lightning.predictions.values import Values, warnings_as_notes
 
 TEST = "test"
-OOD_TITLE = "images of other classes, told from {} by the largest probability"
-MEAN_OF_OTHERS = "mean of these"
 
 
-def reference(names: Iterable[str]) -> str:
-    """The set from which images of other classes are told: ``test``, or the first."""
+def reference(names: Iterable[str]) -> str | None:
+    """The set from which images of other classes are told: ``test``, or the only one; ``None`` without."""
     every = list(names)
-    return TEST if TEST in every else every[0]
+    return TEST if TEST in every else every[0] if len(every) == 1 else None
 
 
 def read_others(sources: Any, reading: Reading | None = None) -> dict[str, Predictions]:
@@ -45,7 +43,7 @@ def read_others(sources: Any, reading: Reading | None = None) -> dict[str, Predi
     """
     if isinstance(sources, Mapping):
         return {name: _unlabelled(source, reading) for name, source in sources.items()}
-    single = isinstance(sources, str | Path | Predictions | torch.Tensor) or hasattr(sources, "__array__")
+    single = isinstance(sources, str | Path | Predictions | tuple | torch.Tensor) or hasattr(sources, "__array__")
     found = [_unlabelled(source, reading) for source in ([sources] if single else sources)]
     names = iter(unique_names([each.origin.file for each in found if each.origin.file is not None]))
     return {f"others-{i + 1}" if each.origin.file is None else next(names): each for i, each in enumerate(found)}
@@ -66,22 +64,26 @@ def _unlabelled(source: Any, reading: Reading | None) -> Predictions:
 
 
 def ood_values(
-    test: Predictions, others: Mapping[str, Predictions], notes: list[str] | None = None
+    test: Predictions | None, others: Mapping[str, Predictions], notes: list[str]
 ) -> dict[str, dict[str, float]]:
     """How well the confidence tells the rows of a set from those of sets of other classes.
 
     Args:
-        test: The set.
+        test: The set; without one there are no values, and a note.
         others: Sets of other classes, by name.
-        notes: Gets the warnings.
+        notes: Gets the note and the warnings.
 
     Returns:
-        By name, the values of `OOD`; of two sets or more also their mean.
+        By name, the values of `OOD`; of two sets or more also their mean, as ``ood``, with the number of ``sets``.
 
     Raises:
         ValueError: A set has other classes in its scores than the test set.
     """
     values: dict[str, dict[str, float]] = {}
+    if test is None:
+        if others:
+            notes.append(f"images of other classes are told from the set {TEST!r}, which is missing")
+        return values
     inside = _scores(test)
     for name, other in others.items():
         if other.scores.shape[1] != test.scores.shape[1]:
@@ -92,10 +94,10 @@ def ood_values(
         metric, outside = OODDetection(), _scores(other)
         metric.update(inside, torch.ones(len(inside), dtype=torch.bool))
         metric.update(outside, torch.zeros(len(outside), dtype=torch.bool))
-        with warnings_as_notes([] if notes is None else notes):
+        with warnings_as_notes(notes):
             values[name] = {key: float(value) for key, value in metric.compute().items()}
     if len(values) > 1:
-        values[MEAN_OF_OTHERS] = mean_values(list(values.values()))
+        values[OTHERS] = mean_values(list(values.values())) | {"sets": len(values)}
     return values
 
 
@@ -107,7 +109,8 @@ def _scores(found: Predictions) -> torch.Tensor:
 
 def ood_grid(title: str, what: str, rows: Iterable[tuple[str, Mapping[str, float]]]) -> Grid:
     """A table with a row for each set of other classes, or each calibrator, as ``what`` says above the names."""
-    cells = [[name, *(cell(key, values[key]) for key in OOD)] for name, values in rows]
+    named = ((MEAN_OF_OTHERS if name == OTHERS else name, values) for name, values in rows)
+    cells = [[name, *(cell(key, values[key]) for key in OOD)] for name, values in named]
     return Grid(title, [what, *map(heading, OOD)], cells)
 
 

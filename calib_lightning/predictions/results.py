@@ -14,6 +14,8 @@ from calib_lightning.predictions.tables import cell, heading
 
 SHARED = "validation and calibration are the same images"
 """Remark in the title of a table of a run whose split has ``share``."""
+OOD_TITLE = "images of other classes, told from {} by the largest probability"
+MEAN_OF_OTHERS = "mean of these"
 
 
 def results_by_set(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -54,7 +56,7 @@ def lines_of(sets: Mapping[str, Mapping[str, float]]) -> list[Line]:
         (others if name.startswith(f"{OTHERS}/") else lines).append(line)
     for family in grouped.values():
         if family.name == OTHERS:
-            others.append(_mean_line("mean of these", list(family.members), sets))
+            others.append(_mean_line(MEAN_OF_OTHERS, list(family.members), sets))
         else:
             lines += _lines_of_family(family, sets)
     return [*lines, *others]
@@ -97,7 +99,7 @@ def result_tables(metrics: Mapping[str, float], title: str) -> list[Table]:
     keys = [*CORE, *(key for key in SOFT if any(key in line.values for line in own))]
     tables = [_table(title, own, keys)]
     if others:
-        tables.append(_table("images of other classes, told from test by the largest probability", others, list(OOD)))
+        tables.append(_table(OOD_TITLE.format("test"), others, list(OOD)))
     return tables
 
 

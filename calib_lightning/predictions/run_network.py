@@ -43,7 +43,8 @@ class RunNetwork:
                 f"{run} has no selected checkpoint, so there is no network. Finish the training of the run."
             )
         self.checkpoint = home / chosen
-        self.data = _data_of(config)
+        others = {key: value for key, value in (read_record(run).get("others") or {}).items() if key != "notes"}
+        self.data = _data_of(config, others)
         self.data.prepare_data()
         self.data.setup("test")
         if record.get("splits") not in (None, self.data.splits_hash):
@@ -114,13 +115,13 @@ class RunNetwork:
         return torch.cat(logits), torch.cat(features)
 
 
-def _data_of(config: Path) -> BenchmarkDataModule:
-    """Build the data module of a run's configuration, which must be one of this package."""
+def _data_of(config: Path, others: dict[str, Any]) -> BenchmarkDataModule:
+    """Build the data module of a run's configuration, which must be one of this package, with the evaluated sets."""
     try:
         text = config.read_text(encoding="utf-8")
         check_aliases(text)
         section = yaml.safe_load(text)["data"]
-        class_path, arguments = str(section["class_path"]), section.get("init_args") or {}
+        class_path, arguments = str(section["class_path"]), (section.get("init_args") or {}) | others
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config} does not specify the data ({error!r}).") from error
     known = {name: item for name in data.__all__ if _is_benchmark(item := getattr(data, name))}

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 import calib_lightning
 from calib_lightning.metrics import CORE, Difference, GroupTable, Spread, means_of_families
-from calib_lightning.predictions.others import OOD_TITLE, condensed, ood_grid, reference
+from calib_lightning.predictions.others import condensed, corrupted_sets, ood_grid, reference
 from calib_lightning.predictions.reading import Predictions
+from calib_lightning.predictions.results import OOD_TITLE
 from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.tables import (
     MOST_COLUMNS,
@@ -86,7 +87,10 @@ class ScoreReport(Report):
         yield from value_grids(title, ["set", "N", "K"], condensed(entries))
         if self.ood:
             yield ood_grid(OOD_TITLE.format(reference(self.sets)), "set", self.ood.items())
+        single = corrupted_sets(self.spreads)
         for group, spreads in self.spreads.items():
+            if group in single:
+                continue
             rows = sectioned({key: _spread_cells(key, spread) for key, spread in spreads.items()})
             interval = f"{100 * self.settings.level:g} % interval of the mean"
             runs = next(iter(spreads.values())).runs

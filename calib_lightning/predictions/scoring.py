@@ -14,6 +14,8 @@ from calib_lightning.metrics import (
     METRICS,
     by_class,
     by_frequency,
+    families,
+    mean_values,
     permutation_test,
 )
 from calib_lightning.posthoc import Calibrator, Evidence
@@ -94,23 +96,33 @@ def score(
         sources, own = files_of_run(Path(predictions))
         ood = own if ood is None else ood
     sets = named(sources, reading)
+    if not sets:
+        raise ValueError(f"{predictions} has no predictions with labels. Test the network on a set with labels.")
     outside = {} if ood is None else read_others(ood, reading)
     others = _others(compare, sets, reading)
     counts = {name: _counts(groups, found) for name, found in sets.items()}
     of_corruptions = dataclasses.replace(asked, intervals=None)  # of a hundred sets the means matter
     corrupted = corrupted_sets(sets)
     scored = {
-        name: _scored(of_corruptions if name in corrupted else asked, found, others.get(name), groups, counts[name])
+        name: _scored(of_corruptions, found, others.get(name), None, None)
+        if name in corrupted
+        else _scored(asked, found, others.get(name), groups, counts[name])
         for name, found in sets.items()
     }
     spreads = {}
     if seeds:
         if len(sets) < 2:
             raise ValueError("seeds is True; there must be two or more sets, one for each run. Give all runs.")
-        for group, members in groups_of_runs(sets).items():
-            spreads[group] = spreads_of({name: scored[name].values.values for name in members}, asked.level)
+        members = groups_of_runs(sets)
+        for group, names in members.items():
+            spreads[group] = spreads_of({name: scored[name].values.values for name in names}, asked.level)
+        for family in families(members):
+            runs = list(zip(*(members[group] for group in family.members), strict=False))
+            means = {str(run[0]): mean_values([scored[name].values.values for name in run]) for run in runs}
+            spreads[f"{family.name}, mean of {len(family.members)} sets"] = spreads_of(means, asked.level)
     notes = once_each(((name, note) for name, entry in scored.items() for note in entry.notes), sets)
-    told = ood_values(sets[reference(sets)], outside, notes) if outside else {}
+    told_from = reference(sets)
+    told = ood_values(None if told_from is None else sets[told_from], outside, notes)
     kinds = sorted({found.input for found in sets.values()})
     compared = {name: other.where for name, other in others.items()}
     return ScoreReport(scored, asked, " and ".join(kinds), spreads, compared, list(dict.fromkeys(notes)), told)

@@ -152,6 +152,20 @@ def test_sets_can_be_named_for_a_trained_network_and_for_one_that_goes_on(calib,
     assert len(wanted) > 200
     assert {key: results[key] for key in wanted} == pytest.approx(wanted, nan_ok=True, abs=0)
 
+    # what needs the network finds the sets that were named later
+    for run in ("run", "run/test"):
+        done = calib("calibrate", run, "--calibrators", "TrustScore", "--no_intervals", "--metrics", "accuracy")
+        assert done.code == 0, done.err
+        assert "ood/more: images of other classes" in done.out
+
+    # files of sets that the last evaluation did not have are of an earlier network
+    done = calib("fit", "-c", "run/config.yaml", "--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_epochs=5")
+    assert done.code == 0, done.err
+    assert (tmp_path / "run/predictions/ood/more.npz").is_file()
+    found = json.loads(calib("score", "run", "--metrics", "accuracy", "--format", "json").out)
+    assert [*found["sets"]] == ["test", "calibration"]
+    assert "ood" not in found
+
 
 def test_of_several_runs_the_shifted_sets_are_compared_by_name(calib, tmp_path):
     for seed in (0, 1):
@@ -163,6 +177,12 @@ def test_of_several_runs_the_shifted_sets_are_compared_by_name(calib, tmp_path):
     spread = found["seeds"]["CrossEntropy on Digits, shift/generated/contrast_5"]["accuracy"]
     each = [found["sets"][f"{seed}/shift/generated/contrast_5"]["values"]["accuracy"] for seed in (0, 1)]
     assert (spread["mean"], spread["runs"]) == (pytest.approx(np.mean(each)), 2)
+    means = [found["means"][f"{seed}/shift/generated"]["accuracy"] for seed in (0, 1)]
+    spread = found["seeds"]["CrossEntropy on Digits, shift/generated, mean of 6 sets"]["accuracy"]
+    assert (spread["mean"], spread["std"]) == (pytest.approx(np.mean(means)), pytest.approx(np.std(means, ddof=1)))
+    text = calib("score", "runs/0", "runs/1", "--seeds", "--metrics", "accuracy").out
+    assert "1/shift/generated, severity 5" in text
+    assert "contrast_5" not in text
     done = calib("score", "runs/0", "--compare", "runs/1", "--metrics", "accuracy", "--format", "json")
     assert done.code == 0, done.err
     compared = json.loads(done.out)["sets"]["shift/generated/contrast_5"]["compare"]["accuracy"]
@@ -199,13 +219,12 @@ def test_files_of_other_classes_need_no_labels(calib, tmp_path):
         ("--data.shift=[cifar10c]", "shift has 'cifar10c'.*Did you mean cifar10_c"),
         ("--data.shift=[{name: generated, corruptions: [mist]}]", "corruption is 'mist'"),
         ("--data.ood=[digits]", "ood has 'digits', whose classes are those of DigitsDataModule"),
-        ("--data.ood=[svhn]", "SVHNDataModule cannot use the files"),
+        ("--data.ood=[{name: svhn, download: false}]", "SVHNDataModule cannot use the files"),
         ("--data.shift_rows=0", "shift_rows is 0"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_trained(calib, tmp_path, option, message):
     done = calib("fit", *SHORT, option, "--data.shift_rows=5" if "rows" not in option else option, "--run_dir=run")
-    done = done if "svhn" not in option else calib("fit", *SHORT, "--data.ood=[{name: svhn, download: false}]")
     assert done.code != 0
     assert message.split(".*")[0] in done.err
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -72,7 +72,8 @@ def test_sets_are_evaluated_after_the_data_s_own_and_do_not_count_as_its_splits(
     np.testing.assert_array_equal(pixels(data, batch)[:, 0], images)
     assert next(iter(data.evaluation_loader(names[1]))).label.tolist() == plain.set_of("test").label[:30].tolist()
     assert data.other_notes == [
-        "generated: 1 corruption x 2 severities of 30 test images, constants 'cifar', seed 0; not the archive's images",
+        "shift/generated: 1 corruption x 2 severities of 30 test images, constants 'cifar', seed 0; "
+        "not the archive's images",
         "of shifted sets the first 30 test rows",
     ]
 
@@ -120,24 +121,34 @@ def test_the_same_classes_in_other_images_are_a_shift(tmp_path, site):
         ready(DigitsDataModule(ood=[mine]))
 
 
+SMALL = {"name": "generated", "corruptions": ["fog"]}
 REFUSED = {
     "ood has 'svnh'; it must be a name of `calib data list` or a file.*Did you mean svhn": {"ood": ["svnh"]},
     "shift has 'generate'.*Did you mean generated": {"shift": ["generate"]},
+    "shift has '/'; it must be a name": {"shift": ["/"]},
+    "ood has 5; each entry must be a name": {"ood": [5]},
+    "ood has 7; each entry must be a name": {"ood": 7},
+    "ood has 'aaa.*; each entry must be a name": {"ood": ["a" * 5000]},
+    r"shift has \{'root': 'x'\}; each entry must be a name": {"shift": [{"root": "x"}]},
+    "shift: generated: as is 'a/b'; it must be a word": {"shift": [SMALL | {"as": "a/b"}]},
     "ood has 'generated'; corrupted test images keep their classes": {"ood": ["generated"]},
     "corruption is 'fogg'; it must be one of gaussian_noise, .*Did you mean fog": {
-        "shift": [{"name": "generated", "corruptions": ["fogg"]}]
+        "shift": [SMALL | {"corruptions": "fogg"}]
     },
-    "severity is 6; it must be one of 1, 2, 3, 4, 5": {"shift": [{"name": "generated", "severities": [6]}]},
-    "severities is empty": {"shift": [{"name": "generated", "severities": []}]},
-    "corruptions is .*; each must be named once": {"shift": [{"name": "generated", "corruptions": ["fog", "fog"]}]},
-    "table is 'svhn'; it must be one of cifar, imagenet": {"shift": [{"name": "generated", "table": "svhn"}]},
-    "shift: generated: .*'colour'.*Its settings are those of GeneratedShift": {
-        "shift": [{"name": "generated", "colour": 1}]
-    },
-    "shift_rows is 0; it must be at least 1": {"shift": ["generated"], "shift_rows": 0},
-    "shift/generated is named twice": {"shift": ["generated", {"name": "generated", "seed": 1}]},
-    r"shift has \{'root': 'x'\}; each entry must be a name": {"shift": [{"root": "x"}]},
-    "shift has 'mnist'.*|MNISTDataModule cannot use the files": {"shift": [{"name": "mnist", "download": False}]},
+    "severity is 6; it must be one of 1, 2, 3, 4, 5": {"shift": [SMALL | {"severities": [6]}]},
+    "severity is 1.0; it must be one of 1, 2, 3, 4, 5": {"shift": [SMALL | {"severities": [1.0]}]},
+    "severities is .None.; each must be one of 1, 2, 3": {"shift": [SMALL | {"severities": [None]}]},
+    "severities is empty": {"shift": [SMALL | {"severities": []}]},
+    "corruptions is .*; each must be named once": {"shift": [SMALL | {"corruptions": ["fog", "fog"]}]},
+    "table is 'svhn'; it must be one of cifar, imagenet": {"shift": [SMALL | {"table": "svhn"}]},
+    "seed is -1; it must be a whole number, at least 0": {"shift": [SMALL | {"seed": -1}]},
+    "seed is 'a'; it must be a whole number": {"shift": [SMALL | {"seed": "a"}]},
+    "shift: generated: .*'colour'.*Its settings are those of GeneratedShift": {"shift": [SMALL | {"colour": 1}]},
+    "shift_rows is 0; it must be a whole number, at least 1": {"shift": [SMALL], "shift_rows": 0},
+    "shift_rows is True; it must be a whole number": {"shift": [SMALL], "shift_rows": True},
+    "shift/generated is named twice; every set must have a name of its own": {"shift": [SMALL, SMALL | {"seed": 1}]},
+    "shift: mnist: split is given; of other sets all test": {"shift": [{"name": "mnist", "split": {"val": 5}}]},
+    "MNISTDataModule cannot use the files": {"shift": [{"name": "mnist", "download": False, "root": "nowhere"}]},
     "ood has 'digits', whose classes are those of DigitsDataModule": {"ood": ["digits"]},
 }
 
@@ -174,8 +185,31 @@ def test_classes_of_a_shifted_set_must_be_those_of_the_data(tmp_path, site):
     swapped, _ = arrays(tmp_path / "s.npz", (8, 8), ("bee", "cow"))
     with pytest.raises(ValueError, match="whose class 0 is 'bee'; that of ArraysDataModule is 'ant'"):
         ready(ArraysDataModule(entry["file"], shift=[swapped]))
-    with pytest.raises(ValueError, match=r"ood names .*mine.yaml; it must have a class_path and init_args"):
-        ready(DigitsDataModule(ood=[site("mine", data=1)]))
+    for wrong in ({"data": 1}, {"class_path": "ArraysDataModule", "init_args": [1]}):
+        with pytest.raises(ValueError, match=r"ood names .*mine.yaml; it must have a class_path and init_args"):
+            ready(DigitsDataModule(ood=[site("mine", **wrong)]))
+    (tmp_path / "bad.yaml").write_text("class_path: [")
+    with pytest.raises(ValueError, match=r"ood names .*bad.yaml, which cannot be read"):
+        ready(DigitsDataModule(ood=[str(tmp_path / "bad.yaml")]))
+
+
+def test_classes_that_are_partly_known_or_have_no_names_are_said(tmp_path):
+    known, _ = arrays(tmp_path / "k.npz", (8, 8), ("3", "x"))
+    data = ready(DigitsDataModule(ood=[known | {"as": "mixed"}]))
+    assert data.other_notes == ["ood/mixed: 1 of its 2 classes are known to the network (3)"]
+    np.savez(tmp_path / "n.npz", images=np.zeros((8, 8, 8), np.uint8), labels=np.arange(8) % 2)
+    data = ready(DigitsDataModule(ood={"name": "arrays", "file": str(tmp_path / "n.npz")}))
+    assert data.other_notes == ["ood/arrays: classes have no names, so they are not compared"]
+    two = [known | {"as": "one"}, known | {"as": "two"}]
+    assert ready(DigitsDataModule(ood=two)).set_names[-2:] == ["ood/one", "ood/two"]
+
+
+def test_a_root_of_one_s_own_stays(tmp_path, site):
+    mine = site("mine", class_path="SVHNDataModule", init_args={"root": str(tmp_path / "mine"), "download": False})
+    found = CIFAR10DataModule(root=tmp_path / "own", ood=[mine])._other_sets().named[0].data
+    assert found.root == tmp_path / "mine"
+    usual = CIFAR10DataModule(root=tmp_path / "own", ood=["svhn"], download=False)._other_sets().named[0].data
+    assert (usual.root, usual.download, usual.test_only) == (tmp_path / "own", False, True)
 
 
 def test_an_archive_that_lacks_severities_is_named_before_anything_is_trained(tmp_path, monkeypatch):
@@ -199,6 +233,10 @@ def test_an_archive_that_lacks_severities_is_named_before_anything_is_trained(tm
     assert [name for name in data.set_names if name.startswith("shift/")] == names
     assert next(iter(data.evaluation_loader(names[4]))).label.tolist() == list(range(7))
     assert data.source_rows(names[4]).tolist() == list(range(80, 87))
+    own = ready(CIFAR10CDataModule(root=tmp_path, corruptions=["fog"], severities=[2], shift_rows=7))
+    assert own.source_rows("shift/cifar10_c/fog_2").tolist() == list(range(20, 27))
+    with pytest.raises(ValueError, match="shift/cifar10_c/fog_1 is named twice"):
+        ready(Small(shift=[entry, entry | {"as": "again"}]))
     with pytest.raises(FileNotFoundError, match=r"CIFAR10CDataModule cannot use .*(?s:.)*CIFAR-10-C/snow.npy: missing"):
         ready(Small(shift=[entry | {"corruptions": ["fog", "snow"]}]))
     np.save(folder / "fog.npy", images[:60])  # three severities
@@ -281,9 +319,34 @@ def test_image_files_are_corrupted_as_they_are_read(tmp_path):
     assert not list(tmp_path.rglob("*.npy"))
 
 
+def test_without_a_root_images_are_corrupted_once_and_kept_in_memory(monkeypatch):
+    counted = []
+
+    def counting(image, *args, **kwargs):
+        counted.append(len(image))
+        return corrupt(image, *args, **kwargs)
+
+    monkeypatch.setattr(generated, "corrupt", counting)
+    for kept, calls in ((2**29, [12]), (0, [1, 12, 12])):
+        monkeypatch.setattr(generated, "_KEPT", kept)
+        counted.clear()
+        data = ready(DigitsDataModule(shift=[SMALL | {"severities": 4}], shift_rows=12))
+        images = [image_of(data, "shift/generated/fog_4") for _ in range(2)]
+        rows = torch.from_numpy(data.source_rows("test")[:12])
+        want = corrupt(data.set_of("test").image[:12], "fog", 4, rows, table="cifar")
+        assert all(torch.equal(image, want) for image in images)
+        assert counted == calls
+
+
+def test_images_that_are_too_small_to_corrupt_are_refused_before_a_run(tmp_path):
+    entry, _ = arrays(tmp_path / "t.npz", (2, 8), size=40)
+    with pytest.raises(ValueError, match="pixels"):
+        ready(ArraysDataModule(entry["file"], shift=[SMALL]))
+
+
 def test_without_what_a_corruption_needs_the_run_is_refused(monkeypatch):
     monkeypatch.setattr(generated, "unavailable", lambda names, folder: {"frost": "no photographs"})
-    with pytest.raises(ValueError, match=r"lacks what it needs: frost: no photographs\. Or leave them out: .*fog"):
+    with pytest.raises(ValueError, match=r"lacks what it needs: frost: no photographs\. Without: .*fog"):
         GeneratedShift(corruptions=("fog", "frost")).check()
 
     class Untested(DigitsDataModule):
