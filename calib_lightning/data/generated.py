@@ -95,7 +95,8 @@ class GeneratedShift:
         severities: Some of 1 to 5; ``None`` means all.
         table: Constants: "cifar" (for images of 32 pixels) or "imagenet" (224); ``None`` chooses by the images' size.
         seed: With the row of an image it determines every draw.
-        frost: Folder of photographs of frost; ``None`` uses those of the extra ``corruptions``.
+        frost: Folder of photographs for "frost", which alone needs any; ``None`` uses those of the extra
+            ``corruptions``.
 
     Raises:
         ValueError: If a value is unknown.

@@ -32,7 +32,9 @@ RANDOM = (
 
 @pytest.fixture(scope="module")
 def package():
-    return pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    return pytest.importorskip(
+        "imagecorruptions", reason="needs the extra corruptions, and libGL", exc_type=ImportError
+    )
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +209,7 @@ def test_zoom_is_that_of_scipy(factor, size):
 
 
 def test_cifar_frost_is_scaled_by_a_fifth_as_opencv_scales():
-    cv2 = pytest.importorskip("cv2", reason="needs the extra corruptions")
+    cv2 = pytest.importorskip("cv2", reason="needs the extra corruptions, and libGL", exc_type=ImportError)
     photograph = np.random.default_rng(2).integers(0, 256, (203, 321, 3), dtype=np.uint8)
     small = cv2.resize(photograph, (0, 0), fx=0.2, fy=0.2)
     height, width = small.shape[:2]

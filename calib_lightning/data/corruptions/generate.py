@@ -118,7 +118,6 @@ def corrupt(
     Raises:
         ValueError: If an argument is not as described.
         FileNotFoundError: If frost is asked for and there are no photographs.
-        ModuleNotFoundError: If spatter is asked for and OpenCV cannot be imported.
 
     Deviations:
         The random numbers are not those of the published files, so a score on these images is not a CIFAR-C score.
@@ -182,9 +181,7 @@ def unavailable(corruptions: Sequence[str], frost_folder: str | Path | None = No
         try:
             if corruption == "frost":
                 frost_photographs(frost_folder)
-            elif corruption == "spatter":
-                spatter.opencv()
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError) as error:
             reasons[corruption] = str(error)
     return reasons
 
