@@ -82,7 +82,7 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
             ValueError: If a name is unknown or its settings are wrong.
             FileNotFoundError: If files are missing or damaged and were not, or could not be, downloaded.
         """
-        self._other_sets().prepare()
+        self._other_sets().prepare(self)
 
     @property
     def asked_others(self) -> dict[str, Any]:

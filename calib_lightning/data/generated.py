@@ -216,6 +216,10 @@ class GeneratedShift:
 
 def _tuple(values: Any) -> tuple[Any, ...]:
     """Several values; one stands for itself."""
+    if not isinstance(values, str | int | list | tuple):
+        raise ValueError(
+            f"corruptions or severities are {values!r}; they must be a list, such as [fog, snow] or [1, 5]."
+        )
     return (values,) if isinstance(values, str | int) else tuple(values)
 
 

@@ -57,10 +57,14 @@ class OtherSets:
                 "name: {name: ..., as: NAME}."
             )
 
-    def prepare(self) -> None:
-        """Fetch or check the files of every set.
+    def prepare(self, owner: DividedData) -> None:
+        """Fetch or check the files of every set whose classes, as far as they are known by now, are right.
+
+        Args:
+            owner: The data whose network is evaluated.
 
         Raises:
+            ValueError: If a set has the wrong classes.
             FileNotFoundError: If files are missing or damaged and were not, or could not be, downloaded.
         """
         for found in self.named:
@@ -68,6 +72,7 @@ class OtherSets:
             if isinstance(data, GeneratedShift):
                 data.check()
             else:
+                list(_check_classes(owner, found.kind, found.name, data))
                 data.prepare_data()
 
     def load(self, owner: DividedData, facts: Mapping[str, Any]) -> dict[str, InMemorySet | FileSet]:
@@ -105,7 +110,7 @@ class OtherSets:
                 f"shift/{archives[0]}: all of its images; {', '.join(sorted(held))} has some of the test file here"
             )
         if self.rows is not None and any(name.startswith("shift/") for name in sets):
-            self.notes.append(f"of shifted sets the first {self.rows:,} test rows")
+            self.notes.append(f"of shifted sets at most the first {self.rows:,} test rows")
         return sets
 
     def _of_other(
@@ -148,14 +153,14 @@ def _check_classes(owner: DividedData, kind: Kind, name: str, data: DividedData)
     """Shifted sets must have the classes of the training data, others must not; remarks on what is not sure."""
     own, other = owner.class_names, data.class_names
     who = type(owner).__name__
+    if owner.identity == data.identity:
+        raise ValueError(f"{kind} has {name!r}, which is the data itself. Name another set, or leave it out.")
     if kind == "shift" and data.num_classes != owner.num_classes:
         raise ValueError(
             f"shift has {name!r} with {data.num_classes} classes; {who} has {owner.num_classes}. Name a set of the "
             "same classes, or name it under ood."
         )
     if own is None or other is None:
-        if kind == "ood" and owner.identity == data.identity:
-            raise ValueError(f"ood has {name!r}, which is the data itself. Name a set of other classes.")
         yield "classes have no names, so they are not compared"
     elif kind == "shift" and list(own) != list(other):
         first = next(k for k in range(len(own)) if own[k] != other[k])

@@ -72,5 +72,7 @@ def robustness_curves(
     for axes in panels:
         axes.set_axis_off()  # the place of a fourth panel
     count = max(len(each) for each in values.values())
-    finish_figure(figure, f"{count} corruption{'s'[: count > 1]}" + (", 0: test set" if 0 in values else ""), handles)
+    finish_figure(
+        figure, f"{count} corruption{'s'[: count > 1]}" + (", 0: whole test set" if 0 in values else ""), handles
+    )
     return figure

@@ -8,6 +8,7 @@ from PIL import Image
 
 from calib_lightning.data import (
     ArraysDataModule,
+    BenchmarkDataModule,
     CIFAR10CDataModule,
     CIFAR10DataModule,
     DigitsDataModule,
@@ -74,7 +75,7 @@ def test_sets_are_evaluated_after_the_data_s_own_and_do_not_count_as_its_splits(
     assert data.other_notes == [
         "shift/generated: 1 corruption x 2 severities of 30 test images, constants 'cifar', seed 0; "
         "not the archive's images",
-        "of shifted sets the first 30 test rows",
+        "of shifted sets at most the first 30 test rows",
     ]
 
 
@@ -149,7 +150,10 @@ REFUSED = {
     "shift/generated is named twice; every set must have a name of its own": {"shift": [SMALL, SMALL | {"seed": 1}]},
     "shift: mnist: split is given; of other sets all test": {"shift": [{"name": "mnist", "split": {"val": 5}}]},
     "MNISTDataModule cannot use the files": {"shift": [{"name": "mnist", "download": False, "root": "nowhere"}]},
-    "ood has 'digits', whose classes are those of DigitsDataModule": {"ood": ["digits"]},
+    "ood has 'digits', which is the data itself": {"ood": ["digits"]},
+    "shift has 'digits_lt', which is the data itself": {"shift": ["digits_lt"]},
+    "corruptions or severities are .*; they must be a list": {"shift": [SMALL | {"corruptions": {"fog": 1}}]},
+    "shift has 'cifar10', whose class 0 is 'airplane'": {"shift": ["cifar10"]},
 }
 
 
@@ -251,7 +255,7 @@ def test_only_the_files_of_the_test_images_are_wanted(tmp_path):
     data = SVHNDataModule(root=tmp_path, download=False)
     assert set(data.bad_files()) == {"train_32x32.mat", "test_32x32.mat"}
     with pytest.raises(FileNotFoundError) as caught:
-        CIFAR10DataModule(root=tmp_path, download=False, ood=["svhn"])._other_sets().prepare()
+        BenchmarkDataModule.prepare_data(CIFAR10DataModule(root=tmp_path, download=False, ood=["svhn"]))
     assert "test_32x32.mat" in str(caught.value)
     assert "train_32x32.mat" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)  # beside the files of the data itself

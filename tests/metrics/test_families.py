@@ -49,7 +49,7 @@ def test_the_curve_is_the_mean_over_corruptions():
     assert nll.lines[0].get_ydata() == pytest.approx([0.2, 1.5, 3])
     assert ece.collections[1].get_paths()[0].vertices[:, 1].max() == pytest.approx(60)
     assert not spare.axison
-    assert ece.get_title(loc="left") == "3 corruptions, 0: test set"
+    assert ece.get_title(loc="left") == "3 corruptions, 0: whole test set"
     with pytest.raises(ValueError, match="metrics has 'nll', missing at severity 0"):
         robustness_curves({0: [{"ece": 0.1}]}, metrics=("nll",))
     with pytest.raises(ValueError, match="a severity has no sets"):
