@@ -132,7 +132,7 @@ class GeneratedShift:
         self.frost = None if frost is None else Path(frost).expanduser()
         self.note = ""
 
-    def check(self) -> None:
+    def prepare_data(self) -> None:
         """Refuse what cannot be generated here.
 
         Raises:
@@ -164,7 +164,7 @@ class GeneratedShift:
         """
         if "test" not in owner.set_names:
             raise ValueError(f"shift has {GENERATED!r}, but {type(owner).__name__} has no test set to corrupt.")
-        self.check()
+        self.prepare_data()
         clean = _first(owner.set_of("test"), rows)
         _, height, width = owner.image_facts["shape"]
         table = self.table or table_for(height, width)

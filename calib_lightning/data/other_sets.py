@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,6 @@ from calib_lightning.utils.images import Frame
 _MOST_CUT = 0.75
 """Share of an image that may be cut away where its shape is fitted."""
 _NAMED = 3  # shared classes in a remark
-
-
-class Prepared(Protocol):
-    """Data whose files are fetched or checked before they are read."""
-
-    def prepare_data(self) -> None:
-        """Fetch or check the files."""
 
 
 class OtherSets:
@@ -68,12 +61,10 @@ class OtherSets:
             FileNotFoundError: If files are missing or damaged and were not, or could not be, downloaded.
         """
         for found in self.named:
-            data: Prepared | Any = found.data
-            if isinstance(data, GeneratedShift):
-                data.check()
-            else:
+            data: Any = found.data
+            if not isinstance(data, GeneratedShift):
                 list(_check_classes(owner, found.kind, found.name, data))
-                data.prepare_data()
+            data.prepare_data()
 
     def load(self, owner: DividedData, facts: Mapping[str, Any]) -> dict[str, InMemorySet | FileSet]:
         """Read every set and fit its images to the network's input.

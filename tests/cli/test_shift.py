@@ -219,7 +219,8 @@ def test_files_of_other_classes_need_no_labels(calib, tmp_path):
         ("--data.shift=[cifar10c]", "shift has 'cifar10c'.*Did you mean cifar10_c"),
         ("--data.shift=[{name: generated, corruptions: [mist]}]", "corruption is 'mist'"),
         ("--data.ood=[digits]", "ood has 'digits', which is the data itself"),
-        ("--data.ood=[{name: svhn, download: false}]", "SVHNDataModule cannot use the files"),
+        ("--data.ood=[svhn]", "ood has 'svhn', whose classes are those of DigitsDataModule"),
+        ("--data.ood=[{name: cifar10, download: false}]", "CIFAR10DataModule cannot use the files"),
         ("--data.shift_rows=0", "shift_rows is 0"),
     ],
 )

@@ -351,7 +351,7 @@ def test_images_that_are_too_small_to_corrupt_are_refused_before_a_run(tmp_path)
 def test_without_what_a_corruption_needs_the_run_is_refused(monkeypatch):
     monkeypatch.setattr(generated, "unavailable", lambda names, folder: {"frost": "no photographs"})
     with pytest.raises(ValueError, match=r"lacks what it needs: frost: no photographs\. Without: .*fog"):
-        GeneratedShift(corruptions=("fog", "frost")).check()
+        GeneratedShift(corruptions=("fog", "frost")).prepare_data()
 
     class Untested(DigitsDataModule):
         def load_test(self):
