@@ -65,6 +65,11 @@ class DividedData:
         """Read further sets for evaluation, by name: "shift/<name>" and "ood/<name>"."""
         return {}
 
+    @classmethod
+    def of_other_classes(cls, **settings: Any) -> DividedData:
+        """Build data whose images are evaluated without their labels."""
+        return cls(**settings)
+
     def load_for_evaluation(self) -> Source | None:
         """Read the images with which networks of other data are evaluated: the test file, or else the training file."""
         return self.load_test() or self.load_train()

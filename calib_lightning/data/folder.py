@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from calib_lightning.data.base import BenchmarkDataModule
 from calib_lightning.data.card import Card
+from calib_lightning.data.divided import DividedData
+from calib_lightning.data.flat_folder import FlatFolder
 from calib_lightning.data.folders import class_files
+from calib_lightning.data.image_checks import SUFFIXES, looked_at, spread
 from calib_lightning.data.sets import ImageFiles
 from calib_lightning.data.source import Source
 from calib_lightning.data.split import File, SplitSpec
 from calib_lightning.utils.images import Frame, Header, read_header
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-"""Suffixes of image files."""
 OWN_SPLIT = SplitSpec(val=0.1, calibration=0.1, test=0.2)
 """Default split of the user's own data."""
 _PARTS: dict[str, File] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _PARTS |= {"val": "val", "valid": "val", "validation": "val"}
 _STATISTICS = {1: ((0.5,), (0.5,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 _SIDE = 224  # for images of different sizes
-_LOOKED_AT, _CHECKED, _NAMED = 200, 100_000, 10
-_NARROW = 100  # maximum aspect ratio
+_LOOKED_AT = 200
 
 
 class FolderDataModule(BenchmarkDataModule):
@@ -102,18 +100,8 @@ class FolderDataModule(BenchmarkDataModule):
             ValueError: If some cannot be read; the message names them.
         """
         paths = [folder / name for folder, names, _ in map(self._list, self.parts) for name in names]
-        chosen = [paths[row] for row in _spread(len(paths), _CHECKED)]
-        with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(_look, chosen))
-        faults = [fault for fault in found if isinstance(fault, str)]
-        if faults:
-            more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-            lines = "\n".join(f"  {fault}" for fault in faults[:_NAMED])
-            raise ValueError(
-                f"{len(faults)} of {len(chosen)} image files under {self.root} cannot be used:\n{lines}{more}\nRepair "
-                "them, or remove them from the folder."
-            )
-        coloured = [path for path, header in zip(chosen, found, strict=True) if header == 3]
+        found = looked_at(self.root, paths)
+        coloured = [path for path, channels in found.items() if channels == 3]
         if self.channels is None and coloured and self._channels(paths) == 1:
             raise ValueError(f"{coloured[0]} is in colour, but most images are grey. Set channels to 1 or 3.")
         super().prepare_data()
@@ -128,6 +116,14 @@ class FolderDataModule(BenchmarkDataModule):
         if not self._sets:
             self._choose_frame()
         super().setup(stage)
+
+    @classmethod
+    def of_other_classes(cls, **settings: Any) -> DividedData:
+        """Build data of images without labels: of class folders, or of a folder that has none."""
+        root = Path(settings.get("root", "data")).expanduser()
+        if root.is_dir() and len(_folders(root)) < 2:
+            return FlatFolder(**settings)
+        return super().of_other_classes(**settings)
 
     def load_for_evaluation(self) -> Source | None:
         """List the test images, or all images where there are no others."""
@@ -199,29 +195,10 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _spread(size: int, most: int) -> Sequence[int]:
-    """Positions spread evenly over a list; all of them up to ``most``."""
-    return range(size) if size <= most else [int(row) for row in np.linspace(0, size - 1, most)]
-
-
-def _look(path: Path) -> str | int:
-    """Number of channels of a file, or what is wrong with it."""
-    try:
-        header = read_header(path, upright=False)
-    except ValueError as error:
-        return f"{path}: {error}"
-    longer, shorter = max(header.height, header.width), min(header.height, header.width)
-    return (
-        f"{path}: it is {header.width} x {header.height}, too elongated; crop it"
-        if longer > _NARROW * shorter
-        else header.channels
-    )
-
-
 def _headers(paths: Sequence[Path]) -> list[Header]:
     """Headers of a sample of the files."""
     headers = []
-    for path in (paths[row] for row in _spread(len(paths), _LOOKED_AT)):
+    for path in (paths[row] for row in spread(len(paths), _LOOKED_AT)):
         try:
             headers.append(read_header(path))
         except ValueError as error:

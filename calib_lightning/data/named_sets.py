@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -68,7 +68,7 @@ def named_set(kind: Kind, entry: OtherSet, files: Mapping[str, Any]) -> NamedSet
     if hasattr(cls, "test_only"):
         # a file of one's own may choose its root; the configurations that are shipped do not
         init = {**init, **files} if init.get("root", _ROOT) == _ROOT else {**files, **init}
-    data = _build(f"{kind}: {name}", cls, init | settings)
+    data = _build(f"{kind}: {name}", cls.of_other_classes if kind == "ood" else cls, init | settings)
     if hasattr(data, "test_only"):
         data.test_only = True
     return NamedSet(kind, called or path.stem, data)
@@ -92,10 +92,11 @@ def _read(kind: Kind, path: Path) -> tuple[type[DividedData], dict[str, Any]]:
     return cls, {key: value for key, value in arguments.items() if key != "split"}
 
 
-def _build(where: str, cls: type[Any], settings: Mapping[str, Any]) -> Any:
+def _build(where: str, make: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
     try:
-        return cls(**settings)
+        return make(**settings)
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: {error}. Its settings are those of {cls.__name__}.") from error
+        owner = getattr(make, "__self__", make)
+        raise ValueError(f"{where}: {error}. Its settings are those of {owner.__name__}.") from error
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{where}: {error}") from error

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from calib_lightning.data import ArraysDataModule, FolderDataModule, Normalize, SplitSpec, folder
+from calib_lightning.data import ArraysDataModule, FolderDataModule, Normalize, SplitSpec, folder, image_checks
 
 SPLIT = SplitSpec(val=0.1, calibration=0.1, test=0.2, choose="proportional")
 
@@ -321,7 +321,7 @@ def test_settings_that_are_refused(tmp_path, options, message):
 
 
 def test_large_folders_are_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "_CHECKED", 5)
+    monkeypatch.setattr(image_checks, "_CHECKED", 5)
     fill(tmp_path)
     (tmp_path / "bee" / "09.png").write_bytes(b"")  # the last one is always looked at
     with pytest.raises(ValueError, match="1 of 5 image files"):

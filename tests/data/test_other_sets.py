@@ -107,6 +107,25 @@ def test_image_files_take_the_frame_of_the_data(tmp_path):
     assert data.other_notes == ["ood/folder: files as (1, 8, 8)"]
 
 
+def test_images_of_other_classes_need_no_class_folders(tmp_path):
+    folder = tmp_path / "odd"
+    (folder / "more").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for name, value in (("b.png", 10), ("a.JPG", 200), ("more/c.png", 90), (".hidden/d.png", 0)):
+        Image.fromarray(np.full((20, 9, 3), value, np.uint8)).save(folder / name, format="PNG")
+    data = ready(DigitsDataModule(ood=[{"name": "folder", "root": str(folder)}]))
+    assert image_of(data, "ood/folder").amax(dim=(1, 2, 3)).tolist() == [200, 10, 90]
+    assert data.other_notes == ["ood/folder: classes have no names, so they are not compared; files as (1, 8, 8)"]
+    with pytest.raises(ValueError, match=r"shift: folder: .* has 1 folders"):
+        ready(DigitsDataModule(shift=[{"name": "folder", "root": str(folder)}]))
+    (folder / "e.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 of 4 image files under .*odd cannot be used"):
+        ready(DigitsDataModule(ood=[{"name": "folder", "root": str(folder)}]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"ood: folder: .*empty has no images"):
+        ready(DigitsDataModule(ood=[{"name": "folder", "root": str(tmp_path / "empty")}]))
+
+
 def test_the_same_classes_in_other_images_are_a_shift(tmp_path, site):
     digits = [str(k) for k in range(10)]
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)

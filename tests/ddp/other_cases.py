@@ -15,12 +15,24 @@ from calib_lightning.data import BenchmarkDataModule, DigitsDataModule, FolderDa
 from tests.ddp.cases import trainer
 
 
+class Stored(DigitsDataModule):
+    """Digits whose corrupted images are stored, as those of data that is downloaded."""
+
+    root: Path
+
+    @property
+    def file_options(self) -> dict[str, Any]:
+        return {"root": self.root}
+
+
 def evaluate(rank: int, world: int, folder: str, others: list[Any], images: str | None) -> dict[str, Any]:
     """Figures and saved predictions of a network over the digits, or image files, and the sets beside them."""
     seed_everything(3)
     shift = [{"name": "generated", "corruptions": ["contrast", "gaussian_noise"], "severities": [2, 5]}]
     options: dict[str, Any] = {"shift": shift, "ood": others, "shift_rows": 101, "batch_size": 16}
-    data: BenchmarkDataModule = DigitsDataModule(**options)
+    data: BenchmarkDataModule = Stored(**options)
+    data.root = Path(folder)
+    data.root.mkdir(parents=True, exist_ok=True)
     if images is not None:
         data = FolderDataModule(images, num_workers=0, **options)
     run = trainer(folder, world, [SavePredictions(folder)])

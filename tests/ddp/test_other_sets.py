@@ -46,6 +46,8 @@ def test_every_set_is_the_same_on_one_two_and_three_processes(pool2, pool3, othe
         assert all(rank["metrics"] == pytest.approx(together["metrics"], nan_ok=True, abs=0) for rank in ranks)
         assert together["metrics"].keys() == alone["metrics"].keys()
         assert together["metrics"] == pytest.approx(alone["metrics"], abs=1e-5, nan_ok=True)
+        stored = sorted(path.stem for path in (tmp_path / str(world)).rglob("*.npy"))
+        assert stored == (sorted(name.rpartition("/")[2] for name in corrupted) if images is None else [])
         for name, columns in alone["files"].items():
             np.testing.assert_array_equal(together["files"][name]["index"], columns["index"])
             np.testing.assert_allclose(together["files"][name]["logits"], columns["logits"], atol=1e-5)

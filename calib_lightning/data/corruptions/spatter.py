@@ -25,7 +25,8 @@ def spatter(image: Images, constants: tuple[float, float, float, float, float, i
         drops = gaussian((layer > threshold).astype(np.float32), strength)
         drops = np.where(drops < 0.8, np.float32(0), drops)[:, None]
         return x * (1 - drops) + drops * _MUD
-    water = np.where(layer < threshold, 0, layer * 255).astype(np.uint8)
+    # above 1 it wraps, as in the published code; of floats that is left to the machine, of whole numbers it is not
+    water = np.where(layer < threshold, 0, layer * 255).astype(np.int32).astype(np.uint8)
     light: Floats = (water * relief(water))[:, None]
     most: Floats = light.max(axis=(2, 3), keepdims=True)
     light = np.divide(light, most, out=np.zeros_like(light), where=most > 0)
