@@ -63,7 +63,7 @@ class OtherSets:
         for found in self.named:
             data: Any = found.data
             if not isinstance(data, GeneratedShift):
-                list(_check_classes(owner, found.kind, found.name, data))
+                _checked_classes(owner, found.kind, found.name, data)
             data.prepare_data()
 
     def load(self, owner: DividedData, facts: Mapping[str, Any]) -> dict[str, InMemorySet | FileSet]:
@@ -81,25 +81,24 @@ class OtherSets:
         """
         normalize, self.notes = Normalize(owner.mean, owner.std), []
         sets: dict[str, InMemorySet | FileSet] = {}
+        archived: list[str] = []  # corruptions of a whole test file
         for kind, name, data in self.named:
             if isinstance(data, GeneratedShift):
                 found = data.sets(owner, f"shift/{name}", self.rows, normalize)
                 self.notes.append(f"shift/{name}: {data.note}")
             else:
                 sources = dict(_sources(kind, name, data))
-                remarks = list(_check_classes(owner, kind, name, data))
+                remarks = _checked_classes(owner, kind, name, data)
                 found, fitted = self._of_other(owner, kind, sources, normalize, tuple(facts["shape"]))
                 remarks += sorted(fitted)
                 self.notes += [f"{kind}/{name}: {'; '.join(remarks)}"] if remarks else []
+                archived += [key for key in found if key.count("/") > 1]
             if again := [key for key in found if key in sets or key in owner.set_names]:
                 raise ValueError(f"{again[0]} is named twice; every set must be named once. Leave one out.")
             sets |= found
         held = {name for name, file in owner.source_files.items() if file == "test" and name != "test"}
-        archives = [name for kind, name, data in self.named if kind == "shift" and not isinstance(data, GeneratedShift)]
-        if held and archives:
-            self.notes.append(
-                f"shift/{archives[0]}: all of its images; {', '.join(sorted(held))} has some of the test file here"
-            )
+        for name in sorted({key.rpartition("/")[0] for key in archived}) if held else ():
+            self.notes.append(f"{name}: of the whole test file, some of which is {' and '.join(sorted(held))} here")
         if self.rows is not None and any(name.startswith("shift/") for name in sets):
             self.notes.append(f"of shifted sets at most the first {self.rows:,} test rows")
         return sets
@@ -140,8 +139,8 @@ def _sources(kind: Kind, name: str, data: DividedData) -> Iterator[tuple[str, So
     yield f"{kind}/{name}", source
 
 
-def _check_classes(owner: DividedData, kind: Kind, name: str, data: DividedData) -> Iterator[str]:
-    """Shifted sets must have the classes of the training data, others must not; remarks on what is not sure."""
+def _checked_classes(owner: DividedData, kind: Kind, name: str, data: DividedData) -> list[str]:
+    """Refuse shifted sets of other classes, and others of the same; remarks on what is not sure."""
     own, other = owner.class_names, data.class_names
     who = type(owner).__name__
     if owner.identity == data.identity:
@@ -152,21 +151,23 @@ def _check_classes(owner: DividedData, kind: Kind, name: str, data: DividedData)
             "same classes, or name it under ood."
         )
     if own is None or other is None:
-        yield "classes have no names, so they are not compared"
-    elif kind == "shift" and list(own) != list(other):
+        return ["classes have no names, so they are not compared"]
+    if kind == "shift" and list(own) != list(other):
         first = next(k for k in range(len(own)) if own[k] != other[k])
         raise ValueError(
             f"shift has {name!r}, whose class {first} is {other[first]!r}; that of {who} is {own[first]!r}. Name a set "
             "of the same classes in the same order, or name it under ood."
         )
-    elif kind == "ood" and set(other) <= set(own):
+    if kind == "ood" and set(other) <= set(own):
         raise ValueError(
             f"ood has {name!r}, whose classes are those of {who}; images of other classes are wanted. Name it under "
             "shift, or name another set."
         )
-    elif kind == "ood" and (shared := sorted(set(other) & set(own))):
-        some = ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else "")
-        yield f"{len(shared)} of its {len(other)} classes are known to the network ({some})"
+    shared = sorted(set(other) & set(own)) if kind == "ood" else []
+    if not shared:
+        return []
+    some = ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else "")
+    return [f"{len(shared)} of its {len(other)} classes are known to the network ({some})"]
 
 
 def _fitted(

@@ -256,6 +256,11 @@ def test_an_archive_that_lacks_severities_is_named_before_anything_is_trained(tm
     assert [name for name in data.set_names if name.startswith("shift/")] == names
     assert next(iter(data.evaluation_loader(names[4]))).label.tolist() == list(range(7))
     assert data.source_rows(names[4]).tolist() == list(range(80, 87))
+    divided = ready(Small(split=SplitSpec(calibration=30, calibration_from="test"), shift=[entry]))
+    fitted = "shift/cifar10_c: RGB turned grey, 32 x 32 resized to 8 x 8"
+    warned = "shift/cifar10_c: of the whole test file, some of which is calibration here"
+    assert divided.other_notes == [fitted, warned]
+    assert data.other_notes == [fitted, "of shifted sets at most the first 7 test rows"]
     own = ready(CIFAR10CDataModule(root=tmp_path, corruptions=["fog"], severities=[2], shift_rows=7))
     assert own.source_rows("shift/cifar10_c/fog_2").tolist() == list(range(20, 27))
     with pytest.raises(ValueError, match="shift/cifar10_c/fog_1 is named twice"):
