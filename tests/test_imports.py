@@ -21,13 +21,15 @@ ALLOWED = {
     "methods": {"types", "functional", "core", "data", "utils"},
     "callbacks": {"types", "functional", "metrics", "plots", "posthoc", "data", "core", "utils"},
     "deploy": {"types", "functional", "metrics", "posthoc", "core", "methods", "utils"},
+    "benchmark": {"predictions", "utils"},
     "commands": {
         *("core", "data", "methods", "callbacks", "metrics", "plots", "posthoc", "predictions", "deploy", "utils"),
+        "benchmark",
     },
     "__main__": {"commands", "utils"},
     "__init__": {"core", "deploy", "metrics", "posthoc", "predictions"},  # for type checkers; at run time on first use
 }
-WITHOUT_TRAINER = {"utils", "plots", "functional", "metrics", "posthoc", "predictions"}
+WITHOUT_TRAINER = {"utils", "plots", "functional", "metrics", "posthoc", "predictions", "benchmark"}
 ASKS_NETWORK = {"run_network.py", "run_folder.py"}
 
 

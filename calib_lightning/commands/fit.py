@@ -16,6 +16,7 @@ from calib_lightning.commands import help as texts
 from calib_lightning.commands.fit_checks import (
     FromLinkError,
     check_select_on,
+    check_validation,
     checked_num_classes,
     is_same_method,
     ready_data,
@@ -139,6 +140,15 @@ class CalibCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what can be checked, then make the folder of the run."""
         config = self._command_config()
+        self._check_asked(config)
+        self.run_folder = self._make_folder(config)
+        self.loggers = start_loggers(config.trainer, self.run_folder)
+        encoder = config.model.get("init_args.encoder")
+        if config.ckpt_path and isinstance(encoder, dict) and encoder.get("pretrained"):
+            encoder["pretrained"] = False  # the weights come from the checkpoint: nothing is downloaded
+
+    def _check_asked(self, config: Namespace) -> None:
+        """Check what needs no data and no network, and remember what was asked for."""
         if self.config.subcommand == "fit" and config.trainer.max_epochs == 0 and config.ckpt_path is not None:
             raise ValueError(
                 "trainer.max_epochs is 0; it must be above 0 to go on from a checkpoint. To evaluate it use calib test."
@@ -150,11 +160,6 @@ class CalibCLI(LightningCLI):
         # What is saved is what was asked for: not where this run's files went, nor where it was resumed.
         self.asked = config.clone()
         self.asked.ckpt_path = None
-        self.run_folder = self._make_folder(config)
-        self.loggers = start_loggers(config.trainer, self.run_folder)
-        encoder = config.model.get("init_args.encoder")
-        if config.ckpt_path and isinstance(encoder, dict) and encoder.get("pretrained"):
-            encoder["pretrained"] = False  # the weights come from the checkpoint: nothing is downloaded
 
     def _make_folder(self, config: Namespace) -> Path:
         wanted = Path(config.run_dir or default_folder(config))
@@ -242,12 +247,7 @@ class CalibCLI(LightningCLI):
         """Look at the data; check that the checkpoint can be chosen as asked; write down the configuration."""
         command = self._command_config()
         self._ready_data()
-        if command.select_on != "last" and not self.validates:
-            raise ValueError(
-                f"select_on is {command.select_on!r}, but the data has no validation split. Set "
-                "data.init_args.split.val to a size above 0 (or give your data module a val_dataloader), or select_on: "
-                "last."
-            )
+        check_validation(command.select_on, self.validates)
         if self.trainer.is_global_zero:
             save_config(self._dumped(), self.run_folder)
             if not command.quiet:

@@ -49,6 +49,23 @@ def check_select_on(key: str) -> None:
         raise ValueError(f"select_on is {key!r}; it must be 'last' or one of {allowed}.{reason}")
 
 
+def check_validation(key: str | None, validates: bool) -> None:
+    """Refuse to choose a checkpoint by a metric of a set that is not there.
+
+    Args:
+        key: The metric; None leaves the choice to the method.
+        validates: Whether there is a validation set.
+
+    Raises:
+        ValueError: If the metric is of a set that is not there.
+    """
+    if key not in (None, "last") and not validates:
+        raise ValueError(
+            f"select_on is {key!r}, but the data has no validation split. Set data.init_args.split.val to a size above "
+            "0 (or give your data module a val_dataloader), or select_on: last."
+        )
+
+
 def set_batch_size(config: Namespace) -> None:
     """Give the data the batches that a recipe asks for.
 

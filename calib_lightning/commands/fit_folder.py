@@ -25,11 +25,23 @@ def default_folder(config: Namespace) -> Path:
     Returns:
         Such as ``runs/digits-cross_entropy-0``.
     """
-    parts = [_name(config.data, "DataModule"), _name(config.model)]
+    parts = list(names_of(config))
     seed = config.seed_everything
     if not isinstance(seed, bool | None):
         parts.append(str(seed))
     return Path("runs") / "-".join(parts)
+
+
+def names_of(config: Namespace) -> tuple[str, str]:
+    """Name the data and the method of a run.
+
+    Args:
+        config: Configuration of the command.
+
+    Returns:
+        Such as ``("digits", "cross_entropy")``.
+    """
+    return _name(config.data, "DataModule"), _name(config.model)
 
 
 def _name(part: Namespace, suffix: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from calib_lightning.predictions.tables import (
     values_content,
 )
 from calib_lightning.predictions.values import Values
-from calib_lightning.utils.files import numbered_folder, write_whole
+from calib_lightning.utils.files import file_sha256, numbered_folder, write_whole
 
 UNCALIBRATED = "uncalibrated"
 """Row of the network without a calibrator."""
@@ -199,7 +198,7 @@ class CalibrationReport(Report):
         if inputs.run is not None:
             settings["run"] = str(inputs.run)
         if inputs.checkpoint is not None:
-            settings["checkpoint"] = {"file": str(inputs.checkpoint), "sha256": _sha256_of(inputs.checkpoint)}
+            settings["checkpoint"] = {"file": str(inputs.checkpoint), "sha256": file_sha256(inputs.checkpoint)}
         return {
             "calib_lightning": calib_lightning.__version__,
             "settings": settings,
@@ -239,14 +238,9 @@ def _file_names(names: Sequence[str]) -> dict[str, str]:
     return files
 
 
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _set_content(predictions: Predictions) -> dict[str, Any]:
     return {
-        "files": [{"file": str(path), "sha256": _sha256_of(path)} for path in predictions.origin.files],
+        "files": [{"file": str(path), "sha256": file_sha256(path)} for path in predictions.origin.files],
         "n": len(predictions.scores),
         "classes": predictions.scores.shape[1],
     }

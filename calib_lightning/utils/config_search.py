@@ -62,7 +62,7 @@ def config_names(axis: str = "") -> dict[str, Path]:
     for folder in config_folders():
         for path in (folder / axis).rglob("*.yaml"):
             found.setdefault(path.relative_to(folder / axis).with_suffix("").as_posix(), path)
-    others = () if axis else (*(f"{folder}/" for folder in OPTION_FOLDERS.values()), "papers")
+    others = () if axis else (*(f"{folder}/" for folder in OPTION_FOLDERS.values()), "benchmark/", "papers")
     return {name: found[name] for name in sorted(found) if not name.startswith(others)}
 
 

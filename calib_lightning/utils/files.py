@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -146,6 +147,12 @@ def check_no_input(path: Path, option: str, inputs: Iterable[Path]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, atomically and with the line ends that it has."""
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the content of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def numbered_folder(wanted: Path) -> Path:

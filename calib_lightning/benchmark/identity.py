@@ -1,0 +1,87 @@
+"""What a run is: the part of its configuration that changes results, and how its first stage is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+_NO_RESULT = {
+    "": ("run_dir", "ckpt_path", "quiet"),
+    "trainer": (
+        *("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "log_every_n_steps"),
+        *("profiler", "default_root_dir", "barebones", "enable_autolog_hparams", "model_registry"),
+    ),
+    "data.init_args": ("root", "download", "num_workers"),
+}
+"""Settings that change no result; what the files of the data hold is in the hash of its splits."""
+
+_STAGED = ("TwoStage", "TST", "VTST", "MaCCal", "ConfidNet")
+"""Methods whose first stage is a training with cross-entropy, step for step."""
+
+_BASE = "calib_lightning.methods.CrossEntropy"
+_BASE_ARGUMENTS = ("encoder", "optimizer", "scheduler", "batch_transform")
+_SWITCHES = ("StageSwitch", "MaskedClassifier")
+
+
+def content_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's configuration that changes results.
+
+    Args:
+        config: The content of its ``config.yaml``.
+
+    Returns:
+        The configuration without the rest.
+
+    Example:
+        >>> content_of({"seed_everything": 0, "quiet": True, "trainer": {"logger": None, "max_epochs": 3}})
+        {'seed_everything': 0, 'trainer': {'max_epochs': 3}}
+    """
+    found = json.loads(json.dumps(config, default=str))
+    for place, names in _NO_RESULT.items():
+        part = found
+        for key in filter(None, place.split(".")):
+            part = part.get(key) or {}
+        for name in names:
+            part.pop(name, None)
+    return dict(found)
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def first_stage(content: dict[str, Any]) -> tuple[str, bool] | None:
+    """How the first stage of a run is trained.
+
+    Args:
+        content: What `content_of` returns.
+
+    Returns:
+        A hash that is equal for runs whose first stages are equal, bit for bit, and whether another stage follows; None
+        if this is not known of the run.
+    """
+    model, trainer = content.get("model") or {}, dict(content.get("trainer") or {})
+    arguments = dict(model.get("init_args") or {})
+    callbacks = trainer.pop("callbacks", None) or []
+    epochs = trainer.get("max_epochs")
+    if not isinstance(epochs, int) or epochs < 1 or trainer.get("max_steps", -1) != -1 or trainer.get("max_time"):
+        return None
+    own = model.get("class_path") in {f"calib_lightning.methods.{name}" for name in _STAGED}
+    if own:
+        if callbacks or arguments.get("switch") is None:
+            return None
+        switches = [arguments[name] for name in ("switch", "tuning") if arguments.get(name) is not None]
+        model = {"class_path": _BASE, "init_args": {name: arguments.get(name) for name in _BASE_ARGUMENTS}}
+    else:
+        switches = callbacks if isinstance(callbacks, list) else [callbacks]
+        if any(str(switch.get("class_path")).rpartition(".")[2] not in _SWITCHES for switch in switches):
+            return None  # another callback may change the training, or end it
+    for switch in switches:
+        settings = switch.get("init_args") or {}
+        if settings.get("at_epoch", 0) >= 0 or settings.get("init_from"):
+            return None  # the stage does not follow the whole of the first
+    rest = {name: value for name, value in content.items() if name not in ("model", "trainer", "select_on")}
+    rest.pop("test_after_fit", None)
+    return digest(model, trainer, rest), bool(switches)

@@ -1,0 +1,140 @@
+"""``calib benchmark``: train, test and calibrate every combination of a grid, one after another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib_lightning.commands.options import parse
+from calib_lightning.commands.running import one_line, reported
+from calib_lightning.utils.config_search import find_config
+from calib_lightning.utils.files import check_writable
+
+if TYPE_CHECKING:
+    from calib_lightning.benchmark.plan import Plan
+
+_TAKE_SECONDS = ["calib_lightning.commands.fit", "calib_lightning.commands.calibrate", "calib_lightning.predictions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train, test and calibrate every combination of a grid, one after another, and compare them.
+
+    All runs are checked before the first one starts. Finished runs are skipped, also those whose command was run
+    elsewhere; one that was interrupted goes on where it was; one that fails is written down, and the others go on.
+    A run is known by its configuration and its data: after a change in the file only what it concerns runs again.
+
+    Args:
+        file: The grid: a YAML file, or a name such as quickstart, looked up in configs/benchmark.
+        output: Folder of the runs. Default: that of the file, else runs/NAME.
+    """
+
+    file: str = field(metadata={"metavar": "FILE"})
+    output: Path | None = field(default=None, metadata={"metavar": "DIR"})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``calib benchmark``; exit code 1 if the grid is wrong or a run failed, 2 for a wrong command line."""
+    options = parse(Options, "benchmark", argv)
+    return reported(lambda: _run(options))
+
+
+def _run(options: Options) -> int:
+    from calib_lightning.benchmark.execute import warm_up
+    from calib_lightning.benchmark.grid import read_grid
+    from calib_lightning.benchmark.plan import GridError, make_plan
+
+    file = find_config(options.file, "benchmark")
+    if file is None:
+        raise ValueError(f"FILE is {options.file!r}, which does not exist. Give a YAML file, such as quickstart.")
+    grid = read_grid(file)
+    out = options.output or grid.folder
+    check_writable(out, "--output")
+    warm_up(_TAKE_SECONDS)
+    from calib_lightning.commands.fit_checked import FitChecker
+
+    try:
+        plan = make_plan(grid, FitChecker(), out)
+    except GridError as error:
+        for fault in error.faults:
+            print(f"calib: error: {file}: {fault}", file=sys.stderr)
+        print("Nothing was started.", file=sys.stderr)
+        return 1
+    return _execute(plan)
+
+
+def _execute(plan: Plan) -> int:
+    from calib_lightning.benchmark.execute import LOGS, execute
+    from calib_lightning.benchmark.record import Record
+    from calib_lightning.utils.run_lock import RunLock
+
+    plan.out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = RunLock(plan.out)
+    except RuntimeError as error:
+        holder = one_line(error).partition(" is in use by ")[2].partition(";")[0]
+        raise RuntimeError(
+            f"The benchmark {plan.out} is run by {holder}; it must be run by one process at a time. Wait until that "
+            "one ends, or give this one another folder with --output."
+        ) from error
+    try:
+        record = Record(plan)
+        record.write()
+        failed = execute(plan, record, run_commands, _say)
+    finally:
+        lock.release()
+    done = len(plan.runs) - len(failed)
+    print(f"{done} of {len(plan.runs)} runs are finished; they are in {plan.out}.")
+    for folder, reason in failed:
+        print(f"calib: error: {plan.out / folder}: {reason} (see {plan.out / LOGS / folder}.txt)", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _say(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def run_commands(commands: list[list[str]], log: Path, folder: Path, environment: dict[str, str]) -> None:
+    """Run commands in a process that was started for them, until one fails; it ends with the exit code.
+
+    Args:
+        commands: The commands as words, without ``calib``.
+        log: What they print is added to this file.
+        folder: The working directory.
+        environment: The environment.
+    """
+    if sys.platform != "win32":
+        os.setsid()  # Ctrl-C goes to the benchmark, which passes it on
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    for command in commands:
+        sys.argv = ["calib", *command]
+        print("$", shlex.join(sys.argv), flush=True)
+        try:
+            # as `python -m calib_lightning`, which Lightning's launcher of several devices starts once more
+            runpy.run_module("calib_lightning", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
+def _stop_with_parent() -> None:
+    """A benchmark that was killed leaves no training behind: this process is told to stop, and saves a checkpoint."""
+    parent: Any = multiprocessing.parent_process()
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
