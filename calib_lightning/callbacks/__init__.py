@@ -5,6 +5,7 @@ from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.callbacks.clip_gradients import ClipGradients
 from calib_lightning.callbacks.figures import LogFigures
 from calib_lightning.callbacks.guarded import guarded
+from calib_lightning.callbacks.log_run import LogRun
 from calib_lightning.callbacks.monitor import CalibrationMonitor
 from calib_lightning.callbacks.post_hoc import PostHocCalibrate
 from calib_lightning.callbacks.predictions import SavePredictions
@@ -16,6 +17,7 @@ __all__ = [
     "CalibrationMonitor",
     "ClipGradients",
     "LogFigures",
+    "LogRun",
     "PostHocCalibrate",
     "RunCheckpoint",
     "RunLogger",

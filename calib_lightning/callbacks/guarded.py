@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from calib_lightning.callbacks.logged_keys import is_core
 from calib_lightning.utils.once import warn_once
 
 L = TypeVar("L", bound=Logger)
@@ -31,6 +32,8 @@ class _Guarded(Logger):
     """Comes before the class of a logger, so that the logger stays an instance of its class."""
 
     _unusable = False  # its experiment could not be made: it is not tried again, which may take minutes each time
+    core_only = False
+    """Whether `log_metrics` leaves out what is not among the core values."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (type(self).__mro__[2],), self.__getstate__()
@@ -64,19 +67,48 @@ def _guarded_class(base: type[Logger]) -> type[Any]:
     members: dict[str, Any] = {
         name: _without_errors(name, getattr(base, name)) for name in _METHODS if callable(getattr(base, name, None))
     }
+    members["log_metrics"] = _without_errors("log_metrics", _of_core(base.log_metrics))
     if hasattr(base, "experiment"):
         members["experiment"] = property(functools.partial(_experiment_of, base))
     members |= {"__module__": base.__module__, "__doc__": base.__doc__}
     return type(base.__name__, (_Guarded, base), members)
 
 
+def attempt(logger: Logger, what: str, call: Callable[[], Any]) -> Any:
+    """Call what talks to a logger; of an error, the first of this logger, it gives a warning.
+
+    Args:
+        logger: The logger.
+        what: What is called, for the warning.
+        call: The call.
+
+    Returns:
+        What the call returns; None if it failed.
+
+    Example:
+        ``attempt(logger, "define_metric", lambda: logger.experiment.define_metric("epoch"))``
+    """
+    try:
+        return call()
+    except Exception as error:
+        _tell(logger, what, error)
+        return None
+
+
+def _of_core(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def log_metrics(self: Any, metrics: Mapping[str, Any], step: int | None = None) -> Any:
+        if self.core_only:
+            metrics = {key: value for key, value in metrics.items() if is_core(key)}
+        return method(self, metrics, step)
+
+    return log_metrics
+
+
 def _without_errors(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:
-            _tell(self, name, error)
+        return attempt(self, name, lambda: method(self, *args, **kwargs))
 
     return call
 

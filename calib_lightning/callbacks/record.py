@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -68,7 +69,7 @@ class RunRecord(Callback):
         if names is not None:
             self._record["class_names"] = list(names)
         begun = {"stage": str(getattr(stage, "value", stage)), "status": "started"}
-        self._record["stages"].append(begun | _environment(trainer))
+        self._record["stages"].append(begun | environment(trainer))
         self._started = time.perf_counter()
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
@@ -220,13 +221,14 @@ def _check_splits(record: dict[str, Any], data: str, found: str, folder: Path) -
         )
 
 
-def _environment(trainer: Trainer) -> dict[str, Any]:
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """Return seed, devices, versions and git revision."""
     return {
         "seed": run_seed(),
         "world_size": trainer.world_size,
         "device": _device_name(trainer),
         "threads": torch.get_num_threads(),
-        "versions": _versions() | {"torch": torch.__version__},  # with the CUDA build
+        "versions": _versions() | {"torch": str(torch.__version__)},  # with the CUDA build
         "revision": _revision(),
     }
 
@@ -246,6 +248,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def _revision() -> str | None:
     """Git revision of the package's checkout, with ``+changes`` if files differ from it; ``None`` elsewhere."""
     clone = Path(__file__).resolve().parents[2]

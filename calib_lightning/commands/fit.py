@@ -31,7 +31,7 @@ from calib_lightning.commands.fit_folder import (
 )
 from calib_lightning.commands.fit_parser import CalibParser, data_begins_anew
 from calib_lightning.commands.fit_report import beginning, print_results
-from calib_lightning.commands.loggers import start_loggers
+from calib_lightning.commands.loggers import ending_loggers, run_log, start_loggers
 from calib_lightning.commands.quiet import be_quiet, without_noise
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
 from calib_lightning.core.data_facts import has_test, has_validation
@@ -58,7 +58,7 @@ class CalibCLI(LightningCLI):
         self.same_class = True
         self.checkpoint_classes: int | None = None
         self._named = args[0] if isinstance(args, list) and args else None
-        with without_noise(), ending_launched(self):
+        with without_noise(), ending_launched(self), ending_loggers(self):
             super().__init__(
                 model_class=ClassificationModule,
                 datamodule_class=LightningDataModule,
@@ -93,6 +93,8 @@ class CalibCLI(LightningCLI):
         parser.add_argument("--test_after_fit", type=bool, default=True, help=texts.TEST_AFTER_FIT)
         parser.add_argument("--batch_size", type=int | None, default=None, help=texts.BATCH_SIZE)
         parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help=texts.QUIET)
+        parser.add_argument("--log_all", type=bool, default=False, help=texts.LOG_ALL)
+        parser.add_argument("--log_checkpoint", type=bool, default=True, help=texts.LOG_CHECKPOINT)
         data_begins_anew(parser)
         parser.link_arguments(
             "data", "model.init_args.num_classes", compute_fn=self._num_classes, apply_on="instantiate"
@@ -142,7 +144,7 @@ class CalibCLI(LightningCLI):
         config = self._command_config()
         self._check_asked(config)
         self.run_folder = self._make_folder(config)
-        self.loggers = start_loggers(config.trainer, self.run_folder)
+        self.loggers = start_loggers(config, self.run_folder, self.config.subcommand)
         encoder = config.model.get("init_args.encoder")
         if config.ckpt_path and isinstance(encoder, dict) and encoder.get("pretrained"):
             encoder["pretrained"] = False  # the weights come from the checkpoint: nothing is downloaded
@@ -182,7 +184,7 @@ class CalibCLI(LightningCLI):
 
     def _dumped(self) -> str:
         """What was asked for, as YAML."""
-        text: str = self._parser("fit").dump(self.asked, skip_unset=False)
+        text: str = self._parser(self.config.subcommand).dump(self.asked, skip_unset=False)
         return text
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -208,8 +210,9 @@ class CalibCLI(LightningCLI):
 
     def _callbacks(self, command: Namespace) -> list[Callback]:
         saved = SavePredictions(self.run_folder / "predictions")
+        logged = [saved, LogFigures(), run_log(command, self._dumped(), self.run_folder, self.trained_in)]
         if self.config.subcommand != "fit":
-            return [RunRecord(self.run_folder, None, self.trained_in), saved, LogFigures(), Preemption()]
+            return [RunRecord(self.run_folder, None, self.trained_in), *logged, Preemption()]
         folder = self.run_folder / "checkpoints"
         self.keeper = last = RunCheckpoint(folder, "last")
         keepers = [last]
@@ -226,8 +229,7 @@ class CalibCLI(LightningCLI):
         return [
             StepSeed(),
             RunRecord(self.run_folder, self.keeper, self.trained_in),
-            saved,
-            LogFigures(),
+            *logged,
             Preemption(folder),
             *keepers,
         ]

@@ -41,11 +41,19 @@ def names_of(config: Namespace) -> tuple[str, str]:
     Returns:
         Such as ``("digits", "cross_entropy")``.
     """
-    return _name(config.data, "DataModule"), _name(config.model)
+    return spelled(config.data, "DataModule"), spelled(config.model)
 
 
-def _name(part: Namespace, suffix: str = "") -> str:
-    """The name of the configuration that the part was read from, else that of its class in the same spelling."""
+def spelled(part: Namespace, suffix: str = "") -> str:
+    """Name the configuration that a part was read from, else its class in the same spelling.
+
+    Args:
+        part: Such as the configuration of the data.
+        suffix: What the class's name ends in.
+
+    Returns:
+        Such as ``label_smoothing``.
+    """
     path = part.get("__path__")
     if path is not None:
         return Path(str(path)).stem

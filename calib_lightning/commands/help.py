@@ -19,6 +19,8 @@ SELECT_ON = (
 NUM_CLASSES = "number of classes K, for data of your own that does not say it"
 TEST_AFTER_FIT = "test the chosen checkpoint after fit, save all predictions and print the table (default: true)"
 BATCH_SIZE = "rows in one batch of one process; --data.batch_size on the command line wins"
+LOG_ALL = "give every value to the loggers beside the CSV file, not the core metrics of each set alone (default: false)"
+LOG_CHECKPOINT = "give Weights & Biases a copy of the chosen checkpoint (default: true)"
 QUIET = "print only the table of results, and on standard error what is wrong or not as asked (default: false)"
 
 
@@ -54,6 +56,8 @@ _RUN = (
     Option("--num_classes K", NUM_CLASSES),
     Option("--select_on METRIC", SELECT_ON, "fit"),
     Option("--test_after_fit=false", TEST_AFTER_FIT, "fit"),
+    Option("--log_all", LOG_ALL),
+    Option("--log_checkpoint=false", LOG_CHECKPOINT, "fit"),
     Option("--quiet", QUIET),
 )
 

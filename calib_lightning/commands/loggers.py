@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from calib_lightning.callbacks.guarded import guarded
+from calib_lightning.callbacks import LogRun
+from calib_lightning.callbacks.guarded import attempt, guarded
+from calib_lightning.commands.run_labels import id_of, keep_id, label, short_facts
 
 
-def start_loggers(trainer: Namespace, folder: Path) -> list[Logger]:
+def start_loggers(config: Namespace, folder: Path, command: str) -> list[Logger]:
     """Build and start the loggers before data is read or anything trained; afterwards their failures end nothing.
 
     They write into the run's folder unless they were told another place.
 
     Args:
-        trainer: Configuration of the trainer, which keeps no logger.
+        config: Configuration of the command, whose trainer keeps no logger.
         folder: The run's folder.
+        command: The command, such as ``fit``.
 
     Returns:
         The loggers, guarded.
@@ -25,6 +32,7 @@ def start_loggers(trainer: Namespace, folder: Path) -> list[Logger]:
     Raises:
         RuntimeError: If one cannot start (a package, a key or the network is missing).
     """
+    trainer = config.trainer
     asked = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     trainer.logger = None
     if trainer.fast_dev_run:
@@ -36,10 +44,50 @@ def start_loggers(trainer: Namespace, folder: Path) -> list[Logger]:
     )
     for logger in found:
         try:
-            getattr(logger, "experiment", None)
+            if isinstance(logger, WandbLogger):
+                label(logger, config, command, folder)
+                keep_id(logger, folder)
+            else:
+                getattr(logger, "experiment", None)
         except Exception as error:
             raise RuntimeError(_cannot_start(type(logger).__name__, error)) from error
     return [guarded(logger) for logger in found]
+
+
+@contextmanager
+def ending_loggers(owner: object) -> Iterator[None]:
+    """End the runs of Weights & Biases of ``owner.loggers``: the next run of this process is another one."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for logger in getattr(owner, "loggers", []):
+            if isinstance(logger, WandbLogger):
+                attempt(logger, "finish", partial(_finish, logger, int(failed)))
+
+
+def _finish(logger: WandbLogger, exit_code: int) -> None:
+    if hasattr(logger.experiment, "finish"):  # only the first process has a run
+        logger.experiment.finish(exit_code=exit_code)
+
+
+def run_log(config: Namespace, asked: str, folder: Path, trained_in: Path | None) -> LogRun:
+    """Build the callback that tells loggers what is run.
+
+    Args:
+        config: Configuration of the command.
+        asked: What was asked for, as YAML.
+        folder: The run's folder.
+        trained_in: Folder of the run that trained the network.
+
+    Returns:
+        The callback.
+    """
+    facts = short_facts(config) | {"run_dir": str(folder), "config": yaml.safe_load(asked)}
+    if trained_in is not None and trained_in.resolve() != folder.resolve():
+        facts |= {"trained_in": str(trained_in), "trained_in_wandb": id_of(trained_in)}
+    return LogRun(folder, facts, config.log_all, config.log_checkpoint)
 
 
 def _built(asked: Namespace | Logger, folder: Path) -> Logger:

@@ -1,0 +1,186 @@
+"""What Weights & Biases, TensorBoard and CSV are told of a run, read back from their own files."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from calib_lightning.__main__ import main
+
+from .wandb_records import logged
+
+wandb = pytest.importorskip("wandb")
+
+RUN = "runs/mine"
+CORE = {
+    "accuracy": "max",
+    "nll": "min",
+    "brier": "min",
+    "ece": "min",
+    "signed_gap": None,  # the last value
+    "correctness_auroc": "max",
+}
+OFFLINE = {"class_path": "WandbLogger", "init_args": {"offline": True, "project": "ours"}}
+TENSORBOARD = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "name": "tensorboard"}}
+FIT = ("fit", "-c", "quickstart", "--model", "mixup", f"--run_dir={RUN}", "--quiet=true", "--trainer.max_epochs=2")
+
+
+def _here(patch, folder):
+    """Weights & Biases keeps nothing outside the folder, and needs neither network nor key."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        patch.delenv(name)
+    patch.setenv("WANDB_MODE", "offline")
+    patch.setenv("WANDB_SILENT", "true")
+    for kind in ("CACHE", "CONFIG", "DATA"):
+        patch.setenv(f"WANDB_{kind}_DIR", str(folder / "of-wandb"))
+    patch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    _here(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of one run with three loggers, that of Weights & Biases offline."""
+    folder = tmp_path_factory.mktemp("logged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        _here(patch, folder)
+        assert main([*FIT, f"--trainer.logger={json.dumps([OFFLINE, TENSORBOARD])}"]) == 0
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    return folder / RUN
+
+
+@pytest.fixture(scope="module")
+def record(run):
+    return json.loads((run / "run.json").read_text())
+
+
+def test_the_configuration_is_complete(run, record):
+    config = logged(run).config
+    short = {name: config[name] for name in ("method", "data", "network", "seed", "recipe", "callbacks")}
+    assert short == {
+        "method": "mixup",
+        "data": "digits_lt",
+        "network": "digits_cnn",
+        "seed": 0,
+        "recipe": "quickstart",
+        "callbacks": [],
+    }
+    assert config["splits"] == record["splits"]
+    assert config["config"] == yaml.safe_load((run / "config.yaml").read_text())
+    assert config["config"]["model"]["init_args"]["alpha"] == 0.2
+    assert config["method_class"].endswith(".Mixup")
+    built = {name: config[name] for name in ("optimizer", "learning_rate", "momentum", "weight_decay", "scheduler")}
+    assert built == {
+        "optimizer": "SGD",
+        "learning_rate": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "scheduler": "CosineToEnd",
+    }
+    assert (config["batch_size"], config["max_epochs"]) == (32, 2)
+    for name in ("versions", "revision", "device"):
+        assert config[name] == record["stages"][0][name]
+    assert not [key for key in config if "." in key]
+
+
+def test_name_group_type_and_tags_tell_the_run_apart(run):
+    told = logged(run)
+    assert (told.name, told.group, told.job_type) == ("digits_lt-mixup-0", "digits_lt-digits_cnn-mixup", "fit")
+    assert sorted(told.tags) == ["digits_cnn", "digits_lt", "mixup"]
+    assert told.exit_code == 0
+    assert (run / "wandb-id.txt").read_text().strip() == told.id
+
+
+def test_the_summary_has_core_values_equal_to_those_of_the_record(run, record):
+    summary = logged(run).summary
+    for name in ("test", "calibration"):
+        assert {key: summary[f"{name}/{key}"] for key in CORE} == {
+            key: record["results"][f"{name}/{key}"] for key in CORE
+        }
+    plain = {key for key in summary if "|" not in key and key.partition("/")[0] in ("test", "calibration")}
+    assert plain == {f"{name}/{key}" for name in ("test", "calibration") for key in CORE}
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for key, kind in CORE.items():
+        values = [float(row[f"val/{key}"]) for row in rows if row[f"val/{key}"]]
+        assert len(values) == 2
+        if kind is None:
+            assert summary[f"val/{key}"] == pytest.approx(values[-1], rel=1e-6)
+        else:
+            best = {"max": max, "min": min}[kind](values)
+            assert summary[f"val/{key}"] == {kind: pytest.approx(best, rel=1e-6)}
+    assert "test/smece" in rows[0]  # the CSV file has every value
+
+
+def test_metrics_are_defined_over_epochs_with_their_better_direction(run):
+    metrics = logged(run).metrics
+    for key, kind in CORE.items():
+        for name, expected in (("train", kind), ("val", kind), ("test", None), ("calibration", None)):
+            found = metrics[f"{name}/{key}"]
+            assert found.step_metric == "epoch"
+            assert [field.name for field, value in found.summary.ListFields() if value] == (
+                [expected] if expected else []
+            )
+
+
+def test_checkpoint_predictions_and_record_are_artifacts(run):
+    told = logged(run)
+    for kind, root in (("model", run / "checkpoints"), ("predictions", run / "predictions"), ("run", run)):
+        name, files = told.artifacts[kind][-1]
+        assert name == f"{kind}-{told.id}"
+        assert files == {path: (root / path).stat().st_size for path in files}
+    assert {kind: sorted(told.artifacts[kind][-1][1]) for kind in ("model", "predictions", "run")} == {
+        "model": ["best.ckpt"],
+        "predictions": ["calibration.npz", "test.npz"],
+        "run": ["config.yaml", "run.json", "splits.npz"],
+    }
+
+
+def test_figures_and_a_table_of_predictions_are_logged(run):
+    (files,) = run.glob("wandb/offline-run-*/files")
+    for kind in ("reliability", "confidence", "risk_coverage"):
+        assert len(list(files.glob(f"media/images/test/{kind}_*.png"))) == 1
+    (path,) = files.glob("media/table/test/predictions_*.table.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["index", "label", "prediction", "confidence", "correct"]
+    with np.load(run / "predictions/test.npz") as saved:
+        assert len(table["data"]) == len(saved["labels"])
+        logits = saved["logits"][7].astype(float)
+        label = str(saved["labels"][7])
+        index = int(saved["index"][7])
+    probs = np.exp(logits) / np.exp(logits).sum()
+    predicted = str(probs.argmax())
+    assert table["data"][7] == [index, label, predicted, pytest.approx(probs.max()), predicted == label]
+
+
+def test_tensorboard_has_the_same_facts_the_figures_and_columns_for_core_metrics(run, record):
+    (folder,) = (run / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    for key in CORE:
+        assert events.Scalars(f"test/{key}")[-1].value == pytest.approx(record["results"][f"test/{key}"], rel=1e-6)
+    assert "hp_metric" not in events.Tags()["scalars"]
+    assert "test/smece" not in events.Tags()["scalars"]
+    assert "test/reliability" in events.Tags()["images"]
+    plugin = {
+        part: HParamsPluginData.FromString(events.summary_metadata[f"_hparams_/{part}"].plugin_data.content)
+        for part in ("experiment", "session_start_info")
+    }
+    columns = {info.name.tag for info in plugin["experiment"].experiment.metric_infos}
+    assert {f"test/{key}" for key in CORE} <= columns
+    told = plugin["session_start_info"].session_start_info.hparams
+    assert told["method"].string_value == "mixup"
+    assert told["seed"].number_value == 0
+    assert told["learning_rate"].number_value == 0.05
+    assert told["splits"].string_value == record["splits"]
+    assert told["config/model/init_args/alpha"].number_value == 0.2
+    kept = yaml.safe_load((folder / "hparams.yaml").read_text())
+    assert kept["config"] == yaml.safe_load((run / "config.yaml").read_text())
