@@ -9,7 +9,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,9 +20,11 @@ from calib_lightning.commands.options import parse
 from calib_lightning.commands.running import one_line, reported
 from calib_lightning.utils.config_search import find_config
 from calib_lightning.utils.files import check_writable
+from calib_lightning.utils.stopping import Stopped
 
 if TYPE_CHECKING:
     from calib_lightning.benchmark.plan import Plan
+    from calib_lightning.benchmark.record import Record
 
 _TAKE_SECONDS = ["calib_lightning.commands.fit", "calib_lightning.commands.calibrate", "calib_lightning.predictions"]
 
@@ -37,10 +40,18 @@ class Options:
     Args:
         file: The grid: a YAML file, or a name such as quickstart, looked up in configs/benchmark.
         output: Folder of the runs. Default: that of the file, else runs/NAME.
+        dry_run: List the runs with their state, time and disk; start nothing.
+        print: Print one command for each run that is left, those from which others start first; start nothing.
     """
 
     file: str = field(metadata={"metavar": "FILE"})
     output: Path | None = field(default=None, metadata={"metavar": "DIR"})
+    dry_run: bool = False
+    print: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dry_run and self.print:
+            raise ValueError("--dry_run and --print are both given; choose one of them")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,7 +63,9 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: Options) -> int:
     from calib_lightning.benchmark.execute import warm_up
     from calib_lightning.benchmark.grid import read_grid
+    from calib_lightning.benchmark.listing import listed
     from calib_lightning.benchmark.plan import GridError, make_plan
+    from calib_lightning.benchmark.record import Record
 
     file = find_config(options.file, "benchmark")
     if file is None:
@@ -60,7 +73,8 @@ def _run(options: Options) -> int:
     grid = read_grid(file)
     out = options.output or grid.folder
     check_writable(out, "--output")
-    warm_up(_TAKE_SECONDS)
+    if not (options.dry_run or options.print):
+        warm_up(_TAKE_SECONDS)
     from calib_lightning.commands.fit_checked import FitChecker
 
     try:
@@ -70,29 +84,59 @@ def _run(options: Options) -> int:
             print(f"calib: error: {file}: {fault}", file=sys.stderr)
         print("Nothing was started.", file=sys.stderr)
         return 1
-    return _execute(plan)
+    if options.dry_run:
+        print(listed(plan, Record(plan)))
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        record = Record(plan)
+        if options.print:
+            return _print(plan, record)
+        return _execute(plan, record)
 
 
-def _execute(plan: Plan) -> int:
-    from calib_lightning.benchmark.execute import LOGS, execute
-    from calib_lightning.benchmark.record import Record
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder of the benchmark; a second benchmark there is refused."""
     from calib_lightning.utils.run_lock import RunLock
 
-    plan.out.mkdir(parents=True, exist_ok=True)
     try:
-        lock = RunLock(plan.out)
+        lock = RunLock(out)
     except RuntimeError as error:
         holder = one_line(error).partition(" is in use by ")[2].partition(";")[0]
         raise RuntimeError(
-            f"The benchmark {plan.out} is run by {holder}; it must be run by one process at a time. Wait until that "
-            "one ends, or give this one another folder with --output."
+            f"The benchmark {out} is run by {holder}; it must be run by one process at a time. Wait until that one "
+            "ends, or give this one another folder with --output."
         ) from error
     try:
-        record = Record(plan)
-        record.write()
-        failed = execute(plan, record, run_commands, _say)
+        yield
     finally:
         lock.release()
+
+
+def _print(plan: Plan, record: Record) -> int:
+    from calib_lightning.benchmark.listing import printed
+
+    commands, first = printed(plan)
+    record.write()  # with the folders that the commands name
+    for command in commands:
+        print(command)
+    if first:
+        others = f"the first {first} of {len(commands)} commands train first stages from which later commands start"
+        print(f"calib: note: {others}: let them end before the rest begins", file=sys.stderr)
+    print("calib: note: when all have ended, run this benchmark without --print", file=sys.stderr)
+    return 0
+
+
+def _execute(plan: Plan, record: Record) -> int:
+    from calib_lightning.benchmark.execute import LOGS, execute
+
+    record.write()
+    try:
+        failed = execute(plan, record, run_commands, _say)
+    except Stopped:
+        print(f"\ncalib: {plan.out} goes on where it was when this command is given again", file=sys.stderr)
+        raise
     done = len(plan.runs) - len(failed)
     print(f"{done} of {len(plan.runs)} runs are finished; they are in {plan.out}.")
     for folder, reason in failed:

@@ -23,6 +23,7 @@ from calib_lightning.commands.running import FAULTS, find_own_modules, one_line
 from calib_lightning.core.data_facts import has_test, has_validation
 from calib_lightning.data import BenchmarkDataModule
 from calib_lightning.utils.config_search import resolve_configs
+from calib_lightning.utils.stopping import Stopped
 
 _ON_ANY_MACHINE = {
     "accelerator": "cpu",
@@ -110,6 +111,8 @@ class FitChecker:
             with redirect_stderr(said), redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # each run says its own
                 fit = _CheckedFit(resolve_configs(["fit", *arguments]), self._seen)
+        except Stopped:
+            raise
         except SystemExit:
             lines = [line for line in said.getvalue().splitlines() if line.strip()]
             text = " ".join(lines).partition("error: ")[2] or " ".join(lines)
