@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -23,6 +24,9 @@ PATIENCE = 60.0
 
 Work = Callable[[list[list[str]], Path, Path, dict[str, str]], None]
 """Runs commands in a new process, given the file for what they print, the working directory and the environment."""
+
+_LONGEST = 500
+"""Characters of the reason why a run has failed; the file of what it has printed has all."""
 
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
@@ -162,14 +166,14 @@ def _call(work: Work, commands: list[list[str]], log: Path) -> int:
 
 def _reason(code: int, log: Path, printed: int) -> str:
     """Why a run has failed, in one line: the last error that it has printed, or how it ended."""
-    with log.open("rb") as file:
-        file.seek(printed)
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     if code < 0 or code in (130, 143):
         name = signal.Signals(-code if code < 0 else code - 128).name
         return f"ended by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
-    errors = [line.partition("error: ")[2] for line in lines if line.startswith("calib") and "error: " in line]
-    return (errors or lines or [f"exit code {code}"])[-1]
+    with log.open("rb") as file:
+        file.seek(printed)
+        text = file.read().decode(errors="replace")
+    said = re.split(r"(?m)^calib(?: \w+)?: error: ", text)[1:] or text.splitlines()[-1:] or [f"exit code {code}"]
+    return " ".join(re.split(r"\n\(.*full traceback", said[-1])[0].split())[:_LONGEST]
 
 
 def _left(plan: Plan, record: Record, rest: list[Run]) -> float:

@@ -170,18 +170,16 @@ def _entry(axis: str, given: Any) -> Entry:
     _check_keys(content, own, f"{axis}: ")
     value, label = content.get(axis), content.get("as")
     callbacks = _texts(f"{axis}: callback", content.get("callback"))
-    if not isinstance(value, str) and not (axis == "network" and isinstance(value, dict)) and content.get("as") is None:
-        raise ValueError(
-            f"{axis} has the entry {given!r}; it must be a name, or a mapping with the keys {', '.join(own)}."
-        )
+    name = value.get("name") if axis == "network" and isinstance(value, dict) else value
+    if not isinstance(name, str) and (name is not None or label is None):
+        raise ValueError(f"{axis} has the entry {given!r}; it must be a name, or a mapping of {', '.join(own)}.")
     if label is None:
-        name = value.get("name") if isinstance(value, dict) else value
         label = "+".join([_stem(str(name)), *map(_stem, callbacks)])
     if not isinstance(label, str) or not re.search(r"\w", label):
         raise ValueError(f"{axis}: as is {label!r}; it must be a name.")
     config = (*_texts(f"{axis}: config", content.get("config")), *(_in_folder(name, "callback") for name in callbacks))
-    if axis == "recipe":
-        config = (_in_folder(str(value), "recipe"), *config)
+    if axis == "recipe" and value is not None:
+        config = (_in_folder(value, "recipe"), *config)
     return Entry(label, value, config, _options(f"{axis}: options", content.get("options")))
 
 

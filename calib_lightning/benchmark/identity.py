@@ -75,9 +75,11 @@ def first_stage(content: dict[str, Any]) -> tuple[str, bool] | None:
         switches = [arguments[name] for name in ("switch", "tuning") if arguments.get(name) is not None]
         model = {"class_path": _BASE, "init_args": {name: arguments.get(name) for name in _BASE_ARGUMENTS}}
     else:
+        if not str(model.get("class_path")).startswith("calib_lightning.methods.") or "switch" in arguments:
+            return None  # another module may have stages of its own
         switches = callbacks if isinstance(callbacks, list) else [callbacks]
         if any(str(switch.get("class_path")).rpartition(".")[2] not in _SWITCHES for switch in switches):
-            return None  # another callback may change the training, or end it
+            return None  # another callback may end the training
     for switch in switches:
         settings = switch.get("init_args") or {}
         if settings.get("at_epoch", 0) >= 0 or settings.get("init_from"):

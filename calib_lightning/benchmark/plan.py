@@ -178,6 +178,9 @@ def make_plan(grid: Grid, check: Check, out: Path) -> Plan:
         if found is not None:
             runs.append(_run(asked, found))
     _check_names(grid, runs, faults)
+    untested = sorted({run.name for run in runs if not run.checked.tested})
+    if untested:
+        faults["nothing is tested, so there is nothing to compare; the data needs a test set."] = untested
     without = sorted({run.data for run in runs if not run.checked.held_out})
     if calibrators and without:
         faults["calibrators need a calibration split; set data.split.calibration to a size above 0."] = without
