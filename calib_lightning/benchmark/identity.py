@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 _NO_RESULT = {
-    "": ("run_dir", "ckpt_path", "quiet", "log_all", "log_checkpoint"),
+    "": ("run_dir", "ckpt_path", "quiet", "log_all", "log_limit"),
     "trainer": (
         *("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "log_every_n_steps"),
         *("profiler", "default_root_dir", "barebones", "enable_autolog_hparams", "model_registry"),

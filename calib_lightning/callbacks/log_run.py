@@ -20,6 +20,8 @@ from calib_lightning.callbacks.wandb_run import define_metrics, log_files, log_p
 from calib_lightning.metrics import CORE, families
 from calib_lightning.utils.seeding import run_seed
 
+_RECORD = ("config*.yaml", "run.json", "splits.npz")
+
 
 class LogRun(Callback):
     """Gives the trainer's loggers the run's configuration and, at its end, Weights & Biases its files.
@@ -36,7 +38,7 @@ class LogRun(Callback):
         facts: What is known of the run, by short names that replace those read from module and data; ``config`` is the
             whole configuration.
         log_all: Whether all loggers get every value.
-        log_checkpoint: Whether the chosen checkpoint becomes an artifact, a copy of it.
+        log_limit: Mebibytes; an artifact above that is left out, and a note says so. 0 leaves out every artifact.
 
     Example:
         ``Trainer(logger=WandbLogger(), callbacks=[LogRun()]).fit(module, datamodule)``
@@ -47,10 +49,12 @@ class LogRun(Callback):
         folder: str | Path | None = None,
         facts: Mapping[str, Any] | None = None,
         log_all: bool = False,
-        log_checkpoint: bool = True,
+        log_limit: float = 500.0,
     ) -> None:
+        if not log_limit >= 0:
+            raise ValueError(f"log_limit is {log_limit}; it must be at least 0, the mebibytes of the largest artifact.")
         self.folder = None if folder is None else Path(folder)
-        self.facts, self.log_all, self.log_checkpoint = dict(facts or {}), log_all, log_checkpoint
+        self.facts, self.log_all, self.log_limit = dict(facts or {}), log_all, log_limit
         self._described = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -88,11 +92,10 @@ class LogRun(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give Weights & Biases the chosen checkpoint and the record of the run."""
-        chosen = self._chosen(trainer)
         for logger in self._wandb(trainer):
-            if self.log_checkpoint and chosen is not None and not logger._log_model:
-                attempt(logger, "log_artifact", partial(log_files, logger.experiment, "model", [chosen]))
-            self._log_record(logger)
+            if not logger._log_model:  # else Lightning does
+                attempt(logger, "log_artifact", partial(self._log_checkpoint, trainer, logger))
+            attempt(logger, "log_artifact", partial(self._log_record, logger))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give Weights & Biases the predictions of ``validate``."""
@@ -111,9 +114,16 @@ class LogRun(Callback):
         if self._described or not trainer.is_global_zero:
             return
         self._described = True
-        facts = facts_of(trainer, module) | self.facts
         for logger in trainer.loggers:
-            attempt(logger, "log_hyperparams", partial(_log_facts, logger, facts))
+            attempt(logger, "log_hyperparams", partial(self._log_facts, trainer, module, logger))
+
+    def _log_facts(self, trainer: Trainer, module: LightningModule, logger: Logger) -> None:
+        facts = _plain(facts_of(trainer, module) | self.facts)
+        if isinstance(logger, TensorBoardLogger):
+            sets = ("test", "calibration", "val")
+            log_hparams(logger, facts, [f"{name}/{metric}" for name in sets for metric in CORE])
+        else:
+            logger.log_hyperparams(facts)
 
     def _define(self, trainer: Trainer, sets: list[str], best: bool = False) -> None:
         for logger in self._wandb(trainer):
@@ -123,35 +133,35 @@ class LogRun(Callback):
         found = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         return found if trainer.is_global_zero else []
 
-    def _chosen(self, trainer: Trainer) -> Path | None:
-        """The checkpoint that the run's record names, else that of the first checkpoint callback."""
-        record = self._record()
-        named = record.get("checkpoint", {}).get("path") if record else None
-        path = self.folder / named if self.folder and named else _kept(trainer)
-        return path if path is not None and path.is_file() else None
-
-    def _record(self) -> dict[str, Any]:
-        path = None if self.folder is None else self.folder / "run.json"
-        found: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-        return found
-
     def _log_evaluation(self, trainer: Trainer) -> None:
         for logger in self._wandb(trainer):
-            if self.folder is not None:
-                files = sorted((self.folder / "predictions").rglob("*.npz"))
-                test = self.folder / "predictions" / "test.npz"
-                attempt(
-                    logger,
-                    "log_artifact",
-                    partial(log_files, logger.experiment, "predictions", files, self.folder / "predictions"),
-                )
-                attempt(logger, "log_table", partial(log_predictions, logger, test, trainer.global_step))
-            self._log_record(logger)
+            attempt(logger, "log_artifact", partial(self._log_predictions, logger))
+            attempt(logger, "log_table", partial(self._log_table, trainer, logger))
+            attempt(logger, "log_artifact", partial(self._log_record, logger))
+
+    def _log_checkpoint(self, trainer: Trainer, logger: WandbLogger) -> None:
+        """The checkpoint that the run's record names, else that of the first checkpoint callback."""
+        path = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        if self.folder is not None and (self.folder / "run.json").is_file():
+            named = json.loads((self.folder / "run.json").read_text()).get("checkpoint", {}).get("path")
+            path = self.folder / named if named else path
+        if path.is_file():
+            log_files(logger.experiment, "model", {path.name: path}, self.log_limit)
+
+    def _log_predictions(self, logger: WandbLogger) -> None:
+        if self.folder is not None:
+            root = self.folder / "predictions"
+            files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.npz"))}
+            log_files(logger.experiment, "predictions", files, self.log_limit)
+
+    def _log_table(self, trainer: Trainer, logger: WandbLogger) -> None:
+        if self.folder is not None:
+            log_predictions(logger, self.folder / "predictions" / "test.npz", trainer.global_step)
 
     def _log_record(self, logger: WandbLogger) -> None:
         if self.folder is not None:
-            files = [*self.folder.glob("config*.yaml"), *self.folder.glob("run.json"), *self.folder.glob("splits.npz")]
-            attempt(logger, "log_artifact", partial(log_files, logger.experiment, "run", files))
+            found = [path for name in _RECORD for path in sorted(self.folder.glob(name))]
+            log_files(logger.experiment, "run", {path.name: path for path in found}, self.log_limit)
 
 
 def facts_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
@@ -180,25 +190,21 @@ def facts_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "config": {"model": dict(module.hparams), "data": dict(getattr(data, "hparams", {}))},
     }
     if trainer.optimizers:
-        optimizer = trainer.optimizers[0]
-        facts["optimizer"] = type(optimizer).__name__
-        facts |= {name: optimizer.defaults[name] for name in ("weight_decay", "momentum") if name in optimizer.defaults}
-        facts["learning_rate"] = optimizer.defaults.get("lr")
+        settings = trainer.optimizers[0].defaults
+        facts |= {"optimizer": type(trainer.optimizers[0]).__name__, "learning_rate": settings.get("lr")}
+        facts |= {name: settings[name] for name in ("weight_decay", "momentum") if name in settings}
         schedules = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         facts["scheduler"] = schedules[0] if schedules else None
     return facts | environment(trainer) | {"seed": run_seed()}
 
 
-def _log_facts(logger: Logger, facts: dict[str, Any]) -> None:
-    if isinstance(logger, TensorBoardLogger):
-        log_hparams(logger, facts, [f"{name}/{metric}" for name in ("test", "calibration", "val") for metric in CORE])
-    else:
-        logger.log_hyperparams(facts)
-
-
-def _kept(trainer: Trainer) -> Path | None:
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    return Path(path) if path else None
+def _plain(value: Any) -> Any:
+    """What any logger can write; objects in their own words."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _spelled(name: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from calib_lightning.metrics import CORE, METRICS
 
@@ -32,23 +33,25 @@ def define_metrics(run: Any, sets: Iterable[str], best: bool) -> None:
             run.define_metric(f"{name}/{metric}", step_metric="epoch", summary=kept.get(METRICS[metric].better))
 
 
-def log_files(run: Any, kind: str, files: Sequence[Path], root: Path | None = None) -> None:
+def log_files(run: Any, kind: str, files: Mapping[str, Path], limit: float) -> None:
     """Log files as one artifact, ``<kind>-<id of the run>``; its size is among its facts.
 
     Args:
         run: The run of Weights & Biases.
         kind: Type of the artifact: ``model``, ``predictions`` or ``run``.
-        files: The files; nothing is logged without any.
-        root: Files are named relative to this folder; by default by their names alone.
+        files: The files by their names in the artifact; nothing is logged without any.
+        limit: Mebibytes; above that, nothing is logged either, and a note says so.
     """
     from wandb import Artifact
 
-    if not files:
+    size = sum(path.stat().st_size for path in files.values()) / 2**20
+    if size > limit > 0:
+        rank_zero_info(f"Weights & Biases gets no artifact {kind}: {size:.0f} MiB are above log_limit ({limit:g} MiB).")
+    if not files or size > limit:
         return
-    size = sum(path.stat().st_size for path in files)
-    artifact = Artifact(f"{kind}-{run.id}", type=kind, metadata={"mib": round(size / 2**20, 3)})
-    for path in files:
-        artifact.add_file(str(path), name=path.name if root is None else path.relative_to(root).as_posix())
+    artifact = Artifact(f"{kind}-{run.id}", type=kind, metadata={"mib": round(size, 3)})
+    for name, path in files.items():
+        artifact.add_file(str(path), name=name)
     run.log_artifact(artifact)
 
 

@@ -20,7 +20,7 @@ NUM_CLASSES = "number of classes K, for data of your own that does not say it"
 TEST_AFTER_FIT = "test the chosen checkpoint after fit, save all predictions and print the table (default: true)"
 BATCH_SIZE = "rows in one batch of one process; --data.batch_size on the command line wins"
 LOG_ALL = "give every value to the loggers beside the CSV file, not the core metrics of each set alone (default: false)"
-LOG_CHECKPOINT = "give Weights & Biases a copy of the chosen checkpoint (default: true)"
+LOG_LIMIT = "largest artifact that Weights & Biases gets, in MiB, such as a checkpoint; 0 for none (default: 500)"
 QUIET = "print only the table of results, and on standard error what is wrong or not as asked (default: false)"
 
 
@@ -57,7 +57,7 @@ _RUN = (
     Option("--select_on METRIC", SELECT_ON, "fit"),
     Option("--test_after_fit=false", TEST_AFTER_FIT, "fit"),
     Option("--log_all", LOG_ALL),
-    Option("--log_checkpoint=false", LOG_CHECKPOINT, "fit"),
+    Option("--log_limit MIB", LOG_LIMIT),
     Option("--quiet", QUIET),
 )
 

@@ -87,14 +87,15 @@ def run_log(config: Namespace, asked: str, folder: Path, trained_in: Path | None
     facts = short_facts(config) | {"run_dir": str(folder), "config": yaml.safe_load(asked)}
     if trained_in is not None and trained_in.resolve() != folder.resolve():
         facts |= {"trained_in": str(trained_in), "trained_in_wandb": id_of(trained_in)}
-    return LogRun(folder, facts, config.log_all, config.log_checkpoint)
+    return LogRun(folder, facts, config.log_all, config.log_limit)
 
 
 def _built(asked: Namespace | Logger, folder: Path) -> Logger:
     if isinstance(asked, Logger):
         return asked
     if asked.get("init_args.save_dir", "elsewhere") in (None, "", "."):
-        asked["init_args.save_dir"] = str(folder)
+        # absolute: Weights & Biases writes from a process of its own, which may have begun in another folder
+        asked["init_args.save_dir"] = str(folder.resolve())
     parser = ArgumentParser()
     parser.add_argument("--logger", type=Logger)
     try:

@@ -1,18 +1,28 @@
 """What Weights & Biases, TensorBoard and CSV are told of a run, read back from their own files."""
 
 import csv
+import errno
+import itertools
 import json
+import math
 import os
 
 import numpy as np
 import pytest
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from calib_lightning.__main__ import main
+from calib_lightning.callbacks import LogRun, log_run
+from calib_lightning.callbacks.logged_keys import is_core
+from calib_lightning.data import SplitSpec, ToyDataModule
+from calib_lightning.methods import Focal
 
-from .wandb_records import logged
+from .conftest import TOY
+from .wandb_records import Logged, logged
 
 wandb = pytest.importorskip("wandb")
 
@@ -25,8 +35,11 @@ CORE = {
     "signed_gap": None,  # the last value
     "correctness_auroc": "max",
 }
-OFFLINE = {"class_path": "WandbLogger", "init_args": {"offline": True, "project": "ours"}}
-TENSORBOARD = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "name": "tensorboard"}}
+OFFLINE = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, "project": "ours"}}
+TENSORBOARD = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {"save_dir": ".", "name": "tensorboard"},
+}
 FIT = ("fit", "-c", "quickstart", "--model", "mixup", f"--run_dir={RUN}", "--quiet=true", "--trainer.max_epochs=2")
 
 
@@ -184,3 +197,145 @@ def test_tensorboard_has_the_same_facts_the_figures_and_columns_for_core_metrics
     assert told["config/model/init_args/alpha"].number_value == 0.2
     kept = yaml.safe_load((folder / "hparams.yaml").read_text())
     assert kept["config"] == yaml.safe_load((run / "config.yaml").read_text())
+
+
+NETWORK = ("--model.encoder=digits_cnn", "--trainer.accelerator=cpu", "--trainer.max_epochs=1")
+
+
+def _toy(method="cross_entropy", **arguments):
+    """A fit of the tiny set with Weights & Biases offline."""
+    asked = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True, **arguments}}
+    return ("fit", *TOY, "--model", method, *NETWORK, f"--trainer.logger={json.dumps(asked)}")
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_grid_read_back_is_grouped_by_method(calib, tmp_path):
+    for method in ("mixup", "label_smoothing"):
+        for seed in (0, 1):
+            done = calib(*_toy(method), f"--seed_everything={seed}", f"--run_dir=runs/{method}-{seed}")
+            assert done.code == 0, done.err
+    told = [logged(folder) for folder in sorted(tmp_path.glob("runs/*"))]
+    assert len({run.id for run in told}) == 4
+    assert [(run.group, run.config["method"], run.config["seed"]) for run in told] == [
+        ("toy-digits_cnn-label_smoothing", "label_smoothing", 0),
+        ("toy-digits_cnn-label_smoothing", "label_smoothing", 1),
+        ("toy-digits_cnn-mixup", "mixup", 0),
+        ("toy-digits_cnn-mixup", "mixup", 1),
+    ]
+    names = ["toy-label_smoothing-0", "toy-label_smoothing-1", "toy-mixup-0", "toy-mixup-1"]
+    assert [run.name for run in told] == names
+    assert len({run.config["splits"] for run in told}) == 1
+    assert told[0].config["config"]["model"]["init_args"]["smoothing"] == 0.05
+    for run, folder in zip(told, sorted(tmp_path.glob("runs/*")), strict=True):
+        results = json.loads((folder / "run.json").read_text())["results"]
+        assert {key: run.summary[f"test/{key}"] for key in CORE} == {key: results[f"test/{key}"] for key in CORE}
+
+
+@pytest.mark.usefixtures("offline")
+def test_what_the_user_sets_stays(calib, tmp_path, monkeypatch):
+    wandb.teardown()  # the package reads its environment once
+    monkeypatch.setenv("WANDB_JOB_TYPE", "sweep")
+    own = {"name": "mine", "group": "ours", "tags": ["first"]}
+    assert calib(*_toy(**own), f"--run_dir={RUN}", "--log_limit=0").code == 0
+    told = logged(tmp_path / RUN)
+    assert (told.name, told.group, told.job_type, told.tags) == ("mine", "ours", "sweep", ["first"])
+    assert set(told.artifacts) <= {"run_table"}  # of the table of predictions
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_resumed_run_goes_on_and_a_test_of_it_names_it(calib, tmp_path):
+    folder = tmp_path / RUN
+    assert calib(*_toy(), f"--run_dir={RUN}", "--test_after_fit=false").code == 0
+    first = logged(folder)
+    resumed = calib(
+        *("fit", "-c", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/last.ckpt"),
+        *("--trainer.max_epochs=2", "--quiet"),
+    )
+    assert resumed.code == 0, resumed.err
+    written = [Logged(path) for path in sorted(folder.glob("wandb/*run-*/run-*.wandb"))]
+    assert [run.id for run in written] == [first.id] * 2
+    assert [run.config["max_epochs"] for run in written] == [1, 2]
+    assert (folder / "wandb-id.txt").read_text().strip() == first.id
+    assert calib("test", "-c", folder / "config.yaml", "--log_all=true", "--quiet").code == 0
+    tested = logged(folder / "test")
+    assert (tested.job_type, tested.group) == ("test", first.group)
+    assert tested.id != first.id
+    assert tested.config["trained_in_wandb"] == first.id
+    results = json.loads((folder / "test/run.json").read_text())["results"]
+    kept = {key: tested.summary[key] for key in results}
+    assert len(kept) > 60
+    assert kept == {key: "NaN" if math.isnan(value) else value for key, value in results.items()}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(log_run, "facts_of"), (log_run, "define_metrics"), (wandb.Artifact, "add_file"), (wandb, "Table")],
+        [(wandb.Run, "log_artifact"), (wandb.Run, "log"), (wandb.Run, "finish")],
+    ],
+    ids=["before", "at the end"],
+)
+def test_a_logger_whose_every_call_fails_costs_nothing(calib, tmp_path, monkeypatch, places):
+    called = set()
+
+    def failing(name, error):
+        def fail(*args, **kwargs):
+            called.add(name)
+            raise error
+
+        return fail
+
+    errors = itertools.cycle([OSError(errno.ENOSPC, "No space left on device"), ConnectionError("no route to host")])
+    with monkeypatch.context() as patch:
+        for owner, name in places:
+            patch.setattr(owner, name, failing(name, next(errors)))
+        done = calib(*_toy(), "--run_dir=runs/failing")
+    if wandb.run is not None:
+        wandb.finish()
+    assert done.code == 0, done.err
+    assert called == {name for _, name in places}
+    assert done.err.count("WandbLogger.") == 1
+    assert "The run goes on" in done.err
+    assert calib(*_toy(), "--trainer.logger=false", "--run_dir=runs/alone").code == 0
+    values, expected = ((tmp_path / "runs" / name / "metrics.csv").read_text() for name in ("failing", "alone"))
+    assert values == expected
+
+
+@pytest.mark.usefixtures("offline")
+def test_with_a_trainer_in_python_the_facts_are_read_from_module_and_data(tmp_path):
+    data = ToyDataModule(SplitSpec(val=30))
+    loggers = [
+        WandbLogger(offline=True, save_dir=tmp_path, name="mine"),
+        CSVLogger(tmp_path, name="csv", version=""),
+    ]
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=loggers,
+        callbacks=[LogRun()],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Focal(10, gamma=2.0, encoder="digits_cnn"), data)
+    loggers[0].experiment.finish()
+    told, kept = logged(tmp_path), yaml.safe_load((tmp_path / "csv/hparams.yaml").read_text())
+    for facts in (told.config, kept):
+        assert (facts["method"], facts["data"], facts["network"]) == ("focal", "toy", "digits_cnn")
+        assert facts["splits"] == data.splits_hash
+        assert facts["config"]["model"]["gamma"] == 2.0
+        assert facts["optimizer"] == "SGD"
+    assert list(told.artifacts) == ["model"]
+
+
+@pytest.mark.parametrize("limit", [-1.0, math.nan])
+def test_a_limit_below_zero_is_rejected(limit):
+    with pytest.raises(ValueError, match=r"log_limit is .*; it must be at least 0"):
+        LogRun(log_limit=limit)
+
+
+def test_core_keys_are_the_few_by_which_runs_are_compared():
+    kept = ("test/ece", "shift/generated/nll", "ood/svhn/fpr95", "train/loss", "lr-SGD", "test/reliability", "epoch")
+    dropped = ("test/smece", "test/n", "shift/generated/fog_3/nll", "shift/generated/fog_3/n", "ood/sets")
+    assert [key for key in (*kept, *dropped) if is_core(key)] == list(kept)
