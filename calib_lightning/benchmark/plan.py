@@ -217,7 +217,7 @@ def _run(asked: Asked, checked: Checked) -> Run:
     if asked.recipe is not None:
         method = f"{method}@{asked.recipe}"
     parts = (asked.data or checked.data, asked.network or checked.network, method)
-    name = "-".join(re.sub(r"[^\w.+@=]+", "_", part) for part in parts)
+    name = "-".join(re.sub(r"[^\w.+@=-]+", "_", part) for part in parts)
     return Run(
         name=f"{name}-{asked.seed}",
         data=parts[0],

@@ -19,7 +19,7 @@ from calib_lightning.commands.fit import CalibCLI
 from calib_lightning.commands.fit_checks import check_validation
 from calib_lightning.commands.fit_folder import names_of
 from calib_lightning.commands.hints import plain_message
-from calib_lightning.commands.running import FAULTS, find_own_modules, one_line
+from calib_lightning.commands.running import FAULTS, find_own_modules
 from calib_lightning.core.data_facts import has_test, has_validation
 from calib_lightning.data import BenchmarkDataModule
 from calib_lightning.utils.config_search import resolve_configs
@@ -118,7 +118,7 @@ class FitChecker:
             text = " ".join(lines).partition("error: ")[2] or " ".join(lines)
             raise ValueError(text) from None
         except (*FAULTS, MisconfigurationException) as error:
-            raise ValueError(plain_message(one_line(error))) from error
+            raise ValueError(plain_message(str(error)) or type(error).__name__) from error
         finally:
             os.environ.pop("PL_GLOBAL_SEED", None)
             if before is not None:

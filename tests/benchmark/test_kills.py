@@ -81,14 +81,14 @@ def test_killed_twice_it_goes_on_where_it_was(run_grid, start, tmp_path):
 def test_killed_twenty_times_at_random(run_grid, start, tmp_path):
     draw = random.Random(time.time_ns())
     methods = ["cross_entropy", "label_smoothing", "focal", "mixup", MASKED, "crl"]
-    write_grid(tmp_path, method=methods, seeds=[0, 1], options={"trainer.max_epochs": 60})
+    write_grid(tmp_path, method=methods, seeds=[0, 1], options={"trainer.max_epochs": 100})
     assert run_grid("grid.yaml", "--output=whole").code == 0
     out, done, kills = tmp_path / OUT, [], 0
     while kills < 20:
         process = start()
         if draw.random() < 0.8:  # else also while it starts
             process.wait_for(lambda process=process: " of 12: " in process.printed() or process.returncode == 0)
-        time.sleep(draw.uniform(0, 6))
+        time.sleep(draw.uniform(0, 12))
         if process.returncode is not None:
             break
         _stop(process, draw.choice([signal.SIGTERM, signal.SIGKILL]))
