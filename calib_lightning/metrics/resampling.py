@@ -6,16 +6,18 @@ A resample is a row of weights over the rows of the set, so the metrics read man
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from calib_lightning.metrics.exchange import ROUNDING, differences
 from calib_lightning.metrics.groups import GroupTable as GroupTable  # pickles of version 0.1 name it here
 from calib_lightning.metrics.row_table import RowTable
 from calib_lightning.metrics.state import EvaluationState
 from calib_lightning.metrics.table import METRICS
-from calib_lightning.metrics.weights import exchanges, read_weighted, resamples
+from calib_lightning.metrics.weights import read_weighted, resamples
 
 
 class Interval(NamedTuple):
@@ -50,7 +52,7 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 
 def bootstrap_intervals(
-    state: EvaluationState, n_resamples: int = 1000, level: float = 0.95, seed: int = 0
+    state: EvaluationState | Sequence[EvaluationState], n_resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
     """Estimate how each value would vary on another test set of the same size, by the bootstrap (Efron, 1979).
 
@@ -78,7 +80,8 @@ def bootstrap_intervals(
       ``smece`` and ``classwise_ece``: most). So an interval above 0 does not prove that a network is miscalibrated.
 
     Args:
-        state: A state made with ``details=True``; the rows of all processes count.
+        state: A state made with ``details=True``; the rows of all processes count. Or states of several networks on the
+            same rows: intervals of the means of their values, each resample being of the same rows for all.
         n_resamples: Number of resamples; 1000 is usual for 95 %.
         level: Coverage of the intervals, a fraction.
         seed: Seed of the draws; the same seed gives the same intervals.
@@ -99,12 +102,20 @@ def bootstrap_intervals(
     _check_count("n_resamples", n_resamples, 2)
     if not 0.0 < level < 1.0:
         raise ValueError(f"level is {level!r}; it must be between 0 and 1, such as 0.95.")
-    table = RowTable.of(state)
-    values = state.compute()
-    if len(table) == 0:
-        return {key: Interval(torch.nan, torch.nan, torch.nan) for key in values}
-    drawn = read_weighted(table, state.metrics, resamples(len(table), n_resamples, seed))
-    return {key: _interval(key, float(values[key]), drawn[key], level) for key in state.metrics}
+    states = [state] if isinstance(state, EvaluationState) else list(state)
+    if not states:
+        raise ValueError("state is empty; it must hold the state of at least one network.")
+    tables = [RowTable.of(one) for one in states]
+    check_same_rows(tables)
+    rows = len(tables[0])
+    metrics = [key for key in states[0].metrics if all(key in one.metrics for one in states)]
+    computed = [one.compute() for one in states]
+    if rows == 0:
+        return {key: Interval(torch.nan, torch.nan, torch.nan) for key in metrics}
+    values = {key: sum(float(found[key]) for found in computed) / len(states) for key in metrics}
+    every = [read_weighted(table, metrics, resamples(rows, n_resamples, seed)) for table in tables]
+    drawn = {key: torch.stack([found[key] for found in every]).mean(dim=0) for key in metrics}
+    return {key: _interval(key, values[key], drawn[key], level) for key in metrics}
 
 
 def _interval(key: str, value: float, drawn: Tensor, level: float) -> Interval:
@@ -144,34 +155,43 @@ def permutation_test(
     """
     _check_count("n_permutations", n_permutations, 1)
     one, other = RowTable.of(first), RowTable.of(second)
-    if len(one) != len(other) or not torch.equal(one.labels, other.labels):
-        raise ValueError(
-            f"The runs have {len(one)} and {len(other)} rows, or different labels; they must be evaluated on the same "
-            "samples in the same order."
-        )
-    if one.num_classes != other.num_classes:
-        raise ValueError(
-            f"The runs have {one.num_classes} and {other.num_classes} classes; the number must be the same."
-        )
-    if one.settings != other.settings:
-        raise ValueError(
-            f"n_bins and input are {one.settings} and {other.settings}; they must be the same for both runs."
-        )
+    check_same_rows([one, other])
     metrics = [key for key in first.metrics if key in second.metrics]
-    rows = len(one)
-    if rows == 0:
+    if len(one) == 0:
         return {key: Difference(torch.nan, torch.nan) for key in metrics}
-    both = one.joined(other)
-    found = {}
-    for key, values in read_weighted(both, metrics, exchanges(rows, n_permutations, seed)).items():
-        of_first, of_second = values.view(-1, 2).unbind(dim=1)
-        drawn = of_first - of_second
-        value = float(drawn[0])
-        # Rounding must not make equal runs or equal differences unequal.
-        if abs(value) <= 1e-15 * max(1.0, abs(float(of_first[0]))):
-            value = 0.0
-        defined = drawn[1:][~drawn[1:].isnan()]
-        at_least = (defined.abs() >= abs(value) * (1 - 1e-12) - 1e-15).sum()
-        p_value = float(1 + at_least) / (1 + len(defined)) if value == value else torch.nan
-        found[key] = Difference(value, p_value)
-    return found
+    drawn = differences([[one], [other]], metrics, n_permutations, seed)
+    return {key: difference_of(values[0]) for key, values in drawn.items()}
+
+
+def difference_of(drawn: Tensor) -> Difference:
+    """A difference and its p-value.
+
+    Args:
+        drawn: Differences ``(1 + n,)`` float64: the one that was found, then those after random exchanges.
+
+    Returns:
+        The difference with ``(1 + #{|d*| >= |d|}) / (1 + n)`` over the n that are defined.
+    """
+    value = float(drawn[0])
+    defined = drawn[1:][~drawn[1:].isnan()]
+    at_least = (defined.abs() >= abs(value) * (1 - 1e-10) - ROUNDING).sum()
+    return Difference(value, float(1 + at_least) / (1 + len(defined)) if value == value else torch.nan)
+
+
+def check_same_rows(tables: Sequence[RowTable]) -> None:
+    """Refuse runs that were not evaluated in the same way on the same samples in the same order."""
+    one = tables[0]
+    for other in tables[1:]:
+        if len(one) != len(other) or not torch.equal(one.labels, other.labels):
+            raise ValueError(
+                f"The runs have {len(one)} and {len(other)} rows, or different labels; they must be evaluated on the "
+                "same samples in the same order."
+            )
+        if one.num_classes != other.num_classes:
+            raise ValueError(
+                f"The runs have {one.num_classes} and {other.num_classes} classes; the number must be the same."
+            )
+        if one.settings != other.settings:
+            raise ValueError(
+                f"n_bins and input are {one.settings} and {other.settings}; they must be the same for both runs."
+            )

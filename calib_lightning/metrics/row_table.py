@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -98,6 +99,11 @@ class RowTable:
             (self.n_bins, self.input),
         )
 
+    def with_columns(self, names: Iterable[str]) -> RowTable:
+        """These rows with some of the quantities, in this order."""
+        columns = {name: self.columns[name] for name in names}
+        return RowTable(columns, self.ranks, self.labels, self.scores, self.num_classes, self.settings)
+
     @cached_property
     def order(self) -> Tensor:
         """Positions of the rows in ascending order of confidence."""
@@ -168,7 +174,55 @@ class RowTable:
         return self.scores
 
 
-class WeightedView(View):
+class SumsView(View):
+    """Means and equal-width bins of many subsets, from their sums.
+
+    Args:
+        names: Names of the columns.
+        n_bins: Number of bins M.
+        count: Number of rows ``(B,)`` float64.
+    """
+
+    column_sums: Tensor
+    """Sums of the columns ``(B, C)`` float64, without infinite values."""
+    infinite_sums: Tensor | None
+    """How many infinite values each sum leaves out ``(B, C)`` float64; ``None`` if there are none."""
+    bin_sums: Tensor
+    """Sums of the bins ``(B, 5 M)`` float64, as in `RowTable.bin_matrix`."""
+
+    def __init__(self, names: Iterable[str], n_bins: int, count: Tensor) -> None:
+        self._names = list(names)
+        self.n_bins = n_bins
+        self.count = count
+
+    @cached_property
+    def _means(self) -> dict[str, Tensor]:
+        means = self.column_sums / self.count.unsqueeze(-1)
+        if self.infinite_sums is not None:
+            # 0 * inf would be nan if a row with an infinite loss was not drawn.
+            means.masked_fill_(self.infinite_sums > 0, torch.inf)
+        return dict(zip(self._names, means.unbind(dim=-1), strict=True))
+
+    def mean(self, name: str) -> Tensor:
+        """The mean ``(B,)`` float64 of a part in each subset."""
+        return self._means[name]
+
+    @cached_property
+    def _bins_and_moments(self) -> Tensor:
+        return self.bin_sums.reshape(-1, self.n_bins, 5)
+
+    @cached_property
+    def bins(self) -> Tensor:  # type: ignore[override]
+        """Equal-width bins ``(B, M, 3)``."""
+        return self._bins_and_moments[..., :3]
+
+    @cached_property
+    def moments(self) -> Tensor:  # type: ignore[override]
+        """Equal-width bins ``(B, M, 2)``."""
+        return self._bins_and_moments[..., 3:]
+
+
+class WeightedView(SumsView):
     """Many subsets or resamples of a table at once.
 
     Args:
@@ -177,33 +231,24 @@ class WeightedView(View):
     """
 
     def __init__(self, table: RowTable, weights: Tensor) -> None:
+        super().__init__(table.columns, table.n_bins, weights.sum(dim=-1))
         self._table = table
         self._weights = weights
-        self.n_bins = table.n_bins
-        self.count = weights.sum(dim=-1)
 
     @cached_property
-    def _means(self) -> dict[str, Tensor]:
-        sums = self._weights @ self._table.column_matrix
-        if self._table.infinite is not None:
-            # 0 * inf would be nan if a row with an infinite loss was not drawn.
-            sums.masked_fill_(self._weights @ self._table.infinite > 0, torch.inf)
-        means = sums / self.count.unsqueeze(-1)
-        return dict(zip(self._table.columns, means.unbind(dim=-1), strict=True))
-
-    def mean(self, name: str) -> Tensor:
-        """The mean ``(B,)`` float64 of a part in each subset."""
-        return self._means[name]
+    def column_sums(self) -> Tensor:  # type: ignore[override]
+        """Sums of the columns ``(B, C)``."""
+        return self._weights @ self._table.column_matrix
 
     @cached_property
-    def _bins_and_moments(self) -> Tensor:
-        sums = self._weights @ self._table.bin_matrix
-        return sums.reshape(-1, self.n_bins, 5)
+    def infinite_sums(self) -> Tensor | None:  # type: ignore[override]
+        """How many infinite values they leave out ``(B, C)``."""
+        return None if self._table.infinite is None else self._weights @ self._table.infinite
 
     @cached_property
-    def bins(self) -> Tensor:  # type: ignore[override]
-        """Equal-width bins ``(B, M, 3)``."""
-        return self._bins_and_moments[..., :3]
+    def bin_sums(self) -> Tensor:  # type: ignore[override]
+        """Sums of the bins ``(B, 5 M)``."""
+        return self._weights @ self._table.bin_matrix
 
     @cached_property
     def fine_bins(self) -> Tensor:  # type: ignore[override]
@@ -214,11 +259,6 @@ class WeightedView(View):
         weights = self._weights[:, order]
         sums = [sums_of_groups(values, ends) for values in (weights, weights * confidence, weights * correct)]
         return torch.stack(sums, dim=-1)
-
-    @cached_property
-    def moments(self) -> Tensor:  # type: ignore[override]
-        """Equal-width bins ``(B, M, 2)``."""
-        return self._bins_and_moments[..., 3:]
 
     @cached_property
     def classwise(self) -> Tensor:  # type: ignore[override]

@@ -63,6 +63,23 @@ def subsets(member: Tensor) -> Weights:
     return pieces
 
 
+def stays(rows: int, total: int, seed: int) -> Weights:
+    """Which rows stay where they are in random exchanges between two runs: 1 or 0; in the first one all."""
+
+    def pieces(at_once: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for start in range(0, total + 1, at_once):
+            piece = torch.empty(min(at_once, total + 1 - start), rows, dtype=torch.float64)
+            for exchange, row in enumerate(piece, start):
+                if exchange == 0:
+                    row.fill_(1.0)
+                else:
+                    row.copy_(torch.rand(rows, generator=generator) < 0.5)
+            yield piece
+
+    return pieces
+
+
 def exchanges(rows: int, total: int, seed: int) -> Weights:
     """Weights of random exchanges between two runs, for a table with the rows of the second below the first.
 
@@ -70,16 +87,8 @@ def exchanges(rows: int, total: int, seed: int) -> Weights:
     """
 
     def pieces(at_once: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        half = max(1, at_once // 2)
-        for start in range(0, total + 1, half):
-            stays = torch.empty(min(half, total + 1 - start), rows, dtype=torch.float64)
-            for exchange, row in enumerate(stays, start):
-                if exchange == 0:
-                    row.fill_(1.0)
-                else:
-                    row.copy_(torch.rand(rows, generator=generator) < 0.5)
-            kept = torch.cat([stays, 1.0 - stays], dim=1)
+        for piece in stays(rows, total, seed)(max(1, at_once // 2)):
+            kept = torch.cat([piece, 1.0 - piece], dim=1)
             yield torch.stack([kept, 1.0 - kept], dim=1).flatten(0, 1)
 
     return pieces
