@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.trainer.states import TrainerFn
 
 from calib_lightning.callbacks.guarded import attempt, guarded
+from calib_lightning.callbacks.logged_keys import is_core
 from calib_lightning.callbacks.record import environment
 from calib_lightning.callbacks.tensorboard_run import log_hparams
 from calib_lightning.callbacks.wandb_run import define_metrics, log_files, log_predictions
@@ -84,7 +85,8 @@ class LogRun(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Define the metrics of the sets, whose names the module knows by now."""
         names: list[str] = list(getattr(pl_module, "test_sets", ["test"]))
-        self._define(trainer, [*names, *(family.name for family in families(names))])
+        names += [family.name for family in families(names)]
+        self._define(trainer, [name for name in names if self.log_all or is_core(f"{name}/ece")])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the configuration."""

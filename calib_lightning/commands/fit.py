@@ -93,7 +93,7 @@ class CalibCLI(LightningCLI):
         parser.add_argument("--test_after_fit", type=bool, default=True, help=texts.TEST_AFTER_FIT)
         parser.add_argument("--batch_size", type=int | None, default=None, help=texts.BATCH_SIZE)
         parser.add_argument("--quiet", type=bool, nargs="?", const=True, default=False, help=texts.QUIET)
-        parser.add_argument("--log_all", type=bool, default=False, help=texts.LOG_ALL)
+        parser.add_argument("--log_all", type=bool, nargs="?", const=True, default=False, help=texts.LOG_ALL)
         parser.add_argument("--log_limit", type=float, default=500.0, help=texts.LOG_LIMIT)
         data_begins_anew(parser)
         parser.link_arguments(

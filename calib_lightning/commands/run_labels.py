@@ -70,6 +70,10 @@ def label(logger: WandbLogger, config: Namespace, command: str, folder: Path) ->
         "id": id_of(folder),
     }
     arguments = logger._wandb_init
+    if arguments.get("anonymous") is None:
+        arguments.pop("anonymous", None)  # Lightning passes it always, and Weights & Biases warns of it
+    if config.quiet:
+        os.environ.setdefault("WANDB_QUIET", "true")
     for name, value in known.items():
         if arguments.get(name) is None and _VARIABLES[name] not in os.environ:
             arguments[name] = value

@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from calib_lightning.__main__ import main
 from calib_lightning.callbacks import LogRun, log_run
 from calib_lightning.callbacks.logged_keys import is_core
+from calib_lightning.callbacks.wandb_run import log_files
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import Focal
 
@@ -327,6 +328,26 @@ def test_with_a_trainer_in_python_the_facts_are_read_from_module_and_data(tmp_pa
         assert facts["config"]["model"]["gamma"] == 2.0
         assert facts["optimizer"] == "SGD"
     assert list(told.artifacts) == ["model"]
+
+
+def test_an_artifact_above_the_limit_is_left_out_with_a_note(tmp_path, caplog):
+    class Run:
+        id, taken = "abc", []
+
+        def log_artifact(self, artifact):
+            self.taken.append((artifact.name, artifact.type, artifact.metadata))
+
+    path = tmp_path / "best.ckpt"
+    path.write_bytes(bytes(2**21))
+    run = Run()
+    with caplog.at_level("INFO"):
+        log_files(run, "model", {"best.ckpt": path}, limit=1.9)
+        assert "no artifact model: 2 MiB are above log_limit (1.9 MiB)" in caplog.text
+        log_files(run, "model", {"best.ckpt": path}, limit=0.0)
+    assert not run.taken
+    assert caplog.text.count("log_limit") == 1
+    log_files(run, "model", {"best.ckpt": path}, limit=2.0)
+    assert run.taken == [("model-abc", "model", {"mib": 2.0})]
 
 
 @pytest.mark.parametrize("limit", [-1.0, math.nan])
