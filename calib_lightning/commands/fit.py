@@ -144,7 +144,7 @@ class CalibCLI(LightningCLI):
         config = self._command_config()
         self._check_asked(config)
         self.run_folder = self._make_folder(config)
-        self.loggers = start_loggers(config, self.run_folder, self.config.subcommand)
+        self.loggers = start_loggers(config, self.run_folder, self.config.subcommand, self.trained_in)
         encoder = config.model.get("init_args.encoder")
         if config.ckpt_path and isinstance(encoder, dict) and encoder.get("pretrained"):
             encoder["pretrained"] = False  # the weights come from the checkpoint: nothing is downloaded

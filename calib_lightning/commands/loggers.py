@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from calib_lightning.callbacks import LogRun
 from calib_lightning.callbacks.guarded import attempt, guarded
-from calib_lightning.commands.run_labels import id_of, keep_id, label, short_facts
+from calib_lightning.commands.run_labels import id_of, keep, label, short_facts
 
 
-def start_loggers(config: Namespace, folder: Path, command: str) -> list[Logger]:
+def start_loggers(config: Namespace, folder: Path, command: str, trained_in: Path | None) -> list[Logger]:
     """Build and start the loggers before data is read or anything trained; afterwards their failures end nothing.
 
     They write into the run's folder unless they were told another place.
@@ -25,6 +25,7 @@ def start_loggers(config: Namespace, folder: Path, command: str) -> list[Logger]
         config: Configuration of the command, whose trainer keeps no logger.
         folder: The run's folder.
         command: The command, such as ``fit``.
+        trained_in: Folder of the run that trained the network.
 
     Returns:
         The loggers, guarded.
@@ -45,8 +46,9 @@ def start_loggers(config: Namespace, folder: Path, command: str) -> list[Logger]
     for logger in found:
         try:
             if isinstance(logger, WandbLogger):
-                label(logger, config, command, folder)
-                keep_id(logger, folder)
+                facts = short_facts(config, folder, trained_in)
+                label(logger, config, command, folder, facts)
+                keep(logger, config, folder, facts)
             else:
                 getattr(logger, "experiment", None)
         except Exception as error:
@@ -84,7 +86,7 @@ def run_log(config: Namespace, asked: str, folder: Path, trained_in: Path | None
     Returns:
         The callback.
     """
-    facts = short_facts(config) | {"run_dir": str(folder), "config": yaml.safe_load(asked)}
+    facts = short_facts(config, folder, trained_in) | {"run_dir": str(folder), "config": yaml.safe_load(asked)}
     if trained_in is not None and trained_in.resolve() != folder.resolve():
         facts |= {"trained_in": str(trained_in), "trained_in_wandb": id_of(trained_in)}
     return LogRun(folder, facts, config.log_all, config.log_limit)

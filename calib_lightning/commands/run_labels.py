@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import WandbLogger
 
-from calib_lightning.commands.fit_folder import default_folder, spelled
-from calib_lightning.utils.files import write_text
+from calib_lightning.benchmark.record import FILE as BENCHMARK_FILE
+from calib_lightning.commands.fit_folder import spelled
+from calib_lightning.utils.run_folder import write_json
 
-ID_FILE = "wandb-id.txt"
+FILE = "wandb.json"
+"""In the folder of a run: its id in Weights & Biases, and its short names."""
 _BESIDE = ("logger", "callback", "data", "method")
 _VARIABLES = {
     "name": "WANDB_NAME",
@@ -24,47 +27,60 @@ _VARIABLES = {
 }
 
 
-def short_facts(config: Namespace) -> dict[str, Any]:
-    """Say which pieces a run is made of, by the names that they have on the command line.
+def short_facts(config: Namespace, folder: Path, trained_in: Path | None = None) -> dict[str, Any]:
+    """Say which pieces a run is made of, by the names that they have on the command line or in its benchmark.
+
+    A run's own ``config.yaml`` names classes alone; where it is read again, names come from what was kept beside it.
 
     Args:
         config: Configuration of the command.
+        folder: The run's folder.
+        trained_in: Folder of the run that trained the network.
 
     Returns:
         Data, method, network, recipe and callbacks.
     """
     encoder = config.model.get("init_args.encoder")
     network = encoder.get("name") if isinstance(encoder, Mapping | Namespace) else encoder
-    callbacks = config.trainer.callbacks
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     files = [Path(str(path)) for path in config.get("config") or []]
     recipe = [path.stem for path in files if path.parent.name not in _BESIDE and path.stem != "default"]
-    return {
+    facts = {
         "data": spelled(config.data, "DataModule"),
         "method": spelled(config.model),
         "network": network,
         "recipe": "+".join(recipe) or None,
-        "callbacks": [spelled(one) for one in callbacks if isinstance(one, Namespace)],
+        "callbacks": _callbacks(config),
     }
+    kept = _kept(folder) or (_kept(trained_in) if trained_in is not None else {})
+    for name, part in (("data", config.data), ("method", config.model)):
+        if part.get("__path__") is None and kept.get("classes", {}).get(name) == part.class_path:
+            facts[name] = kept["facts"][name]
+    if kept and files and all((path.parent / "run.json").is_file() for path in files if path.stem != "default"):
+        facts["recipe"] = kept["facts"]["recipe"]
+    return facts | _in_benchmark(folder)
 
 
-def label(logger: WandbLogger, config: Namespace, command: str, folder: Path) -> None:
+def label(logger: WandbLogger, config: Namespace, command: str, folder: Path, facts: Mapping[str, Any]) -> None:
     """Give a run of Weights & Biases name, group, type and tags before it starts, and the id that it had before.
 
-    The name is that of the run's default folder, ``DATA-METHOD-SEED``; the group is ``DATA-NETWORK-METHOD``, with the
-    callbacks of the configuration after a ``+`` each. What the user has set, here or in the environment, stays.
+    The name is ``DATA-METHOD-SEED``; the group is ``DATA-NETWORK-METHOD``, with the callbacks of the configuration
+    after a ``+`` each unless the run is one of a benchmark, whose names of methods tell them apart. What the user has
+    set, here or in the environment, stays.
 
     Args:
         logger: The logger, not yet started.
         config: Configuration of the command.
         command: The command, such as ``fit``.
         folder: The run's folder.
+        facts: What `short_facts` returns.
     """
-    facts = short_facts(config)
-    parts = [facts[name] for name in ("data", "network", "method") if facts[name]]
+    seed = config.seed_everything
+    parts = [str(facts[name]) for name in ("data", "network", "method") if facts[name]]
+    name = [str(facts["data"]), str(facts["method"]), *([] if isinstance(seed, bool | None) else [str(seed)])]
+    apart = [] if _in_benchmark(folder) else facts["callbacks"]
     known: dict[str, Any] = {
-        "name": default_folder(config).name,
-        "group": "+".join(["-".join(parts), *facts["callbacks"]])[:128],
+        "name": "-".join(name),
+        "group": "+".join(["-".join(parts), *apart])[:128],
         "job_type": command,
         "tags": [tag[:64] for tag in dict.fromkeys([*parts, *facts["callbacks"]])],
         "id": id_of(folder),
@@ -74,13 +90,13 @@ def label(logger: WandbLogger, config: Namespace, command: str, folder: Path) ->
         arguments.pop("anonymous", None)  # Lightning passes it always, and Weights & Biases warns of it
     if config.quiet:
         os.environ.setdefault("WANDB_QUIET", "true")
-    for name, value in known.items():
-        if arguments.get(name) is None and _VARIABLES[name] not in os.environ:
-            arguments[name] = value
+    for key, value in known.items():
+        if arguments.get(key) is None and _VARIABLES[key] not in os.environ:
+            arguments[key] = value
     logger._name, logger._id = arguments.get("name"), arguments.get("id")
 
 
-def id_of(folder: Path | None) -> str | None:
+def id_of(folder: Path) -> str | None:
     """Read the id that Weights & Biases has for the run in a folder.
 
     Args:
@@ -89,17 +105,45 @@ def id_of(folder: Path | None) -> str | None:
     Returns:
         The id; None if it has none.
     """
-    path = None if folder is None else folder / ID_FILE
-    return path.read_text("utf-8").strip() or None if path is not None and path.is_file() else None
+    return _kept(folder).get("id")
 
 
-def keep_id(logger: WandbLogger, folder: Path) -> None:
-    """Write the id of a started run to its folder, so that a resumed run finds it.
+def keep(logger: WandbLogger, config: Namespace, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write id and names of a started run to its folder, so that a resumed run finds them.
 
     Args:
         logger: The logger.
+        config: Configuration of the command.
         folder: The run's folder.
+        facts: What `short_facts` returns.
     """
     found = getattr(logger.experiment, "id", None)
-    if isinstance(found, str) and found != id_of(folder):
-        write_text(folder / ID_FILE, f"{found}\n")
+    if isinstance(found, str):  # only the first process has a run
+        classes = {"data": config.data.class_path, "method": config.model.class_path}
+        write_json(folder / FILE, {"id": found, "facts": dict(facts), "classes": classes})
+
+
+def _callbacks(config: Namespace) -> list[str]:
+    given = config.trainer.callbacks
+    return [spelled(one) for one in (given if isinstance(given, list) else [given]) if isinstance(one, Namespace)]
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    return _read(folder / FILE)
+
+
+def _in_benchmark(folder: Path) -> dict[str, Any]:
+    """What a benchmark calls the run in a folder, or the run that was trained in the folder above."""
+    for run in (folder, folder.parent):
+        for entry in _read(run.parent / BENCHMARK_FILE).get("runs", []):
+            if entry.get("folder") == run.name:
+                return {name: entry[name] for name in ("data", "network", "method") if entry.get(name)}
+    return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):  # names are not worth a run
+        return {}
+    return found

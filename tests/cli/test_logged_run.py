@@ -111,7 +111,7 @@ def test_name_group_type_and_tags_tell_the_run_apart(run):
     assert (told.name, told.group, told.job_type) == ("digits_lt-mixup-0", "digits_lt-digits_cnn-mixup", "fit")
     assert sorted(told.tags) == ["digits_cnn", "digits_lt", "mixup"]
     assert told.exit_code == 0
-    assert (run / "wandb-id.txt").read_text().strip() == told.id
+    assert json.loads((run / "wandb.json").read_text())["id"] == told.id
 
 
 def test_the_summary_has_core_values_equal_to_those_of_the_record(run, record):
@@ -233,6 +233,18 @@ def test_a_grid_read_back_is_grouped_by_method(calib, tmp_path):
 
 
 @pytest.mark.usefixtures("offline")
+def test_a_run_of_a_benchmark_has_the_names_of_its_grid(calib, tmp_path):
+    (tmp_path / "runs").mkdir()
+    entry = {"folder": "mine", "data": "toy", "network": "small", "method": "focal-2"}
+    (tmp_path / "runs/benchmark.json").write_text(json.dumps({"runs": [entry]}))
+    assert calib(*_toy("focal"), f"--run_dir={RUN}", "-c", "callback/temperature").code == 0
+    told = logged(tmp_path / RUN)
+    assert (told.name, told.group) == ("toy-focal-2-0", "toy-small-focal-2")
+    assert (told.config["method"], told.config["method_class"].rpartition(".")[2]) == ("focal-2", "Focal")
+    assert told.config["callbacks"] == ["post_hoc_calibrate"]
+
+
+@pytest.mark.usefixtures("offline")
 def test_what_the_user_sets_stays(calib, tmp_path, monkeypatch):
     wandb.teardown()  # the package reads its environment once
     monkeypatch.setenv("WANDB_JOB_TYPE", "sweep")
@@ -246,7 +258,8 @@ def test_what_the_user_sets_stays(calib, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("offline")
 def test_a_resumed_run_goes_on_and_a_test_of_it_names_it(calib, tmp_path):
     folder = tmp_path / RUN
-    assert calib(*_toy(), f"--run_dir={RUN}", "--test_after_fit=false").code == 0
+    options = (f"--trainer.logger={json.dumps([OFFLINE])}", "--trainer.max_epochs=1", "--test_after_fit=false")
+    assert calib(*FIT, *options).code == 0
     first = logged(folder)
     resumed = calib(
         *("fit", "-c", folder / "config.yaml", "--ckpt_path", folder / "checkpoints/last.ckpt"),
@@ -256,10 +269,19 @@ def test_a_resumed_run_goes_on_and_a_test_of_it_names_it(calib, tmp_path):
     written = [Logged(path) for path in sorted(folder.glob("wandb/*run-*/run-*.wandb"))]
     assert [run.id for run in written] == [first.id] * 2
     assert [run.config["max_epochs"] for run in written] == [1, 2]
-    assert (folder / "wandb-id.txt").read_text().strip() == first.id
+    for name in ("data", "method", "network", "recipe"):
+        assert written[1].config[name] == first.config[name]
+    assert (
+        (written[1].name, written[1].group)
+        == (first.name, first.group)
+        == (
+            "digits_lt-mixup-0",
+            "digits_lt-digits_cnn-mixup",
+        )
+    )
     assert calib("test", "-c", folder / "config.yaml", "--log_all=true", "--quiet").code == 0
     tested = logged(folder / "test")
-    assert (tested.job_type, tested.group) == ("test", first.group)
+    assert (tested.job_type, tested.group, tested.name) == ("test", first.group, first.name)
     assert tested.id != first.id
     assert tested.config["trained_in_wandb"] == first.id
     results = json.loads((folder / "test/run.json").read_text())["results"]
