@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from calib_lightning.predictions.reading import Predictions
     from calib_lightning.predictions.score_report import ScoreReport
 
-Format = Literal["text", "json", "markdown"]
-_FORMATS: dict[str, Format] = {".txt": "text", ".json": "json", ".md": "markdown"}
+Format = Literal["text", "json", "markdown", "latex"]
+_FORMATS: dict[str, Format] = {".txt": "text", ".json": "json", ".md": "markdown", ".tex": "latex"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Written:
 
     Args:
         format: Format of the report. Default: by the suffix of --output, or text.
-        output: File for the report (.txt, .json or .md). Default: print it.
+        output: File for the report (.txt, .json, .md or .tex). Default: print it.
         figures: Write figures as PNG and SVG to DIR/<set>/.
     """
 

@@ -34,6 +34,14 @@ from calib_lightning.metrics.groups import GroupTable, by_class, by_frequency
 from calib_lightning.metrics.kernel import SquaredKernelCalibrationError
 from calib_lightning.metrics.ood import OODAUPR, OODAUROC, OODFPR95, OODAUPROut, OODDetection
 from calib_lightning.metrics.proper import Accuracy, BrierScore, Entropy, NegativeLogLikelihood, TopKAccuracy
+from calib_lightning.metrics.ranks import (
+    Friedman,
+    RankComparison,
+    average_ranks,
+    compare_ranks,
+    critical_difference,
+    friedman,
+)
 from calib_lightning.metrics.refinement import (
     AUGRC,
     AURC,
@@ -85,6 +93,7 @@ __all__ = [
     "ExcessAURC",
     "ExpectedCalibrationError",
     "Family",
+    "Friedman",
     "GroupTable",
     "Interval",
     "KolmogorovSmirnovError",
@@ -97,6 +106,7 @@ __all__ = [
     "OvOAUROC",
     "OverCalibrationError",
     "OverconfidenceError",
+    "RankComparison",
     "RiskAtCoverage",
     "RootMeanSquaredCalibrationError",
     "SignedGap",
@@ -107,10 +117,14 @@ __all__ = [
     "TopKAccuracy",
     "UnderCalibrationError",
     "VariationalSplit",
+    "average_ranks",
     "bootstrap_intervals",
     "by_class",
     "by_frequency",
+    "compare_ranks",
+    "critical_difference",
     "families",
+    "friedman",
     "mean_values",
     "means_of_families",
     "over_seeds",

@@ -1,4 +1,4 @@
-"""Reports as tables, for a terminal or in Markdown, and as JSON."""
+"""Reports as tables, for a terminal, in Markdown or LaTeX, and as JSON."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calib_lightning.metrics import METRICS, OOD, SOFT, MetricRow
+from calib_lightning.predictions.latex import bold, latex_tables, unstarred
 from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.values import Values
 
@@ -26,7 +27,10 @@ _ARROWS = {"higher": " ↑", "lower": " ↓", "zero": " →0", "none": ""}
 
 
 class Grid(NamedTuple):
-    """A table of text: title, column titles and cells; the first column has names, a row of one cell is a heading."""
+    """A table of text: title, column titles and cells; the first column has names, a row of one cell is a heading.
+
+    A cell ``**text**`` is bold: Markdown has it as it is, a terminal and LaTeX show bold text without the stars.
+    """
 
     title: str
     header: list[str]
@@ -42,7 +46,7 @@ class Entry(NamedTuple):
 
 
 class Report(ABC):
-    """A result as tables, Markdown and JSON; ``notes`` are remarks on the values."""
+    """A result as tables, Markdown, LaTeX and JSON; ``notes`` are remarks on the values."""
 
     notes: list[str]
 
@@ -79,9 +83,9 @@ class Report(ABC):
             for row in grid.rows:
                 if len(row) == 1:
                     drawn.add_section()
-                    drawn.add_row(Text(row[0], style="bold"))
+                    drawn.add_row(_drawn(bold(row[0])))
                 else:
-                    drawn.add_row(*map(Text, row))
+                    drawn.add_row(*map(_drawn, row))
             console.print(drawn)
         for line in self.remarks():
             console.print(Text(line), soft_wrap=True)
@@ -94,11 +98,15 @@ class Report(ABC):
             width = len(grid.header)
             lines = [_line(grid.header), _line(["---", *["---:"] * (width - 1)])]
             for row in grid.rows:
-                cells = [f"**{row[0]}**"] if len(row) == 1 else row
+                cells = [bold(row[0])] if len(row) == 1 else row
                 lines.append(_line(cells + [""] * (width - len(row))))
             blocks.append("\n".join([f"{grid.title}\n", *lines]))
         blocks += list(self.remarks())
         return "\n\n".join(blocks) + "\n"
+
+    def to_latex(self) -> str:
+        """Return tables and remarks in LaTeX, for a document that loads ``booktabs``."""
+        return latex_tables(self.grids(), self.remarks())
 
     def to_json(self) -> str:
         """Return JSON: fractions at full precision; undefined values are null, infinite ones "inf" or "-inf"."""
@@ -199,6 +207,12 @@ def _value(values: Values, key: str) -> str:
     if interval is None or math.isnan(interval.low):
         return text
     return f"{text} [{cell(key, interval.low)}, {cell(key, interval.high)}]"
+
+
+def _drawn(text: str) -> Text:
+    """A cell for the terminal."""
+    inside = unstarred(text)
+    return Text(text) if inside is None else Text(inside, style="bold")
 
 
 def _line(cells: Iterable[str]) -> str:
