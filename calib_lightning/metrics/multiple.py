@@ -59,16 +59,19 @@ def step_down_max(drawn: Tensor) -> Tensor:
         tensor([0.2500, 1.0000], dtype=torch.float64)
     """
     values, exchanged = drawn[:, 0].double(), drawn[:, 1:].double()
-    scale = exchanged.square().nanmean(dim=1, keepdim=True).sqrt()
-    # Equal runs do not differ after exchanges either.
-    z = torch.where(scale.squeeze(1) > 0.0, values / scale.squeeze(1), 0.0).abs()
-    z = torch.where(values.isnan(), torch.nan, z)
-    statistics = torch.where(scale > 0.0, exchanged / scale, 0.0).abs().nan_to_num(nan=-1.0)
-    order = z.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
+    undefined, defined = values.isnan(), (~exchanged.isnan()).sum(dim=1)
+    scale = exchanged.square().nanmean(dim=1).sqrt()
+    # Equal runs do not differ after exchanges either; an infinite difference is infinite after each.
+    usable = (scale > 0.0) & scale.isfinite()
+    z = torch.where(usable, values / scale, 0.0).abs()
+    statistics = torch.where(usable.unsqueeze(1), exchanged / scale.unsqueeze(1), 0.0).abs().nan_to_num(nan=-1.0)
+    statistics[undefined] = -1.0  # it is not tested
+    order = z.masked_fill(undefined, -1.0).argsort(descending=True, stable=True)
     # largest of each pair and all that follow
     largest = statistics[order].flip(0).cummax(dim=0).values.flip(0)
     at_least = (largest >= (z[order] * (1 - 1e-10) - 1e-12).unsqueeze(1)).sum(dim=1)
-    p_values = ((1.0 + at_least) / (1.0 + exchanged.shape[1])).cummax(dim=0).values
+    # over the exchanges after which the pair is defined, so that no adjusted value is below its own p-value
+    p_values = ((1.0 + at_least.double()) / (1.0 + defined[order])).clamp(max=1.0).cummax(dim=0).values
     adjusted = torch.empty_like(z)
     adjusted[order] = p_values
-    return torch.where(z.isnan(), torch.nan, adjusted)
+    return adjusted.masked_fill(undefined, torch.nan)

@@ -72,7 +72,8 @@ def over_seeds(
     mean = float(numbers.mean())
     if runs == 1:
         return Spread(mean, math.nan, math.nan, math.nan, 1)
-    std = float(numbers.std(ddof=1))
+    # The mean of equal numbers may differ from them in the last bit; their spread is 0 all the same.
+    std = 0.0 if bool((numbers == numbers[0]).all()) else float(numbers.std(ddof=1))
     reach = float(stdtrit(runs - 1, (1.0 + level) / 2.0)) * std / math.sqrt(runs)
     return Spread(mean, std, max(mean - reach, low), min(mean + reach, high), runs)
 
