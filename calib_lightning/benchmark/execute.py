@@ -22,8 +22,8 @@ LOGS = "logs"
 PATIENCE = 60.0
 """Seconds that a process of an earlier benchmark gets to save and to end."""
 
-Work = Callable[[list[list[str]], Path, Path, dict[str, str]], None]
-"""Runs commands in a new process, given the file for what they print, the working directory and the environment."""
+Work = Callable[[list[str], Path, Path, dict[str, str]], None]
+"""Runs a command in a new process, given the file for what it prints, the working directory and the environment."""
 
 _LONGEST = 500
 """Characters of the reason why a run has failed; the file of what it has printed has all."""
@@ -74,7 +74,7 @@ def execute(plan: Plan, record: Record, work: Work, say: Callable[[str], None]) 
     Args:
         plan: The plan.
         record: Where it is written down.
-        work: Runs the commands of one run.
+        work: Runs one command.
         say: Prints a part of a line.
 
     Returns:
@@ -138,7 +138,7 @@ def _run(plan: Plan, run: Run, record: Record, work: Work) -> tuple[str | None, 
     printed = log.stat().st_size if log.is_file() else 0
     began = time.monotonic()
     try:
-        code = _call(work, commands_of(plan, run, run.start), log)
+        code = next((code for command in commands_of(plan, run, run.start) if (code := _call(work, command, log))), 0)
     except Stopped:
         plan.look()
         record.set(run, "waiting", None, time.monotonic() - began)
@@ -148,10 +148,10 @@ def _run(plan: Plan, run: Run, record: Record, work: Work) -> tuple[str | None, 
     return error, time.monotonic() - began
 
 
-def _call(work: Work, commands: list[list[str]], log: Path) -> int:
-    """Run commands in a process of their own; a request to stop is passed on to it, and it saves a checkpoint."""
+def _call(work: Work, command: list[str], log: Path) -> int:
+    """Run a command in a process of its own; a request to stop is passed on to it, and it saves a checkpoint."""
     context: Any = multiprocessing.get_context(_METHOD)
-    process = context.Process(target=work, args=(commands, log, Path.cwd(), dict(os.environ)))
+    process = context.Process(target=work, args=(command, log, Path.cwd(), dict(os.environ)))
     try:
         process.start()
         process.join()
@@ -166,6 +166,10 @@ def _call(work: Work, commands: list[list[str]], log: Path) -> int:
 
 def _reason(code: int, log: Path, printed: int) -> str:
     """Why a run has failed, in one line: the last error that it has printed, or how it ended."""
+    if code == 0:
+        return (
+            "it has ended, but its folder does not hold the run that was asked for; was the package changed meanwhile?"
+        )
     if code < 0 or code in (130, 143):
         name = signal.Signals(-code if code < 0 else code - 128).name
         return f"ended by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")

@@ -31,13 +31,14 @@ def content_of(config: dict[str, Any]) -> dict[str, Any]:
         config: The content of its ``config.yaml``.
 
     Returns:
-        The configuration without the rest.
+        The configuration without the rest, and without what is null: an option that a later version of this package
+        adds does not make every run another one.
 
     Example:
         >>> content_of({"seed_everything": 0, "quiet": True, "trainer": {"logger": None, "max_epochs": 3}})
         {'seed_everything': 0, 'trainer': {'max_epochs': 3}}
     """
-    found = json.loads(json.dumps(config, default=str))
+    found = _said(json.loads(json.dumps(config, default=str)))
     for place, names in _NO_RESULT.items():
         part = found
         for key in filter(None, place.split(".")):
@@ -45,6 +46,13 @@ def content_of(config: dict[str, Any]) -> dict[str, Any]:
         for name in names:
             part.pop(name, None)
     return dict(found)
+
+
+def _said(value: Any) -> Any:
+    """Plain data without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items() if item is not None}
+    return [_said(item) for item in value] if isinstance(value, list) else value
 
 
 def digest(*parts: Any) -> str:
@@ -73,7 +81,7 @@ def first_stage(content: dict[str, Any]) -> tuple[str, bool] | None:
         if callbacks or arguments.get("switch") is None:
             return None
         switches = [arguments[name] for name in ("switch", "tuning") if arguments.get(name) is not None]
-        model = {"class_path": _BASE, "init_args": {name: arguments.get(name) for name in _BASE_ARGUMENTS}}
+        model = {"class_path": _BASE, "init_args": {key: arguments[key] for key in _BASE_ARGUMENTS if key in arguments}}
     else:
         if not str(model.get("class_path")).startswith("calib_lightning.methods.") or "switch" in arguments:
             return None  # another module may have stages of its own

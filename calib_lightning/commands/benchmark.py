@@ -133,7 +133,7 @@ def _execute(plan: Plan, record: Record) -> int:
 
     record.write()
     try:
-        failed = execute(plan, record, run_commands, _say)
+        failed = execute(plan, record, run_command, _say)
     except Stopped:
         print(f"\ncalib: {plan.out} goes on where it was when this command is given again", file=sys.stderr)
         raise
@@ -148,12 +148,12 @@ def _say(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def run_commands(commands: list[list[str]], log: Path, folder: Path, environment: dict[str, str]) -> None:
-    """Run commands in a process that was started for them, until one fails; it ends with the exit code.
+def run_command(command: list[str], log: Path, folder: Path, environment: dict[str, str]) -> None:
+    """Run a command in a process that was started for it, which ends with its exit code.
 
     Args:
-        commands: The commands as words, without ``calib``.
-        log: What they print is added to this file.
+        command: The command as words, without ``calib``.
+        log: What it prints is added to this file.
         folder: The working directory.
         environment: The environment.
     """
@@ -166,15 +166,10 @@ def run_commands(commands: list[list[str]], log: Path, folder: Path, environment
     os.environ.clear()
     os.environ.update(environment)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    for command in commands:
-        sys.argv = ["calib", *command]
-        print("$", shlex.join(sys.argv), flush=True)
-        try:
-            # as `python -m calib_lightning`, which Lightning's launcher of several devices starts once more
-            runpy.run_module("calib_lightning", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            if end.code:
-                raise
+    sys.argv = ["calib", *command]
+    print("$", shlex.join(sys.argv), flush=True)
+    # as `python -m calib_lightning`, which Lightning's launcher of several devices starts once more
+    runpy.run_module("calib_lightning", run_name="__main__", alter_sys=True)
 
 
 def _stop_with_parent() -> None:

@@ -11,7 +11,7 @@ from .grids import run_without_figures
 @pytest.fixture
 def run_grid(calib, tmp_path, monkeypatch):  # noqa: F811
     """``run_grid("grid.yaml", ...)`` in ``tmp_path``."""
-    monkeypatch.setattr(command, "run_commands", run_without_figures)
+    monkeypatch.setattr(command, "run_command", run_without_figures)
 
     def run(*argv):
         return calib("benchmark", *argv)

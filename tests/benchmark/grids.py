@@ -19,7 +19,7 @@ TOY = {
     "calibrators": "Temperature",
     "options": {"trainer.max_epochs": 2, "trainer.accelerator": "cpu", "trainer.devices": 1},
 }
-_run = benchmark.run_commands
+_run = benchmark.run_command
 
 
 def write_grid(folder: Path, **changes) -> Path:
@@ -52,12 +52,12 @@ def results_of(run: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def run_without_figures(commands, log, folder, environment) -> None:
-    """`calib_lightning.commands.benchmark.run_commands` without figures, and with a calibrator that a test breaks."""
+def run_without_figures(command, log, folder, environment) -> None:
+    """`calib_lightning.commands.benchmark.run_command` without figures, and with a calibrator that a test breaks."""
     LogFigures.on_test_epoch_end = Callback.on_test_epoch_end
     if "TEST_BROKEN_CALIBRATOR" in environment:
         Temperature.fit_rows = _fails
-    _run(commands, log, folder, environment)
+    _run(command, log, folder, environment)
 
 
 def _fails(*_, **__) -> None:

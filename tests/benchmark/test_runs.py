@@ -192,6 +192,16 @@ def test_a_dry_run_lists_and_starts_nothing(run_grid, tmp_path):
     assert run_grid("grid.yaml", "--dry-run", "--print").code == 2
 
 
+def test_runs_on_two_processes(calib, tmp_path):
+    # with figures: a process that Lightning launches draws them, which is a collective
+    write_grid(tmp_path, method="cross_entropy", options={"trainer.devices": 2, "trainer.strategy": "ddp"})
+    done = calib("benchmark", "grid.yaml")
+    assert done.code == 0, done.err
+    (run,) = runs_of(tmp_path / OUT)
+    record = json.loads((tmp_path / OUT / run / "run.json").read_text())
+    assert record["stages"][0]["world_size"] == 2
+
+
 @pytest.mark.parametrize("name", ["nothing", "missing.yaml"])
 def test_a_file_that_is_not_there(run_grid, name):
     done = run_grid(name)
