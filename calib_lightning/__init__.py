@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calib_lightning.comparison import compare
     from calib_lightning.core import ClassificationModule, load_module
     from calib_lightning.deploy import CalibratedClassifier, load_classifier, save_classifier
     from calib_lightning.metrics import EvaluationState
@@ -22,6 +23,7 @@ __all__ = [
     "Temperature",
     "__version__",
     "calibrate",
+    "compare",
     "load_calibrator",
     "load_classifier",
     "load_module",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "comparison": ("compare",),
     "core": ("ClassificationModule", "load_module"),
     "deploy": ("CalibratedClassifier", "load_classifier", "save_classifier"),
     "metrics": ("EvaluationState",),

@@ -25,10 +25,18 @@ ALLOWED = {
     "benchmark": {"predictions", "utils"},
     "commands": {
         *("core", "data", "methods", "callbacks", "metrics", "plots", "posthoc", "predictions", "deploy", "utils"),
+        "comparison",
         "benchmark",
     },
     "__main__": {"commands", "utils"},
-    "__init__": {"core", "deploy", "metrics", "posthoc", "predictions"},  # for type checkers; at run time on first use
+    "__init__": {
+        "comparison",
+        "core",
+        "deploy",
+        "metrics",
+        "posthoc",
+        "predictions",
+    },  # for type checkers; at run time on first use
 }
 WITHOUT_TRAINER = {"utils", "plots", "functional", "metrics", "posthoc", "predictions", "benchmark"}
 ASKS_NETWORK = {"run_network.py", "run_folder.py"}

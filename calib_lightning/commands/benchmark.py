@@ -138,7 +138,11 @@ def _execute(plan: Plan, record: Record) -> int:
         print(f"\ncalib: {plan.out} goes on where it was when this command is given again", file=sys.stderr)
         raise
     done = len(plan.runs) - len(failed)
-    print(f"{done} of {len(plan.runs)} runs are finished; they are in {plan.out}.")
+    if done:
+        from calib_lightning.comparison import compare
+
+        print(compare(plan.out).table())
+    print(f"{done} of {len(plan.runs)} runs are finished; calib compare {plan.out} compares them again.")
     for folder, reason in failed:
         print(f"calib: error: {plan.out / folder}: {reason} (see {plan.out / LOGS / folder}.txt)", file=sys.stderr)
     return 1 if failed else 0

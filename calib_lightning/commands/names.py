@@ -29,6 +29,7 @@ COMMANDS = {
     "test": Command(TRAINER, "evaluate a trained network on every test set"),
     "predict": Command(TRAINER, "save the predictions of a trained network"),
     "benchmark": Command("calib_lightning.commands.benchmark", "train, test and calibrate every combination of a grid"),
+    "compare": Command("calib_lightning.commands.compare", "compare methods over seeds: is the difference real?"),
     "score": Command("calib_lightning.commands.score", "report and compare metrics of saved predictions"),
     "calibrate": Command("calib_lightning.commands.calibrate", "fit calibrators to held-out predictions"),
     "classify": Command("calib_lightning.commands.classify", "label a folder of images with a calibrated classifier"),

@@ -81,7 +81,7 @@ def print_report(report: Report, style: str, output: Path | None) -> None:
         console = Console()
         text = report.table(console if console.is_terminal and output is None else None)
     else:
-        text = {"json": report.to_json, "markdown": report.to_markdown, "latex": report.to_latex}[style]()
+        text = getattr(report, f"to_{style}")()
     if output is None:
         sys.stdout.write(text)
     else:

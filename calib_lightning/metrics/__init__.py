@@ -32,6 +32,7 @@ from calib_lightning.metrics.families import (
 )
 from calib_lightning.metrics.groups import GroupTable, by_class, by_frequency
 from calib_lightning.metrics.kernel import SquaredKernelCalibrationError
+from calib_lightning.metrics.multiple import holm, step_down_max
 from calib_lightning.metrics.ood import OODAUPR, OODAUROC, OODFPR95, OODAUPROut, OODDetection
 from calib_lightning.metrics.proper import Accuracy, BrierScore, Entropy, NegativeLogLikelihood, TopKAccuracy
 from calib_lightning.metrics.ranks import (
@@ -56,7 +57,7 @@ from calib_lightning.metrics.refinement import (
 )
 from calib_lightning.metrics.resampling import Difference, Interval, bootstrap_intervals, permutation_test
 from calib_lightning.metrics.soft import SoftLabelScores
-from calib_lightning.metrics.spread import Spread, over_seeds
+from calib_lightning.metrics.spread import SeedDifference, Spread, over_new_seeds, over_seeds
 from calib_lightning.metrics.state import EvaluationState
 from calib_lightning.metrics.table import CORE, FULL, METRICS, OOD, REPORT, SOFT, MetricRow
 
@@ -109,6 +110,7 @@ __all__ = [
     "RankComparison",
     "RiskAtCoverage",
     "RootMeanSquaredCalibrationError",
+    "SeedDifference",
     "SignedGap",
     "SmoothCalibrationError",
     "SoftLabelScores",
@@ -125,9 +127,12 @@ __all__ = [
     "critical_difference",
     "families",
     "friedman",
+    "holm",
     "mean_values",
     "means_of_families",
+    "over_new_seeds",
     "over_seeds",
     "permutation_test",
+    "step_down_max",
     "values_by_severity",
 ]

@@ -46,7 +46,8 @@ class Difference(NamedTuple):
     p_value: float
 
 
-def _check_count(name: str, value: int, least: int) -> None:
+def check_count(name: str, value: int, least: int) -> None:
+    """Refuse anything but a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}; it must be an integer >= {least}.")
 
@@ -99,7 +100,7 @@ def bootstrap_intervals(
         >>> bootstrap_intervals(state)["accuracy"].value
         0.9
     """
-    _check_count("n_resamples", n_resamples, 2)
+    check_count("n_resamples", n_resamples, 2)
     if not 0.0 < level < 1.0:
         raise ValueError(f"level is {level!r}; it must be between 0 and 1, such as 0.95.")
     states = [state] if isinstance(state, EvaluationState) else list(state)
@@ -153,7 +154,7 @@ def permutation_test(
     Raises:
         ValueError: The samples, numbers of classes or settings differ, or a state keeps no rows.
     """
-    _check_count("n_permutations", n_permutations, 1)
+    check_count("n_permutations", n_permutations, 1)
     one, other = RowTable.of(first), RowTable.of(second)
     check_same_rows([one, other])
     metrics = [key for key in first.metrics if key in second.metrics]

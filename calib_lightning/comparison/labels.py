@@ -1,0 +1,190 @@
+"""What runs are called: data, network, method and seed, from the record of a benchmark or from their configurations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml  # type: ignore[import-untyped]
+
+from calib_lightning.predictions.inputs import read_record
+from calib_lightning.utils.config_search import check_aliases, config_names
+
+BENCHMARK = "benchmark.json"
+"""The record of a benchmark in its folder."""
+
+
+class Labels(NamedTuple):
+    """Names of a run; ``calibrators`` are those that a benchmark asks for, ``None`` for all that there are."""
+
+    data: str
+    network: str
+    method: str
+    seed: Any
+    calibrators: tuple[str, ...] | None = None
+
+
+class Labelled(NamedTuple):
+    """Runs with their labels; ``first_stages`` are the runs whose training is the first stage of others."""
+
+    runs: dict[Path, Labels]
+    baseline: str | None
+    notes: list[str]
+    first_stages: dict[Path, Path]
+
+
+def labels_of_runs(folders: Iterable[Path]) -> Labelled:
+    """Name runs, and the runs of benchmarks, so that each name stands for one configuration.
+
+    Args:
+        folders: Folders of runs, or of benchmarks.
+
+    Returns:
+        The runs. Those of a benchmark that are not finished are left out, with a note.
+
+    Raises:
+        ValueError: A folder is neither, two runs are the same, or none is left.
+    """
+    runs: dict[Path, Labels] = {}
+    notes: list[str] = []
+    owners: dict[Path, Path] = {}
+    baseline = None
+    loose = []
+    for folder in folders:
+        if (folder / BENCHMARK).is_file():
+            found = _of_benchmark(folder)
+            runs |= found.runs
+            owners |= found.first_stages
+            baseline = baseline or found.baseline
+            notes += found.notes
+        else:
+            read_record(folder)  # a folder that is no run is refused
+            loose.append(folder)
+    runs |= _of_configurations(loose)
+    if not runs:
+        raise ValueError(
+            "there is no finished run to compare. " + (f"{notes[0]}." if notes else "Give folders of runs.")
+        )
+    places: dict[Labels, Path] = {}
+    for run, labels in runs.items():
+        key = labels._replace(calibrators=None)
+        if key in places:
+            raise ValueError(
+                f"{places[key]} and {run} are both {labels.method} on {labels.data} with seed {labels.seed}; each seed "
+                "counts once. Give one of them, or runs with different seeds."
+            )
+        places[key] = run
+    return Labelled(runs, baseline, notes, owners)
+
+
+def _of_benchmark(folder: Path) -> Labelled:
+    try:
+        record = json.loads((folder / BENCHMARK).read_text(encoding="utf-8"))
+        entries = record["runs"]
+        runs = {
+            folder / entry["folder"]: Labels(
+                entry["data"] or "",
+                entry["network"] or "",
+                entry["method"],
+                entry["seed"],
+                tuple(entry.get("calibrators") or ()),
+            )
+            for entry in entries
+            if entry["status"] == "finished"
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / BENCHMARK} is damaged ({error!r}). Run `calib benchmark` again.") from error
+    missing = [f"{entry['folder']} ({entry['status']})" for entry in entries if entry["status"] != "finished"]
+    notes = []
+    if missing:
+        some = ", ".join(missing[:3]) + " ..." * (len(missing) > 3)
+        notes.append(f"{len(missing)} of {len(entries)} runs of {folder} are not finished: {some}")
+    owners = {folder / entry["folder"]: folder / entry["first_stage"] for entry in entries if entry.get("first_stage")}
+    return Labelled(runs, record.get("baseline"), notes, owners)
+
+
+def _of_configurations(folders: list[Path]) -> dict[Path, Labels]:
+    """Names from the configurations; what differs between runs of one name is added to it."""
+    configs = {folder: _config(folder) for folder in folders}
+    named = {folder: _labels(config, folder) for folder, config in configs.items()}
+    groups: dict[tuple[str, str, str], list[Path]] = {}
+    for folder, labels in named.items():
+        groups.setdefault(labels[:3], []).append(folder)
+    for members in groups.values():
+        flat = {folder: _flat(_of_method(configs[folder])) for folder in members}
+        keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+        differing = [key for key in keys if len({settings.get(key) for settings in flat.values()}) > 1]
+        for folder in members:
+            said = ", ".join(f"{key.rpartition('.')[2]}={flat[folder].get(key)}" for key in differing)
+            if said:
+                named[folder] = named[folder]._replace(method=f"{named[folder].method} ({said})")
+    return named
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.yaml"
+    if not path.is_file():  # a test in the folder of the run
+        path = folder.parent / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_aliases(text)
+        found = yaml.safe_load(text)
+        if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
+            return found
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Give the folder of a run with its config.yaml.") from error
+    raise ValueError(f"{path} is no configuration of a run: it has no model. Give the folder of a run.")
+
+
+def _labels(config: Mapping[str, Any], folder: Path) -> Labels:
+    model = config["model"]
+    encoder = (model.get("init_args") or {}).get("encoder") or ""
+    network = encoder if isinstance(encoder, str) else str(encoder.get("name") or encoder.get("class_path") or "")
+    callbacks = [_called(each, "callback") for each in _callbacks(config) if each not in ("",)]
+    method = "+".join([_called(str(model.get("class_path")), "method"), *callbacks])
+    data = config.get("data") or {}
+    stages = read_record(folder).get("stages") or [{}]
+    seed = stages[-1].get("seed", config.get("seed_everything"))
+    return Labels(_called(str(data.get("class_path", "")), "data"), network.rpartition(".")[2], method, seed)
+
+
+def _callbacks(config: Mapping[str, Any]) -> list[str]:
+    found = (config.get("trainer") or {}).get("callbacks") or []
+    every = found if isinstance(found, list) else [found]
+    return [str(one.get("class_path")) for one in every if isinstance(one, Mapping)]
+
+
+def _called(class_path: str, axis: str) -> str:
+    """The name of the configuration of a class, where there is one, else that of the class in the same spelling."""
+    short = class_path.rpartition(".")[2]
+    names = []
+    for name, path in config_names(axis).items():
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf"^[\s-]*class_path:\s*(\S*\.)?{re.escape(short)}\s*$", text, re.MULTILINE):
+            names.append(name)
+    if names and axis != "callback" and len(names) == 1:
+        return names[0]
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", short.removesuffix("DataModule")).lower()
+
+
+def _of_method(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a method: the model, and of the trainer what changes results."""
+    trainer = config.get("trainer") or {}
+    kept = ("callbacks", "max_epochs", "max_steps", "gradient_clip_val", "accumulate_grad_batches", "precision")
+    settings = {"model": config["model"], "trainer": {key: trainer.get(key) for key in kept}}
+    data = (config.get("data") or {}).get("init_args") or {}
+    return settings | {
+        "data": {key: data.get(key) for key in ("batch_size", "augment")},
+        "select_on": config.get("select_on"),
+    }
+
+
+def _flat(value: Any, before: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {key: found for name, item in value.items() for key, found in _flat(item, f"{before}.{name}").items()}
+    if isinstance(value, list):
+        return {key: found for i, item in enumerate(value) for key, found in _flat(item, f"{before}.{i}").items()}
+    return {} if before.rpartition(".")[2] == "seed" else {before: str(value)}
