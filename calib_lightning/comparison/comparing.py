@@ -115,7 +115,7 @@ def _why_apart(tables: list[Table]) -> list[str]:
             notes.append(f"{title or 'test'}: the test rows differ, hence separate tables")
         elif len(found) > 1:
             notes.append(
-                f"{title}: the runs have different splits of the data, so that their networks were trained on different "
-                "images; they are in separate tables"
+                f"{title}: the runs have different splits of the data, and so were trained on different images; they are "
+                "in separate tables"
             )
     return notes
