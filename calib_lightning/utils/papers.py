@@ -40,24 +40,25 @@ class Cell:
     remarks: tuple[str, ...]
 
 
-def read_index() -> dict[str, Any]:
-    """Read the index: title, columns, rows and tables by paper."""
+def read_index(*, as_text: bool = False) -> dict[str, Any]:
+    """Read the index: title, columns, rows and tables by paper; ``as_text`` keeps numbers as they are written."""
+    loader = yaml.BaseLoader if as_text else yaml.SafeLoader
     for folder in config_folders():
         if (folder / INDEX).is_file():
-            index: dict[str, Any] = yaml.safe_load((folder / INDEX).read_text(encoding="utf-8"))
+            index: dict[str, Any] = yaml.load((folder / INDEX).read_text(encoding="utf-8"), loader)
             return index
     raise FileNotFoundError(f"{INDEX} is not in any of {', '.join(map(str, config_folders()))}. Reinstall the package.")
 
 
 def tables(index: Mapping[str, Any], paper: str) -> list[str]:
     """Names of the tables of a paper."""
-    return list(_pick(index, paper, "paper")["tables"])
+    return list(pick(index, paper, "paper")["tables"])
 
 
 def rows_and_columns(index: Mapping[str, Any], paper: str, table: str) -> tuple[list[str], list[str]]:
     """Names of the rows and columns of a table."""
-    known = _pick(index, paper, "paper")
-    found = _pick(known["tables"], table, f"table of {paper}")
+    known = pick(index, paper, "paper")
+    found = pick(known["tables"], table, f"table of {paper}")
     return list(found.get("rows", known["rows"])), list(found.get("columns", known["columns"]))
 
 
@@ -70,20 +71,20 @@ def cell(index: Mapping[str, Any], paper: str, table: str, row: str, column: str
     rows, columns = rows_and_columns(index, paper, table)
     known, where = index[paper], f"of {paper} {table}"
     of_table = known["tables"][table]
-    _pick(dict.fromkeys(rows), row, f"row {where}")
-    _pick(dict.fromkeys(columns), column, f"column {where}")
-    words = {**known, **of_table, **known["columns"][column], **known["rows"][row], "row": row, "column": column}
+    pick(dict.fromkeys(rows), row, f"row {where}")
+    pick(dict.fromkeys(columns), column, f"column {where}")
+    words = words_of(index, paper, table, row, column)
     trains = seed is not None and known.get("seeds") != "calibrators"
     if seed is not None:
         words |= {"seed": seed, **({"run": f"{words['run']}-seed{seed}"} if trains else {})}
     values = of_table["published"].get(row, {})
     data = column.partition("/")[0]
-    lines = (_filled(template, words) for template in words["commands"])
+    lines = (filled(template, words) for template in words["commands"])
     parts = (of_table, known["columns"][column], known["rows"][row])
     notes = [str(part["note"]) for part in parts if "note" in part]
     return Cell(
         Where(paper, table, row, column),
-        tuple(_seeded(line, seed if trains else None) for line in lines if line is not None),
+        tuple(_seeded(shlex.join(shlex.split(line)), seed if trains else None) for line in lines if line is not None),
         dict(zip(of_table["metrics"], values.get(column, values.get(data, ())), strict=False)),
         column not in values and data in values,
         (of_table["title"], f"evaluated epoch: {known['selects']}", *notes),
@@ -105,7 +106,14 @@ def _seeded(command: str, seed: int | None) -> str:
     return command if seed is None or not command.startswith("calib fit ") else f"{command} --seed_everything={seed}"
 
 
-def _filled(template: str, words: Mapping[str, Any]) -> str | None:
+def words_of(index: Mapping[str, Any], paper: str, table: str, row: str, column: str) -> dict[str, Any]:
+    """The words that templates of a cell look up: those of the row, then the column, the table and the paper."""
+    known = index[paper]
+    parts = (known, known["tables"][table], known["columns"][column], known["rows"][row])
+    return {key: value for part in parts for key, value in part.items()} | {"row": row, "column": column}
+
+
+def filled(template: str, words: Mapping[str, Any]) -> str | None:
     """Substitute words into a template; ``None`` if the cell lacks one and so does not need the command."""
     line = template
     while re.search(r"(?<!\{)\{\w+\}(?!\})", line):
@@ -113,10 +121,11 @@ def _filled(template: str, words: Mapping[str, Any]) -> str | None:
             line = re.sub(r"(?<!\{)\{(\w+)\}(?!\})", lambda found: str(words[found[1]]), line)
         except KeyError:
             return None
-    return shlex.join(shlex.split(line.replace("{{", "{").replace("}}", "}")))
+    return line.replace("{{", "{").replace("}}", "}")
 
 
-def _pick(known: Mapping[str, Any], name: str, what: str) -> Any:
+def pick(known: Mapping[str, Any], name: str, what: str) -> Any:
+    """What a name stands for; ``ValueError`` with the nearest names if it is unknown."""
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
