@@ -115,7 +115,6 @@ def _why_apart(tables: list[Table]) -> list[str]:
             notes.append(f"{title or 'test'}: the test rows differ, hence separate tables")
         elif len(found) > 1:
             notes.append(
-                f"{title}: the runs have different splits of the data, and so were trained on different images; they are "
-                "in separate tables"
+                f"{title}: the splits differ, so the networks were trained on different images, hence separate tables"
             )
     return notes
