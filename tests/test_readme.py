@@ -1,5 +1,6 @@
 """README and docs promise only what runs."""
 
+import json
 import os
 import re
 import shlex
@@ -87,6 +88,7 @@ def made(tmp_path_factory):
         assert main(fit) == 0
         os.environ.pop("PL_GLOBAL_SEED", None)
         assert main(["calibrate", "RUN", "--no_intervals"]) == 0
+        _write_benchmark(Path("runs/quickstart"))
     return folder
 
 
@@ -103,6 +105,15 @@ def _write_predictions():
     np.save("logits.npy", logits.numpy())
     np.save("labels.npy", labels)
     Path("counts.json").write_text("[200, 50, 5]")
+
+
+def _write_benchmark(folder):
+    """The record of a benchmark whose only run is RUN."""
+    folder.mkdir(parents=True)
+    (folder / "run").symlink_to(Path("RUN").resolve())
+    run = {"folder": "run", "data": "digits_lt", "network": "digits_cnn", "method": "mixup", "seed": 0}
+    record = {"baseline": None, "runs": [run | {"calibrators": ["Temperature"], "status": "finished"}]}
+    (folder / "benchmark.json").write_text(json.dumps(record))
 
 
 def _write_images():

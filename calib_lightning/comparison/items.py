@@ -12,7 +12,7 @@ from calib_lightning.comparison.labels import Labels, labels_of_runs
 from calib_lightning.posthoc import load_calibrator
 from calib_lightning.predictions.inputs import files_of_run, read_record
 from calib_lightning.predictions.others import read_others
-from calib_lightning.predictions.reading import Predictions, predictions_of, read_predictions, with_features
+from calib_lightning.predictions.reading import Predictions, predictions_of, read_predictions
 from calib_lightning.predictions.scoring import apply
 from calib_lightning.predictions.settings import Reading
 
@@ -114,8 +114,8 @@ def _of_run(run: Path, labels: Labels, splits: str, notes: list[str]) -> Iterato
         own = readers if name == "test" else {}
         yield Item(labels, name, "", partial(read_predictions, path), str(path), splits, own)
         for called, file in calibrators.items():
-            if "network" in load_calibrator(file).needs:
-                notes.append(f"{called} needs the network: see {file.parent / 'report.md'}; it is not in these tables")
+            if {"network", "features"} & set(load_calibrator(file).needs):
+                notes.append(f"{called} needs more than logits: its values are in {file.parent / 'report.md'} alone")
                 continue
             calibrated = {other: partial(_calibrated, file, read) for other, read in own.items()}
             read = partial(_calibrated, file, partial(read_predictions, path))
@@ -127,10 +127,7 @@ def _other(path: Path) -> Predictions:
 
 
 def _calibrated(file: Path, read: Callable[[], Predictions]) -> Predictions:
-    calibrator, found = load_calibrator(file), read()
-    if "features" in calibrator.needs:
-        found = with_features(found)
-    return apply(calibrator, found, file=file)
+    return apply(load_calibrator(file), read(), file=file)
 
 
 def _calibrators(run: Path, wanted: Sequence[str] | None) -> dict[str, Path]:
