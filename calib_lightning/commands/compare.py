@@ -77,7 +77,7 @@ def _run(options: Options) -> int:
     check_output(options)
     named: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("baseline", "alpha", "exchanges", "metrics", "bins", "intervals", "level", "seed")
+        for name in ("baseline", "published", "alpha", "exchanges", "metrics", "bins", "intervals", "level", "seed")
     }
     print_report(compare(options.runs, **named), options.style, options.output)
     return 0

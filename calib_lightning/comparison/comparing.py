@@ -11,6 +11,7 @@ from calib_lightning.metrics.resampling import check_count
 from calib_lightning.predictions.others import corrupted_sets, ood_values
 from calib_lightning.predictions.settings import parted
 from calib_lightning.predictions.values import selected_metrics
+from calib_lightning.utils.published import PublishedTable, published_table, tables_about
 
 DEFAULT_EXCHANGES = 1000
 
@@ -19,6 +20,7 @@ def compare(
     runs: Any,
     *,
     baseline: str | None = None,
+    published: str | None = None,
     alpha: float = 0.05,
     exchanges: int = DEFAULT_EXCHANGES,
     **options: Any,
@@ -35,6 +37,8 @@ def compare(
         runs: Folders of runs, or of a benchmark; or, without any training, predictions by method: for each a pair
             (logits ``(N, K)``, labels ``(N,)``) or a file, a list of them for several seeds, or a dict by seed.
         baseline: Method that the others are measured by. Default: that of the benchmark.
+        published: Table of a paper to show beside, ``paper/table`` or ``paper/table/column``. Default: what the papers
+            have of the same data, network and set; ``"none"`` for nothing.
         alpha: Largest adjusted p-value of a mark.
         exchanges: Number of random exchanges of rows.
         **options: ``metrics`` (default: core), ``bins``, ``intervals`` over rows, ``level`` and ``seed``, see
@@ -60,6 +64,7 @@ def compare(
     check_count("exchanges", exchanges, 20)
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha is {alpha!r}; it must be between 0 and 1, such as 0.05.")
+    asked = None if published in (None, "none") else published_table(str(published))
     source = source_of(runs, reading)
     notes = list(source.notes)
     grouped, sizes, cells = _evaluated(source.items, settings, notes)
@@ -71,7 +76,10 @@ def compare(
         if source.baseline != baseline:
             raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(map(str, methods))}. Give one.")
         baseline = None
-    return Comparison(tables, cells, source.costs, settings, alpha, exchanges, baseline, list(dict.fromkeys(notes)))
+    beside = {} if published == "none" else _published(tables, asked)
+    return Comparison(
+        tables, cells, source.costs, settings, alpha, exchanges, baseline, list(dict.fromkeys(notes)), beside
+    )
 
 
 _Grouped = dict[Key, dict[Method, Runs]]
@@ -102,6 +110,14 @@ def _evaluated(items: list[Item], settings: Any, notes: list[str]) -> tuple[_Gro
             cells.setdefault((*cell[:4], name), {})[seed] = told
         notes += [f"{method}: {note}" for note in remarks]
     return grouped, sizes, cells
+
+
+def _published(tables: list[Table], asked: PublishedTable | None) -> dict[Key, list[PublishedTable]]:
+    """What the papers have to be shown beside each table."""
+    if asked is not None:
+        return {table.key: [asked] for table in tables if table.key.set == "test"}
+    about = {table.key: tables_about(table.key.data, table.key.network, table.key.set) for table in tables}
+    return {key: [published_table(choice) for choice in choices] for key, choices in about.items() if choices}
 
 
 def _why_apart(tables: list[Table]) -> list[str]:

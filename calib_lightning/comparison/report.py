@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import calib_lightning
 from calib_lightning.comparison import text
 from calib_lightning.comparison.averages import Averages, averages
+from calib_lightning.comparison.beside import published_grids, published_remarks
 from calib_lightning.comparison.items import Cost
-from calib_lightning.comparison.tables import Method, Pair, Table
+from calib_lightning.comparison.tables import Key, Method, Pair, Table
 from calib_lightning.metrics import RankComparison, average_ranks, compare_ranks
 from calib_lightning.metrics.table import METRICS
 from calib_lightning.predictions.long_table import to_csv
 from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.tables import Grid, Report, settings_content
+from calib_lightning.utils.published import PublishedTable
 
 Cells = Mapping[tuple[str, ...], Mapping[str, Mapping[str, float]]]
 """Values by (data, network, method, calibrator, set), then seed, then metric."""
@@ -36,6 +38,7 @@ class Comparison(Report):
         exchanges: Number of random exchanges of rows.
         baseline: The method that the others are measured by.
         notes: Remarks.
+        published: What the papers have, by the table beside which it is shown.
     """
 
     tables: list[Table]
@@ -46,6 +49,7 @@ class Comparison(Report):
     exchanges: int
     baseline: str | None
     notes: list[str]
+    published: dict[Key, list[PublishedTable]] = field(default_factory=dict)
 
     def baseline_of(self, table: Table) -> Method | None:
         """The baseline in a table."""
@@ -104,6 +108,8 @@ class Comparison(Report):
         """The tables: methods by metric, differences, averages, ranks, cost."""
         for table in self.tables:
             yield text.values_grid(table, self.baseline_of(table), self.alpha)
+            for beside in self.published.get(table.key, []):
+                yield from published_grids(table, beside)
             if self.settings.intervals is not None:
                 yield text.intervals_grid(table, self.settings.level)
             if table.pairs:
@@ -121,6 +127,9 @@ class Comparison(Report):
                 yield f"Note: {table.key.title or 'test'}: {note}."
         for note in self.notes:
             yield f"Note: {note}."
+        for table in self.tables:
+            for beside in self.published.get(table.key, []):
+                yield from published_remarks(table, beside)
 
     def to_csv(self) -> str:
         """Return a line for each method and metric of each table, with the value of each seed."""
@@ -192,6 +201,10 @@ class Comparison(Report):
             "best": {metric: None if found is None else str(found) for metric, found in best.items()},
             "pairs": {
                 metric: [_pair_content(pair, self.alpha) for pair in pairs] for metric, pairs in table.pairs.items()
+            },
+            "published": {
+                beside.choice: {name: row._asdict() for name, row in beside.rows.items()}
+                for beside in self.published.get(table.key, [])
             },
             "notes": table.notes,
         }
