@@ -95,8 +95,8 @@ def test_both_questions_of_methods_whose_networks_differ(classes, total):
     begin = time.perf_counter()
     low = {name: dict.fromkeys(KEYS, 0) for name in ("networks", "seeds", "both")}
     for seed in range(total):
-        tables = equal_methods(2, 3, 600, classes, seed, KEYS, of_seeds=SEED_NOISE)
-        drawn, values = differences(tables, KEYS, EXCHANGES, seed), values_of(tables, KEYS)
+        tables = equal_methods(2, 3, 400, classes, seed, KEYS, of_seeds=SEED_NOISE)
+        drawn, values = differences(tables, KEYS, 199, seed), values_of(tables, KEYS)
         for key in KEYS:
             networks = difference_of(drawn[key][0]).p_value <= 0.05
             seeds = new_seeds(values[key])[0] <= 0.05
