@@ -14,6 +14,8 @@ from calib_lightning.predictions.settings import Settings
 Format = Literal["text", "markdown", "latex", "csv", "json"]
 _FORMATS: dict[str, Format] = {".txt": "text", ".md": "markdown", ".tex": "latex", ".csv": "csv", ".json": "json"}
 
+_READ = ("benchmark.json", "run.json", "config.yaml", "*.npz", "*.pt")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings):
@@ -74,7 +76,8 @@ def main(argv: Sequence[str]) -> int:
 def _run(options: Options) -> int:
     from calib_lightning.comparison import compare
 
-    check_output(options)
+    read = [path for run in options.runs for name in _READ for path in run.rglob(name)] if options.output else []
+    check_output(options, read)
     named: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("baseline", "published", "alpha", "exchanges", "metrics", "bins", "intervals", "level", "seed")

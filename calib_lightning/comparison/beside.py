@@ -46,7 +46,7 @@ def published_remarks(table: Table, published: PublishedTable) -> Iterator[str]:
         f"{published.choice}: {published.paper}. Published values are as printed, in the unit above them; ours are in "
         "percent where the title has a %, else the value itself (Brier from 0 to 2)."
     )
-    about = tables_about(table.key.data, table.key.network, table.key.set)
+    about = tables_about(table.key.data_name, table.key.network, table.key.set)
     if not any(choice.startswith(published.choice) for choice in about):
         yield f"Note: {published.choice} is about other data or another network than {table.key.title or 'ours'}."
     remarks = [published.rows[name].remark for name in _rows(table, published).values()]

@@ -100,7 +100,7 @@ def _evaluated(items: list[Item], settings: Any, notes: list[str]) -> tuple[_Gro
             remarks = evaluated(item, found, settings, runs, details=False)
             cells.setdefault(cell, {})[seed] = runs.values[seed]
         else:
-            key = Key(labels.data, labels.network, item.set, item.splits, fingerprint(found))
+            key = Key(labels.data, labels.network, item.set, fingerprint(found))
             sizes[key] = found.scores.shape[0], found.scores.shape[1]
             runs = grouped.setdefault(key, {}).setdefault(method, Runs())
             remarks = evaluated(item, found, settings, runs, details=True)
@@ -116,21 +116,15 @@ def _published(tables: list[Table], asked: PublishedTable | None) -> dict[Key, l
     """What the papers have to be shown beside each table."""
     if asked is not None:
         return {table.key: [asked] for table in tables if table.key.set == "test"}
-    about = {table.key: tables_about(table.key.data, table.key.network, table.key.set) for table in tables}
+    about = {table.key: tables_about(table.key.data_name, table.key.network, table.key.set) for table in tables}
     return {key: [published_table(choice) for choice in choices] for key, choices in about.items() if choices}
 
 
 def _why_apart(tables: list[Table]) -> list[str]:
     """Say why there are several tables of the same data, network and set."""
-    notes = []
-    by_title: dict[str, list[Table]] = {}
-    for table in tables:
-        by_title.setdefault(table.key.title, []).append(table)
-    for title, found in by_title.items():
-        if len({table.key.rows for table in found}) > 1:
-            notes.append(f"{title or 'test'}: the test rows differ, hence separate tables")
-        elif len(found) > 1:
-            notes.append(
-                f"{title}: the splits differ, so the networks were trained on different images, hence separate tables"
-            )
-    return notes
+    titles = [table.key.title for table in tables]
+    return [
+        f"{title}: the test rows differ, hence separate tables"
+        for title in dict.fromkeys(titles)
+        if titles.count(title) > 1
+    ]

@@ -27,7 +27,6 @@ class Item(NamedTuple):
     calibrator: str
     read: Callable[[], Predictions]
     where: str
-    splits: str = ""
     others: Mapping[str, Callable[[], Predictions]] = {}
 
 
@@ -74,7 +73,7 @@ def source_of(given: Any, reading: Reading | None = None) -> Source:
     costs = []
     for run, labels in labelled.runs.items():
         record = read_record(run)
-        items += _of_run(run, labels, str(record.get("splits") or ""), notes)
+        items += _of_run(run, labels, notes)
         owner = labelled.first_stages.get(run)
         costs.append(_cost(labels, record, None if owner is None else read_record(owner)))
     notes += _versions_note(labelled.runs)
@@ -103,7 +102,7 @@ def _given(one: Any, reading: Reading | None, where: str) -> Predictions:
         raise type(error)(f"{where}: {error}") from error
 
 
-def _of_run(run: Path, labels: Labels, splits: str, notes: list[str]) -> Iterator[Item]:
+def _of_run(run: Path, labels: Labels, notes: list[str]) -> Iterator[Item]:
     files, others = files_of_run(run)
     files = {name: path for name, path in files.items() if name not in ("calibration", "val")}
     if not files:
@@ -112,14 +111,14 @@ def _of_run(run: Path, labels: Labels, splits: str, notes: list[str]) -> Iterato
     calibrators = _calibrators(run, labels.calibrators)
     for name, path in files.items():
         own = readers if name == "test" else {}
-        yield Item(labels, name, "", partial(read_predictions, path), str(path), splits, own)
+        yield Item(labels, name, "", partial(read_predictions, path), str(path), own)
         for called, file in calibrators.items():
             if {"network", "features"} & set(load_calibrator(file).needs):
                 notes.append(f"{called} needs more than logits: its values are in {file.parent / 'report.md'} alone")
                 continue
             calibrated = {other: partial(_calibrated, file, read) for other, read in own.items()}
             read = partial(_calibrated, file, partial(read_predictions, path))
-            yield Item(labels, name, called, read, f"{path} with {file}", splits, calibrated)
+            yield Item(labels, name, called, read, f"{path} with {file}", calibrated)
 
 
 def _other(path: Path) -> Predictions:

@@ -15,6 +15,8 @@ from calib_lightning.utils.config_search import check_aliases, config_names
 
 BENCHMARK = "benchmark.json"
 """The record of a benchmark in its folder."""
+SPLITS = " (splits "
+"""Between the name of data and the beginning of the hash of their splits, where runs have different ones."""
 
 
 class Labels(NamedTuple):
@@ -61,13 +63,19 @@ def labels_of_runs(folders: Iterable[Path]) -> Labelled:
             baseline = baseline or found.baseline
             notes += found.notes
         else:
-            read_record(folder)  # a folder that is no run is refused
             loose.append(folder)
+    for folder in (*runs, *loose):
+        if not (folder / "run.json").is_file():
+            raise ValueError(
+                f"{folder} is not the folder of a run (it has no run.json) or of a benchmark (no {BENCHMARK}). Give "
+                "folders that `calib fit` or `calib benchmark` has made."
+            )
     runs |= _of_configurations(loose)
     if not runs:
         raise ValueError(
             "there is no finished run to compare. " + (f"{notes[0]}." if notes else "Give folders of runs.")
         )
+    runs = _apart_by_splits(runs, notes)
     places: dict[Labels, Path] = {}
     for run, labels in runs.items():
         key = labels._replace(calibrators=None)
@@ -78,6 +86,26 @@ def labels_of_runs(folders: Iterable[Path]) -> Labelled:
             )
         places[key] = run
     return Labelled(runs, baseline, notes, owners)
+
+
+def _apart_by_splits(runs: dict[Path, Labels], notes: list[str]) -> dict[Path, Labels]:
+    """Add the splits to the name of data that have several."""
+    splits: dict[str, dict[str, list[Path]]] = {}
+    for run, labels in runs.items():
+        known = str(read_record(run).get("splits") or "")[:6] or "unknown"
+        splits.setdefault(labels.data, {}).setdefault(known, []).append(run)
+    for data, found in splits.items():
+        if len(found) > 1:
+            said = "; ".join(
+                f"{name} in {members[0].name}" + " ..." * (len(members) > 1) for name, members in found.items()
+            )
+            notes.append(
+                f"{data or 'data'}: the runs have different splits ({said}), and so were trained on different images; "
+                "they are in separate tables"
+            )
+            for name, members in found.items():
+                runs |= {run: runs[run]._replace(data=f"{data}{SPLITS}{name})") for run in members}
+    return runs
 
 
 def _of_benchmark(folder: Path) -> Labelled:

@@ -84,7 +84,7 @@ class Comparison(Report):
             ValueError: Fewer than five data sets, or several networks on one, whose ranks are not independent.
         """
         methods, values = self._by_data(metric)
-        data = [table.key.data for table in self._tests()]
+        data = [table.key.data_name for table in self._tests()]
         if len(set(data)) < len(data):
             raise ValueError(
                 "several tables are of the same data; a critical difference needs one for each data set. Compare the "
@@ -127,6 +127,8 @@ class Comparison(Report):
                 yield f"Note: {table.key.title or 'test'}: {note}."
         for note in self.notes:
             yield f"Note: {note}."
+        left_out = [str(one) for over in text.averaged_over(self) for one in self.averages(over).left_out]
+        yield from (f"Note: {note}" for note in dict.fromkeys(left_out))
         for table in self.tables:
             for beside in self.published.get(table.key, []):
                 yield from published_remarks(table, beside)

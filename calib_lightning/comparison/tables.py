@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from calib_lightning.comparison.items import Item
+from calib_lightning.comparison.labels import SPLITS
 from calib_lightning.metrics import (
     METRICS,
     Difference,
@@ -40,13 +41,17 @@ class Key(NamedTuple):
     data: str
     network: str
     set: str
-    splits: str = ""
     rows: str = ""
 
     @property
     def title(self) -> str:
         """Data, network and set."""
         return ", ".join(name for name in (self.data, self.network, self.set) if name)
+
+    @property
+    def data_name(self) -> str:
+        """The data, whatever their splits."""
+        return self.data.partition(SPLITS)[0]
 
 
 class Method(NamedTuple):

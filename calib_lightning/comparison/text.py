@@ -108,11 +108,16 @@ def _p(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
 
 
-def average_grids(comparison: Comparison) -> Iterator[Grid]:
-    """Means over sets of one family, over networks, and over both, where there are several."""
+def averaged_over(comparison: Comparison) -> list[list[str]]:
+    """Over what values are averaged: sets and, where there are several, networks and both."""
     networks = {(key[0], key[1]) for key in comparison.cells}
     several = len(networks) > len({data for data, _ in networks})
-    for over in (["set"], *([["network"], ["network", "set"]] if several else [])):
+    return [["set"], *([["network"], ["network", "set"]] if several else [])]
+
+
+def average_grids(comparison: Comparison) -> Iterator[Grid]:
+    """Means over sets of one family, over networks, and over both, where there are several."""
+    for over in averaged_over(comparison):
         found = comparison.averages(over)
         by_metrics: dict[tuple[str, ...], list[list[str]]] = {}
         for key, values in found.rows.items():
