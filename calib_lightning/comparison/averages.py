@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from calib_lightning.metrics.families import families
+from calib_lightning.metrics.families import OTHERS, families
 
 _FIELDS = ("data", "network", "method", "calibrator", "set")
 
@@ -56,7 +56,8 @@ def averages(cells: Mapping[tuple[str, ...], Mapping[str, float]], over: Collect
 
     Methods are compared by their means, so these are of the same networks and sets for all of them: where a method has
     no value, all do without it. Sets are averaged within their family, ``ood`` or ``shift/<name>``; its name then takes
-    the place of the set's, and sets without one, such as ``test``, have no mean.
+    the place of the set's. The only set of other classes keeps its name; others without one, such as ``test``, have no
+    mean.
 
     Args:
         cells: Values by metric for each (data, network, method, calibrator, set); a metric that is nan or not there is
@@ -106,9 +107,9 @@ def _tables(
     for key in cells:
         if len(key) != len(_FIELDS):
             raise ValueError(f"a key is {key!r}; it must be ({', '.join(_FIELDS)}).")
-    of_set = {
-        member: family.name for family in families(dict.fromkeys(key[-1] for key in cells)) for member in family.members
-    }
+    names = dict.fromkeys(key[-1] for key in cells)
+    of_set = {name: name for name in names if name.startswith(f"{OTHERS}/")}  # with others of them, a family
+    of_set |= {member: family.name for family in families(names) for member in family.members}
     tables: dict[tuple[str, str, str], tuple[list[tuple[str, str]], _Places]] = {}
     for (data, network, method, calibrator, name), values in cells.items():
         if "set" in over and name not in of_set:

@@ -127,8 +127,7 @@ class Comparison(Report):
                 yield f"Note: {table.key.title or 'test'}: {note}."
         for note in self.notes:
             yield f"Note: {note}."
-        left_out = [str(one) for over in text.averaged_over(self) for one in self.averages(over).left_out]
-        yield from (f"Note: {note}" for note in dict.fromkeys(left_out))
+        yield from (f"Note: {note}" for note in text.left_out(self))
         for table in self.tables:
             for beside in self.published.get(table.key, []):
                 yield from published_remarks(table, beside)
@@ -178,12 +177,25 @@ class Comparison(Report):
                 dict(zip(("data", "network", "method", "calibrator", "set"), key, strict=True)) | {"seeds": dict(seeds)}
                 for key, seeds in self.cells.items()
             ],
+            "averages": [self._averages_content(over) for over in text.averaged_over(self)],
+            "ranks": {
+                metric: {str(method): rank for method, rank in found.items()}
+                for metric, found in text.ranks_of(self).items()
+            },
             "costs": [
                 cost.labels._asdict() | {name: value for name, value in cost._asdict().items() if name != "labels"}
                 for cost in self.costs
             ],
             "notes": self.notes,
         }
+
+    def _averages_content(self, over: list[str]) -> dict[str, Any]:
+        found = self.averages(over)
+        rows = [
+            dict(zip(found.fields, key, strict=True)) | {"means": means, "counts": found.counts[key]}
+            for key, means in found.rows.items()
+        ]
+        return {"over": over, "rows": rows, "left_out": [str(one) for one in found.left_out]}
 
     def _table_content(self, table: Table) -> dict[str, Any]:
         metrics = dict.fromkeys(key for runs in table.methods.values() for key in runs.spreads)

@@ -11,6 +11,7 @@ from calib_lightning.comparison.tables import Method, Pair, Table
 from calib_lightning.metrics import METRICS, over_seeds
 from calib_lightning.metrics.ranks import FEWEST_DATA_SETS
 from calib_lightning.predictions.latex import bold
+from calib_lightning.predictions.others import corrupted_sets
 from calib_lightning.predictions.tables import Grid, bins_title, cell, heading
 
 if TYPE_CHECKING:
@@ -117,10 +118,13 @@ def averaged_over(comparison: Comparison) -> list[list[str]]:
 
 def average_grids(comparison: Comparison) -> Iterator[Grid]:
     """Means over sets of one family, over networks, and over both, where there are several."""
+    corrupted = corrupted_sets(key[-1] for key in comparison.cells)
     for over in averaged_over(comparison):
         found = comparison.averages(over)
         by_metrics: dict[tuple[str, ...], list[list[str]]] = {}
         for key, values in found.rows.items():
+            if key[-1] in corrupted:  # in the averages over sets
+                continue
             counts = {count for count in found.counts[key].values() if count}
             cells = [cell(metric, value) for metric, value in values.items()]
             by_metrics.setdefault(tuple(values), []).append(
@@ -131,11 +135,24 @@ def average_grids(comparison: Comparison) -> Iterator[Grid]:
             yield Grid(title, [*found.fields, "averaged", *map(heading, metrics)], rows)
 
 
+def left_out(comparison: Comparison) -> list[str]:
+    """What the averages in the tables leave out."""
+    corrupted = corrupted_sets(key[-1] for key in comparison.cells)
+    every = [one for over in averaged_over(comparison) for one in comparison.averages(over).left_out]
+    return list(dict.fromkeys(str(one) for one in every if one.table[-1] not in corrupted))
+
+
+def ranks_of(comparison: Comparison) -> dict[str, dict[Method, float]]:
+    """Average ranks by metric, where there are any."""
+    tests = [table for table in comparison.tables if table.key.set == "test"]
+    metrics = metrics_of(tests[0]) if tests else []
+    return {metric: found for metric in metrics if (found := comparison.ranks(metric))}
+
+
 def rank_grids(comparison: Comparison) -> Iterator[Grid]:
     """Average ranks over data sets."""
     tests = [table for table in comparison.tables if table.key.set == "test"]
-    metrics = metrics_of(tests[0]) if tests else []
-    ranks = {metric: found for metric in metrics if (found := comparison.ranks(metric))}
+    ranks = ranks_of(comparison)
     if not ranks:
         return
     methods = list(next(iter(ranks.values())))

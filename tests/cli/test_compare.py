@@ -13,6 +13,7 @@ import torch
 from calib_lightning import compare
 from calib_lightning.comparison.tables import Method
 from calib_lightning.posthoc import NeuralClamping, save_calibrator
+from tests.cli.conftest import TOY
 from tests.comparison.networks import LABELS, accuracies, losses
 from tests.comparison.run_folders import entries_of, write_grid, write_record, write_run
 
@@ -260,6 +261,8 @@ def test_ranks_and_a_critical_difference_over_five_data_sets(tmp_path):
     # Nemenyi: q / sqrt(2) of the studentized range for 3 methods.
     q = scipy.stats.studentized_range.ppf(0.95, 3, np.inf) / math.sqrt(2)
     assert found.critical_difference == pytest.approx(q * math.sqrt(3 * 4 / (6 * 5)), rel=1e-4)
+    ranks = json.loads(report.to_json())["ranks"]["accuracy"]
+    assert list(ranks.values()) == pytest.approx(by_hand.tolist())
     text = report.to_markdown()
     assert "average ranks over 5 test sets, 1 is best" in text
     assert f"| critical difference | {found.critical_difference:.2f} |" in text
@@ -416,3 +419,62 @@ def test_python_reads_folders_too(tmp_path):
         report = compare(given, metrics="accuracy", exchanges=20)
         assert report.baseline == "cross_entropy"
         assert report.tables[0].is_worse("accuracy", Method("label_smoothing"), Method("cross_entropy"), 0.05)
+
+
+def test_real_runs(calib, content, tmp_path):
+    """What `calib fit` and `calib calibrate` write is compared; its values are those that they report."""
+    net = ("--model.encoder=digits_cnn", "--trainer.max_epochs=1", "--trainer.accelerator=cpu")
+    runs = []
+    for method in ("cross_entropy", "label_smoothing"):
+        for seed in range(1 + (method == "cross_entropy")):
+            runs.append(f"runs/{method}{seed}")
+            named = (f"--model={method}", f"--seed_everything={seed}", f"--run_dir={runs[-1]}")
+            done = calib("fit", *TOY, *named, *net, "--test_after_fit=true")
+            assert done.code == 0, done.err
+            assert calib("calibrate", runs[-1]).code == 0
+    found = content(*runs, "--metrics", "nll")
+    (table,) = found["tables"]
+    assert (table["data"], table["network"]) == ("toy", "digits_cnn")
+    assert [(row["method"], row["calibrator"]) for row in table["methods"]] == [
+        (method, calibrator) for method in ("cross_entropy", "label_smoothing") for calibrator in ("", "Temperature")
+    ]
+    for row in table["methods"]:
+        for seed, values in row["seeds"].items():
+            run = tmp_path / "runs" / f"{row['method']}{seed}"
+            reported = json.loads((run / "run.json").read_text())["results"]["test/nll"]
+            if row["calibrator"]:
+                report = json.loads((run / "calibrate" / "report.json").read_text())
+                reported = report["sets"]["test"]["rows"]["Temperature"]["values"]["nll"]
+            assert values["nll"] == pytest.approx(reported, rel=1e-5)
+    costs = found["costs"]
+    assert [list(cost["seconds"]) for cost in costs] == [["fit", "test"]] * 3
+    assert all(cost["seconds"]["fit"] > 0 for cost in costs)
+
+
+def test_the_only_set_of_other_classes_is_shown(tmp_path):
+    write_run(tmp_path / "a", 20, sets={"ood/svhn": 10})
+    report = compare(tmp_path / "a", metrics="accuracy")
+    row = ("digits", "digits_cnn", "cross_entropy", "", "ood/svhn")
+    assert report.averages(["set"]).counts[row]["ood_auroc"] == 1
+    assert "| ood/svhn | 1 |" in report.to_markdown()
+
+
+def test_corruptions_one_by_one_are_no_averages_over_networks(tmp_path):
+    for name in ("digits_cnn", "resnet18"):
+        write_run(tmp_path / name, 20, network_name=name, sets={"shift/c/fog_1": 40, "shift/c/snow_1": 50})
+    report = compare([tmp_path / "digits_cnn", tmp_path / "resnet18"], metrics="accuracy")
+    text = report.to_markdown()
+    assert "| digits | cross_entropy | - | test | 2 | 95.00 |" in text
+    assert "fog_1" not in text
+    content = json.loads(report.to_json())
+    both = next(found for found in content["averages"] if found["over"] == ["network", "set"])
+    assert both["rows"] == [
+        {
+            "data": "digits",
+            "method": "cross_entropy",
+            "calibrator": "",
+            "set": "shift/c",
+            "means": {"accuracy": pytest.approx(1 - 45 / 400)},
+            "counts": {"accuracy": 4},
+        }
+    ]
