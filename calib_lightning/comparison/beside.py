@@ -49,6 +49,8 @@ def published_remarks(table: Table, published: PublishedTable) -> Iterator[str]:
     about = tables_about(table.key.data_name, table.key.network, table.key.set)
     if not any(choice.startswith(published.choice) for choice in about):
         yield f"Note: {published.choice} is about other data or another network than {table.key.title or 'ours'}."
+    if any("/" not in column for column in published.columns):
+        yield f"Note: {published.choice} has averages over the paper's networks."
     remarks = [published.rows[name].remark for name in _rows(table, published).values()]
     for remark in dict.fromkeys([*published.remarks, *remarks]):
         if remark:
