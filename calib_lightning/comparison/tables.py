@@ -25,7 +25,7 @@ from calib_lightning.metrics import (
     over_new_seeds,
     step_down_max,
 )
-from calib_lightning.metrics.exchange import differences
+from calib_lightning.metrics.exchange import differences, in_own_spread, standard_errors
 from calib_lightning.metrics.resampling import difference_of
 from calib_lightning.metrics.row_table import RowTable
 from calib_lightning.metrics.spread import FEWEST_SEEDS
@@ -33,6 +33,9 @@ from calib_lightning.predictions.reading import Predictions
 from calib_lightning.predictions.seeds import spreads_of
 from calib_lightning.predictions.settings import Settings
 from calib_lightning.predictions.values import merged, states_of, values_of
+
+_RESAMPLES = 200
+"""Of the rows, for standard errors of differences."""
 
 
 class Key(NamedTuple):
@@ -221,6 +224,7 @@ def _pairs(
     seeds = _seeds_in_common(methods, notes)
     names = list(methods)
     drawn: dict[str, torch.Tensor] = {}
+    errors: dict[str, torch.Tensor] = {}
     for end in next(iter(methods.values())).states[0]:
         blocks = []
         for method, runs in methods.items():
@@ -229,9 +233,11 @@ def _pairs(
         metrics = [key for key in next(iter(methods.values())).states[0][end].metrics if METRICS[key].better != "none"]
         found = differences(blocks, metrics, exchanges, settings.seed, distance=True)
         drawn |= {key + end: values for key, values in found.items()}
+        spreads = standard_errors(blocks, metrics, _RESAMPLES, settings.seed, distance=True)
+        errors |= {key + end: values for key, values in spreads.items()}
     pairs: dict[str, list[Pair]] = {}
     for key, values in drawn.items():
-        adjusted = step_down_max(values).tolist()
+        adjusted = step_down_max(in_own_spread(values, errors[key])).tolist()
         raw = [difference_of(one) for one in values]
         zero = METRICS[key.partition("@")[0]].better == "zero"
         by_method = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from calib_lightning.metrics.functional.ordered import group_ends
 from calib_lightning.metrics.row_table import RowTable, SumsView
 from calib_lightning.metrics.table import METRICS
-from calib_lightning.metrics.weights import exchanges, read_weighted, stays
+from calib_lightning.metrics.weights import exchanges, read_weighted, resamples, stays
 
 ROUNDING = 1e-14
 """What sums in another order may differ by, of values around 1."""
@@ -72,6 +72,53 @@ def differences(
         # Rounding must not make equal runs or equal differences unequal.
         values[values.abs() <= ROUNDING] = 0.0
     return found
+
+
+def standard_errors(
+    methods: Sequence[Sequence[RowTable]], metrics: Sequence[str], total: int, seed: int, *, distance: bool = False
+) -> dict[str, Tensor]:
+    """How the differences between methods vary over resamples of the rows, the same ones for all runs.
+
+    Args:
+        methods: The rows of each run, as for `differences`.
+        metrics: Keys of metrics.
+        total: Number of resamples.
+        seed: Seed of the resamples.
+        distance: Whether a metric whose best value is 0 counts by its distance from it.
+
+    Returns:
+        For each metric the standard error of each pair's difference ``(pairs,)`` float64, over resamples after which
+        it is defined.
+    """
+    draws = resamples(len(methods[0][0]), total, seed)
+    read = [[read_weighted(table, metrics, draws) for table in runs] for runs in methods]
+    found = {}
+    for key in metrics:
+        by_distance = distance and METRICS[key].better == "zero"
+        means = [torch.stack([one[key].abs() if by_distance else one[key] for one in runs]).mean(0) for runs in read]
+        drawn = torch.stack([one - other for one, other in itertools.combinations(means, 2)])
+        found[key] = (drawn - drawn.nanmean(dim=1, keepdim=True)).square().nanmean(dim=1).sqrt()
+    return found
+
+
+def in_own_spread(drawn: Tensor, errors: Tensor) -> Tensor:
+    """Differences whose p-values say that the values differ, not only that the networks do.
+
+    Exchanged rows of an over-confident and an under-confident network make two nearly calibrated ones, whose ECE varies
+    less than those of the two. So a p-value of exchanges may be small though both have the same true ECE. Here the
+    difference that was found is made smaller by ``rms(d*) / s`` where its standard error s is larger than the spread
+    under exchanges, as in a studentised permutation test (Chung and Romano, 2013).
+
+    Args:
+        drawn: Differences ``(pairs, 1 + n)`` of `differences`.
+        errors: Standard errors ``(pairs,)`` of `standard_errors`.
+
+    Returns:
+        The differences ``(pairs, 1 + n)``, of which the first column has changed.
+    """
+    spread = drawn[:, 1:].square().nanmean(dim=1).sqrt()
+    share = torch.where((errors > spread) & errors.isfinite(), spread / errors, 1.0)
+    return torch.cat([drawn[:, :1] * share.unsqueeze(1), drawn[:, 1:]], dim=1)
 
 
 def _keep(pieces: dict[tuple[str, int], list[Tensor]], place: int, read: Sequence[_Both], distance: bool) -> None:

@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 
 from calib_lightning.metrics import EvaluationState
-from calib_lightning.metrics.exchange import differences
+from calib_lightning.metrics.exchange import differences, in_own_spread, standard_errors
 from calib_lightning.metrics.multiple import holm, step_down_max
 from calib_lightning.metrics.resampling import difference_of
 from calib_lightning.metrics.row_table import RowTable
@@ -154,6 +154,41 @@ def test_marks_in_tables_of_equal_methods(methods, metrics, total, seeds):
     smaller = {"rows": 200, "exchanges": 199} if methods == 33 and metrics == AUROC else {}
     for key, share in tables_with_a_mark(methods, metrics, total, seeds, **smaller).items():
         assert share <= limits(total)[1], key
+
+
+@pytest.mark.parametrize("total", [30, thousand])
+def test_networks_that_differ_but_not_in_their_calibration_errors(total):
+    keys, rows = ("ece", "signed_gap"), 1000
+
+    def runs(n, seed):
+        generator = torch.Generator().manual_seed(seed)
+        signal = 2.0 * torch.randn(n, 5, generator=generator, dtype=torch.float64)
+        labels = torch.multinomial(signal.softmax(1), 1, generator=generator).squeeze(1)
+        noise = 0.3 * torch.randn(2, n, 5, generator=generator, dtype=torch.float64)
+        return 1.5 * (signal + noise[0]), 0.6321 * (signal + noise[1]), labels
+
+    *both, labels = runs(400_000, total)
+    for logits, sign in zip(both, (1, -1), strict=True):  # over-confident and under-confident by as much
+        state = EvaluationState(keys)
+        state.update(logits, labels)
+        assert state.compute()["ece"].item() == pytest.approx(0.1118, abs=0.002)
+        assert state.compute()["signed_gap"].item() == pytest.approx(sign * 0.1118, abs=0.002)
+    begin = time.perf_counter()
+    exchanged, own = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
+    for seed in range(total):
+        *both, labels = runs(rows, seed)
+        tables = [[table_of(logits, labels, keys)] for logits in both]
+        drawn = differences(tables, keys, 199, seed, distance=True)
+        errors = standard_errors(tables, keys, 199, seed, distance=True)
+        for key in keys:
+            exchanged[key] += difference_of(drawn[key][0]).p_value <= 0.05
+            own[key] += difference_of(in_own_spread(drawn[key], errors[key])[0]).p_value <= 0.05
+    say(f"equal ECE, exchanges alone, {total} comparisons", {key: exchanged[key] / total for key in keys}, begin)
+    say(f"equal ECE, in their own spread, {total} comparisons", {key: own[key] / total for key in keys}, begin)
+    assert exchanged["signed_gap"] / total > 0.15, "the networks do differ"
+    for key in keys:
+        assert own[key] <= exchanged[key]
+        assert own[key] / total <= (0.074 if total == 1000 else limits(total)[1])
 
 
 @pytest.mark.parametrize("total", [60, thousand])

@@ -9,9 +9,9 @@ import scipy.stats
 import torch
 
 from calib_lightning.metrics import CORE, METRICS, EvaluationState, exchange, permutation_test
-from calib_lightning.metrics.exchange import differences
+from calib_lightning.metrics.exchange import differences, in_own_spread, standard_errors
 from calib_lightning.metrics.row_table import RowTable
-from calib_lightning.metrics.weights import exchanges, read_weighted, stays
+from calib_lightning.metrics.weights import exchanges, read_weighted, resamples, stays
 from tests.metrics.golden import random_set, reference
 from tests.metrics.test_resampling import detailed, quiet, state_of
 
@@ -194,3 +194,40 @@ def test_every_metric_has_a_difference():
     found = differences(tables_of(logits, labels, tuple(METRICS)), tuple(METRICS), 3, 0)
     assert tuple(found) == tuple(METRICS)
     assert all(values.shape == (1, 4) for values in found.values())
+
+
+# --- their own spread
+
+
+@pytest.mark.parametrize("distance", [False, True])
+def test_standard_errors_are_those_of_rows_drawn_again(distance):
+    logits, labels = runs_of(3, 2, 60, 4)
+    found = standard_errors(tables_of(logits, labels), CORE, 30, 5, distance=distance)
+    drawn = {key: [] for key in CORE}
+    for weights in torch.cat(list(resamples(60, 30, 5)(30))).long():
+        rows = torch.arange(60).repeat_interleave(weights)
+        values = [[reference(run[rows], labels[rows]) for run in runs] for runs in logits]
+        for key in CORE:
+            far = abs if distance and key == "signed_gap" else float
+            means = [np.mean([far(one[key]) for one in runs]) for runs in values]
+            drawn[key].append([one - other for one, other in itertools.combinations(means, 2)])
+    for key in CORE:
+        assert found[key].tolist() == pytest.approx(np.std(drawn[key], axis=0), abs=1e-12)
+
+
+def test_standard_errors_leave_out_resamples_without_wrong_rows():
+    labels = torch.zeros(8, dtype=torch.int64)
+    logits = torch.stack([torch.linspace(-0.3, 4.0, 8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)], 1)
+    tables = tables_of([[logits], [logits * torch.linspace(2.0, -0.5, 8).unsqueeze(1)]], labels)
+    (error,) = standard_errors(tables, ["correctness_auroc"], 50, 0)["correctness_auroc"].tolist()
+    assert 0.0 < error < 1.0
+
+
+def test_a_difference_counts_in_its_own_spread_where_that_is_larger():
+    # Under exchanges all have a spread of 1.
+    drawn = torch.tensor([[3.0, 1.0, -1.0]] * 5 + [[0.0, 0.0, 0.0], [math.nan, 1.0, 1.0]], dtype=torch.float64)
+    errors = torch.tensor([2.0, 0.5, 1.0, math.nan, math.inf, 0.3, 1.0], dtype=torch.float64)
+    found = in_own_spread(drawn, errors)
+    assert torch.equal(found[:, 1:], drawn[:, 1:])
+    assert found[:, 0].tolist() == pytest.approx([1.5, 3.0, 3.0, 3.0, 3.0, 0.0, math.nan], nan_ok=True)
+    assert in_own_spread(drawn * math.inf, errors)[0, 0] == math.inf
