@@ -111,8 +111,9 @@ class Pair(NamedTuple):
         )
 
     def is_marked(self, alpha: float) -> bool:
-        """Whether both questions tell the methods apart."""
-        return self.networks_adjusted <= alpha and self.methods_adjusted <= alpha
+        """Whether both questions tell the methods apart, in the same direction."""
+        agree = self.networks.value * self.methods.value > 0.0  # not of the same seeds if their numbers differ
+        return agree and self.networks_adjusted <= alpha and self.methods_adjusted <= alpha
 
 
 @dataclass(frozen=True)
