@@ -64,7 +64,14 @@ def labels_of_runs(folders: Iterable[Path]) -> Labelled:
             notes += found.notes
         else:
             loose.append(folder)
-    for folder in (*runs, *loose):
+    for run in runs:
+        if not (run / "run.json").is_file():
+            raise ValueError(
+                f"{run} has no run.json, but {BENCHMARK} says that it is finished. Run `calib benchmark` again."
+            )
+    known = {run.resolve() for run in runs}
+    loose = [folder for folder in loose if folder.resolve() not in known]
+    for folder in loose:
         if not (folder / "run.json").is_file():
             raise ValueError(
                 f"{folder} is not the folder of a run (it has no run.json) or of a benchmark (no {BENCHMARK}). Give "

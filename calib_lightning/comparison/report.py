@@ -153,7 +153,7 @@ class Comparison(Report):
                         "std": spread.std,
                         "low": None if interval is None else interval.low,
                         "high": None if interval is None else interval.high,
-                        "best": method == best,
+                        "best": table.is_best(metric, method),
                         "worse_than_best": best is not None and table.is_worse(metric, method, best, self.alpha),
                         "worse_than_baseline": baseline is not None
                         and table.is_worse(metric, method, baseline, self.alpha),

@@ -160,6 +160,11 @@ class Table:
         defined = {method: cost for method, cost in costs.items() if not math.isnan(cost)}
         return min(defined, key=defined.__getitem__) if defined else None
 
+    def is_best(self, metric: str, method: Method) -> bool:
+        """Whether no other method has a better mean."""
+        best = self.best(metric)
+        return best is not None and (method == best or self.cost(metric, method) == self.cost(metric, best))
+
     def is_worse(self, metric: str, method: Method, other: Method, alpha: float) -> bool:
         """Whether a method is significantly worse than another."""
         pair = self.pair(metric, method, other)

@@ -44,11 +44,12 @@ def _marked(table: Table, metric: str, method: Method, baseline: Method | None, 
     best = table.best(metric)
     if best is None or math.isnan(spread.mean):
         return text
-    if table.pairs and method != best and _can_be_marked(table, metric, method, best):
+    is_best = table.is_best(metric, method)
+    if table.pairs and not is_best and _can_be_marked(table, metric, method, best):
         text += "" if table.is_worse(metric, method, best, alpha) else f" {NOT_WORSE}"
     if baseline is not None and table.cost(metric, method) > table.cost(metric, baseline):
         text += f" {WORSE if table.is_worse(metric, method, baseline, alpha) else LOWER_MEAN}"
-    return bold(text) if method == best else text
+    return bold(text) if is_best else text
 
 
 def _can_be_marked(table: Table, metric: str, method: Method, other: Method) -> bool:

@@ -368,6 +368,22 @@ def test_a_damaged_benchmark(calib, tmp_path, text):
     assert "Run `calib benchmark` again" in said
 
 
+def test_a_benchmark_and_one_of_its_runs(content, calib, tmp_path):
+    grid = write_grid(tmp_path / "grid", {"mixup": [20, 21]})
+    run = grid / "digits_lt-small-mixup-1"
+    assert _rows(content("grid", run)) == {("digits_lt", "small", "test", "mixup", ""): ["0", "1"]}
+    (run / "run.json").unlink()
+    said = _refused(calib, "grid")
+    assert "digits_lt-small-mixup-1 has no run.json, but benchmark.json says that it is finished. Run" in said
+
+
+def test_equal_means_are_all_the_best(calib, tmp_path):
+    write_grid(tmp_path / "grid", WRONG, temperature=True)
+    text = calib("compare", "grid", *QUICK, "--format", "markdown").out
+    for calibrator in ("-", "Temperature"):  # it changes no class
+        assert f"| cross_entropy | {calibrator} | 3 | **93.75 ± 0.25** |" in text
+
+
 def test_a_benchmark_without_a_finished_run(calib, tmp_path):
     grid = write_grid(tmp_path / "grid", {"mixup": [20]})
     write_record(grid, [entry | {"status": "waiting"} for entry in entries_of(grid)])
