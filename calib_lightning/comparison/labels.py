@@ -135,7 +135,7 @@ def _of_benchmark(folder: Path) -> Labelled:
     missing = [f"{entry['folder']} ({entry['status']})" for entry in entries if entry["status"] != "finished"]
     notes = []
     if missing:
-        some = ", ".join(missing[:3]) + " ..." * (len(missing) > 3)
+        some = ", ".join(missing[:3]) + " and others" * (len(missing) > 3)
         notes.append(f"{len(missing)} of {len(entries)} runs of {folder} are not finished: {some}")
     owners = {folder / entry["folder"]: folder / entry["first_stage"] for entry in entries if entry.get("first_stage")}
     return Labelled(runs, record.get("baseline"), notes, owners)

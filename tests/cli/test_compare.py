@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from calib_lightning import compare
 from calib_lightning.comparison.tables import Method
-from calib_lightning.posthoc import NeuralClamping, save_calibrator
+from calib_lightning.posthoc import NeuralClamping, Temperature, load_calibrator, save_calibrator
 from tests.cli.conftest import TOY
 from tests.comparison.networks import LABELS, accuracies, losses
 from tests.comparison.run_folders import entries_of, write_grid, write_record, write_run
@@ -80,15 +81,12 @@ def test_calibrated_rows_are_the_predictions_at_that_temperature(calib, content,
     found = content(*runs, "--metrics", "nll")
     values = {row["calibrator"]: row["seeds"] for row in found["tables"][0]["methods"]}
     for seed, run in enumerate(runs):
-        state = torch.load(run / "calibrate" / "Temperature.pt", weights_only=True)
-        temperature = float(state["temperature"]) if "temperature" in state else None
+        temperature = load_calibrator(run / "calibrate" / "Temperature.pt").temperature
         with np.load(run / "predictions" / "test.npz") as arrays:
             logits, labels = arrays["logits"].astype(float), arrays["labels"]
         assert values[""][str(seed)]["nll"] == pytest.approx(losses({0: (logits, labels)})[0])
-        if temperature is not None:
-            assert values["Temperature"][str(seed)]["nll"] == pytest.approx(
-                losses({0: (logits / temperature, labels)})[0]
-            )
+        scaled = {0: (logits / temperature, labels)}
+        assert values["Temperature"][str(seed)]["nll"] == pytest.approx(losses(scaled)[0], rel=1e-6)
 
 
 def test_unfinished_runs_are_left_out_and_said(content, tmp_path):
@@ -494,3 +492,47 @@ def test_corruptions_one_by_one_are_no_averages_over_networks(tmp_path):
             "counts": {"accuracy": 4},
         }
     ]
+
+
+def test_a_shifted_set_of_its_own_is_a_table(content, tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"{seed}", 20, seed, sets={"shift/v6": 60})
+    found = content("0", "1")
+    assert [(table["set"], table["best"]["accuracy"]) for table in found["tables"]] == [
+        ("test", "cross_entropy"),
+        ("shift/v6", "cross_entropy"),
+    ]
+    (row,) = found["tables"][1]["methods"]
+    assert row["spreads"]["accuracy"]["mean"] == pytest.approx(0.85)
+    assert found["ranks"] == {}
+
+
+def test_the_newest_calibration_of_a_run_counts(content, tmp_path):
+    run = write_run(tmp_path / "run", 40, temperature=True)
+    with np.load(run / "predictions" / "test.npz") as arrays:
+        logits, labels = arrays["logits"].astype(float), arrays["labels"]
+    other = Temperature()
+    other.fit(torch.tensor(3.0 * logits), torch.tensor(labels))
+    (run / "calibrate-2").mkdir()
+    save_calibrator(other, run / "calibrate-2" / "Temperature.pt")
+    os.utime(run / "calibrate", (1, 1))
+    found = content("run", "--metrics", "nll")["tables"][0]["methods"]
+    scale = float(other.temperature)
+    assert found[1]["seeds"]["0"]["nll"] == pytest.approx(losses({0: (logits / scale, labels)})[0], rel=1e-6)
+
+
+def test_a_test_in_the_folder_of_a_run(content, tmp_path):
+    run = write_run(tmp_path / "run", 20, 4)
+    inner = write_run(run / "test", 24, 4)
+    (inner / "config.yaml").unlink()
+    found = content("run/test")
+    assert _rows(found) == {("digits", "digits_cnn", "test", "cross_entropy", ""): ["4"]}
+    assert found["tables"][0]["methods"][0]["seeds"]["4"]["accuracy"] == pytest.approx(0.94)
+
+
+def test_many_unfinished_runs_are_not_all_named(content, tmp_path):
+    grid = write_grid(tmp_path / "grid", {"mixup": [20] * 6})
+    write_record(grid, [entry | {"status": "waiting"} if entry["seed"] else entry for entry in entries_of(grid)])
+    (note,) = [note for note in content("grid")["notes"] if "finished" in note]
+    assert note.startswith("5 of 6 runs of grid are not finished: digits_lt-small-mixup-1 (waiting), ")
+    assert note.endswith("digits_lt-small-mixup-3 (waiting) and others")
