@@ -16,7 +16,7 @@ ALLOWED = {
     "plots": {"metrics", "utils"},
     "posthoc": {"types", "functional", "metrics", "utils"},
     "predictions": {"types", "functional", "metrics", "plots", "posthoc", "utils", "core", "data"},
-    "comparison": {"types", "functional", "metrics", "posthoc", "predictions", "utils"},
+    "comparison": {"benchmark", "types", "functional", "metrics", "posthoc", "predictions", "utils"},
     "data": {"types", "utils"},
     "core": {"types", "functional", "metrics", "utils"},
     "methods": {"types", "functional", "core", "data", "utils"},

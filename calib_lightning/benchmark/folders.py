@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,11 @@ def remove_remains(folder: Path) -> None:
 def remove_unbegun(folder: Path) -> None:
     """Remove folders in which a killed process has begun nothing."""
     for path in folder.iterdir() if folder.is_dir() else []:
-        if path.is_dir() and {other.name for other in path.iterdir()} <= {LOCK}:
-            wait_for(path, 60.0)
-            if not any(path.iterdir()):
-                path.rmdir()
+        if path.is_dir() and {other.name for other in path.iterdir()} == {LOCK}:
+            with suppress(RuntimeError):  # another process begins a run there
+                wait_for(path, 60.0)
+                if not any(path.iterdir()):
+                    path.rmdir()
 
 
 def free_name(folder: Path, name: str) -> Path:

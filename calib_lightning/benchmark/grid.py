@@ -202,7 +202,7 @@ def _texts(name: str, given: Any) -> tuple[str, ...]:
 def _options(name: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, dict | None) or not all(isinstance(key, str) for key in given or {}):
         raise ValueError(f"{name} is {given!r}; it must be options of calib fit and their values, as model.gamma: 2.")
-    found = {key.removeprefix("--"): value for key, value in (given or {}).items()}
+    found = {key.removeprefix("--").replace("-", "_"): value for key, value in (given or {}).items()}
     for key in found:
         if key in _OWN_OPTIONS:
             instead = _OWN_OPTIONS[key]

@@ -12,9 +12,12 @@ _NO_RESULT = {
         *("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "log_every_n_steps"),
         *("profiler", "default_root_dir", "barebones", "enable_autolog_hparams", "model_registry"),
     ),
-    "data.init_args": ("root", "download", "num_workers"),
+    "data.init_args": ("download", "num_workers"),
 }
-"""Settings that change no result; what the files of the data hold is in the hash of its splits."""
+"""Settings that change no result."""
+
+_OWN_FILES = ("FolderDataModule", "ArraysDataModule")
+"""Data of ours whose place says what it is; the files of the others are those of their benchmark, wherever they are."""
 
 _STAGED = ("TwoStage", "TST", "VTST", "MaCCal", "ConfidNet")
 """Methods whose first stage is a training with cross-entropy, step for step."""
@@ -45,6 +48,9 @@ def content_of(config: dict[str, Any]) -> dict[str, Any]:
             part = part.get(key) or {}
         for name in names:
             part.pop(name, None)
+    package, _, name = str((found.get("data") or {}).get("class_path", "")).rpartition(".")
+    if package == "calib_lightning.data" and name not in _OWN_FILES:
+        (found["data"].get("init_args") or {}).pop("root", None)
     return dict(found)
 
 

@@ -236,6 +236,12 @@ def _check_names(grid: Grid, runs: list[Run], faults: dict[str, list[str]]) -> N
     for run in runs:
         if seen.setdefault(run.name, run) is not run:
             faults.setdefault("two runs have this name; give one of them another with as: NAME.", []).append(run.name)
+    same: dict[str, Run] = {}
+    for run in runs:
+        first = same.setdefault(run.identity, run)
+        if first is not run and first.name != run.name:
+            what = f"it is the same run as {first.name}; each must be there once. Leave one entry out."
+            faults.setdefault(what, []).append(run.name)
     methods = list(dict.fromkeys(run.method for run in runs))
     if grid.baseline is not None and grid.baseline not in methods and not faults:
         near = did_you_mean(grid.baseline, methods)

@@ -23,7 +23,9 @@ class Record:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._path = plan, plan.out / FILE
-        before = {entry.get("identity"): entry for entry in _read(self._path).get("runs", [])}
+        known = _read(self._path).get("runs")
+        entries = [entry for entry in known if isinstance(entry, dict)] if isinstance(known, list) else []
+        before = {entry.get("identity"): entry for entry in entries}
         self._entries = {run.identity: self._entry(run, before.get(run.identity) or {}) for run in plan.runs}
 
     def _entry(self, run: Run, before: dict[str, Any]) -> dict[str, Any]:

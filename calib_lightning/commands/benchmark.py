@@ -91,7 +91,7 @@ def _run(options: Options) -> int:
     with _alone(out):
         record = Record(plan)
         if options.print:
-            return _print(plan, record)
+            return _print(plan)
         return _execute(plan, record)
 
 
@@ -114,10 +114,12 @@ def _alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _print(plan: Plan, record: Record) -> int:
+def _print(plan: Plan) -> int:
     from calib_lightning.benchmark.listing import printed
+    from calib_lightning.benchmark.record import Record
 
     commands, first = printed(plan)
+    record = Record(plan)
     record.write()  # with the folders that the commands name
     for command in commands:
         print(command)

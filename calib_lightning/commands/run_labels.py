@@ -135,15 +135,16 @@ def _kept(folder: Path) -> dict[str, Any]:
 def _in_benchmark(folder: Path) -> dict[str, Any]:
     """What a benchmark calls the run in a folder, or the run that was trained in the folder above."""
     for run in (folder, folder.parent):
-        for entry in _read(run.parent / BENCHMARK_FILE).get("runs", []):
-            if entry.get("folder") == run.name:
+        runs = _read(run.parent / BENCHMARK_FILE).get("runs")
+        for entry in runs if isinstance(runs, list) else ():  # others may call a file so, too
+            if isinstance(entry, dict) and entry.get("folder") == run.name:
                 return {name: entry[name] for name in ("data", "network", "method") if entry.get(name)}
     return {}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):  # names are not worth a run
         return {}
-    return found
+    return found if isinstance(found, dict) else {}

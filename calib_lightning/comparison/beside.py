@@ -51,6 +51,16 @@ def published_remarks(table: Table, published: PublishedTable) -> Iterator[str]:
         yield f"Note: {published.choice} is about other data or another network than {table.key.title or 'ours'}."
     if any("/" not in column for column in published.columns):
         yield f"Note: {published.choice} has averages over the paper's networks."
+    shown = [table.methods[method].spreads for method in _rows(table, published)]
+    missing = dict.fromkeys(
+        key
+        for name in _rows(table, published).values()
+        for values in published.rows[name].values.values()
+        for key in values
+        if not all(key in spreads for spreads in shown)
+    )
+    if missing:
+        yield f"Note: {published.choice} also has {', '.join(missing)}; add --metrics to have ours beside them."
     remarks = [published.rows[name].remark for name in _rows(table, published).values()]
     for remark in dict.fromkeys([*published.remarks, *remarks]):
         if remark:

@@ -160,9 +160,10 @@ def _versions_note(runs: Mapping[Path, Labels]) -> Iterator[str]:
     """Runs of different versions of the packages are compared, but it is said."""
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
-        stages = read_record(run).get("stages") or [{}]
-        for package, version in (stages[-1].get("versions") or {}).items():
-            found.setdefault(package, {}).setdefault(str(version), []).append(run.name)
+        for stage in read_record(run).get("stages") or []:
+            for package, version in (stage.get("versions") or {}).items():
+                names = found.setdefault(package, {}).setdefault(str(version), [])
+                names += [run.name] if run.name not in names else []
     for package, versions in found.items():
         if len(versions) > 1:
             said = "; ".join(

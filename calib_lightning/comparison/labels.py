@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
 
+from calib_lightning.benchmark.identity import content_of
 from calib_lightning.predictions.inputs import read_record
 from calib_lightning.utils.config_search import check_aliases, config_names
 
@@ -178,7 +179,7 @@ def _labels(config: Mapping[str, Any], folder: Path) -> Labels:
     model = config["model"]
     encoder = (model.get("init_args") or {}).get("encoder") or ""
     network = encoder if isinstance(encoder, str) else str(encoder.get("name") or encoder.get("class_path") or "")
-    callbacks = [_called(each, "callback") for each in _callbacks(config) if each not in ("",)]
+    callbacks = [_called(each, "callback") for each in _callbacks(config)]
     method = "+".join([_called(str(model.get("class_path")), "method"), *callbacks])
     data = config.get("data") or {}
     stages = read_record(folder).get("stages") or [{}]
@@ -189,7 +190,7 @@ def _labels(config: Mapping[str, Any], folder: Path) -> Labels:
 def _callbacks(config: Mapping[str, Any]) -> list[str]:
     found = (config.get("trainer") or {}).get("callbacks") or []
     every = found if isinstance(found, list) else [found]
-    return [str(one.get("class_path")) for one in every if isinstance(one, Mapping)]
+    return [str(one["class_path"]) for one in every if isinstance(one, Mapping) and one.get("class_path")]
 
 
 def _called(class_path: str, axis: str) -> str:
@@ -206,15 +207,11 @@ def _called(class_path: str, axis: str) -> str:
 
 
 def _of_method(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a method: the model, and of the trainer what changes results."""
-    trainer = config.get("trainer") or {}
-    kept = ("callbacks", "max_epochs", "max_steps", "gradient_clip_val", "accumulate_grad_batches", "precision")
-    settings = {"model": config["model"], "trainer": {key: trainer.get(key) for key in kept}}
-    data = (config.get("data") or {}).get("init_args") or {}
-    return settings | {
-        "data": {key: data.get(key) for key in ("batch_size", "augment")},
-        "select_on": config.get("select_on"),
-    }
+    """What changes results, without the splits of the data, which tables are told apart by."""
+    found = content_of(dict(config))
+    (found.get("data", {}).get("init_args") or {}).pop("split", None)
+    found.pop("seed_everything", None)
+    return found
 
 
 def _flat(value: Any, before: str = "") -> dict[str, str]:

@@ -113,7 +113,9 @@ class Comparison(Report):
             if self.settings.intervals is not None:
                 yield text.intervals_grid(table, self.settings.level)
             if table.pairs:
-                yield text.differences_grid(table, self.baseline_of(table), self.alpha)
+                yield text.differences_grid(table, None, self.alpha)
+                if self.baseline_of(table) is not None:
+                    yield text.differences_grid(table, self.baseline_of(table), self.alpha)
         yield from text.average_grids(self)
         yield from text.rank_grids(self)
         if self.costs:

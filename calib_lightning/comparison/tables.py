@@ -218,6 +218,11 @@ def table_of(key: Key, size: tuple[int, int], methods: dict[Method, Runs], setti
                 {end: bootstrap_intervals([one[end] for one in runs.states], *draw) for end in ends}
             )
     tested = {method: runs for method, runs in methods.items() if runs.states}
+    enough = {method: runs for method, runs in tested.items() if len(runs.values) >= FEWEST_SEEDS}
+    if 1 < len(enough) < len(tested):
+        left_out = ", ".join(str(method) for method in tested if method not in enough)
+        notes.append(f"{left_out}: fewer than {FEWEST_SEEDS} seeds, so not compared with the others")
+        tested = enough
     pairs = _pairs(tested, settings, exchanges, notes) if len(tested) > 1 else {}
     for runs in methods.values():
         runs.states.clear()  # the rows of every network
@@ -251,11 +256,19 @@ def _pairs(
             for method, runs in methods.items()
         }
         both = list(itertools.combinations(names, 2))
-        over = [over_new_seeds(by_method[one], by_method[other], settings.level) for one, other in both]
+        over = [_on_new_seeds(one, other, by_method, methods, settings.level) for one, other in both]
         of_methods = holm([found.p_value for found in over])
         results = zip(both, raw, adjusted, over, of_methods, strict=True)
         pairs[key] = [Pair(*two, drawn_p, its, new, its_new) for two, drawn_p, its, new, its_new in results]
     return pairs
+
+
+def _on_new_seeds(
+    one: Method, other: Method, values: Mapping[Method, list[float]], runs: Mapping[Method, Runs], level: float
+) -> SeedDifference:
+    """Paired if both are of the same networks, one with a calibrator."""
+    same = one.method == other.method and list(runs[one].values) == list(runs[other].values)
+    return over_new_seeds(values[one], values[other], level, paired=same)
 
 
 def _seeds_in_common(methods: Mapping[Method, Runs], notes: list[str]) -> dict[Method, Sequence[str]]:

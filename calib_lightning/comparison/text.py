@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calib_lightning.comparison.report import Comparison
 
 NOT_WORSE = "≈"
-LOWER_MEAN = "†"
+WORSE_MEAN = "†"
 WORSE = "‡"
 
 
@@ -48,7 +48,7 @@ def _marked(table: Table, metric: str, method: Method, baseline: Method | None, 
     if table.pairs and not is_best and _can_be_marked(table, metric, method, best):
         text += "" if table.is_worse(metric, method, best, alpha) else f" {NOT_WORSE}"
     if baseline is not None and table.cost(metric, method) > table.cost(metric, baseline):
-        text += f" {WORSE if table.is_worse(metric, method, baseline, alpha) else LOWER_MEAN}"
+        text += f" {WORSE if table.is_worse(metric, method, baseline, alpha) else WORSE_MEAN}"
     return bold(text) if is_best else text
 
 
@@ -158,7 +158,7 @@ def rank_grids(comparison: Comparison) -> Iterator[Grid]:
         return
     methods = list(next(iter(ranks.values())))
     rows = [[str(method), *(f"{found[method]:.2f}" for found in ranks.values())] for method in methods]
-    title = f"average ranks over {len(tests)} test sets, 1 is best"
+    title = f"average ranks over {len(tests)} tables, 1 is best"
     try:
         limits = [comparison.rank_comparison(metric).critical_difference for metric in ranks]
         rows.append(["critical difference", *(f"{limit:.2f}" for limit in limits)])
@@ -207,6 +207,6 @@ def legend(comparison: Comparison) -> Iterator[str]:
             if METRICS[metric.partition("@")[0]].better == "zero":
                 yield f"{heading(metric)}: compared by the distance from 0."
     if comparison.baseline is not None:
-        yield f"{LOWER_MEAN} mean worse than that of {comparison.baseline}; {WORSE} significantly worse."
+        yield f"{WORSE_MEAN} mean worse than that of {comparison.baseline}; {WORSE} significantly worse."
     if comparison.settings.intervals is not None:
         yield f"Intervals: {comparison.settings.intervals} resamples of the rows, the same ones for all networks."

@@ -96,36 +96,53 @@ class SeedDifference(NamedTuple):
     freedom: float
 
 
-def over_new_seeds(first: Iterable[float], second: Iterable[float], level: float = 0.95) -> SeedDifference:
+def over_new_seeds(
+    first: Iterable[float], second: Iterable[float], level: float = 0.95, *, paired: bool = False
+) -> SeedDifference:
     """Estimate how two methods would differ on new seeds, by the interval of Welch (1947).
 
     ``d ± t_{(1 + level) / 2, nu} sqrt(s_1^2 / n_1 + s_2^2 / n_2)`` with the degrees of freedom nu of Welch and
-    Satterthwaite. Seeds are not paired: two methods with the same seed share little, and unpaired runs leave twice the
-    degrees of freedom. It takes the values for normally distributed, which few runs cannot show: an approximation.
+    Satterthwaite. Two trainings with the same seed share little, and unpaired runs leave twice the degrees of freedom.
+    Before and after a calibrator the networks are the same: ``paired`` takes the differences of each seed instead,
+    ``d ± t_{(1 + level) / 2, n - 1} s / sqrt(n)``. It takes the values for normally distributed, which few runs cannot
+    show: an approximation.
 
     Args:
         first: Values of the first method, one for each seed.
         second: Values of the second method.
         level: Coverage of the interval, a fraction.
+        paired: Whether the runs with the same place belong together.
 
     Returns:
         The difference; interval and p-value are nan with fewer than three runs of a method, where a value is nan, and
         where the runs of both methods do not differ at all, which new seeds would.
 
     Raises:
-        ValueError: No values, or ``level`` is not in (0, 1).
+        ValueError: No values, ``level`` is not in (0, 1), or pairs are incomplete.
 
     Example:
         >>> round(over_new_seeds([0.9, 0.92, 0.91], [0.8, 0.83, 0.83]).p_value, 4)
         0.0035
     """
+    if paired:
+        differences = [a - b for a, b in zip(first, second, strict=True)]
+        spread = over_seeds(differences, level)
+        if spread.runs >= FEWEST_SEEDS and not any(differences):
+            return SeedDifference(0.0, 0.0, 0.0, 1.0, spread.runs - 1.0)  # a calibrator that changes nothing
+        return _of_t(spread.mean, spread.std**2 / spread.runs, spread.runs - 1.0, level, spread.runs)
     one, other = over_seeds(first, level), over_seeds(second, level)
-    value = one.mean - other.mean
     parts = [found.std**2 / found.runs for found in (one, other)]
-    error = sum(parts)
-    if min(one.runs, other.runs) < FEWEST_SEEDS or not error > 0.0:
+    below = sum(part**2 / max(found.runs - 1, 1) for part, found in zip(parts, (one, other), strict=True))
+    freedom = sum(parts) ** 2 / below if below > 0.0 else math.nan
+    return _of_t(one.mean - other.mean, sum(parts), freedom, level, min(one.runs, other.runs))
+
+
+def _of_t(value: float, variance: float, freedom: float, level: float, runs: int) -> SeedDifference:
+    """Student's interval of a mean difference with the variance of that mean."""
+    if runs < FEWEST_SEEDS or not variance > 0.0:
         return SeedDifference(value, math.nan, math.nan, math.nan, math.nan)
-    freedom = error**2 / sum(part**2 / (found.runs - 1) for part, found in zip(parts, (one, other), strict=True))
-    t = value / math.sqrt(error)
-    reach = float(stdtrit(freedom, (1.0 + level) / 2.0)) * math.sqrt(error)
-    return SeedDifference(value, value - reach, value + reach, float(2.0 * stdtr(freedom, -abs(t))), freedom)
+    error = math.sqrt(variance)
+    reach = float(stdtrit(freedom, (1.0 + level) / 2.0)) * error
+    return SeedDifference(
+        value, value - reach, value + reach, float(2.0 * stdtr(freedom, -abs(value / error))), freedom
+    )

@@ -64,7 +64,10 @@ def test_a_task_of_an_array_takes_its_line(tmp_path, run_grid):
     shim = tmp_path / "bin" / "calib"
     shim.parent.mkdir()
     shim.write_text('#!/bin/bash\nprintf "%s\\n" calib "$@" >> said.txt\n')
+    srun = shim.with_name("srun")
+    srun.write_text('#!/bin/bash\nexec "$@"\n')
     shim.chmod(0o755)
+    srun.chmod(0o755)
     environment = os.environ | {"PATH": f"{shim.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
     subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, check=True)
     fit, calibrate = (shlex.split(command) for command in lines.splitlines()[1].split(" && "))

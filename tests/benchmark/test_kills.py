@@ -97,4 +97,5 @@ def test_killed_twenty_times_at_random(run_grid, start, tmp_path):
     process = start()
     process.ended(600)
     assert process.returncode == 0, process.printed()
+    assert kills == 20
     print("kills", kills, _check(tmp_path, done, kills))
