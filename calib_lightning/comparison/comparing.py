@@ -12,6 +12,7 @@ from calib_lightning.metrics.resampling import check_count
 from calib_lightning.predictions.others import corrupted_sets, ood_values
 from calib_lightning.predictions.settings import parted
 from calib_lightning.predictions.values import selected_metrics
+from calib_lightning.utils.names import did_you_mean
 from calib_lightning.utils.published import PublishedTable, published_table, tables_about
 
 DEFAULT_EXCHANGES = 1000
@@ -75,7 +76,9 @@ def compare(
     baseline = baseline or source.baseline
     if baseline is not None and baseline not in map(str, methods):
         if source.baseline != baseline:
-            raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(map(str, methods))}. Give one.")
+            names = list(map(str, methods))
+            near = did_you_mean(baseline, names)
+            raise ValueError(f"baseline is {baseline!r}; it must be one of {', '.join(names)}.{near}")
         notes.append(f"the baseline {baseline} has no finished run: nothing is measured by it")
         baseline = None
     beside = {} if published == "none" else _published(tables, asked)

@@ -209,8 +209,10 @@ def table_of(key: Key, size: tuple[int, int], methods: dict[Method, Runs], setti
         The table.
     """
     notes: list[str] = []
-    for runs in methods.values():
+    for method, runs in methods.items():
         runs.spreads = spreads_of(runs.values, settings.level)
+        if len(runs.values) > 1 and all(spread.std == 0.0 for spread in runs.spreads.values()):
+            notes.append(f"{method}: all seeds have equal values; are they the same predictions?")
         if settings.intervals is not None and runs.states:
             draw = (settings.intervals, settings.level, settings.seed)
             ends = runs.states[0]
@@ -287,7 +289,7 @@ def _seeds_in_common(methods: Mapping[Method, Runs], notes: list[str]) -> dict[M
         )
     if fewest < FEWEST_SEEDS:
         notes.append(
-            f"a mark needs {FEWEST_SEEDS} seeds of each method: with {fewest} there is no telling what other seeds "
+            f"≈ and ‡ need {FEWEST_SEEDS} seeds of each method: with {fewest} there is no telling what other seeds "
             "would give; p-values of these networks are in the table of differences"
         )
     return chosen

@@ -45,10 +45,12 @@ def _marked(table: Table, metric: str, method: Method, baseline: Method | None, 
     if best is None or math.isnan(spread.mean):
         return text
     is_best = table.is_best(metric, method)
-    if table.pairs and not is_best and _can_be_marked(table, metric, method, best):
+    worse = baseline is not None and table.is_worse(metric, method, baseline, alpha)
+    # worse than the baseline is worse than the best, even if so few seeds cannot tell
+    if not is_best and not worse and _can_be_marked(table, metric, method, best):
         text += "" if table.is_worse(metric, method, best, alpha) else f" {NOT_WORSE}"
     if baseline is not None and table.cost(metric, method) > table.cost(metric, baseline):
-        text += f" {WORSE if table.is_worse(metric, method, baseline, alpha) else WORSE_MEAN}"
+        text += f" {WORSE if worse else WORSE_MEAN}"
     return bold(text) if is_best else text
 
 
@@ -83,17 +85,23 @@ def differences_grid(table: Table, baseline: Method | None, alpha: float) -> Gri
         for method in table.methods:
             pair = None if method == other else table.pair(metric, method, other)
             if pair is not None:
-                rows.append([str(method), *_pair_cells(metric, pair), "yes" if pair.is_marked(alpha) else "no"])
+                rows.append([str(method), *_pair_cells(metric, pair), _apart(pair, alpha)])
     what = f"from {baseline}" if baseline is not None else "from the best"
-    header = ["method", "difference", "p networks", "adjusted", "new seeds", "p seeds", "adjusted", "apart"]
+    header = ["method", "difference", "p networks", "p networks adj.", "new seeds", "p seeds", "p seeds adj.", "apart"]
     return Grid(f"{table.key.title or 'test'}: differences {what}", header, rows)
+
+
+def _apart(pair: Pair, alpha: float) -> str:
+    if math.isnan(pair.methods_adjusted):
+        return "?"  # too few seeds
+    return "yes" if pair.is_marked(alpha) else "no"
 
 
 def _pair_cells(metric: str, pair: Pair) -> list[str]:
     networks, seeds = pair.networks, pair.methods
     interval = "-" if math.isnan(seeds.low) else f"[{cell(metric, seeds.low)}, {cell(metric, seeds.high)}]"
     return [
-        _signed(metric, networks.value),
+        _signed(metric, seeds.value),
         _p(networks.p_value),
         _p(pair.networks_adjusted),
         interval,
@@ -195,7 +203,7 @@ def _mean(values: Sequence[float], decimals: int = 1) -> str:
 def legend(comparison: Comparison) -> Iterator[str]:
     """What the marks mean and how it was computed."""
     shown = [grid for table in comparison.tables for grid in table.pairs.values()]
-    yield f"Bold: the best mean. {bins_title(comparison.settings)}."
+    yield f"Bold (plain text: between stars): the best mean. {bins_title(comparison.settings)}."
     if shown:
         yield (
             f"{NOT_WORSE} not significantly worse than the best (alpha {comparison.alpha:g}). A difference is "
@@ -205,7 +213,7 @@ def legend(comparison: Comparison) -> Iterator[str]:
         )
         for metric in next(iter(comparison.tables)).pairs:
             if METRICS[metric.partition("@")[0]].better == "zero":
-                yield f"{heading(metric)}: compared by the distance from 0."
+                yield f"{heading(metric)}: compared by the mean over seeds of its distance from 0."
     if comparison.baseline is not None:
         yield f"{WORSE_MEAN} mean worse than that of {comparison.baseline}; {WORSE} significantly worse."
     if comparison.settings.intervals is not None:

@@ -29,7 +29,8 @@ _ARROWS = {"higher": " ↑", "lower": " ↓", "zero": " →0", "none": ""}
 class Grid(NamedTuple):
     """A table of text: title, column titles and cells; the first column has names, a row of one cell is a heading.
 
-    A cell ``**text**`` is bold: Markdown has it as it is, a terminal and LaTeX show bold text without the stars.
+    A cell ``**text**`` is bold: Markdown has it as it is, a terminal and LaTeX show bold text without the stars, plain
+    text keeps one star on each side.
     """
 
     title: str
@@ -74,7 +75,7 @@ class Report(ABC):
         Returns:
             The text, or an empty string if it was printed.
         """
-        buffer = io.StringIO()
+        buffer, plain = io.StringIO(), console is None
         console = console or Console(file=buffer, width=_WIDE)
         for grid in self.grids():
             drawn = Table(title=Text(grid.title, style="italic"), title_justify="left")
@@ -85,7 +86,7 @@ class Report(ABC):
                     drawn.add_section()
                     drawn.add_row(_drawn(bold(row[0])))
                 else:
-                    drawn.add_row(*map(_drawn, row))
+                    drawn.add_row(*(_drawn(text, plain) for text in row))
             console.print(drawn)
         for line in self.remarks():
             console.print(Text(line), soft_wrap=True)
@@ -209,10 +210,12 @@ def _value(values: Values, key: str) -> str:
     return f"{text} [{cell(key, interval.low)}, {cell(key, interval.high)}]"
 
 
-def _drawn(text: str) -> Text:
-    """A cell for the terminal."""
+def _drawn(text: str, plain: bool = False) -> Text:
+    """A cell for the terminal; in plain text, which knows no bold, between stars."""
     inside = unstarred(text)
-    return Text(text) if inside is None else Text(inside, style="bold")
+    if inside is None:
+        return Text(text)
+    return Text(f"*{inside}*") if plain else Text(inside, style="bold")
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -100,7 +100,7 @@ def test_unfinished_runs_are_left_out_and_said(content, tmp_path):
     assert "2 of 6 runs of grid are not finished" in notes
     assert "digits_lt-small-label_smoothing-1 (failed)" in notes
     assert "digits_lt-small-label_smoothing-2 (waiting)" in notes
-    assert "different numbers of seeds" in notes
+    assert "fewer than 3 seeds, so not compared" in notes
 
 
 def test_loose_runs_are_named_by_what_differs(content, tmp_path):
@@ -262,7 +262,7 @@ def test_ranks_and_a_critical_difference_over_five_data_sets(tmp_path):
     ranks = json.loads(report.to_json())["ranks"]["accuracy"]
     assert list(ranks.values()) == pytest.approx(by_hand.tolist())
     text = report.to_markdown()
-    assert "average ranks over 5 test sets, 1 is best" in text
+    assert "average ranks over 5 tables, 1 is best" in text
     assert f"| critical difference | {found.critical_difference:.2f} |" in text
 
 

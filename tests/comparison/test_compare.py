@@ -165,7 +165,7 @@ def test_two_seeds_have_no_marks_but_a_note():
     assert math.isnan(pair.methods_adjusted)
     cells = _rows(next(report.grids()))
     assert not any(mark in str(cells) for mark in ("≈", "†", "‡"))
-    assert any("a mark needs 3 seeds of each method" in line for line in report.remarks())
+    assert any("≈ and ‡ need 3 seeds of each method" in line for line in report.remarks())
 
 
 def test_one_method_has_nothing_to_compare_with():
@@ -192,7 +192,7 @@ def test_what_is_best_at_0_counts_by_its_distance():
     by_distance = [np.abs(values[name]) for name in ("over", "under")]
     assert pair.networks.value == pytest.approx(by_distance[0].mean() - by_distance[1].mean())
     assert pair.methods.p_value == pytest.approx(scipy.stats.ttest_ind(*by_distance, equal_var=False).pvalue)
-    assert any("compared by the distance from 0" in line for line in report.remarks())
+    assert any("compared by the mean over seeds of its distance from 0" in line for line in report.remarks())
 
 
 def test_json_has_all_pairs_and_every_seed(given, report, table):

@@ -23,19 +23,6 @@ from tests.metrics.test_resampling import detailed
 )
 @pytest.mark.parametrize("level", [0.95, 0.8])
 @pytest.mark.filterwarnings("ignore:Precision loss")  # scipy's, of equal values
-def test_before_and_after_a_calibrator_the_seeds_are_paired():
-    before, after = [0.031, 0.052, 0.043], [0.021, 0.043, 0.030]
-    found = over_new_seeds(before, after, 0.9, paired=True)
-    known = scipy.stats.ttest_rel(before, after)
-    low, high = known.confidence_interval(0.9)
-    assert (found.low, found.high, found.p_value, found.freedom) == pytest.approx((low, high, known.pvalue, 2.0))
-    assert found.p_value < over_new_seeds(before, after).p_value
-    assert over_new_seeds(before, before, paired=True) == (0.0, 0.0, 0.0, 1.0, 2.0)
-    assert math.isnan(over_new_seeds(before[:2], after[:2], paired=True).p_value)
-    with pytest.raises(ValueError, match="longer|shorter"):
-        over_new_seeds(before, after[:2], paired=True)
-
-
 def test_over_new_seeds_is_welchs(first, second, level):
     found = over_new_seeds(iter(first), iter(second), level)
     test = scipy.stats.ttest_ind(first, second, equal_var=False)
@@ -139,3 +126,16 @@ def test_networks_that_do_not_belong_together():
         bootstrap_intervals([one, moved], 20)
     with pytest.raises(ValueError, match="state is empty; it must hold"):
         bootstrap_intervals([], 20)
+
+
+def test_before_and_after_a_calibrator_the_seeds_are_paired():
+    before, after = [0.031, 0.052, 0.043], [0.021, 0.043, 0.030]
+    found = over_new_seeds(before, after, 0.9, paired=True)
+    known = scipy.stats.ttest_rel(before, after)
+    low, high = known.confidence_interval(0.9)
+    assert (found.low, found.high, found.p_value, found.freedom) == pytest.approx((low, high, known.pvalue, 2.0))
+    assert found.p_value < over_new_seeds(before, after).p_value
+    assert over_new_seeds(before, before, paired=True) == (0.0, 0.0, 0.0, 1.0, 2.0)
+    assert math.isnan(over_new_seeds(before[:2], after[:2], paired=True).p_value)
+    with pytest.raises(ValueError, match="shorter"):
+        over_new_seeds(before, after[:2], paired=True)
