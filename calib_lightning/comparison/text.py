@@ -209,7 +209,8 @@ def legend(comparison: Comparison) -> Iterator[str]:
             f"{NOT_WORSE} not significantly worse than the best (alpha {comparison.alpha:g}). A difference is "
             "significant if both questions say so. These networks: rows exchanged between the two methods, all seeds "
             f"together, {comparison.exchanges:,} exchanges, adjusted for all pairs of table and metric by the largest "
-            "statistic. The methods on new seeds: Welch's t over seeds, an approximation, adjusted by Holm's method."
+            "statistic. The methods on new seeds: Welch's t over seeds (before and after a calibrator by seed), an "
+            "approximation, adjusted by Holm's method."
         )
         for metric in next(iter(comparison.tables)).pairs:
             if METRICS[metric.partition("@")[0]].better == "zero":
