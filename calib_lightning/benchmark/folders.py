@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 
 from calib_lightning.benchmark.identity import content_of, digest
 from calib_lightning.utils.files import file_sha256
+from calib_lightning.utils.run_folder import read_json
 from calib_lightning.utils.run_lock import NAME as LOCK
 from calib_lightning.utils.run_lock import RunLock
 
@@ -60,7 +60,7 @@ class Found:
         saved = self.path / "predictions" / "calibration.npz"
         reports = sorted(self.path.glob("calibrate*/report.json"), key=lambda path: -path.stat().st_mtime)
         for path in reports:
-            found = _json(path)
+            found = read_json(path)
             files = (found.get("calibration") or {}).get("files") or [{}]
             fitted = set(calibrators) <= set(found.get("calibrators", {}))
             if fitted and saved.is_file() and files[0].get("sha256") == file_sha256(saved):
@@ -82,7 +82,7 @@ def runs_in(folder: Path) -> list[Found]:
         configs = [*path.glob("config.yaml"), *path.glob("config-[0-9]*.yaml")]
         contents = {_content_in(config) for config in configs}
         if len(contents) == 1:
-            found.append(Found(path, contents.pop(), _json(path / "run.json")))
+            found.append(Found(path, contents.pop(), read_json(path / "run.json")))
     return found
 
 
@@ -144,11 +144,3 @@ def _content_in(config: Path) -> str:
         return digest(content_of(content))
     except (yaml.YAMLError, OSError, AttributeError, TypeError):
         return f"unreadable {config}"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import calib_lightning
 from calib_lightning.benchmark.plan import Plan, Run
-from calib_lightning.utils.run_folder import write_json
+from calib_lightning.utils.run_folder import read_json, write_json
 
 FILE = "benchmark.json"
 """Name of the file in the folder of a benchmark."""
@@ -23,7 +21,7 @@ class Record:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._path = plan, plan.out / FILE
-        known = _read(self._path).get("runs")
+        known = read_json(self._path).get("runs")
         entries = [entry for entry in known if isinstance(entry, dict)] if isinstance(known, list) else []
         before = {entry.get("identity"): entry for entry in entries}
         self._entries = {run.identity: self._entry(run, before.get(run.identity) or {}) for run in plan.runs}
@@ -95,11 +93,3 @@ class Record:
         """How long the finished runs have taken, on average; 0 before there is one."""
         known = [float(entry["seconds"]) for entry in self._entries.values() if entry["seconds"]]
         return sum(known) / len(known) if known else 0.0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from calib_lightning.benchmark.record import FILE as BENCHMARK_FILE
 from calib_lightning.commands.fit_folder import spelled
-from calib_lightning.utils.run_folder import write_json
+from calib_lightning.utils.run_folder import read_json, write_json
 
 FILE = "wandb.json"
 """In the folder of a run: its id in Weights & Biases, and its short names."""
@@ -129,22 +128,14 @@ def _callbacks(config: Namespace) -> list[str]:
 
 
 def _kept(folder: Path) -> dict[str, Any]:
-    return _read(folder / FILE)
+    return read_json(folder / FILE)
 
 
 def _in_benchmark(folder: Path) -> dict[str, Any]:
     """What a benchmark calls the run in a folder, or the run that was trained in the folder above."""
     for run in (folder, folder.parent):
-        runs = _read(run.parent / BENCHMARK_FILE).get("runs")
+        runs = read_json(run.parent / BENCHMARK_FILE).get("runs")
         for entry in runs if isinstance(runs, list) else ():  # others may call a file so, too
             if isinstance(entry, dict) and entry.get("folder") == run.name:
                 return {name: entry[name] for name in ("data", "network", "method") if entry.get(name)}
     return {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):  # names are not worth a run
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -105,6 +105,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, text)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing, damaged or something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
