@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calib_lightning.commands.options import parse
-from calib_lightning.commands.running import check_metrics, check_output, print_report, reported
+from calib_lightning.commands.running import check_metrics, check_output, print_report, reported, style_of
 from calib_lightning.predictions.settings import Settings
 
 Format = Literal["text", "markdown", "latex", "csv", "json"]
@@ -54,12 +54,7 @@ class Options(Settings):
     @property
     def style(self) -> Format:
         """The format, given or by suffix."""
-        suffix = self.output.suffix.lower() if self.output else ".txt"
-        if self.format is None and suffix not in _FORMATS:
-            raise ValueError(
-                f"--output is {self.output}; its suffix must be one of {', '.join(_FORMATS)}. Or set --format."
-            )
-        return self.format or _FORMATS[suffix]
+        return style_of(self.output, self.format, _FORMATS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

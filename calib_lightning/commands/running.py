@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from calib_lightning.utils.disk import disk_message
 from calib_lightning.utils.files import check_output_file, write_whole
 
 if TYPE_CHECKING:
     from calib_lightning.predictions.tables import Report
+
+F = TypeVar("F", bound=str)
 
 # torch raises AssertionError for a device that its build does not support
 FAULTS = (ValueError, TypeError, OSError, RuntimeError, ImportError, AssertionError, UnpicklingError)
@@ -71,6 +73,14 @@ def named_files(options: Any) -> list[Path]:
     given = [getattr(options, entry.name) for entry in fields(options) if entry.name not in ("output", "figures")]
     every = [item for value in given for item in (value if isinstance(value, list) else [value])]
     return [item for item in every if isinstance(item, Path)]
+
+
+def style_of(output: Path | None, style: F | None, formats: Mapping[str, F]) -> F:
+    """The format of a report: the one that is given, else that of the suffix of its file."""
+    suffix = output.suffix.lower() if output else ".txt"
+    if style is None and suffix not in formats:
+        raise ValueError(f"--output is {output}; its suffix must be one of {', '.join(formats)}. Or set --format.")
+    return style or formats[suffix]
 
 
 def print_report(report: Report, style: str, output: Path | None) -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from calib_lightning.commands.options import parse
-from calib_lightning.commands.running import check_metrics, check_output, named_files, one_line, print_report, reported
+from calib_lightning.commands.running import (
+    check_metrics,
+    check_output,
+    named_files,
+    one_line,
+    print_report,
+    reported,
+    style_of,
+)
 from calib_lightning.predictions.settings import Reading, Settings, keywords_of
 from calib_lightning.utils.files import check_no_input, check_writable
 
@@ -59,12 +67,7 @@ class Written:
     @property
     def style(self) -> Format:
         """The format, given or by suffix."""
-        suffix = self.output.suffix.lower() if self.output else ".txt"
-        if self.format is None and suffix not in _FORMATS:
-            raise ValueError(
-                f"--output is {self.output}; its suffix must be one of {', '.join(_FORMATS)}. Or set --format."
-            )
-        return self.format or _FORMATS[suffix]
+        return style_of(self.output, self.format, _FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)

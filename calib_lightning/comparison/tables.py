@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -180,7 +180,7 @@ def fingerprint(predictions: Predictions) -> str:
 def evaluated(item: Item, predictions: Predictions, settings: Settings, runs: Runs, *, details: bool) -> list[str]:
     """Evaluate a network into the runs of its method; return notes."""
     states = states_of(settings, predictions, details)
-    values, notes = values_of(settings_without_intervals(settings), states, predictions)
+    values, notes = values_of(replace(settings, intervals=None), states, predictions)
     seed = str(item.labels.seed)
     if seed in runs.values:
         raise ValueError(f"{item.where} is a second run of {item.labels.method} with seed {seed}. Give one of them.")
@@ -188,11 +188,6 @@ def evaluated(item: Item, predictions: Predictions, settings: Settings, runs: Ru
     if details:
         runs.states.append(states)
     return notes
-
-
-def settings_without_intervals(settings: Settings) -> Settings:
-    """The settings for single networks."""
-    return Settings(metrics=settings.metrics, bins=settings.bins, level=settings.level, seed=settings.seed)
 
 
 def table_of(key: Key, size: tuple[int, int], methods: dict[Method, Runs], settings: Settings, exchanges: int) -> Table:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calib_lightning.predictions.long_table import is_number
+
 Holds = Literal["scores and labels", "scores", "labels"]
 
 SKIPPED = ("id", "index")
@@ -97,9 +99,9 @@ def _first_row(path: Path) -> list[str]:
 
 
 def _is_header(path: Path, first: Sequence[str]) -> bool:
-    if all(map(_is_number, first)):
+    if all(map(is_number, first)):
         return len(first) > 1 and list(first) == list(map(str, range(len(first))))  # as pandas numbers columns
-    if any(cell and not _is_number(cell) for cell in first):
+    if any(cell and not is_number(cell) for cell in first):
         return True
     if len(first) > 1 and list(first) == ["", *map(str, range(len(first) - 1))]:
         return True
@@ -136,7 +138,7 @@ def _unrecognised(names: Sequence[str]) -> str:
 
 
 def _is_name(name: str) -> bool:
-    return name.isdecimal() or not _is_number(name)
+    return name.isdecimal() or not is_number(name)
 
 
 def _columns_read(called: Sequence[str | int], scores: Sequence[int], label: int | None) -> str:
@@ -161,11 +163,3 @@ def _whole(path: Path, column: npt.NDArray[np.float64]) -> Tensor:
             "column 'label' or labels_key, or in the last one."
         )
     return torch.from_numpy(column.astype(np.int64))
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

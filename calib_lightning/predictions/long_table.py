@@ -60,10 +60,11 @@ def _text(column: str, value: object) -> str:
 def _safe(text: str) -> str:
     """Text that no spreadsheet takes for a formula, and without returns, which some versions of csv do not quote."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) and not _is_number(text) else text
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) and not is_number(text) else text
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether text is a number."""
     try:
         float(text)
     except ValueError:
