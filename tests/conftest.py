@@ -48,6 +48,12 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def pl():
+    """The package that has the code of ``lightning.pytorch`` once more, which other packages import."""
+    return pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed (it is in .[test])")
+
+
 def _pool(world: int) -> Iterator[ProcessPool]:
     pool = ProcessPool(world)
     yield pool

@@ -18,6 +18,7 @@ from calib_lightning.callbacks.logged_keys import is_core
 from calib_lightning.callbacks.record import environment
 from calib_lightning.callbacks.tensorboard_run import log_hparams
 from calib_lightning.callbacks.wandb_run import define_metrics, log_files, log_predictions
+from calib_lightning.core.twins import is_twin
 from calib_lightning.metrics import CORE, families
 from calib_lightning.utils.seeding import run_seed
 
@@ -61,7 +62,7 @@ class LogRun(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Guard the loggers; tell Lightning not to log a part of what is logged here."""
         for logger in trainer.loggers:
-            if not isinstance(logger, CSVLogger):
+            if not is_twin(logger, CSVLogger):
                 guarded(logger).core_only = not self.log_all  # type: ignore[attr-defined]
         for part in (pl_module, getattr(trainer, "datamodule", None)):
             if part is not None:
@@ -121,7 +122,7 @@ class LogRun(Callback):
 
     def _log_facts(self, trainer: Trainer, module: LightningModule, logger: Logger) -> None:
         facts = _plain(facts_of(trainer, module) | self.facts)
-        if isinstance(logger, TensorBoardLogger):
+        if is_twin(logger, TensorBoardLogger):
             sets = ("test", "calibration", "val")
             log_hparams(logger, facts, [f"{name}/{metric}" for name in sets for metric in CORE])
         else:
@@ -132,7 +133,7 @@ class LogRun(Callback):
             attempt(logger, "define_metric", partial(define_metrics, logger.experiment, sets, best))
 
     def _wandb(self, trainer: Trainer) -> list[WandbLogger]:
-        found = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        found = [logger for logger in trainer.loggers if is_twin(logger, WandbLogger)]
         return found if trainer.is_global_zero else []
 
     def _log_evaluation(self, trainer: Trainer) -> None:

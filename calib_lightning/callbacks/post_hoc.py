@@ -19,6 +19,7 @@ from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module_record import equal_weights
 from calib_lightning.core.own_data import image_and_label
+from calib_lightning.core.twins import is_twin
 from calib_lightning.data.loader import ResumableLoader
 from calib_lightning.functional import binary_labels
 from calib_lightning.posthoc import Calibrator, build, calibrator_of, calibrator_record
@@ -197,4 +198,4 @@ def _collected(trainer: Trainer, module: LightningModule, batches: Iterable[Any]
 
 def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
-    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    return [callback for callback in callbacks if is_twin(callback, ModelCheckpoint)]

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from calib_lightning.core.twins import is_twin
 from calib_lightning.types import Batch, Views
 
 
@@ -72,7 +73,7 @@ def datamodule_in_use(trainer: Trainer) -> LightningDataModule | None:
     }
     loop = None if trainer.state.fn is None else loops.get(trainer.state.fn)
     source = None if loop is None else loop._data_source.instance
-    return source if isinstance(source, LightningDataModule) else None
+    return source if is_twin(source, LightningDataModule) else None
 
 
 def staged_data(trainer: Trainer) -> StagedData | None:

@@ -10,13 +10,14 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from calib_lightning.core.twins import is_twin
+
 
 def check_strategy(trainer: Trainer, name: str) -> None:
     """Reject a strategy that may step tensors other than the network's own, which would defeat freezing."""
     strategy = trainer.strategy
-    # these two inherit from DDP but step their own parameters
-    others = DeepSpeedStrategy | XLAStrategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, others):
+    # the last two inherit from DDP but step their own parameters
+    if not is_twin(strategy, SingleDeviceStrategy, DDPStrategy) or is_twin(strategy, DeepSpeedStrategy, XLAStrategy):
         raise ValueError(
             f"The strategy is {type(strategy).__name__}, under which {name} cannot freeze parameters: it may step "
             "tensors other than the network's. Use a single device (trainer.strategy=auto with devices=1) or ddp."

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from calib_lightning.core.finite import DivergedError, guard_saves
+from calib_lightning.core.twins import is_twin
 from calib_lightning.utils.stopping import EXIT_CODES, Stopped, StopRequests, die_of, end_launched
 
 _SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1"))  # Windows has no SIGUSR1
@@ -145,7 +146,7 @@ class Preemption(Callback):
     def _install(self, trainer: Trainer) -> None:
         environment = trainer._accelerator_connector.cluster_environment
         requeue = None
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        if is_twin(environment, SLURMEnvironment) and environment.auto_requeue:
             requeue = environment.requeue_signal
         for signum in _SIGNALS:
             previous = signal.getsignal(signum)
@@ -223,7 +224,7 @@ class Preemption(Callback):
         code, self._agreed = self._agreed, 0
         path = self._path(trainer)
         keeper = trainer.checkpoint_callback
-        if isinstance(keeper, ModelCheckpoint) and keeper.save_last and _is_same(path.parent, keeper.dirpath):
+        if is_twin(keeper, ModelCheckpoint) and keeper.save_last and _is_same(path.parent, keeper.dirpath):
             keeper.last_model_path = str(path)  # otherwise it would write last-v1.ckpt beside it
         if code != _SAVE:
             # Lightning's launcher kills all processes when one exits with a nonzero code

@@ -21,6 +21,7 @@ from calib_lightning.core.randomness import seeded_head
 from calib_lightning.core.schedules import CosineToEnd
 from calib_lightning.core.stage_base import Stage, stages_of
 from calib_lightning.core.submodules import evaluating, submodule_of
+from calib_lightning.core.twins import is_twin
 from calib_lightning.types import Views
 
 FEW_STEPS = 100
@@ -32,7 +33,7 @@ def check_stage(stage: Stage, trainer: Trainer, module: LightningModule) -> None
     name = type(stage).__name__
     check_strategy(trainer, name)
     _check_epoch(stage, trainer)
-    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging | WeightAveraging)]  # type: ignore[attr-defined]
+    averaging = [c for c in trainer.callbacks if is_twin(c, StochasticWeightAveraging, WeightAveraging)]  # type: ignore[attr-defined]
     if averaging:
         raise ValueError(
             f"{type(averaging[0]).__name__} averages the weights of all stages: it would change what {name} "

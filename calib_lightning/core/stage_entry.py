@@ -20,6 +20,7 @@ from calib_lightning.core.randomness import seeded_head
 from calib_lightning.core.schedules import with_schedule
 from calib_lightning.core.stage_base import Stage, stages_of
 from calib_lightning.core.submodules import ModuleState, put_submodule, set_attribute, submodule_of
+from calib_lightning.core.twins import is_twin
 from calib_lightning.utils.registry import class_path_of, find_class
 
 # --- entering and leaving --------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def forget_features(stage: Stage) -> None:
 def rebuild_training(trainer: Trainer) -> None:
     """New optimisers; under DDP a new wrapper, since the reducer of the old one does not know the new parameters."""
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
+    if is_twin(strategy, DDPStrategy):
         assert strategy.lightning_module is not None
         strategy.model = strategy.lightning_module
         if strategy._layer_sync is not None:

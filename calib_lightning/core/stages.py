@@ -34,6 +34,7 @@ from calib_lightning.core.stage_entry import (
     restore_module_hooks,
     store_features,
 )
+from calib_lightning.core.twins import is_twin
 
 __all__ = [  # what methods need, and class paths in older configurations
     "HeadFactory",
@@ -128,7 +129,7 @@ class StageSwitch(Stage):
         self.current = True
         rebuild_training(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning does not declare it
-            if isinstance(callback, EarlyStopping):  # a new head starts out worse than the old one
+            if is_twin(callback, EarlyStopping):  # a new head starts out worse than the old one
                 callback.wait_count, callback.stopped_epoch = 0, 0
                 callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
         if stored or can_change_loading(trainer):

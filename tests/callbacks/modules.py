@@ -5,7 +5,9 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
 
-class Foreign(LightningModule):
+class ForeignCode:
+    """What is written in it, for a LightningModule of either package."""
+
     def __init__(self, calls_itself=True, lr=0.5):
         super().__init__()
         with torch.random.fork_rng():
@@ -28,6 +30,10 @@ class Foreign(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Foreign(ForeignCode, LightningModule):
+    pass
 
 
 def rows(n, seed):
