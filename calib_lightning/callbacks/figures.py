@@ -12,6 +12,13 @@ from matplotlib.figure import Figure
 from calib_lightning.core import ClassificationModule
 from calib_lightning.metrics import EvaluationState, families, values_by_severity
 from calib_lightning.plots import figures, log_figure, robustness_curves
+from calib_lightning.plots.saving import takes_figures
+
+
+def shows_figures(trainer: Trainer) -> bool:
+    """Whether a logger of the trainer takes figures; the same on all processes, as drawing gathers their rows."""
+    shown: bool = trainer.strategy.broadcast(not trainer.fast_dev_run and takes_figures(trainer.loggers))  # type: ignore[attr-defined]
+    return shown
 
 
 class LogFigures(Callback):
@@ -20,7 +27,7 @@ class LogFigures(Callback):
     Of corruptions in several severities it logs one curve of metrics over severity for all.
 
     Weights & Biases and TensorBoard show images; for a CSV logger, PNG files are written to its folder ``figures``.
-    They are drawn from the metrics' state, without a second pass.
+    They are drawn from the metrics' state, without a second pass, and only where a logger takes them.
 
     Example:
         ``Trainer(callbacks=[LogFigures()]).test(module, datamodule)``
@@ -28,7 +35,7 @@ class LogFigures(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and log the figures of every set."""
-        if not isinstance(pl_module, ClassificationModule):
+        if not isinstance(pl_module, ClassificationModule) or not shows_figures(trainer):
             return
         corrupted = {name for family in families(pl_module.test_sets) if family.severities for name in family.members}
         for name, state in zip(pl_module.test_sets, pl_module.test_states, strict=True):
@@ -40,7 +47,7 @@ class LogFigures(Callback):
         """Draw and log the curves over the severities of corruptions, whose values are known by now."""
         values: dict[str, dict[str, float]] = getattr(pl_module, "test_values", {})
         for family in families(values):
-            if len(family.severities) > 1 and trainer.is_global_zero:
+            if len(family.severities) > 1 and trainer.is_global_zero and takes_figures(trainer.loggers):
                 by_severity = values_by_severity(family, values)
                 self._log(trainer, family.name, partial(_curves, by_severity, family.name))
 

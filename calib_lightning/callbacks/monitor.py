@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from calib_lightning.callbacks.figures import shows_figures
 from calib_lightning.callbacks.foreign import as_logits_of
 from calib_lightning.core.own_data import image_and_label
 from calib_lightning.functional import binary_labels
@@ -31,24 +32,28 @@ class CalibrationMonitor(Callback):
     Args:
         metrics: Keys of `calib_lightning.metrics.METRICS`; by default those that do not need all K scores per row.
         prefix: The keys are ``<prefix>/<metric>``; with several loaders ``<prefix>/<number>/<metric>``.
-        figures_every: Interval in epochs between figures; 0 for none.
+        figures_every: ``None`` draws figures of the last validation, at the end of the fit; n also those of every n-th
+            epoch; 0 none. They are drawn only where a logger of the trainer shows pictures or has a folder.
 
     Example:
         ``Trainer(callbacks=[CalibrationMonitor()]).fit(module, loader, val_loader)`` logs ``monitor/ece`` and others.
     """
 
-    def __init__(self, metrics: Sequence[str] = REPORT, prefix: str = "monitor", figures_every: int = 1) -> None:
+    def __init__(
+        self, metrics: Sequence[str] = REPORT, prefix: str = "monitor", figures_every: int | None = None
+    ) -> None:
         EvaluationState(metrics)  # rejects unknown keys now, not after an epoch
-        if figures_every < 0:
+        if figures_every is not None and figures_every < 0:
             raise ValueError(
                 f"figures_every is {figures_every}; it must be at least 0, the number of epochs between figures (0 for "
-                "none)."
+                "none), or None for those of the last validation."
             )
         self.metrics, self.prefix, self.figures_every = tuple(metrics), prefix, figures_every
         self._states: dict[int, EvaluationState] = {}
         self._outputs: list[Any] = []
         self._hook: Any = None
         self._fault: str | None = None
+        self._sound: dict[str, EvaluationState] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the metrics."""
@@ -56,7 +61,7 @@ class CalibrationMonitor(Callback):
         loaders = trainer.val_dataloaders
         count = len(loaders) if isinstance(loaders, list | tuple) else 1
         self._states = {place: EvaluationState(self.metrics).to(pl_module.device) for place in range(count)}
-        self._fault = None
+        self._fault, self._sound = None, {}
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -93,7 +98,7 @@ class CalibrationMonitor(Callback):
             self._fault = str(error) if plain else f"{type(error).__name__}: {error}"
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute and log metrics, and draw figures."""
+        """Compute and log metrics, and draw the figures of this epoch."""
         if trainer.sanity_checking:
             return
         # a faulty process must not leave the others waiting
@@ -113,21 +118,35 @@ class CalibrationMonitor(Callback):
                 rank_zero_warn(f"CalibrationMonitor logs nothing for epoch {trainer.current_epoch}: {error}")
                 continue
             pl_module.log_dict(values, add_dataloader_idx=False)
-            if self.figures_every and trainer.current_epoch % self.figures_every == 0:
-                self._draw(trainer, prefix, state)
+            self._sound[prefix] = state
+        if trainer.state.fn == "validate":  # `trainer.validating` is true within a fit as well
+            self._draw(trainer)
+        elif self.figures_every and trainer.current_epoch % self.figures_every == 0:
+            self._draw(trainer, trainer.current_epoch)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier validation."""
+        self._sound = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the figures of the last validation."""
+        self._draw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hook."""
         self._stop_listening()
 
-    def _draw(self, trainer: Trainer, prefix: str, state: EvaluationState) -> None:
-        try:
-            drawn = figures(state, title=prefix)
-        except Exception as error:  # a failed figure must not stop a run
-            rank_zero_warn(f"no figures of {prefix}: {error}")
+    def _draw(self, trainer: Trainer, epoch: int | None = None) -> None:
+        if self.figures_every == 0 or not shows_figures(trainer):
             return
-        for kind, figure in drawn.items():
-            log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step)
+        for prefix, state in self._sound.items():
+            try:
+                drawn = figures(state, title=prefix)
+            except Exception as error:  # a failed figure must not stop a run
+                rank_zero_warn(f"no figures of {prefix}: {error}")
+                continue
+            for kind, figure in drawn.items():
+                log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step, epoch)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # Under DDP the step itself is a call of the module, whose first input is the batch.

@@ -43,7 +43,8 @@ class PostHocCalibrate(Callback):
             testing; ``None`` uses the data module's ``calibration_dataloader()``.
 
     Attributes:
-        calibrator: The calibrator; fitted after training, or after loading a checkpoint.
+        calibrator: The calibrator; fitted after training, or after loading a checkpoint. Where it could not be fitted,
+            ``calibrator.fitted`` is false, its ``report`` is ``None`` and its use is an error.
 
     Example:
         ``Trainer(callbacks=[PostHocCalibrate(Temperature(), calibration_loader)]).fit(module, train_loader)``

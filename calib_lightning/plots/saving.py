@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -67,13 +67,25 @@ def _fixed_svg_names() -> Iterator[None]:
             matplotlib.rcParams["svg.hashsalt"] = before
 
 
-def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
+def takes_figures(loggers: object) -> bool:
+    """Whether `log_figure` would give one of these loggers a figure, so that it is worth drawing."""
+    return any(map(_may_take, _listed(loggers)))
+
+
+def _may_take(logger: object) -> bool:
+    try:
+        return _taker(logger) is not None
+    except Exception:  # it may take the next one, and `log_figure` names it
+        return True
+
+
+def log_figure(loggers: object, name: str, figure: Figure, step: int, epoch: int | None = None) -> None:
     """Give a figure to a Lightning logger, or to each of several.
 
     A logger with ``log_image`` (Weights & Biases) and one whose ``experiment`` has ``add_image`` (TensorBoard) get the
     image under ``name`` at ``step``. For any other with a folder (``log_dir``, else ``save_dir``; CSV) it becomes a
-    file per name and step, ``<folder>/figures/<name>_step<step>.png``, with ``_`` for characters that do not belong in
-    a file name and eight digits for the step, so that the files sort by step. Only rank 0 logs.
+    file, ``<folder>/figures/<name>.png``, with ``_`` for characters that do not belong in a file name. A figure during
+    training becomes ``<name>_epoch<epoch>.png``, with four digits, so that the files sort. Only rank 0 logs.
 
     A figure must never stop a run: an error of a logger, or a logger of another kind, gives a warning, one
     for each logger.
@@ -84,6 +96,7 @@ def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
         name: Key of the image, such as ``val/reliability``.
         figure: The figure.
         step: The step of the figure, usually ``trainer.global_step``.
+        epoch: The epoch of a figure that others of the same name follow; ``None`` for a final one.
 
     Example:
         >>> from calib_lightning.plots import reliability_diagram
@@ -91,15 +104,15 @@ def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    if loggers is None:
-        return
-    for logger in loggers if isinstance(loggers, Sequence) else [loggers]:
+    for logger in _listed(loggers):
         try:
-            taken = _give(logger, name, figure, step)
+            give = _taker(logger)
+            if give is not None:
+                give(name, figure, step, epoch)
         except Exception as error:
             warn_once(logger, f"{type(logger).__name__} rejected figure {name!r}: {error!r}", kind="figures")
             continue
-        if not taken:
+        if give is None:
             warn_once(
                 logger,
                 f"{type(logger).__name__} has neither log_image, nor experiment.add_image, nor a folder (log_dir, "
@@ -108,22 +121,28 @@ def log_figure(loggers: object, name: str, figure: Figure, step: int) -> None:
             )
 
 
-def _give(logger: object, name: str, figure: Figure, step: int) -> bool:
-    """Give a figure to one logger; False if it cannot take any."""
+def _listed(loggers: object) -> Sequence[object]:
+    if loggers is None:
+        return ()
+    return loggers if isinstance(loggers, Sequence) else [loggers]
+
+
+def _taker(logger: object) -> Callable[[str, Figure, int, int | None], object] | None:
+    """How a logger takes name, figure, step and epoch; ``None`` if it cannot."""
     log_image = getattr(logger, "log_image", None)
     if callable(log_image):
-        log_image(key=name, images=[_image_of(figure)], step=step)
-        return True
+        return lambda name, figure, step, _: log_image(key=name, images=[_image_of(figure)], step=step)
     add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
     if callable(add_image):
-        add_image(name, np.asarray(_image_of(figure)), step, dataformats="HWC")
-        return True
+        return lambda name, figure, step, _: add_image(name, np.asarray(_image_of(figure)), step, dataformats="HWC")
     folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
     if isinstance(folder, str | PathLike):
-        file_name = re.sub(r"[^\w.-]", "_", name)
-        save_figure(figure, Path(folder) / "figures" / f"{file_name}_step{step:08d}.png")
-        return True
-    return False
+        return lambda name, figure, _, epoch: save_figure(figure, Path(folder) / "figures" / _file_name(name, epoch))
+    return None
+
+
+def _file_name(name: str, epoch: int | None) -> str:
+    return re.sub(r"[^\w.-]", "_", name) + ("" if epoch is None else f"_epoch{epoch:04d}") + ".png"
 
 
 def _image_of(figure: Figure) -> Image.Image:

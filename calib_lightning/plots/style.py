@@ -56,7 +56,9 @@ def finish_figure(figure: Figure, numbers: str, handles: Sequence[Artist]) -> No
     figure.axes[0].set_title(numbers, fontsize=SMALL, loc="left")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
     # The layout shifts slightly with every drawing. It is computed once, so all files of a figure are the same.
-    figure.draw_without_rendering()
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.execute(figure)
     figure.set_layout_engine("none")
 
 

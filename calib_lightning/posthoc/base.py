@@ -260,8 +260,7 @@ class Calibrator(FittedState, Described, ABC):
     def _seen(self, evidence: Evidence) -> tuple[Tensor, Tensor | None]:
         """Return checked logits, and the features if they are needed."""
         name = type(self).__name__
-        if not self.fitted:
-            raise RuntimeError(f"{name} is not fitted. Call fit or load a fitted one.")
+        self.check_fitted()
         evidence = self._needed(evidence, name)
         # With one class there is nothing to calibrate, and parts of the calibrator may not be fitted.
         logits = self.logits_of(evidence) if self.num_classes != 1 else with_logits(evidence).logits

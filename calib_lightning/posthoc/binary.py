@@ -25,11 +25,6 @@ class BinaryCalibrator(FittedState, Described, ABC):
 
     instead = "OneVsRest({0}) or TopLabel({0})"
 
-    @property
-    def fitted(self) -> bool:
-        """Whether it has been fitted."""
-        return any(buffer.numel() > 0 for buffer in self.buffers())
-
     @abstractmethod
     def fit_rows(self, log_odds: Tensor, hits: Tensor) -> Optimum:
         """Fit to checked rows and assign the state.
@@ -96,8 +91,7 @@ class BinaryCalibrator(FittedState, Described, ABC):
         Raises:
             RuntimeError: It is not fitted.
         """
-        if not self.fitted:
-            raise RuntimeError(f"{type(self).__name__} is not fitted. Call fit(log_odds, hits) or load a fitted one.")
+        self.check_fitted()
         return self.transform(log_odds.double())
 
 

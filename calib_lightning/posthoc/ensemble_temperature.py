@@ -16,7 +16,7 @@ from calib_lightning.metrics.functional.temperature import tempered_rows
 from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.fit_report import Optimum
 from calib_lightning.posthoc.solver import CONVERGED
-from calib_lightning.posthoc.temperature import Sloped, lowest, most_likely, tempered
+from calib_lightning.posthoc.temperature import Sloped, fitted_temperature, lowest, most_likely, tempered
 
 _MOST_UNIFORM = 1.0 - 1e-6
 _BLOCK = 2**20
@@ -72,8 +72,8 @@ class EnsembleTemperature(Calibrator):
 
     @property
     def temperature(self) -> float:
-        """The fitted T of the first part."""
-        return 1.0 / float(self.beta)
+        """The fitted T of the first part. An error before the fit."""
+        return fitted_temperature(self, self.beta)
 
     def fit_rows(self, logits: Tensor, labels: Tensor, features: Tensor | None) -> Optimum:
         """Find T, then w; see `Calibrator.fit_rows`."""

@@ -112,7 +112,8 @@ class NeuralClamping(Calibrator):
 
     @property
     def temperature(self) -> float:
-        """The fitted T; above 1 it lowers confidence."""
+        """The fitted T; above 1 it lowers confidence. An error before the fit."""
+        self.check_fitted()
         return math.exp(float(self.log_temperature))
 
     # --- use ---------------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ class NeuralClamping(Calibrator):
             TypeError: Images that are not floating point; delta belongs to normalised images.
             ValueError: Another shape than in the fit.
         """
-        self._check_fitted()
+        self.check_fitted()
         check_like_fit(image, self.delta)
         return image + self.delta.to(image.dtype)
 
@@ -178,14 +179,10 @@ class NeuralClamping(Calibrator):
         return self._with(torch.zeros_like(self.delta), self.log_temperature)
 
     def _with(self, delta: Tensor, log_temperature: Tensor) -> NeuralClamping:
-        self._check_fitted()
+        self.check_fitted()
         copy = build(self.spec, NeuralClamping)
         copy.delta, copy.log_temperature, copy.num_classes = delta.clone(), log_temperature.clone(), self.num_classes
         return copy
-
-    def _check_fitted(self) -> None:
-        if not self.fitted:
-            raise RuntimeError("NeuralClamping is not fitted. Call fit(network=..., images=...) or load a fitted one.")
 
     # --- fit ---------------------------------------------------------------------------------------------------------
 

@@ -147,6 +147,6 @@ def _read(path: Path) -> Any:
     if record is None:
         raise ValueError(
             f"{path}: holds no calibrator. Save one with save_calibrator(calibrator, path), or train with the callback "
-            "PostHocCalibrate."
+            "PostHocCalibrate, which warns where it cannot fit."
         )
     return record

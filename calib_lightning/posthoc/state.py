@@ -25,6 +25,16 @@ class FittedState(nn.Module):
         for name in names:
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it has been fitted."""
+        return any(buffer.numel() > 0 for buffer in self.buffers())
+
+    def check_fitted(self) -> None:
+        """Raise ``RuntimeError`` if it has not been fitted."""
+        if not self.fitted:
+            raise RuntimeError(f"{type(self).__name__} is not fitted. Call fit or load a fitted one.")
+
     def clear_state(self) -> None:
         """Forget the fit."""
         for module in self.modules():

@@ -32,6 +32,14 @@ def tempered(logits: Tensor, beta: Tensor) -> Tensor:
     return torch.log_softmax(shifted * beta.to(logits.dtype), dim=-1)
 
 
+def fitted_temperature(calibrator: Calibrator, beta: Tensor) -> float:
+    """T of a fitted ``beta``; with one class, which leaves nothing to fit, 1."""
+    if beta.numel():
+        return 1.0 / float(beta)
+    calibrator.check_fitted()
+    return 1.0
+
+
 class _Tempered(Calibrator):
     """``q = softmax(z / T)``; the state is ``beta = 1 / T``."""
 
@@ -44,8 +52,8 @@ class _Tempered(Calibrator):
 
     @property
     def temperature(self) -> float:
-        """The fitted T; above 1 it lowers confidence."""
-        return 1.0 / float(self.beta)
+        """The fitted T; above 1 it lowers confidence. An error before the fit."""
+        return fitted_temperature(self, self.beta)
 
     def transform(self, logits: Tensor, features: Tensor | None) -> Tensor:
         """Divide by T; see `Calibrator.transform`."""

@@ -109,8 +109,7 @@ class TrustScore(Calibrator):
             TypeError: A wrong dtype of ``predicted``.
             ValueError: A wrong shape, another d than in the fit, or features that are not floating point and finite.
         """
-        if not self.fitted:
-            raise RuntimeError("TrustScore is not fitted. Call fit(logits, labels, features) or load a fitted one.")
+        self.check_fitted()
         if predicted.is_floating_point() or predicted.dtype == torch.bool:
             raise TypeError(f"TrustScore.score: predicted is {predicted.dtype}; it must be of an integer dtype.")
         if predicted.ndim != 1:

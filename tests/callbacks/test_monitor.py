@@ -5,10 +5,14 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
 
-from calib_lightning.callbacks import CalibrationMonitor
+from calib_lightning.callbacks import CalibrationMonitor, LogFigures
+from calib_lightning.callbacks import figures as figures_module
+from calib_lightning.callbacks import monitor as monitor_module
+from calib_lightning.data import ToyDataModule
+from calib_lightning.methods import CrossEntropy
 from calib_lightning.metrics import REPORT, EvaluationState
 from tests.callbacks.modules import Foreign, loader, rows
 
@@ -53,11 +57,63 @@ def test_a_checkpoint_can_be_chosen_by_what_is_logged(tmp_path):
     assert keeper.best_model_score is not None
 
 
-def test_figures_reach_the_logger(tmp_path):
-    trainer = trainer_with(CalibrationMonitor(figures_every=2), tmp_path, epochs=3)
+def drawn_in(folder):
+    return sorted(path.name for path in folder.rglob("*reliability*.png"))
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs"), [({}, []), ({"figures_every": 2}, [0, 2]), ({"figures_every": 0}, None)], ids=str
+)
+def test_the_last_figures_and_those_of_an_interval_reach_the_logger(every, epochs, tmp_path):
+    trainer = trainer_with(CalibrationMonitor(**every), tmp_path, epochs=4)
     trainer.fit(Foreign(), loader(40), loader(37, seed=1))
-    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert len([name for name in names if "reliability" in name]) == 2, names  # epochs 0 and 2
+    last = [] if epochs is None else ["monitor_reliability.png"]
+    assert drawn_in(tmp_path) == last + [f"monitor_reliability_epoch000{epoch}.png" for epoch in epochs or ()]
+
+
+def test_a_stopped_fit_and_a_validation_have_their_last_figures(tmp_path, monkeypatch):
+    numbers = []
+    monkeypatch.setattr(monitor_module, "figures", lambda state, title: numbers.append(int(state.count)) or {})
+    monitor, module = CalibrationMonitor(), Foreign()
+    stop = EarlyStopping("monitor/accuracy", patience=0, mode="min", stopping_threshold=2.0)  # after the first epoch
+    trainer = trainer_with(monitor, tmp_path, epochs=4, callbacks=[stop])
+    trainer.fit(module, loader(40), loader(37, seed=1))
+    assert trainer.current_epoch == 1
+    assert numbers == [37]
+    trainer.validate(module, loader(20, seed=1), verbose=False)
+    assert numbers == [37, 20]
+    trainer_with(monitor, tmp_path).fit(module, loader(40))  # no validation: those of the one before are drawn already
+    assert numbers == [37, 20]
+
+
+class HomeMade(Logger):
+    """Takes numbers alone."""
+
+    name = version = "own"
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("options", [{"logger": False}, {"logger": HomeMade()}, {"fast_dev_run": True}], ids=str)
+def test_nothing_is_drawn_where_nobody_would_see_it(options, tmp_path, monkeypatch):
+    def drawn(*args, **kwargs):
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(monitor_module, "figures", drawn)
+    monkeypatch.setattr(figures_module, "figures", drawn)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[CalibrationMonitor(figures_every=1), LogFigures()], **options,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no figures")
+        trainer.fit(Foreign(), loader(40), loader(37, seed=1))
+        trainer.validate(Foreign(), loader(37, seed=1), verbose=False)
+        trainer.test(CrossEntropy(3, encoder="digits_cnn"), ToyDataModule(batch_size=64), verbose=False)
 
 
 def test_several_loaders_have_keys_of_their_own(tmp_path):

@@ -104,6 +104,13 @@ def test_a_fit_that_fails_does_not_cost_the_training(tmp_path):
     with pytest.warns(UserWarning, match="was not fitted.*invalid logits"):
         trainer_with(callback, keeper).fit(module := Foreign(), loader(40))
     assert not callback.calibrator.fitted
+    assert callback.calibrator.report is None
+    assert callback.state_dict() == {}
+    for use in (lambda: callback.calibrator.temperature, lambda: callback.calibrator(torch.zeros(2, 3))):
+        with pytest.raises(RuntimeError, match=r"Temperature is not fitted\. Call fit"):
+            use()
+    with pytest.raises(ValueError, match=r"holds no calibrator.*warns where it cannot fit"):
+        load_calibrator(keeper.best_model_path)
     assert torch.equal(Foreign.load_from_checkpoint(keeper.best_model_path).net.weight, module.net.weight)
 
 

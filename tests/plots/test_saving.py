@@ -150,12 +150,12 @@ def test_wandb_gets_the_image_offline(figure, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["CSVLogger", "RunLogger"])
-def test_loggers_with_a_folder_get_a_file_per_name_and_step(kind, figure, tmp_path):
+def test_loggers_with_a_folder_get_a_file_per_name_and_epoch(kind, figure, tmp_path):
     logger = CSVLogger(tmp_path, name="run", version=0) if kind == "CSVLogger" else RunLogger(tmp_path)
-    for name, step in (("val/reliability", 5), ("val/reliability", 12), ("test/a set: b", 12)):
-        log_figure(logger, name, figure, step)
+    for name, epoch in (("val/reliability", 5), ("val/reliability", 12), ("val/reliability", None), ("a set: b", None)):
+        log_figure(logger, name, figure, 99, epoch)
     folder = tmp_path / "run" / "version_0" / "figures" if kind == "CSVLogger" else tmp_path / "figures"
-    names = ["test_a_set__b_step00000012", "val_reliability_step00000005", "val_reliability_step00000012"]
+    names = ["a_set__b", "val_reliability", "val_reliability_epoch0005", "val_reliability_epoch0012"]
     assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in names]
     with Image.open(folder / f"{names[0]}.png") as image:
         assert image.format == "PNG"
@@ -163,7 +163,7 @@ def test_loggers_with_a_folder_get_a_file_per_name_and_step(kind, figure, tmp_pa
 
 def test_only_save_dir_is_a_folder_too(figure, tmp_path):
     log_figure(SimpleNamespace(log_dir=None, save_dir=tmp_path), "risk", figure, step=1)
-    assert (tmp_path / "figures" / "risk_step00000001.png").is_file()
+    assert (tmp_path / "figures" / "risk.png").is_file()
 
 
 class Broken:
@@ -178,7 +178,7 @@ def test_a_broken_logger_costs_a_warning_and_not_the_run_nor_the_other_loggers(f
         log_figure((Broken(), CSVLogger(tmp_path, name="", version="")), "val/risk", figure, step=2)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    assert (tmp_path / "figures" / "val_risk_step00000002.png").is_file()
+    assert (tmp_path / "figures" / "val_risk.png").is_file()
 
 
 def test_a_logger_that_breaks_when_looked_at_is_a_warning(figure):
@@ -236,4 +236,4 @@ def test_only_the_first_rank_logs(figure, tmp_path, monkeypatch):
     for rank in (1, 0):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         log_figure(SimpleNamespace(save_dir=str(tmp_path)), f"rank{rank}", figure, step=0)
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["rank0_step00000000.png"]
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["rank0.png"]

@@ -333,6 +333,19 @@ def test_what_was_not_fitted_cannot_be_used_or_saved(name, tmp_path):
 
 
 @ALL
+def test_the_temperature_of_what_was_not_fitted_is_a_clear_error(name):
+    calibrator = ROWS[name].new()
+    if isinstance(getattr(type(calibrator), "temperature", None), property) and name != "FixedTemperature":
+        with pytest.raises(RuntimeError, match=r"is not fitted\. Call fit"):
+            _ = calibrator.temperature
+
+
+@pytest.mark.parametrize("name", ["Temperature", "EnsembleTemperature"])
+def test_with_one_class_the_temperature_is_one(name):
+    assert ROWS[name].new().fit(torch.zeros(4, 1), torch.zeros(4).long()).temperature == 1.0
+
+
+@ALL
 def test_wrong_input_is_named(name):
     logits, labels, features = the_set()
     calibrator = ROWS[name].new()
