@@ -21,7 +21,7 @@ T = TypeVar("T")
 LOOKED_AT = 256  # rows of a loader that are read twice: enough to notice an augmentation of one row in ten
 
 
-class _Rows(Dataset[Any]):
+class FeatureRows(Dataset[Any]):
     """Features and whatever came with the images, in the original type of tuple."""
 
     def __init__(self, kind: type[Any], columns: list[Tensor]) -> None:
@@ -67,7 +67,7 @@ def loader_over_features(
     for batch in with_progress(trainer, ordered, "Features"):
         features, batch = stored.learn(module, head, batch).cpu(), _columns(module, batch)
         columns.append([features, *batch[1:]])
-    rows = _Rows(type(batch), [torch.cat(parts) for parts in zip(*columns, strict=True)])
+    rows = FeatureRows(type(batch), [torch.cat(parts) for parts in zip(*columns, strict=True)])
     stored.expect(rows.columns[0])
     return DataLoader(
         dataset=rows,

@@ -39,6 +39,7 @@ from calib_lightning.methods.parts.balcal_etf import ETFBranch, simplex_etf
 from calib_lightning.methods.parts.balcal_search import find_balance
 from calib_lightning.methods.parts.confidnet_branch import ConfidenceHead, tcp_loss
 from calib_lightning.methods.parts.mac_cal_head import MaskedBottleneck, MaskedHead, MaskedLinear, MaskedLinearHead
+from calib_lightning.methods.parts.mac_cal_inference import masked_inference
 from calib_lightning.methods.parts.mac_cal_rule import AdaptiveSparsity, adapt_keep_rate, decayed_step
 from calib_lightning.methods.parts.refcal_loss import SimCLRLoss, SupConLoss, supcon_loss
 from calib_lightning.methods.plp import PLP, block_cuts, peeling_epochs
@@ -148,6 +149,7 @@ __all__ = [
     "ldam_loss",
     "ldam_margins",
     "logit_norm_loss",
+    "masked_inference",
     "mbls_loss",
     "mdca_penalty",
     "mix",

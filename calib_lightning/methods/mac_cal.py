@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import copy
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -113,7 +113,7 @@ class MaskedClassifier(StageSwitch):
     @property
     def uses_calibration(self) -> bool:
         """Whether the stage uses the calibration split; stored in a run's record."""
-        return self.sparsity.held_out
+        return self.sparsity.held_out is True
 
     def look_at(self, batch: Any) -> None:
         """Reject batches whose labels cannot be found; called in the first step of a fit."""
@@ -145,6 +145,7 @@ class MaskedClassifier(StageSwitch):
                 f"classifier builds a {type(head).__name__}; {type(self).__name__} needs a MaskedHead, such as "
                 "MaskedLinearHead or MaskedBottleneck."
             )
+        head.check_interval(self.mask_every)
         head.set_keep(self.sparsity.start)
         if self.warm_start:
             start_from(head, old)
@@ -152,9 +153,7 @@ class MaskedClassifier(StageSwitch):
 
     def masked_head(self, module: LightningModule) -> MaskedHead:
         """The masked classifier in use."""
-        head = self.module_head(module)
-        assert isinstance(head, MaskedHead)
-        return head
+        return cast(MaskedHead, self.module_head(module))
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 
@@ -164,8 +163,7 @@ class MaskedClassifier(StageSwitch):
             self.training = copy(self.training)  # may be shared with another switch
             self.training.criterion = CrossEntropyLoss()
         if stage == "fit" and self._default_training:
-            # plain loaders cannot change their images
-            self.training.views = CleanViews() if can_change_loading(trainer) else None
+            self.training.views = CleanViews() if can_change_loading(trainer) else None  # plain loaders cannot
         super().setup(trainer, pl_module, stage)
         self._rank = trainer.global_rank
         if stage != "fit":
@@ -180,21 +178,18 @@ class MaskedClassifier(StageSwitch):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the sums of a checkpoint to the device."""
+        """Check the training data; move the sums of a checkpoint to the device."""
         super().on_train_start(trainer, pl_module)
-        self._figures.to(pl_module.device)
+        self._figures.begin_fit(pl_module, type(self).__name__)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch if due; set the keep rate of the epoch and reset its sums."""
         super().on_train_epoch_start(trainer, pl_module)
         if not self.current:
             return
-        consequence = self._rate.begin_epoch(first=self.stage_epoch(trainer) == 0)
-        if consequence is not None:
-            rank_zero_warn(
-                f"{type(self).__name__}: the keep rate has reached its bound {self._rate.now} at epoch "
-                f"{trainer.current_epoch}: from now on {consequence}. Check mac_cal/confidence and mac_cal/accuracy."
-            )
+        news = self._rate.begin_epoch(trainer.current_epoch, first=self.stage_epoch(trainer) == 0)
+        if news is not None:
+            rank_zero_warn(f"{type(self).__name__}: {news} Check mac_cal/confidence and mac_cal/accuracy.")
         self._figures.begin_epoch(same_features=self.training.frozen_bn == "eval")
         self.masked_head(pl_module).set_keep(self._rate.now)
 
@@ -208,6 +203,11 @@ class MaskedClassifier(StageSwitch):
         head = self.masked_head(pl_module)
         head.draw(derive_seed(run_seed(), stage, *step))
         self._figures.begin_step(head)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Note the weights, if masked ones are to be held."""
+        if self.current:
+            self.masked_head(pl_module).before_update()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -803,10 +803,22 @@ def test_the_deployed_network_comes_back_from_its_file(fit, tmp_path):
     assert torch.equal(again(image), module.eval()(image))
 
 
+CLEAN_PASS = AdaptiveSparsity(gamma=0.95, eta=(0.1, 0.001), held_out="clean_pass")
+KINDS = {
+    "held-out": {"sparsity": AdaptiveSparsity(eta=(0.1, 0.001))},
+    "training": {"classifier": MaskedBottleneck, "sparsity": TRAINING_FIGURES},
+    "clean-pass": {"classifier": MaskedBottleneck, "sparsity": CLEAN_PASS},
+    "held": {"classifier": partial(MaskedBottleneck, gradient="held"), "sparsity": TRAINING_FIGURES},
+    "destroyed": {
+        "classifier": partial(MaskedLinearHead, gradient="destroyed", scaling="none"),
+        "sparsity": TRAINING_FIGURES,
+        "mask_every": "epoch",
+    },
+}
+
+
 def _switch(kind):
-    if kind == "held-out":
-        return MaskedClassifier(-3, sparsity=AdaptiveSparsity(eta=(0.1, 0.001)), training=_training())
-    return MaskedClassifier(-3, MaskedBottleneck, TRAINING_FIGURES, training=_training())
+    return MaskedClassifier(-3, training=_training(), **KINDS[kind])
 
 
 def fit_stopped(rank, world, folder, kind, stop_after=None, resume=False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.submodules import evaluating
 from calib_lightning.functional import at_least_float32, two_columns
+from calib_lightning.methods.parts.mac_cal_rows import Features, HeldOut, Labels, check_pass, check_rows, deployed_rows
 
 
 def confidence_sums(logits: Tensor, labels: Tensor) -> Tensor:
@@ -43,34 +42,33 @@ def _summing_device(device: torch.device) -> torch.device:
 
 
 class EpochFigures:
-    """Mean confidence and accuracy of an epoch: over its masked steps, or held out.
+    """Mean confidence and accuracy of an epoch: over its masked steps, or of the classifier as deployed.
 
-    Held out means on the calibration split with the classifier as deployed; the features are computed once. Over the
-    steps, a hook on the classifier catches the logits of each.
+    As deployed means on the calibration split or in a pass over the training images; features that cannot change are
+    computed once. Over the steps, a hook on the classifier catches the logits of each.
 
     Args:
         features: Returns the features ``(N, d)`` of a batch, given the module and the batch.
         labels: Returns the labels of a batch.
-        held_out: Which of the two.
+        held_out: Which of them, as in `AdaptiveSparsity`.
     """
 
-    def __init__(
-        self,
-        features: Callable[[LightningModule, Any], Tensor],
-        labels: Callable[[Any], Tensor],
-        *,
-        held_out: bool,
-    ) -> None:
+    def __init__(self, features: Features, labels: Labels, *, held_out: HeldOut) -> None:
         self.features, self.labels, self.held_out = features, labels, held_out
         self._sums: Tensor | None = None  # over the steps, of this process
-        self._rows: list[tuple[Tensor, Tensor]] | None = None  # features and labels of the calibration split
+        self._rows: list[tuple[Tensor, Tensor]] | None = None  # features and labels on which it is measured as deployed
         self._logits: Tensor | None = None
         self._hook: RemovableHandle | None = None
 
     def check(self, trainer: Trainer, owner: str) -> None:
         """Raise if there is no calibration split for ``owner`` to measure on."""
-        if self.held_out:
-            _calibration_loader(trainer, owner)
+        check_rows(trainer, self.held_out, owner)
+
+    def begin_fit(self, module: LightningModule, owner: str) -> None:
+        """Raise if the training images cannot be read again; move the sums of a checkpoint to the module's device."""
+        check_pass(module.trainer, self.held_out, owner)
+        if self._sums is not None:
+            self._sums = self._sums.to(_summing_device(module.device))
 
     def begin_epoch(self, *, same_features: bool) -> None:
         """Reset the sums; without ``same_features`` the encoder has changed, by its BatchNorm statistics."""
@@ -95,7 +93,7 @@ class EpochFigures:
     def measured(self, module: LightningModule, head: nn.Module, owner: str) -> tuple[float, float] | None:
         """Confidence and accuracy over all processes, or ``None`` without steps; collective."""
         trainer = module.trainer
-        sums = self._held_out_sums(module, head, owner) if self.held_out else self._sums
+        sums = self._deployed_sums(module, head, owner) if self.held_out else self._sums
         if sums is None:
             return None
         total: Tensor = trainer.strategy.reduce(sums.clone(), reduce_op="sum")
@@ -108,11 +106,6 @@ class EpochFigures:
         """Remove the hook of an interrupted step, and the stored features."""
         self._release()
         self._rows = None
-
-    def to(self, device: torch.device) -> None:
-        """Move the sums of a checkpoint to the device of the module."""
-        if self._sums is not None:
-            self._sums = self._sums.to(_summing_device(device))
 
     def sums_by_rank(self) -> list[Tensor]:
         """The sums of every process for a checkpoint, on the CPU; collective."""
@@ -131,29 +124,12 @@ class EpochFigures:
         self._hook = self._logits = None
 
     @torch.no_grad()
-    def _held_out_sums(self, module: LightningModule, head: nn.Module, owner: str) -> Tensor:
-        """Sums over this process's part of the calibration split, with the classifier as deployed."""
-        trainer = module.trainer
+    def _deployed_sums(self, module: LightningModule, head: nn.Module, owner: str) -> Tensor:
+        """Sums over this process's part of the rows, with the classifier as deployed."""
         if self._rows is None:
-            loader = _calibration_loader(trainer, owner)
-            batches = ((self.features(module, batch), self.labels(batch)) for batch in loader)
-            self._rows = [(features, labels.to(features.device)) for features, labels in batches]
+            self._rows = deployed_rows(module, self.held_out, self.features, self.labels, owner)
         sums = torch.zeros(3, dtype=torch.float64, device=_summing_device(module.device))
-        with evaluating(head), trainer.precision_plugin.forward_context():
+        with evaluating(head), module.trainer.precision_plugin.forward_context():
             for features, labels in self._rows:
                 sums += confidence_sums(head(features), labels)
         return sums
-
-
-def _calibration_loader(trainer: Trainer, owner: str) -> Any:
-    data = datamodule_in_use(trainer)
-    make = getattr(data, "calibration_dataloader", None)
-    loader = None if make is None else make()
-    if loader is None:
-        name = "plain loaders" if data is None else type(data).__name__
-        raise ValueError(
-            f"The data ({name}) has no calibration split, on which {owner} measures confidence and accuracy. Give the "
-            "data module calibration images (split.calibration, or a method calibration_dataloader), or use "
-            "AdaptiveSparsity(held_out=False)."
-        )
-    return loader

@@ -13,7 +13,7 @@ from calib_lightning.core import Head, LinearHead
 from calib_lightning.utils.names import check_choice
 from calib_lightning.utils.seeding import derive_seed
 
-Gradient = Literal["restricted", "straight_through"]
+Gradient = Literal["restricted", "held", "destroyed", "straight_through"]
 Scaling = Literal["expected", "none", "inverted"]
 Layers = Literal["both", "first", "last"]
 
@@ -22,15 +22,16 @@ class MaskedLinear(nn.Module):
     """Linear layer with random weight masks in training, ``z = (M * W) h + b`` with ``M ~ Bernoulli(q)``.
 
     `draw` creates a mask, `clear` removes it. Without a mask, and always in evaluation mode, the layer is deterministic
-    and ``W`` is scaled according to ``scaling``. A masked weight gets no gradient in that step, but momentum and weight
-    decay still apply. Biases are never masked.
+    and ``W`` is scaled according to ``scaling``. Biases are never masked.
 
     Args:
         in_features: Inputs.
         out_features: Outputs.
         bias: Whether there is a ``b``.
-        gradient: "restricted" to the weights that are kept, like autograd, or "straight_through": all of ``W`` gets the
-            gradient of ``M * W``.
+        gradient: What a step does to masked weights. "restricted": they get no gradient, as autograd has it, but
+            momentum and weight decay move them. "held": they keep their values. "destroyed": they become 0.
+            "straight_through": all of ``W`` gets the gradient of ``M * W``. "held" and "destroyed" need `before_update`
+            before the optimiser's step, and `clear` after it.
         scaling: "expected": ``q W`` in evaluation, the mean of ``M * W``. "none": ``W``. "inverted": ``M * W / q`` in
             training, ``W`` in evaluation.
 
@@ -67,6 +68,8 @@ class MaskedLinear(nn.Module):
         self.gradient, self.scaling = gradient, scaling
         self.register_buffer("keep", torch.ones(()))
         self.mask: Tensor | None = None
+        self._kept: Tensor | None = None  # by any mask since the last step of the optimiser, which may have several
+        self._before: Tensor | None = None
 
     def draw(self, seed: int) -> None:
         """Draw a mask as a function of seed, keep rate and device type."""
@@ -74,10 +77,23 @@ class MaskedLinear(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         # compared on the device: reading the rate would synchronise every step
         self.mask = torch.rand(self.weight.shape, generator=generator, device=device) < self.keep
+        if self.gradient in ("held", "destroyed"):
+            self._kept = self.mask if self._kept is None else self._kept | self.mask
 
+    def before_update(self) -> None:
+        """Note what masked weights are to be after a step of the optimiser; called before it."""
+        if self.gradient == "held":
+            self._before = self.weight.detach().clone()
+        elif self.gradient == "destroyed":
+            self._before = torch.zeros_like(self.weight)
+
+    @torch.no_grad()
     def clear(self) -> None:
-        """Remove the mask."""
+        """Remove the mask; after a step of the optimiser, restore or destroy what all masks of the step masked."""
         self.mask = None
+        if self._before is not None and self._kept is not None:
+            self.weight.copy_(torch.where(self._kept, self.weight, self._before))
+            self._kept = self._before = None
 
     def effective_weight(self) -> Tensor:
         """The weights ``(out, in)`` in current use: masked or scaled."""
@@ -138,6 +154,19 @@ class MaskedHead(Head):
         for layer in self.layers():
             layer.clear()
 
+    def before_update(self) -> None:
+        """Note the weights before a step of the optimiser (see `MaskedLinear`)."""
+        for layer in self.layers():
+            layer.before_update()
+
+    def check_interval(self, every: str) -> None:
+        """Reject masks that destroy the weights in every step."""
+        if every == "batch" and any(layer.gradient == "destroyed" for layer in self.layers()):
+            raise ValueError(
+                "gradient is 'destroyed' and mask_every is 'batch': every step would set other weights to 0, until few "
+                "are left. Use mask_every='epoch', or gradient='held'."
+            )
+
 
 class MaskedLinearHead(MaskedHead):
     """One masked linear layer (see `MaskedLinear`).
@@ -146,7 +175,7 @@ class MaskedLinearHead(MaskedHead):
         in_features: d, the number of features.
         num_classes: K.
         bias: Whether there is a bias.
-        gradient: "restricted" or "straight_through".
+        gradient: "restricted", "held", "destroyed" or "straight_through".
         scaling: "expected", "none" or "inverted".
 
     Example:
@@ -181,7 +210,7 @@ class MaskedBottleneck(MaskedHead):
         activation: Whether there is a ReLU between the layers.
         bias: Whether the layers have biases.
         layers: The masked layers: "both", "first" or "last".
-        gradient: "restricted" or "straight_through".
+        gradient: "restricted", "held", "destroyed" or "straight_through".
         scaling: "expected", "none" or "inverted".
 
     Raises:

@@ -98,8 +98,10 @@ class AdaptiveSparsity:
         minimum: Smallest keep rate, above 0 and at most ``start``.
         eta: First and last maximum change (see `decayed_step`); equal for a constant, both 0 for a fixed keep rate.
         q_is: Meaning of the paper's printed ``q``: "keep" or "sparsity".
-        held_out: Whether to measure confidence and accuracy on the calibration split with the classifier as deployed,
-            instead of running means over the masked training steps of the epoch.
+        held_out: Where confidence and accuracy are measured. True: on the calibration split, with the classifier as
+            deployed. False: over the masked training steps of the epoch, as running means. "clean_pass": on all
+            training images without augmentation, or their stored features, with the classifier as deployed; a further
+            reading of the paper. Features that cannot change are kept, N d values.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -114,7 +116,7 @@ class AdaptiveSparsity:
     minimum: float = 0.05
     eta: tuple[float, float] = (0.1, 0.1)
     q_is: Reading = "sparsity"
-    held_out: bool = True
+    held_out: bool | Literal["clean_pass"] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma < math.inf:
@@ -127,6 +129,11 @@ class AdaptiveSparsity:
             raise ValueError(f"eta is {self.eta}; it must hold two values: the first and the last maximum change.")
         _check_steps(*self.eta)
         check_choice("q_is", self.q_is, Reading)
+        if not isinstance(self.held_out, bool) and self.held_out != "clean_pass":
+            raise ValueError(
+                f"held_out is {self.held_out!r}; it must be True (calibration split), False (masked steps) or "
+                "'clean_pass' (training images)."
+            )
 
 
 class KeepRate:
@@ -144,13 +151,14 @@ class KeepRate:
         self.rule = rule
         self.now = self.next = rule.start
 
-    def begin_epoch(self, *, first: bool) -> str | None:
-        """Take the rate of a new epoch; if it has just reached a bound, say what follows."""
+    def begin_epoch(self, epoch: int, *, first: bool) -> str | None:
+        """Take the rate of a new epoch; if it has just reached a bound, say so."""
         before, self.now = self.now, self.rule.start if first else self.next
         self.next = self.now
         if first or self.now == before or self.now not in (self.rule.minimum, 1.0):
             return None
-        return "its classifier is retrained without masks" if self.now == 1.0 else "its classifier may collapse"
+        then = "its classifier is retrained without masks" if self.now == 1.0 else "its classifier may collapse"
+        return f"the keep rate has reached its bound {self.now} at epoch {epoch}: from now on {then}."
 
     def end_epoch(self, confidence: float, accuracy: float, t: int, length: int) -> None:
         """Adapt the rate after epoch t of T to the epoch's figures."""
