@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from calib_lightning.core.finite import guard_saves
 from calib_lightning.core.module_record import equal_weights, load_checkpoint, stage_of
+from calib_lightning.core.stage_base import stages_behind
 from calib_lightning.utils.files import write_whole
 
 
@@ -74,7 +75,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset in a new stage; checkpoint callbacks run after the switch."""
-        stage = int(getattr(pl_module, "stage", 0))
+        stage = stages_behind(trainer, pl_module)
         if stage == self.stage:
             return
         kept = Path(str(self.dirpath)) / f"{self.filename}.ckpt"

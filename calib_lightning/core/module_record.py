@@ -70,9 +70,12 @@ def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
 
 
 def stage_of(checkpoint: Mapping[str, Any]) -> int:
-    """Return how many switches a loaded checkpoint's module had behind it; 0 for modules of somebody else's."""
+    """Return how many switches a loaded checkpoint's module had behind it."""
     record = checkpoint.get(CHECKPOINT_KEY)
-    return int(record.get("stage", 0)) if isinstance(record, dict) else 0
+    if isinstance(record, dict):
+        return int(record.get("stage", 0))
+    states = checkpoint.get("callbacks", {}).items()
+    return sum(bool(state["active"]) for key, state in states if key.startswith("StageSwitch["))
 
 
 def equal_weights(weights: Mapping[str, Any], others: Mapping[str, Any]) -> bool:

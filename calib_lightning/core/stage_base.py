@@ -245,6 +245,12 @@ def stages_of(trainer: Trainer) -> list[Stage]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Stage)]  # type: ignore[attr-defined]
 
 
+def stages_behind(trainer: Trainer, module: LightningModule) -> int:
+    """How many switches a module has behind it; one from outside this package does not count them itself."""
+    stage: int | None = getattr(module, "stage", None)
+    return sum(switch.active for switch in stages_of(trainer)) if stage is None else stage
+
+
 def added_stages(trainer: Trainer) -> list[Stage]:
     """Stages that follow the trainer's epochs, in order: a method's own come before callbacks."""
     return sorted((stage for stage in stages_of(trainer) if stage.adds), key=lambda stage: not stage.brought)

@@ -20,7 +20,7 @@ from calib_lightning.core.module import ClassificationModule
 from calib_lightning.core.randomness import seeded_head
 from calib_lightning.core.schedules import CosineToEnd
 from calib_lightning.core.stage_base import Stage, stages_of
-from calib_lightning.core.submodules import evaluating, submodule_of
+from calib_lightning.core.submodules import evaluating, linear_layers, submodule_of
 from calib_lightning.core.twins import is_twin
 from calib_lightning.types import Views
 
@@ -40,6 +40,12 @@ def check_stage(stage: Stage, trainer: Trainer, module: LightningModule) -> None
             "freezes and mix two heads. Omit it, or average in a run with one stage."
         )
     head, encoder = stage.module_head(module), submodule_of(module, stage.encoder, "encoder")
+    kept = {id(parameter) for parameter in head.parameters()}
+    if kept and all(id(parameter) in kept for parameter in module.parameters()):
+        raise ValueError(
+            f"head is {stage.head!r}, which holds all parameters of {type(module).__name__}; it must be the last layer "
+            f"alone, since {name} freezes the rest. Name that layer: {linear_layers(module)}."
+        )
     _check_schedule(stage, trainer, module)
     views, transform = stage.training.views, _kept_transform(stage, module)
     if views is None or not views.stores_features:
@@ -192,7 +198,8 @@ def warn_of_few_steps(stage: Stage, trainer: Trainer) -> None:
     if (trainer.max_epochs or -1) > 0 and isinstance(trainer.num_training_batches, int):
         steps = stage.length(trainer) * trainer.num_training_batches // trainer.accumulate_grad_batches
         if steps < FEW_STEPS:
+            where = "batch_size of its training" if can_change_loading(trainer) else "of your loader"
             rank_zero_warn(
                 f"The stage of {type(stage).__name__} has only {steps} steps, too few for a new head. Use more "
-                "epochs (at_epoch) or smaller batches (batch_size of its training)."
+                f"epochs (at_epoch) or smaller batches ({where})."
             )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
 
 from calib_lightning.core.data_in_use import set_loading
-from calib_lightning.core.heads import Head, build_head
+from calib_lightning.core.heads import Head
 from calib_lightning.core.module import ClassificationModule
-from calib_lightning.core.module_record import load_checkpoint
 from calib_lightning.core.randomness import seeded_head
 from calib_lightning.core.schedules import with_schedule
 from calib_lightning.core.stage_base import Stage, stages_of
@@ -111,6 +109,31 @@ def _optimizers_of(stage: Stage, module: LightningModule) -> OptimizerLRSchedule
     return with_schedule(optimizer, stage.training.scheduler, stage.length(module.trainer) if known else -1)
 
 
+def plan_first_stage(trainer: Trainer, module: LightningModule) -> None:
+    """Let a module from outside this package see the epochs of the first stage while it makes its schedule.
+
+    Modules of this package have ``first_stage_epochs`` for that.
+    """
+    stages = stages_of(trainer)
+    if isinstance(module, ClassificationModule) or any(stage.active for stage in stages):
+        return
+    begin = min(stage.first(trainer) for stage in stages)
+    if begin < 1:
+        return
+    own = type(module).configure_optimizers.__get__(module)
+
+    def configure_optimizers() -> OptimizerLRScheduler:
+        epochs = trainer.fit_loop.max_epochs
+        trainer.fit_loop.max_epochs = begin
+        try:
+            planned: OptimizerLRScheduler = own()
+        finally:
+            trainer.fit_loop.max_epochs = epochs
+        return planned
+
+    vars(module)["configure_optimizers"] = configure_optimizers
+
+
 # --- from a checkpoint -----------------------------------------------------------------------------------------------
 
 
@@ -150,15 +173,31 @@ def enter_before_weights(trainer: Trainer, module: LightningModule) -> None:
                 undo(stage)
         if trainer.state.fn == TrainerFn.FITTING:
             vars(module).pop("configure_optimizers", None)
+            plan_first_stage(trainer, module)
             set_loading(trainer, None, None)
         active = {stage: record for stage, record in records.items() if record["active"]}
         for stage, record in sorted(active.items(), key=lambda item: int(item[1]["first_epoch"])):
+            if trainer.state.fn == TrainerFn.FITTING:
+                _tell_of_other_epochs(stage, trainer, int(record["first_epoch"]))
             stage.first_epoch = record["first_epoch"]
             enter(stage, trainer, module)
             stage.current = record["current"]
         load(checkpoint)
 
     vars(module)["on_load_checkpoint"] = on_load_checkpoint
+
+
+def _tell_of_other_epochs(stage: Stage, trainer: Trainer, began: int) -> None:
+    """Tell of a stage that gets longer or shorter since ``max_epochs`` is not that of the run before."""
+    stage.first_epoch = None
+    planned, epochs = stage.first(trainer), trainer.max_epochs
+    if stage.at_epoch < 0 and planned != began and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        given = stages_of(trainer)[0].given_epochs
+        rank_zero_warn(
+            f"The checkpoint's stage began at epoch {began}. With max_epochs={given}, to which its stages are added, "
+            f"training goes on to epoch {epochs}. To finish the run as it was planned, resume with "
+            f"max_epochs={(given or 0) + began - planned}."
+        )
 
 
 def restore_module_hooks(module: LightningModule) -> None:
@@ -184,70 +223,3 @@ def _leads_to(class_path: str, cls: type[Stage]) -> bool:
         return find_class(class_path, Stage) is cls
     except ValueError:
         return False
-
-
-def load_start(stage: Stage, module: LightningModule) -> None:
-    """Load the encoder of the trained checkpoint ``init_from``, and its head if it fits."""
-    assert stage.init_from is not None
-    if not Path(stage.init_from).is_file():
-        raise FileNotFoundError(f"init_from of {type(stage).__name__} is {stage.init_from!r}, which does not exist.")
-    state: dict[str, Tensor] = load_checkpoint(stage.init_from)["state_dict"]
-    encoder, head = f"{stage.encoder}." if stage.encoder else "", f"{stage.head}."
-    own = {name: value for name, value in module.state_dict().items() if name.startswith((encoder, head))}
-
-    def of(values: dict[str, Tensor], part: str) -> dict[str, tuple[int, ...]]:
-        is_head = part == head
-        return {
-            name: tuple(value.shape)
-            for name, value in values.items()
-            if name.startswith(part) and name.startswith(head) == is_head
-        }
-
-    mine, theirs = of(own, encoder), of(state, encoder)
-    if not stage.encoder:  # of a whole module, skip criteria and metrics
-        theirs = {name: shape for name, shape in theirs.items() if name in mine}
-    if mine != theirs:
-        name = next(n for n in (*mine, *theirs) if mine.get(n) != theirs.get(n))
-        raise ValueError(
-            f"init_from is {stage.init_from!r}, which holds another encoder: {name!r} is "
-            f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} in this module. Build the module "
-            "with the encoder of the checkpoint, or give another checkpoint."
-        )
-    wanted = set(mine)
-    stage.head_loaded = of(own, head) == of(state, head)
-    if stage.head_loaded:
-        wanted |= set(of(own, head))
-    module.load_state_dict({name: state[name] for name in wanted}, strict=False)
-
-
-def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
-    """Install the heads of a staged training in a module from outside this package, and load its weights.
-
-    Use `load_module` for modules of this package. Your own head classes must derive from `Head`, and the file that
-    defines them must be imported.
-
-    Args:
-        module: The module as it was built for training.
-        path: A checkpoint of the training.
-
-    Returns:
-        The module, with the weights of the checkpoint, in ``eval()`` mode.
-
-    Raises:
-        ValueError: If a head in the file is not a `Head` and therefore cannot be rebuilt.
-
-    Example:
-        ``module = load_stages(MyModule(), "last.ckpt")``
-    """
-    checkpoint = load_checkpoint(path)
-    states = [s for key, s in checkpoint.get("callbacks", {}).items() if key.startswith("StageSwitch[") and s["active"]]
-    for state in sorted(states, key=lambda state: int(state["first_epoch"])):
-        if state["head_spec"] is None:
-            raise ValueError(
-                f"{path} holds a head {state['head']!r} that is not a calib_lightning.core.Head, so it cannot be "
-                "rebuilt from the file. Test or resume with a trainer that has the same StageSwitch."
-            )
-        if state["current"] or len(states) == 1:
-            put_submodule(module, state["head"], build_head(state["head_spec"]))
-    module.load_state_dict(checkpoint["state_dict"])
-    return module.eval()

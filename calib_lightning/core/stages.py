@@ -27,13 +27,13 @@ from calib_lightning.core.stage_entry import (
     forget_features,
     hold_still,
     leave,
-    load_stages,
-    load_start,
+    plan_first_stage,
     rebuild_training,
     record_of,
     restore_module_hooks,
     store_features,
 )
+from calib_lightning.core.stage_files import load_stages, load_start, warn_of_earlier_files
 from calib_lightning.core.twins import is_twin
 
 __all__ = [  # what methods need, and class paths in older configurations
@@ -108,6 +108,7 @@ class StageSwitch(Stage):
                 check_heads(stages, pl_module)
                 if isinstance(pl_module, ClassificationModule):
                     pl_module.first_stage_epochs = min(other.first(trainer) for other in stages)
+                plan_first_stage(trainer, pl_module)
             enter_before_weights(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,8 +165,14 @@ class StageSwitch(Stage):
         if not self.active:
             rank_zero_warn(
                 f"{type(self).__name__} should have switched at epoch {self.first(trainer)}, but training ended "
-                "earlier, in the previous stage. Continue training without whatever stopped the run early."
+                "earlier, in the previous stage. Continue training without whatever stopped the run early, or train "
+                "this stage in a run of its own, with init_from=CHECKPOINT."
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of checkpoints from before the last stage, which would be mistaken for those of the new head."""
+        if self.current and trainer.is_global_zero:
+            warn_of_earlier_files(self, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore module and data module for use outside of a fit."""

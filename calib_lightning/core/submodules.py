@@ -29,8 +29,16 @@ def submodule_of(module: nn.Module, name: str, what: str) -> nn.Module:
         names = ", ".join(repr(own) for own, _ in module.named_children())
         raise ValueError(
             f"{what} is {name!r}; it must be the name of a submodule of {type(module).__name__}. Its top-level "
-            f"submodules are {names or 'none'}."
+            f"submodules are {names or 'none'}; {linear_layers(module)}."
         ) from None
+
+
+def linear_layers(module: nn.Module) -> str:
+    """Say which linear layers a module has, of which the last is usually the head; the last five are named."""
+    names = [repr(name) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    if not names:
+        return "it has no linear layers"
+    return f"its {'last ' if len(names) > 5 else ''}linear layers are {', '.join(names[-5:])}"
 
 
 def put_submodule(module: nn.Module, name: str, part: nn.Module) -> None:

@@ -1,0 +1,103 @@
+"""Stages of a module of somebody else's: what goes wrong in silence is told, and what is wrong is named."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from calib_lightning.callbacks.checkpoints import RunCheckpoint
+from calib_lightning.core import StageSwitch, load_stages
+from calib_lightning.core.module_record import load_checkpoint
+from tests.core.test_stages import Foreign, loaders
+from tests.ddp.cases import trainer
+
+
+class Score(Callback):
+    """Logs a score that gets worse in the stage."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("score", float(trainer.current_epoch))
+
+
+def switch(at_epoch, **options):
+    return StageSwitch(at_epoch, encoder="net", head="net.fc", **options)
+
+
+def run(folder, own, switches, epochs=2, callbacks=(), **options):
+    seed_everything(1)
+    train, val, _ = loaders()
+    made = trainer(folder, 1, [*switches, *callbacks], max_epochs=epochs)
+    made.fit(own, train, val, weights_only=True, **options)
+    return made
+
+
+def test_a_checkpoint_from_before_the_stage_is_told_of(tmp_path):
+    best = ModelCheckpoint(tmp_path, "best", monitor="score", enable_version_counter=False)
+    with pytest.warns(UserWarning, match=r"best\.ckpt is from before the stage of StageSwitch.* score was better then"):
+        run(tmp_path, Foreign(), [switch(-1)], callbacks=[Score(), best])
+    with pytest.warns(UserWarning, match=r"best\.ckpt is from before the first switch"):
+        load_stages(Foreign(), tmp_path / "best.ckpt")
+
+
+def test_a_checkpoint_of_the_stage_is_not_told_of(tmp_path):
+    last = ModelCheckpoint(tmp_path, "last", monitor="score", mode="max", enable_version_counter=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is from before")
+        run(tmp_path, Foreign(), [switch(-1)], callbacks=[Score(), last])
+        load_stages(Foreign(), tmp_path / "last.ckpt")
+
+
+def test_a_run_checkpoint_keeps_the_stage_before(tmp_path):
+    run(tmp_path, Foreign(), [switch(-1)], callbacks=[Score(), RunCheckpoint(tmp_path, "best", monitor="score")])
+    parts = {name: set(load_checkpoint(tmp_path / name)["state_dict"]) for name in ("stage-1-best.ckpt", "best.ckpt")}
+    assert "net.fc.weight" in parts["stage-1-best.ckpt"]
+    assert "net.fc.linear.weight" in parts["best.ckpt"]
+
+
+@pytest.mark.parametrize("at_epoch", [-4, 3])
+def test_the_schedule_of_the_first_stage_ends_with_it(tmp_path, at_epoch):
+    seen = []
+
+    class Cosine(Foreign):
+        def configure_optimizers(self):
+            seen.append((self.trainer.max_epochs, self.trainer.estimated_stepping_batches))
+            return super().configure_optimizers()
+
+    epochs = 3 if at_epoch < 0 else 7
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    made = run(tmp_path, Cosine(), [switch(at_epoch)], epochs, callbacks=[keep])
+    assert made.current_epoch == 7
+    run(tmp_path, Cosine(), [switch(at_epoch)], epochs, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert seen == [(3, 15)] * 2
+
+
+def test_more_epochs_than_planned_are_told_of_on_a_resume(tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    run(tmp_path, Foreign(), [switch(-3)], 2, callbacks=[keep])
+    with pytest.warns(UserWarning, match="goes on to epoch 8. To finish .* with max_epochs=2"):
+        assert run(tmp_path, Foreign(), [switch(-3)], 5, ckpt_path=tmp_path / "epoch=2.ckpt").current_epoch == 8
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*as it was planned")
+        assert run(tmp_path, Foreign(), [switch(-3)], 2, ckpt_path=tmp_path / "epoch=2.ckpt").current_epoch == 5
+
+
+def test_names_of_parts_are_helped_with(tmp_path):
+    for head, message in (
+        ("fc", "it must be the name of a submodule of Foreign.*its linear layers are 'net.fc'"),
+        ("net", "holds all parameters of Foreign.*Name that layer: its linear layers are 'net.fc'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, Foreign(), [StageSwitch(1, encoder="net", head=head)])
+
+
+def test_advice_on_few_steps_can_be_followed(tmp_path):
+    with pytest.warns(UserWarning, match=r"smaller batches \(of your loader\)"):
+        run(tmp_path, Foreign(), [switch(1)])
+
+
+def test_a_class_is_not_a_module(tmp_path):
+    torch.save({}, tmp_path / "none.ckpt")
+    with pytest.raises(TypeError, match=r"module is the class Foreign.*Pass Foreign\(\.\.\.\)"):
+        load_stages(Foreign, tmp_path / "none.ckpt")
