@@ -90,25 +90,26 @@ class MaskedClassifier(StageSwitch):
         self._rank = 0
 
     @classmethod
-    def paper(cls, at_epoch: int, q_is: Reading = "keep") -> MaskedClassifier:
+    def paper(cls, at_epoch: int, q_is: Reading = "keep", **options: Unpack[SwitchOptions]) -> MaskedClassifier:
         """Return the paper's version: two layers, unscaled, statistics of the masked steps, constant lr.
 
         Args:
             at_epoch: First epoch of the stage; -T appends a stage of T epochs.
             q_is: "keep" as in the text, which drives ``q`` to a bound, or "sparsity" as in the algorithm.
+            **options: ``encoder``, ``head``, ``training`` and ``init_from`` of `StageSwitch`.
 
         Returns:
             The callback.
         """
         rule = AdaptiveSparsity(gamma=0.95, eta=(0.1, 0.001), q_is=q_is, held_out=False)
-        switch = cls(at_epoch, partial(MaskedBottleneck, scaling="none"), rule)
-        switch.training.scheduler = None
+        switch = cls(at_epoch, partial(MaskedBottleneck, scaling="none"), rule, **options)
+        switch.training.scheduler = None if switch._default_training else switch.training.scheduler
         return switch
 
     @classmethod
-    def paper_sparsity(cls, at_epoch: int) -> MaskedClassifier:
+    def paper_sparsity(cls, at_epoch: int, **options: Unpack[SwitchOptions]) -> MaskedClassifier:
         """Like `paper`, with ``q`` read as a sparsity."""
-        return cls.paper(at_epoch, q_is="sparsity")
+        return cls.paper(at_epoch, q_is="sparsity", **options)
 
     @property
     def uses_calibration(self) -> bool:

@@ -40,6 +40,7 @@ from calib_lightning.methods.parts.mac_cal_head import MaskedBottleneck, MaskedH
 from calib_lightning.methods.parts.mac_cal_rule import AdaptiveSparsity, adapt_keep_rate, decayed_step
 from calib_lightning.utils.seeding import derive_seed
 from tests.ddp import cases
+from tests.ddp.cases import cosine
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 KEYS = ("mac_cal/keep", "mac_cal/confidence", "mac_cal/accuracy")
@@ -580,6 +581,10 @@ def test_presets():
     assert (rule.q_is, rule.held_out, ours.mask_every, ours.warm_start) == ("sparsity", True, "batch", False)
     assert isinstance(ours.classifier(512, 100), MaskedLinearHead)
     assert ours.classifier(512, 100).linear.scaling == "expected"
+    own = StageTraining(scheduler=cosine)
+    for made in (MaskedClassifier.paper, MaskedClassifier.paper_sparsity):
+        switch = made(-40, encoder="net", head="net.fc", training=own)
+        assert (switch.encoder, switch.head, switch.training.scheduler) == ("net", "net.fc", cosine)
     for switch in (paper, sparsity, ours):
         (group,) = switch.training.optimizer([torch.zeros(1, requires_grad=True)]).param_groups
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 5e-4)
