@@ -276,9 +276,8 @@ class MaCCal(ClassificationModule):
         TypeError: If ``switch`` is not a `MaskedClassifier`.
 
     Deviations:
-        The default differs from the paper in sign, scaling, statistics, classifier and learning rate, and uses up the
-        calibration images: a report must mention a post-hoc calibrator fitted on the same images. See
-        `MaskedClassifier`.
+        Those of `MaskedClassifier`: sign, scaling, statistics, classifier and learning rate. The default uses up the
+        calibration images: a report must mention a post-hoc calibrator fitted on them.
 
     Example:
         >>> MaCCal(10, encoder="digits_cnn").switch.at_epoch
