@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calib_lightning.predictions.csv_files import Holds, load_csv, numbers
+from calib_lightning.predictions.csv_files import load_csv, numbers
+from calib_lightning.predictions.csv_header import Columns, Holds
 from calib_lightning.predictions.settings import Reading
 from calib_lightning.utils.stored import DamagedFileError, check_archive, load_torch, read_array
 
@@ -28,12 +29,13 @@ Array = npt.NDArray[Any]
 class Stored:
     """The unchecked content of a file with a suffix of ``SUFFIXES``.
 
-    ``columns`` describes the columns of a CSV file; ``class_names`` are as stored, or ``None``.
+    ``columns`` are those of a CSV file, else ``None``; ``class_names`` are as stored, or ``None``.
     """
 
     def __init__(self, path: Path, reading: Reading, holds: Holds) -> None:
         self.path, self.reading = path, reading
-        self.columns, self.class_names = "", None
+        self.columns: Columns | None = None
+        self.class_names = None
         suffix = _suffix(path, SUFFIXES)
         self.is_csv = suffix == ".csv"
         self.content: Mapping[str, Tensor] | Tensor
@@ -43,7 +45,8 @@ class Stored:
         elif suffix == ".npy":
             self.content = _tensor(_load_array(path))
         elif self.is_csv:
-            self.content, self.columns = load_csv(path, reading.labels_key, holds)
+            self.columns, self.content, self._texts = load_csv(path, reading.labels_key, holds)
+            self.class_names = self.columns.class_names
         else:
             self.content, self.class_names = _load_torch(path)
 
@@ -70,7 +73,9 @@ class Stored:
         if isinstance(self.content, Tensor):
             return self.content
         if self.is_csv and "p" in self.content and self.reading.kind != "probs":
-            raise ValueError(f"{self.path}: column 'p' has probabilities of class 1. Set input=probs.")
+            assert self.columns is not None
+            name = self.columns.header[self.columns.scores[0]]
+            raise ValueError(f"{self.path}: column {name!r} has probabilities of class 1. Set input=probs.")
         if self.is_csv:
             return self.content["scores"]
         usual = self.reading.kind
@@ -79,14 +84,16 @@ class Stored:
         return self._named(self.reading.scores_key or usual, "scores_key", hint)
 
     @property
-    def labels(self) -> Tensor:
-        """The labels in a file with scores."""
+    def labels(self) -> Tensor | Array:
+        """The labels in a file with scores; in a CSV file their text."""
         if isinstance(self.content, Tensor):
             raise ValueError(f"{self.path} has only scores. Give the labels in a separate file (labels).")
+        if self.is_csv and self._texts is not None:
+            return np.array(self._texts, dtype=str)
         return self._named("labels" if self.is_csv else self.reading.labels_key or "labels", "labels_key")
 
     @property
-    def only_labels(self) -> Tensor:
+    def only_labels(self) -> Tensor | Array:
         """The labels in a file of labels."""
         if isinstance(self.content, Tensor):
             return self.content

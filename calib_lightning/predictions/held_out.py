@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from calib_lightning.predictions.csv_header import quoted
 from calib_lightning.predictions.reading import Predictions
 
 _SAMPLED_ROWS, _SAMPLED_CLASSES = 200, 8
@@ -34,6 +35,11 @@ def check_apart(calibration: Predictions, test: Predictions) -> list[str]:
         raise ValueError(
             f"{places} must have the same classes, but have {calibration.scores.shape[1]} and {test.scores.shape[1]}."
         )
+    names, test_names = calibration.origin.class_names, test.origin.class_names
+    if names is not None and test_names is not None and names != test_names:
+        raise ValueError(
+            f"{places} must have the same classes in the same order, but have {quoted(names)} and {quoted(test_names)}."
+        )
     rows, test_rows = _distinct_rows(calibration), _distinct_rows(test)
     shared = len(rows & test_rows)
     same = calibration.scores.shape == test.scores.shape and rows == test_rows
@@ -48,7 +54,10 @@ def check_apart(calibration: Predictions, test: Predictions) -> list[str]:
         raise ValueError(f"{places} hold the same rows up to rounding (scores and labels): {LOOKS_BETTER}")
     if by_chance:
         return []
-    return [f"{shared} of its rows are also among the calibration rows"]
+    return [
+        f"{shared} of its {len(test_rows)} distinct rows have the scores and label of a calibration row: usual where "
+        "scores are rounded or saturated; otherwise the sets share these rows"
+    ]
 
 
 def check_widths(calibration: Predictions, tests: Mapping[str, Predictions]) -> None:

@@ -42,14 +42,15 @@ def read_others(sources: Any, reading: Reading | None = None) -> dict[str, Predi
         OSError: A file cannot be read.
     """
     if isinstance(sources, Mapping):
-        return {name: _unlabelled(source, reading) for name, source in sources.items()}
+        return {name: unlabelled(source, reading) for name, source in sources.items()}
     single = isinstance(sources, str | Path | Predictions | tuple | torch.Tensor) or hasattr(sources, "__array__")
-    found = [_unlabelled(source, reading) for source in ([sources] if single else sources)]
+    found = [unlabelled(source, reading) for source in ([sources] if single else sources)]
     names = iter(unique_names([each.origin.file for each in found if each.origin.file is not None]))
     return {f"others-{i + 1}" if each.origin.file is None else next(names): each for i, each in enumerate(found)}
 
 
-def _unlabelled(source: Any, reading: Reading | None) -> Predictions:
+def unlabelled(source: Any, reading: Reading | None = None) -> Predictions:
+    """Read one set without labels, which become -1: a file, `Predictions`, or scores ``(N, K)``."""
     origin = Origin()
     if isinstance(source, Predictions):
         return source
@@ -58,9 +59,9 @@ def _unlabelled(source: Any, reading: Reading | None) -> Predictions:
         source, origin = stored.scores, Origin((Path(source),), stored.class_names)
     elif isinstance(source, tuple):
         source = source[0]
-    scores = source if isinstance(source, torch.Tensor) else torch.as_tensor(source)
-    found = predictions_of((scores, torch.zeros(len(scores), dtype=torch.int64)), reading)
-    return found._replace(labels=found.labels - 1, origin=origin)
+    found = predictions_of((source, torch.zeros(len(source), dtype=torch.int64)), reading)
+    names = origin.class_names or found.origin.class_names
+    return found._replace(labels=found.labels - 1, origin=origin._replace(class_names=names))
 
 
 def ood_values(

@@ -15,6 +15,7 @@ from calib_lightning.functional import binary_labels, two_columns
 from calib_lightning.metrics.functional.checks import InputKind, check_shapes, check_values, seem_probs
 from calib_lightning.metrics.functional.proper import check_soft_labels, check_soft_values
 from calib_lightning.posthoc import as_logits
+from calib_lightning.predictions.class_names import named_columns, numbered
 from calib_lightning.predictions.files import Stored
 from calib_lightning.predictions.settings import Reading
 
@@ -94,18 +95,19 @@ def read_predictions(
         OSError: The file cannot be read.
 
     Example:
-        ``read_predictions("probs.csv", Reading(input="probs"))``
+        ``read_predictions("probs.csv", calib_lightning.predictions.Reading(input="probs"))``
     """
     path, reading = Path(path), reading or Reading()
     labels_path = None if labels_path is None else Path(labels_path)
     stored = Stored(path, reading, "scores and labels" if labels_path is None else "scores")
     scores = stored.scores
-    labels = stored.labels if labels_path is None else Stored(labels_path, reading, "labels").only_labels
+    given = stored.labels if labels_path is None else Stored(labels_path, reading, "labels").only_labels
+    labels, names = numbered(given, stored.class_names, str(labels_path or path))
     found = Predictions(
         scores, labels, stored.optional("confidence"), reading.kind, stored.optional("label_distribution")
     )
     files = (path,) if labels_path is None else (path, labels_path)
-    origin = Origin(files, stored.class_names, (stored.columns,) if stored.columns else ())
+    origin = Origin(files, names, (stored.columns.note,) if stored.columns is not None and stored.columns.note else ())
     return _not_probs(_checked(found, origin, str(labels_path or path)), reading)
 
 
@@ -127,10 +129,13 @@ def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> P
         return read_predictions(source[0], reading, source[1])
     if isinstance(source[0], str | Path):  # scores in a file, labels in memory
         stored = Stored(Path(source[0]), reading or Reading(), "scores")
-        source = (stored.scores, *source[1:])
-    scores, labels, *features = map(_as_tensor, source)
+        given, names = stored.scores, stored.class_names
+    else:
+        given, names = named_columns(source[0], "predictions")
+    labels, names = numbered(source[1], names, "predictions")
+    scores, labels, *features = map(_as_tensor, (given, labels, *source[2:]))
     found = Predictions(scores, labels, input=(reading or Reading()).kind, features=features[0] if features else None)
-    return _not_probs(_checked(found, Origin(), "predictions"), reading)
+    return _not_probs(_checked(found, Origin(class_names=names), "predictions"), reading)
 
 
 def with_features(predictions: Predictions, reading: Reading | None = None) -> Predictions:

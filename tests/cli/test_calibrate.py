@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from typing import ClassVar
@@ -574,7 +575,7 @@ def test_shared_rows_are_said_and_chance_is_not_blamed(files, calib):
     save(files / "mixed.npz", logits, labels)
     done = calib("calibrate", "--calibration", "cal.npz", "--test", "mixed.npz", *FAST)
     assert done.code == 0
-    assert "mixed: 20 of its rows are also among the calibration rows" in done.out
+    assert re.search(r"mixed: 20 of its \d+ distinct rows have the scores and label of a calibration row", done.out)
     for name in ("one", "two"):
         save(files / f"{name}.npz", torch.zeros(30, 5), torch.arange(30) % (2 + len(name)))
     save(files / "two.npz", torch.zeros(40, 5), torch.arange(40) % 5)
@@ -582,7 +583,7 @@ def test_shared_rows_are_said_and_chance_is_not_blamed(files, calib):
         "calibrate", "--calibration", "one.npz", "--test", "two.npz", *FAST, "--calibrators", "FixedTemperature(2)"
     )
     assert done.code == 0, done.err
-    assert "also among" not in done.out
+    assert "of a calibration row" not in done.out
 
 
 @pytest.mark.parametrize(

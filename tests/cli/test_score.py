@@ -585,10 +585,8 @@ BAD = {
         ["'prediction', 'top 1'", "drop"],
     ),
     "second without a name": (lambda p: p.write_text("z0,,z1,label\n1,0,2,0\n"), "run.csv", ["without a name"]),
-    "class names": (lambda p: p.write_text("cat,dog,label\n1,2,0\n"), "run.csv", ["'cat', 'dog'", "rename"]),
     "hole taken for a name": (lambda p: p.write_text("0.1,NA,0.2,0\n1,2,3,1\n"), "run.csv", ["'0.1', 'NA', '0.2'"]),
     "order": (lambda p: p.write_text("z1,z0,label\n1,2,0\n"), "run.csv", ["out of order", "'z1', 'z0'"]),
-    "gap": (lambda p: p.write_text("0,2,label\n1,2,0\n"), "run.csv", ["missing", "'0', '2'"]),
     "last column is named": (
         lambda p: p.write_text("z0,z1,weight\n1,2,0\n"),
         "run.csv",

@@ -1,0 +1,113 @@
+"""Names of classes: labels as text become class numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calib_lightning.predictions.csv_header import classes_of, quoted
+from calib_lightning.utils.names import did_you_mean
+
+Names = tuple[str, ...] | None
+
+
+def named_columns(scores: Any, where: str) -> tuple[Any, Names]:
+    """Scores in the order of the classes, and the names of these: the columns of a DataFrame."""
+    columns = getattr(scores, "columns", None)
+    if columns is None:
+        return scores, None
+    order, names = classes_of([str(name) for name in columns], where)
+    return np.asarray(scores)[:, order], names
+
+
+def numbered(labels: Any, names: Names, where: str) -> tuple[Any, Names]:
+    """Labels as class numbers, if they are text or names of classes, and the names of all classes.
+
+    A single name is that of class 1 of two. Labels of other kinds are returned as they are, for the checks that name
+    them.
+
+    Args:
+        labels: ``(N,)`` or ``(N, 1)``.
+        names: Names of the classes, if known.
+        where: Their source, for messages.
+
+    Returns:
+        Class numbers ``(N,)``, or ``labels``; the names of all K classes, or ``None`` if they are not known.
+
+    Raises:
+        ValueError: A label is neither the name of a class nor a class number.
+    """
+    if names is None and isinstance(labels, Tensor):
+        return labels, None
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    array = array.reshape(-1) if array.shape[1:] == (1,) else array
+    is_text = array.dtype.kind in "OUST" and array.ndim == 1
+    whole = _whole(array)
+    of_two = names is not None and len(names) == 1
+    if whole is None and is_text and (names is None or (of_two and names[0].lower() not in ("true", "false"))):
+        whole = _truth(array)
+    if names is None or (of_two and whole is not None and not names[0].isdecimal()):
+        if is_text and whole is None:
+            raise ValueError(_unnamed(array, where))
+        return (torch.from_numpy(whole) if is_text else labels), None if names is None else (f"not {names[0]}", *names)
+    if array.ndim != 1 or not (is_text or whole is not None or array.dtype == bool):
+        return labels, names
+    texts, places = np.unique((array if whole is None else whole).astype(str), return_inverse=True)
+    if of_two:
+        names = _both(texts.tolist(), names[0], where)
+    by_name = {name: number for number, name in enumerate(names)}
+    if whole is not None and not any(name.isdecimal() for name in names):
+        return torch.from_numpy(whole), names
+    unknown = [place for place, text in enumerate(texts) if str(text) not in by_name]
+    if unknown:
+        row = int(np.isin(places, unknown).argmax())
+        raise ValueError(
+            f"{where}: row {row} has label {str(array[row])!r}; it must be the name of a class: {quoted(names)}."
+            f"{'' if whole is not None else did_you_mean(str(array[row]), names)} The columns of scores name them."
+        )
+    return torch.from_numpy(np.array([by_name[str(text)] for text in texts], dtype=np.int64)[places]), names
+
+
+def _whole(array: npt.NDArray[Any]) -> npt.NDArray[np.int64] | None:
+    """The labels as int64 if all are whole numbers, also written as text."""
+    if array.dtype.kind in "iu":
+        return array.astype(np.int64)
+    try:
+        values = array.astype(np.float64) if array.dtype.kind in "fOUST" else np.array([np.nan])
+    except (ValueError, TypeError):
+        return None
+    sound = np.isfinite(values) & (values == np.floor(values)) & (np.abs(values) < 2**53)
+    return values.astype(np.int64) if bool(sound.all()) else None
+
+
+def _truth(array: npt.NDArray[Any]) -> npt.NDArray[np.int64] | None:
+    """The labels True and False as 1 and 0."""
+    texts = np.char.lower(array.astype(str))
+    return (texts == "true").astype(np.int64) if set(texts.tolist()) <= {"true", "false"} else None
+
+
+def _both(found: Sequence[str], positive: str, where: str) -> tuple[str, str]:
+    """The names of two classes, of which one names the column of scores, and the other is among the labels."""
+    others = [text for text in found if text != positive]
+    if positive == "1" and others in ([], ["0"]):
+        return "0", "1"
+    if len(others) == len(found) or len(others) > 1:
+        raise ValueError(
+            f"{where}: the labels are {quoted(found)}; they must be {positive!r}, which names the column of scores, "
+            "and one other. Name the column by the class that it is the probability of."
+        )
+    return others[0] if others else f"not {positive}", positive
+
+
+def _unnamed(array: npt.NDArray[Any], where: str) -> str:
+    row = next(place for place, text in enumerate(array) if _whole(np.array([text], dtype=object)) is None)
+    what = f"row {row} has label {str(array[row])!r}" if str(array[row]) else f"row {row} has no label"
+    return (
+        f"{where}: {what}; it must be a whole number, since the classes have no names. Name the columns of scores by "
+        "their classes (in Python: pandas.DataFrame(probs, columns=model.classes_)), or give class numbers from 0."
+    )
