@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,10 @@ BENCHMARK = "benchmark.json"
 """The record of a benchmark in its folder."""
 SPLITS = " (splits "
 """Between the name of data and the beginning of the hash of their splits, where runs have different ones."""
+
+
+_SAID = 5
+"""Number of differing settings that are named."""
 
 
 class Labels(NamedTuple):
@@ -84,6 +88,8 @@ def labels_of_runs(folders: Iterable[Path]) -> Labelled:
             "there is no finished run to compare. " + (f"{notes[0]}." if notes else "Give folders of runs.")
         )
     runs = _apart_by_splits(runs, notes)
+    if loose or len({run.parent for run in runs}) > 1:  # within one benchmark its file has asked for it
+        notes += _differences(runs)
     places: dict[Labels, Path] = {}
     for run, labels in runs.items():
         key = labels._replace(calibrators=None)
@@ -158,6 +164,47 @@ def _of_configurations(folders: list[Path]) -> dict[Path, Labels]:
             if said:
                 named[folder] = named[folder]._replace(method=f"{named[folder].method} ({said})")
     return named
+
+
+def _differences(runs: dict[Path, Labels]) -> Iterator[str]:
+    """Say in what the trainings of several methods differ beside method and seed; within one the labels do."""
+    tables: dict[tuple[str, str], dict[Path, dict[str, str]]] = {}
+    own: dict[Path, tuple[str, ...]] = {}
+    for run, labels in runs.items():
+        settings, own[run] = _of_training(_config(run))
+        tables.setdefault((labels.data, labels.network), {})[run] = _flat(settings)
+    for (data, network), trainings in tables.items():
+        if len({_labels(_config(run), run).method for run in trainings}) < 2:
+            continue
+        said = []
+        for key in dict.fromkeys(key for settings in trainings.values() for key in settings):
+            by_value: dict[str, dict[str, None]] = {}
+            for run, settings in trainings.items():
+                if key.startswith(own[run]):
+                    continue
+                by_value.setdefault(settings.get(key, "not set"), {})[runs[run].method] = None
+            if len(by_value) > 1:
+                values = "; ".join(
+                    f"{value}: {', '.join([*methods][:3])}{' ...' * (len(methods) > 3)}"
+                    for value, methods in by_value.items()
+                )
+                said.append(f"{key.removeprefix('.').replace('.init_args', '')} ({values})")
+        if said:
+            more = f", and {len(said) - _SAID} more" if len(said) > _SAID else ""
+            where = ", ".join(name for name in (data, network) if name)
+            yield f"{where}: these runs differ in more than method and seed: {', '.join(said[:_SAID])}{more}"
+
+
+def _of_training(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """How a run was trained, without class, settings and callbacks of its method, and what its method prescribes."""
+    found = _of_method(config)
+    (found.get("data", {}).get("init_args") or {}).pop("root", None)  # the splits tell other images apart
+    (found.get("trainer") or {}).pop("callbacks", None)
+    path = config_names("method").get(_called(str(config["model"].get("class_path")), "method"))
+    own = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")).get("init_args") or {}
+    model = found.pop("model").get("init_args") or {}
+    shared = {key: model[key] for key in ("optimizer", "scheduler") if key in model and key not in own}
+    return found | {"model": shared}, tuple(f".model.{key}" for key in own)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
