@@ -17,10 +17,10 @@ from calib_lightning.commands.fit_checks import (
     FromLinkError,
     check_select_on,
     check_validation,
-    checked_num_classes,
     is_same_method,
     ready_data,
     set_batch_size,
+    told_by_data,
 )
 from calib_lightning.commands.fit_folder import (
     checkpoint_of_run,
@@ -54,9 +54,9 @@ class CalibCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         self.run_folder = Path()
         self.trained_in: Path | None = None
-        self.resumed_step = 0
-        self.same_class = True
+        self.resumed_step, self.same_class = 0, True
         self.checkpoint_classes: int | None = None
+        self.saved_encoder: Any = None
         self._named = args[0] if isinstance(args, list) and args else None
         with without_noise(), ending_launched(self), ending_loggers(self):
             super().__init__(
@@ -119,22 +119,22 @@ class CalibCLI(LightningCLI):
         checkpoint = load_checkpoint(config.ckpt_path)
         record = module_record(checkpoint)
         self.checkpoint_classes = record["num_classes"]
+        self.saved_encoder = checkpoint.get("hyper_parameters", {}).get("encoder", "")
         self.resumed_step = int(checkpoint.get("global_step", 0))
         self.same_class = is_same_method(config.model, checkpoint, record, config.ckpt_path)
 
     def _num_classes(self, datamodule: LightningDataModule) -> int:
-        """K of the data or of the option."""
-        try:
-            return checked_num_classes(datamodule, self._command_config(), self.config.subcommand)
-        except Exception as error:
-            raise FromLinkError(error) from error
+        """K of the data or of the option; the encoder, too, learns from the data."""
+        return told_by_data(datamodule, self._command_config(), self.config.subcommand, self.saved_encoder)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what is wrong with the data is said as it is."""
         try:
             super().instantiate_classes()
         except FromLinkError as carrier:
-            raise carrier.error from None
+            if carrier.error is not None:
+                raise carrier.error from None
+            super().instantiate_classes()
 
     def _command_config(self) -> Namespace:
         return self.config[self.config.subcommand]  # type: ignore[no-any-return]

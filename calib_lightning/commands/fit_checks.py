@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from calib_lightning.callbacks.record import check_data_of_run
 from calib_lightning.core import ClassificationModule
 from calib_lightning.core.data_facts import declared_classes, lacks_class_counts, num_classes_of
+from calib_lightning.core.networks import NETWORKS
 from calib_lightning.data import BenchmarkDataModule
 from calib_lightning.metrics import CORE, METRICS
 from calib_lightning.utils.described import is_spec
@@ -20,9 +22,12 @@ from calib_lightning.utils.registry import class_path_of, find_class
 
 
 class FromLinkError(BaseException):
-    """Carries an error past the parser, which would print the data module, and that asks the data for its loaders."""
+    """Carries an error past the parser, which would print the data module, and that asks the data for its loaders.
 
-    def __init__(self, error: Exception) -> None:
+    Without an error it says that the configuration has changed, by which model and data are to be built.
+    """
+
+    def __init__(self, error: Exception | None) -> None:
         super().__init__(error)
         self.error = error
 
@@ -119,6 +124,50 @@ def checked_num_classes(datamodule: LightningDataModule, config: Namespace, comm
     return int(asked or found or 0)
 
 
+def told_by_data(datamodule: LightningDataModule, config: Namespace, command: str, saved_encoder: Any) -> int:
+    """Take from the data what the model is to be built with.
+
+    Args:
+        datamodule: The data.
+        config: Configuration of the command, which gets the encoder's channels.
+        command: Name of the command.
+        saved_encoder: The encoder in the checkpoint from which the weights come; ``None`` without one.
+
+    Returns:
+        K.
+
+    Raises:
+        FromLinkError: If data and configuration do not agree, or the configuration was changed.
+    """
+    try:
+        classes = checked_num_classes(datamodule, config, command)
+        changed = _take_channels(config.model, datamodule, saved_encoder)
+    except Exception as error:
+        raise FromLinkError(error) from error
+    if changed:
+        raise FromLinkError(None)
+    return classes
+
+
+def _take_channels(model: Namespace, datamodule: LightningDataModule, saved: Any) -> bool:
+    """Let an encoder whose channels are not set take those of the checkpoint, or else of the data; tell if it does."""
+    spec = model.get("init_args.encoder")
+    asked = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(asked, dict) or not isinstance(asked.get("name"), str) or "in_channels" in asked:
+        return False
+    own = NETWORKS.get(asked["name"])
+    channels = usual = own.in_channels if own else 3
+    if saved is not None:
+        channels = saved.get("in_channels", usual) if isinstance(saved, dict) else usual
+    elif isinstance(datamodule, BenchmarkDataModule):
+        with suppress(ValueError, OSError):  # the check of all files says more
+            channels = datamodule.image_channels
+    if channels == usual:
+        return False
+    model.init_args.encoder = {**asked, "in_channels": channels}
+    return True
+
+
 def is_same_method(model: Namespace, checkpoint: dict[str, Any], record: Any, path: str) -> bool:
     """Compare a checkpoint with the configuration, which decides; a difference is said in a warning.
 
@@ -140,12 +189,24 @@ def is_same_method(model: Namespace, checkpoint: dict[str, Any], record: Any, pa
     saved = checkpoint.get("hyper_parameters", {})
     asked = {**(model.get("init_args") or {}), **(model.get("dict_kwargs") or {})}
     for name in sorted(set(saved) & set(asked) - {"num_classes"}):  # K comes from the data
+        if name == "encoder" and _names_encoder(asked[name], saved[name]):
+            continue
         if saved[name] != asked[name] and not is_spec(saved[name]):  # criteria are written differently there
             rank_zero_warn(
                 f"The checkpoint {path} was trained with {name}={saved[name]!r}; the configuration says "
                 f"{name}={asked[name]!r}, which is used.",
             )
     return same
+
+
+def _names_encoder(asked: Any, saved: Any) -> bool:
+    """Whether an encoder is the saved one, but for channels that were taken from the data."""
+    spec = {"name": asked} if isinstance(asked, str) else asked
+    return (
+        isinstance(spec, dict)
+        and isinstance(saved, dict)
+        and {"in_channels": saved.get("in_channels"), **spec} == saved
+    )
 
 
 def ready_data(

@@ -67,7 +67,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"The images have shape {tuple(image.shape)}, with {found}; the encoder {self.name!r} expects (N, "
                 f"{self.in_channels}, H, W). Set the number of channels with `encoder: {{name: {self.name}, "
-                f"in_channels: {hint}}}`."
+                f"in_channels: {hint}}}`, or that of your own images with --data.channels={self.in_channels}."
             )
         features: Tensor = self.network(image).flatten(1)
         return features

@@ -89,6 +89,11 @@ class ArraysDataModule(BenchmarkDataModule):
         """Name of the data, including the file."""
         return f"{super().identity} {self.file}"
 
+    @property
+    def image_channels(self) -> int:
+        """C of the images; the file is read."""
+        return int(self._read_images(next(iter(self._labels))).shape[1])
+
     def load_part(self, part: File) -> Source | None:
         """Read the images of one of the parts that the file has."""
         if part not in self._labels:

@@ -85,6 +85,11 @@ class BenchmarkDataModule(DividedData, LightningDataModule):
         self._other_sets().prepare(self)
 
     @property
+    def image_channels(self) -> int:
+        """C of the images, known before `setup`."""
+        return len(self.mean)
+
+    @property
     def asked_others(self) -> dict[str, Any]:
         """What ``shift``, ``ood`` and ``shift_rows`` were; empty if neither names a set."""
         shift, ood, rows = self._asked

@@ -111,6 +111,12 @@ class FolderDataModule(BenchmarkDataModule):
         """Name of the data, including the folder."""
         return f"{super().identity} {self.root}"
 
+    @property
+    def image_channels(self) -> int:
+        """C of the images, from a sample of the files."""
+        self._choose_frame()
+        return self._frame.channels
+
     def setup(self, stage: str | None = None) -> None:
         """List the images, choose a common size and number of channels, and split; a second call has no effect."""
         if not self._sets:
