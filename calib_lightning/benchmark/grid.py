@@ -33,6 +33,9 @@ _OWN_OPTIONS = {
 }
 """Options of ``calib fit`` that the benchmark sets, and the key that says so."""
 
+_NETWORK_OPTIONS = "network: {as: r20, network: {name: resnet20_classic, in_channels: 1}}"
+"""An example of a network with options of its own."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -167,6 +170,8 @@ def _entries(axis: str, given: Any) -> list[Entry]:
 def _entry(axis: str, given: Any) -> Entry:
     content = given if isinstance(given, dict) else {axis: given}
     own = (axis, "as", *(("callback",) if axis == "method" else ()), "config", "options")
+    if axis == "network" and "name" in content:
+        raise ValueError(f"network has the entry {given!r}, which has no label. Write for example {_NETWORK_OPTIONS}.")
     _check_keys(content, own, f"{axis}: ")
     value, label = content.get(axis), content.get("as")
     callbacks = _texts(f"{axis}: callback", content.get("callback"))
@@ -204,6 +209,10 @@ def _options(name: str, given: Any) -> dict[str, Any]:
         raise ValueError(f"{name} is {given!r}; it must be options of calib fit and their values, as model.gamma: 2.")
     found = {key.removeprefix("--").replace("-", "_"): value for key, value in (given or {}).items()}
     for key in found:
+        if key.startswith("model.encoder."):
+            raise ValueError(
+                f"{name} has {key}; options of a network are given with its name. Write for example {_NETWORK_OPTIONS}."
+            )
         if key in _OWN_OPTIONS:
             instead = _OWN_OPTIONS[key]
             raise ValueError(

@@ -75,6 +75,12 @@ def test_several_recipes_are_told_apart(tmp_path):
         ("{seeds: [0, true]}", "seeds is .0, True."),
         ("{seeds: [0, 0]}", "each seed must be there once"),
         ("{seeds: -1}", "seeds is -1"),
+        (
+            "{network: {as: r20, network: resnet20_classic, options: {model.encoder.in_channels: 1}}}",
+            r"network: options has model.encoder.in_channels; .*network: {as: r20, network: {name: resnet20_classic, ",
+        ),
+        ("{options: {model.encoder.in_channels: 1}}", "options has model.encoder.in_channels; .* with its name"),
+        ("{network: {name: resnet18, in_channels: 1}}", "which has no label. Write for example network: {as: r20, "),
         ("{options: {run_dir: x}}", "options has run_dir, which the benchmark sets. .*use folder:"),
         ("{method: {method: focal, options: {seed_everything: 3}}}", "use seeds:"),
         ("{options: [a]}", "options is .*must be options of calib fit"),
