@@ -140,18 +140,20 @@ def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
     if output is None:
         print("Nothing was written; --output DIR saves the fitted calibrators and the report.")
     else:
-        print(f"The calibrators and the report are in {report.save(output)}; {_use_of(report)}")
+        print(f"The calibrators and the report are in {report.save(output)}; {_use_of(report, options.run)}")
     for name, reason in report.failed.items():
         print(f"calib: error: {name}: {reason}", file=sys.stderr)
     return 1 if report.failed else 0
 
 
-def _use_of(report: CalibrationReport) -> str:
-    """How to apply the fitted calibrators to other rows."""
+def _use_of(report: CalibrationReport, run: Path | None) -> str:
+    """How to apply the fitted calibrators to other rows and images."""
     needs = {need for calibrator in report.calibrators.values() for need in calibrator.needs}
     use = "`calib score FILE --calibrator CAL.pt` applies one."
     if "features" in needs:
         use += " Calibrators that need features read them from FILE (--features_key)."
     if "network" in needs:
         use += " Apply those that need the network with CalibratedClassifier in Python."
+    if run is not None and report.calibrators:
+        use += f" `calib classify DIR --model {run} --calibrator NAME` labels images."
     return use

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from calib_lightning.commands.options import parse
 from calib_lightning.commands.running import check_output, reported
+from calib_lightning.utils.run_folder import calibrators_of, run_of
 
 if TYPE_CHECKING:
     from calib_lightning.deploy.classifier import CalibratedClassifier
@@ -26,32 +27,43 @@ _DIGITS = 6  # as many as float32 and different runtimes agree on
 class Options:
     """Label, confidence and whether to abstain, for each image of a folder.
 
-    model files:
+    models:
+      RUN          the folder of a run of `calib fit` on images, or a checkpoint in it; --calibrator names one that
+                   `calib calibrate RUN` has fitted
       .pt          from calib_lightning.deploy.save_classifier; no code in it is executed. For networks other than timm
                    models and modules of calib_lightning, use export_torch or export_onnx
       .onnx        from export_onnx; contains only a graph and numbers
       .pt2         from export_torch; loading it may execute code in it, so use only files from sources that you trust
 
     Images are .jpg, .png, .webp and .bmp files in DIR and its subfolders. Images that cannot be read are reported, the
-    others are classified, and the exit code is 1. The model file defines the preprocessing.
+    others are classified, and the exit code is 1. The model defines the preprocessing.
 
     Args:
         images: Folder of images.
-        model: A calibrated classifier; see below.
+        model: A run or a calibrated classifier; see below.
+        calibrator: Of a RUN: the name of one of its calibrators, or a file. Default: none.
         output: Write a .csv or .json file instead of printing a table.
         batch_size: Number of images per batch.
-        threshold: Abstain if the confidence is below this fraction. Default: the threshold in the model file.
+        threshold: Abstain if the confidence is below this fraction. Default: the threshold in a model file.
         device: Device of the network, such as cuda.
     """
 
     images: Path = field(metadata={"metavar": "DIR"})
     model: Path = field(metadata={"required": True})
+    calibrator: str | None = field(default=None, metadata={"metavar": "NAME"})
     output: Path | None = None
     batch_size: int = 32
     threshold: float | None = None
     device: str = field(default="cpu", metadata={"metavar": "DEVICE"})
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the model is a run or a checkpoint of one."""
+        return self.model.is_dir() or self.model.suffix == ".ckpt"
+
     def __post_init__(self) -> None:
+        if self.calibrator is not None and not self.is_run:
+            raise ValueError(f"--calibrator is for a RUN only; {self.model} has its own")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size is {self.batch_size}; it must be >= 1. 32 is usual.")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
@@ -113,6 +125,13 @@ def _model(options: Options) -> CalibratedClassifier | ExportedClassifier:
     from calib_lightning.deploy.exported import load_exported
     from calib_lightning.deploy.saving import load_classifier
 
+    if options.is_run:
+        from calib_lightning.deploy.of_run import classifier_of_run
+
+        if options.calibrator is None:
+            known = ", ".join(calibrators_of(run_of(options.model) or options.model)) or "none is fitted yet"
+            _say("note", f"no calibrator: confidences are those of the network; --calibrator NAME takes one ({known})")
+        return classifier_of_run(options.model, options.calibrator, options.device)
     if options.model.suffix in (".onnx", ".pt2"):
         return load_exported(options.model, options.device)
     return load_classifier(options.model, device=options.device)

@@ -15,6 +15,7 @@ from calib_lightning.predictions.others import read_others
 from calib_lightning.predictions.reading import Predictions, predictions_of, read_predictions
 from calib_lightning.predictions.scoring import apply
 from calib_lightning.predictions.settings import Reading
+from calib_lightning.utils.run_folder import calibrators_of
 
 SHARED_STAGE = "first stage (of another run)"
 
@@ -131,9 +132,7 @@ def _calibrated(file: Path, read: Callable[[], Predictions]) -> Predictions:
 
 def _calibrators(run: Path, wanted: Sequence[str] | None) -> dict[str, Path]:
     """The newest file of each calibrator that was fitted to the run's predictions."""
-    found: dict[str, Path] = {}
-    for path in sorted(run.glob("calibrate*/*.pt"), key=lambda path: (path.parent.stat().st_mtime, path.name)):
-        found[path.stem] = path
+    found = calibrators_of(run)
     if wanted is not None:  # of a benchmark: those of its file, by their own names
         names = {path: load_calibrator(path).name for path in found.values()}
         found = {name: path for path, name in names.items() if name in wanted or path.stem in wanted}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from calib_lightning.deploy.export import ParityError, export_onnx, export_torch
     from calib_lightning.deploy.exported import ExportedClassifier, load_exported
     from calib_lightning.deploy.metadata import Metadata
+    from calib_lightning.deploy.of_run import classifier_of_run
     from calib_lightning.deploy.preprocessing import Preprocessing
     from calib_lightning.deploy.saving import load_classifier, save_classifier
 
@@ -22,6 +23,7 @@ __all__ = [
     "OperatingPoint",
     "ParityError",
     "Preprocessing",
+    "classifier_of_run",
     "decide",
     "export_onnx",
     "export_torch",
@@ -31,7 +33,7 @@ __all__ = [
     "save_classifier",
 ]
 
-_MODULES = ("classifier", "decision", "export", "exported", "metadata", "preprocessing", "saving")
+_MODULES = ("classifier", "decision", "export", "exported", "metadata", "of_run", "preprocessing", "saving")
 
 
 def __getattr__(name: str) -> Any:

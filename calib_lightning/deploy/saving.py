@@ -72,7 +72,10 @@ def load_classifier(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no classifier {path}. Save one with save_classifier(classifier, path).")
+        raise FileNotFoundError(
+            f"There is no classifier {path}. Save one with save_classifier(classifier, path), or give the folder of a "
+            "run."
+        )
     content = _read(path)
     try:
         record, metadata = content[FILE_KEY], checked_metadata(content[FILE_KEY]["metadata"])

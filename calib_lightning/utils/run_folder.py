@@ -91,6 +91,12 @@ def run_of(path: str | Path) -> Path | None:
     return None
 
 
+def calibrators_of(run: Path) -> dict[str, Path]:
+    """Return the newest file of each calibrator that `calib calibrate` has fitted to a run, by the name of the file."""
+    found = sorted(run.glob("calibrate*/*.pt"), key=lambda path: (path.parent.stat().st_mtime, path.name))
+    return {path.stem: path for path in found}
+
+
 def _is_rank_zero() -> bool:
     """Whether this process leads, as Lightning reads it from the environment before a process group exists."""
     from lightning.pytorch.utilities import rank_zero_only  # here: it takes seconds, and `run_of` needs none of it
