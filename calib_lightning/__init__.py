@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from calib_lightning.deploy import CalibratedClassifier, load_classifier, save_classifier
     from calib_lightning.metrics import EvaluationState
     from calib_lightning.posthoc import Temperature, load_calibrator, save_calibrator
-    from calib_lightning.predictions import Predictions, calibrate, read_predictions, score
+    from calib_lightning.predictions import Predictions, apply_calibrator, calibrate, read_predictions, score
 
     __version__: str
 
@@ -22,6 +22,7 @@ __all__ = [
     "Predictions",
     "Temperature",
     "__version__",
+    "apply_calibrator",
     "calibrate",
     "compare",
     "load_calibrator",
@@ -39,7 +40,7 @@ _HOMES = {
     "deploy": ("CalibratedClassifier", "load_classifier", "save_classifier"),
     "metrics": ("EvaluationState",),
     "posthoc": ("Temperature", "load_calibrator", "save_calibrator"),
-    "predictions": ("Predictions", "calibrate", "read_predictions", "score"),
+    "predictions": ("Predictions", "apply_calibrator", "calibrate", "read_predictions", "score"),
 }
 
 

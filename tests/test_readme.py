@@ -95,7 +95,7 @@ def made(tmp_path_factory):
 def _write_predictions():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(120) % 3
-    for name in ("val", "test", "a", "b", "mine", "theirs", "seed0", "seed1", "svhn", "textures"):
+    for name in ("val", "test", "a", "b", "mine", "theirs", "seed0", "seed1", "svhn", "textures", "new"):
         logits = 2 * torch.randn(120, 3, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 3)
         features = logits[:, :2] + torch.randn(120, 2, generator=generator)
         np.savez(f"{name}.npz", logits=logits.numpy(), labels=labels.numpy(), features=features.numpy())

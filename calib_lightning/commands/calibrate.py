@@ -149,7 +149,7 @@ def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:
 def _use_of(report: CalibrationReport, run: Path | None) -> str:
     """How to apply the fitted calibrators to other rows and images."""
     needs = {need for calibrator in report.calibrators.values() for need in calibrator.needs}
-    use = "`calib score FILE --calibrator CAL.pt` applies one."
+    use = "`calib apply FILE --calibrator CAL.pt --output NEW` applies one to rows without labels."
     if "features" in needs:
         use += " Calibrators that need features read them from FILE (--features_key)."
     if "network" in needs:

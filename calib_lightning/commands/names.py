@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": Command("calib_lightning.commands.compare", "compare methods over seeds: is the difference real?"),
     "score": Command("calib_lightning.commands.score", "report and compare metrics of saved predictions"),
     "calibrate": Command("calib_lightning.commands.calibrate", "fit calibrators to held-out predictions"),
+    "apply": Command("calib_lightning.commands.apply", "write calibrated probabilities of rows without labels"),
     "classify": Command("calib_lightning.commands.classify", "label a folder of images with a calibrated classifier"),
     "data": Command("calib_lightning.commands.data", "list data sets, download or check one, show examples of it"),
     "list": Command("calib_lightning.commands.list", "list methods, data, networks, metrics, calibrators or configs"),

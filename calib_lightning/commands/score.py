@@ -83,11 +83,11 @@ class Options(Compared, Written, Settings, Reading):
                    names. `calib test` writes such files.
       .pt, .pth    a dict of tensors with these names (class_names: a list), or one tensor (N, K) with --labels
       .npy         scores (N, K), with --labels
-      .csv         one row per sample: a column `label` (or --labels_key) and K columns of scores, named by their classes
-                   or, in class order, 0, 1, 2, ... or z0, z1, z2, ...; `confidence` as above; `id`, `index` and a first
-                   column without a name are skipped. For two classes, one column may hold the probability of class 1
-                   (`p` or `prob`), or of the class that it is named by. Without a header, the labels are the last
-                   column.
+      .csv         one row per sample: a column `label` (or --labels_key) and K columns of scores, named by their
+                   classes or, in class order, 0, 1, 2, ... or z0, z1, z2, ...; `confidence` as above; `id`, `index` and
+                   a first column without a name are skipped. For two classes, one column may hold the probability of
+                   class 1 (`p` or `prob`), or of the class that it is named by. Without a header, the labels are the
+                   last column.
 
     Fractions are shown in percent where that is usual. JSON has fractions at full precision, null for undefined
     values, and "inf" or "-inf" for infinite ones.

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calib_lightning.predictions.applying import apply_calibrator, apply_to_file
     from calib_lightning.predictions.calibrating import calibrate
     from calib_lightning.predictions.calibration_report import CalibrationReport
     from calib_lightning.predictions.reading import Predictions, read_predictions
@@ -20,12 +21,15 @@ __all__ = [
     "ScoreReport",
     "Settings",
     "apply",
+    "apply_calibrator",
+    "apply_to_file",
     "calibrate",
     "read_predictions",
     "score",
 ]
 
 _HOMES = {
+    "applying": ("apply_calibrator", "apply_to_file"),
     "calibrating": ("calibrate",),
     "calibration_report": ("CalibrationReport",),
     "reading": ("Predictions", "read_predictions"),

@@ -67,6 +67,21 @@ class Stored:
         """An array that a file may have in addition to the scores, or ``None``."""
         return None if isinstance(self.content, Tensor) else self.content.get(name)
 
+    def others(self, scores: str) -> dict[str, Array]:
+        """The named arrays beside the scores and their confidence, numbers or text; for another file to hold."""
+        names = [] if isinstance(self.content, Tensor) else self.content
+        kept = [name for name in names if name not in (scores, "confidence")]
+        assert not isinstance(self.content, Tensor) or not kept
+        found = {name: self._raw(name) for name in kept}
+        return found if self.class_names is None else found | {"class_names": np.array(self.class_names)}
+
+    def _raw(self, name: str) -> Array:
+        assert not isinstance(self.content, Tensor)
+        if isinstance(self.content, _Arrays):
+            return self.content.raw(name)
+        array: Array = self.content[name].numpy()
+        return array
+
     @property
     def scores(self) -> Tensor:
         """The scores as stored; for a single column ``p``, the probabilities of both classes."""
@@ -195,14 +210,16 @@ class _Arrays(Mapping[str, Tensor]):
 
     def strings(self, name: str) -> Any:
         """An array of text as a list, or ``None`` if there is none."""
-        if name not in self:
-            return None
+        return self.raw(name).tolist() if name in self else None
+
+    def raw(self, name: str) -> Array:
+        """An array of numbers or text, as it is stored."""
         try:
-            return self._array(name).tolist()
+            return self._array(name)
         except (ValueError, zipfile.BadZipFile, EOFError, MemoryError, OverflowError) as error:
             raise ValueError(
-                f"{self._path}: {name!r} cannot be read ({first_line(error)}). Save it as numpy.array(names), "
-                "fixed-width text, not as Python objects."
+                f"{self._path}: {name!r} cannot be read ({first_line(error)}). Save it as numpy.array(...) of "
+                "numbers or fixed-width text, not as Python objects."
             ) from error
 
     def __contains__(self, name: object) -> bool:

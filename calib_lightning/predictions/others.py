@@ -10,6 +10,7 @@ import torch
 
 from calib_lightning.metrics import OOD, OTHERS, OODDetection, families, mean_values
 from calib_lightning.metrics.functional.rows import Rows
+from calib_lightning.predictions.class_names import named_columns
 from calib_lightning.predictions.files import Stored
 from calib_lightning.predictions.reading import Origin, Predictions, predictions_of, unique_names
 from calib_lightning.predictions.results import MEAN_OF_OTHERS, Line, lines_of
@@ -56,11 +57,14 @@ def unlabelled(source: Any, reading: Reading | None = None) -> Predictions:
         return source
     if isinstance(source, str | Path):
         stored = Stored(Path(source), reading or Reading(), "scores")
-        source, origin = stored.scores, Origin((Path(source),), stored.class_names)
-    elif isinstance(source, tuple):
-        source = source[0]
+        notes = () if stored.columns is None else (stored.columns.note,)
+        source, origin = stored.scores, Origin((Path(source),), stored.class_names, notes)
+    else:
+        source = source[0] if isinstance(source, tuple) else source
+        source, names = named_columns(source, "scores")
+        origin = Origin(class_names=names)
     found = predictions_of((source, torch.zeros(len(source), dtype=torch.int64)), reading)
-    names = origin.class_names or found.origin.class_names
+    names = origin.class_names if len(origin.class_names or ()) == found.scores.shape[1] else None
     return found._replace(labels=found.labels - 1, origin=origin._replace(class_names=names))
 
 
