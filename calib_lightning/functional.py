@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -45,6 +46,38 @@ def two_columns(logits: Tensor, rows: int | None = None) -> Tensor:
         )
     z = logits.reshape(-1, 1) if logits.ndim < 3 else logits
     return torch.cat([torch.zeros_like(z), z], dim=1)
+
+
+def logits_of(output: Any, rows: int | None = None) -> Tensor:
+    """Return the logits in what a network returns: the output itself, or its ``logits``.
+
+    Args:
+        output: Logits ``(N, K)``; one logit z of a binary network, ``(N,)`` or ``(N, 1)``, which becomes ``(0, z)``; a
+            mapping or an object with such ``logits``.
+        rows: Number of images that they belong to, if known.
+
+    Returns:
+        ``(N, K)``.
+
+    Raises:
+        TypeError: If there are no such logits in the output.
+        ValueError: If there is not one row, or one z, for each image.
+
+    Example:
+        >>> logits_of({"loss": None, "logits": torch.tensor([[3.0], [-1.0]])})
+        tensor([[ 0.,  3.],
+                [ 0., -1.]])
+    """
+    found = output
+    if not isinstance(output, Tensor):
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor) or found.ndim > 2 or not found.is_floating_point():
+        shape = f" of shape {tuple(found.shape)} and {found.dtype}" if isinstance(found, Tensor) else ""
+        raise TypeError(
+            f"The network returned {type(output).__name__}{shape}; it must return logits (N, K), one logit of a binary "
+            "network, or an output with `logits`. Let forward(image) return one of these."
+        )
+    return two_columns(found, rows)
 
 
 def binary_labels(labels: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from calib_lightning.callbacks.figures import shows_figures
-from calib_lightning.callbacks.foreign import as_logits_of
-from calib_lightning.core.own_data import image_and_label
-from calib_lightning.functional import binary_labels
+from calib_lightning.core.own_data import BatchParts, image_and_label
+from calib_lightning.functional import binary_labels, logits_of
 from calib_lightning.metrics import REPORT, EvaluationState
 from calib_lightning.plots import figures, log_figure
 
@@ -21,26 +20,31 @@ from calib_lightning.plots import figures, log_figure
 class CalibrationMonitor(Callback):
     """Logs metrics, reliability diagram, confidence histogram and risk-coverage curve of any LightningModule.
 
-    Batches are tuples ``(image, label, ...)``, and ``forward(image)`` returns logits ``(N, K)``, or one logit z of a
-    binary network, which becomes ``(0, z)``. If the validation step
-    calls the module once (``self(image)``), that output is used; otherwise the module is called again. On several
-    processes, every row is counted once if the loader returns it once. Invalid values (non-finite logits, for example)
-    cause a warning and do not stop the training. A module that logs one of the keys itself needs another ``prefix``:
-    Lightning rejects a key that is logged twice in ``on_validation_epoch_end``, and a key logged by the step is
-    overridden here.
+    ``forward(image)`` returns logits ``(N, K)``, one logit z of a binary network, which becomes ``(0, z)``, or a
+    mapping or an object with such ``logits``. If the validation step calls the module once (``self(image)``), that
+    output is used; otherwise the module is called again. On several processes, every row is counted once if the loader
+    returns it once. Invalid values (non-finite logits, for example) cause a warning and do not stop the training. A
+    module that logs one of the keys itself needs another ``prefix``: Lightning rejects a key that is logged twice in
+    ``on_validation_epoch_end``, and a key logged by the step is overridden here.
 
     Args:
         metrics: Keys of `calib_lightning.metrics.METRICS`; by default those that do not need all K scores per row.
         prefix: The keys are ``<prefix>/<metric>``; with several loaders ``<prefix>/<number>/<metric>``.
         figures_every: ``None`` draws figures of the last validation, at the end of the fit; n also those of every n-th
             epoch; 0 none. They are drawn only where a logger of the trainer shows pictures or has a folder.
+        batch: Keys or positions of input and labels in a batch, as in ``("pixel_values", "labels")``, or a function
+            ``batch -> (input, labels)``; ``None`` reads ``(image, label, ...)`` and ``{"image": ..., "label": ...}``.
 
     Example:
         ``Trainer(callbacks=[CalibrationMonitor()]).fit(module, loader, val_loader)`` logs ``monitor/ece`` and others.
     """
 
     def __init__(
-        self, metrics: Sequence[str] = REPORT, prefix: str = "monitor", figures_every: int | None = None
+        self,
+        metrics: Sequence[str] = REPORT,
+        prefix: str = "monitor",
+        figures_every: int | None = None,
+        batch: BatchParts | None = None,
     ) -> None:
         EvaluationState(metrics)  # rejects unknown keys now, not after an epoch
         if figures_every is not None and figures_every < 0:
@@ -49,6 +53,7 @@ class CalibrationMonitor(Callback):
                 "none), or None for those of the last validation."
             )
         self.metrics, self.prefix, self.figures_every = tuple(metrics), prefix, figures_every
+        self.batch = batch
         self._states: dict[int, EvaluationState] = {}
         self._outputs: list[Any] = []
         self._hook: Any = None
@@ -85,12 +90,12 @@ class CalibrationMonitor(Callback):
         if trainer.sanity_checking or self._fault is not None:
             return
         try:
-            image, labels = image_and_label(batch, type(self).__name__)
+            image, labels = image_and_label(batch, type(self).__name__, self.batch)
             found = {id(logits): logits for output in caught if (logits := _logits_of(output, labels)) is not None}
             if len(found) != 1:
                 with trainer.precision_plugin.forward_context():
                     output = pl_module(image)
-                found = {0: as_logits_of(output, type(self).__name__, len(labels))}
+                found = {0: logits_of(output, len(labels))}
             logits = next(iter(found.values()))
             self._states[dataloader_idx].update(logits.detach(), binary_labels(labels))
         except Exception as error:  # metrics must not stop a run, whatever the module's forward raises
@@ -149,8 +154,8 @@ class CalibrationMonitor(Callback):
                 log_figure(trainer.loggers, f"{prefix}/{kind}", figure, trainer.global_step, epoch)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        # Under DDP the step itself is a call of the module, whose first input is the batch.
-        if not (inputs and isinstance(inputs[0], list | tuple)):
+        # Under DDP the step itself is a call of the module, whose inputs are the batch and its number.
+        if not (inputs and (isinstance(inputs[0], list | tuple) or any(type(part) is int for part in inputs[1:]))):
             self._outputs.append(output)
 
     def _stop_listening(self) -> None:
@@ -162,7 +167,7 @@ class CalibrationMonitor(Callback):
 def _logits_of(output: Any, labels: Tensor) -> Tensor | None:
     """The logits of these rows in an output, if it appears to hold them."""
     try:
-        logits = as_logits_of(output, "", len(labels))
+        logits = logits_of(output, len(labels))
     except (TypeError, ValueError):
         return None
     return logits if len(logits) == len(labels) else None

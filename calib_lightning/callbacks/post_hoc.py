@@ -13,15 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from calib_lightning.callbacks.foreign import as_logits_of, ready
 from calib_lightning.core import AtomicCheckpointIO
 from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module_record import equal_weights
-from calib_lightning.core.own_data import image_and_label
+from calib_lightning.core.own_data import BatchParts, image_and_label
+from calib_lightning.core.submodules import evaluating
 from calib_lightning.core.twins import is_twin
 from calib_lightning.data.loader import ResumableLoader
-from calib_lightning.functional import binary_labels
+from calib_lightning.functional import binary_labels, logits_of
 from calib_lightning.posthoc import Calibrator, build, calibrator_of, calibrator_record
 from calib_lightning.posthoc.saving import FILE_KEY
 from calib_lightning.utils.stored import load_torch
@@ -39,8 +39,9 @@ class PostHocCalibrate(Callback):
 
     Args:
         calibrator: The calibrator to fit; it must not need features.
-        loader: Batches ``(image, label, ...)`` of the calibration split, which must not be used for training or
-            testing; ``None`` uses the data module's ``calibration_dataloader()``.
+        loader: Batches of the calibration split, which must not be used for training or testing; ``None`` uses the data
+            module's ``calibration_dataloader()``.
+        batch: Where input and labels are in a batch, as in `CalibrationMonitor`.
 
     Attributes:
         calibrator: The calibrator; fitted after training, or after loading a checkpoint. Where it could not be fitted,
@@ -50,13 +51,15 @@ class PostHocCalibrate(Callback):
         ``Trainer(callbacks=[PostHocCalibrate(Temperature(), calibration_loader)]).fit(module, train_loader)``
     """
 
-    def __init__(self, calibrator: Calibrator, loader: Iterable[Any] | None = None) -> None:
+    def __init__(
+        self, calibrator: Calibrator, loader: Iterable[Any] | None = None, batch: BatchParts | None = None
+    ) -> None:
         if set(calibrator.needs) != {"logits"}:
             raise ValueError(
                 f"{calibrator.name} needs {' and '.join(calibrator.needs)}, and this callback has logits alone. Fit it "
                 "after training, with CalibratedClassifier(module, calibrator).fit(loader)."
             )
-        self.calibrator, self.loader = calibrator, loader
+        self.calibrator, self.loader, self.batch = calibrator, loader, batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reject a fit without calibration data before training starts."""
@@ -135,11 +138,24 @@ class PostHocCalibrate(Callback):
     def _fitted(self, trainer: Trainer, module: LightningModule) -> Calibrator:
         """A calibrator fitted to the module as it is; identical on all processes."""
         batches = self._batches(trainer)
-        rows, labels = _on_all(trainer, lambda: _collected(trainer, module, batches))
+        rows, labels = _on_all(trainer, lambda: self._collected(trainer, module, batches))
         # Our loaders are split over processes; of others nothing is known, so each process has read all rows.
         if isinstance(batches, ResumableLoader):
             rows, labels = gather_rows(rows.contiguous()), gather_rows(labels.contiguous())
         return _on_all(trainer, lambda: copy.deepcopy(self.calibrator).fit(rows, labels))
+
+    def _collected(self, trainer: Trainer, module: LightningModule, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+        """Logits and labels of all of this process's batches."""
+        logits, labels = [], []
+        with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            for given in batches:
+                batch = trainer.strategy.batch_to_device(given)
+                image, label = image_and_label(batch, type(self).__name__, self.batch)
+                logits.append(logits_of(module(image), len(label)).detach())
+                labels.append(binary_labels(label))
+        if not logits:
+            raise ValueError("the calibration loader returned no batches")
+        return torch.cat(logits), torch.cat(labels)
 
     def _add_to_file(self, trainer: Trainer, module: LightningModule, path: Path) -> None:
         """Add a calibrator of a checkpoint's own weights to its file."""
@@ -182,19 +198,6 @@ def _on_all(trainer: Trainer, work: Callable[[], T]) -> T:
     if not trainer.strategy.reduce_boolean_decision(fault is None, all=True):
         raise RuntimeError("it failed on another process" if fault is None else f"{type(fault).__name__}: {fault}")
     return done
-
-
-def _collected(trainer: Trainer, module: LightningModule, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Logits and labels of all of this process's batches."""
-    logits, labels = [], []
-    with ready(trainer, module):
-        for batch in batches:
-            image, label = image_and_label(trainer.strategy.batch_to_device(batch), PostHocCalibrate.__name__)
-            logits.append(as_logits_of(module(image), PostHocCalibrate.__name__, len(label)).detach())
-            labels.append(binary_labels(label))
-    if not logits:
-        raise ValueError("the calibration loader returned no batches")
-    return torch.cat(logits), torch.cat(labels)
 
 
 def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from calib_lightning.types import Batch
+
+BatchParts = tuple[str | int, str | int] | Callable[[Any], tuple[Any, Tensor]]
+"""Where input and labels are in a batch: two keys or positions, or a function ``batch -> (input, labels)``."""
 
 FORMS = "(image, label), (image, label, index) or a dict with 'image' and 'label'"
 
@@ -47,14 +52,36 @@ def has_index(batch: Any) -> bool:
     return _parts(batch)[2] is not None
 
 
-def image_and_label(batch: Any, who: str) -> tuple[Any, Tensor]:
-    """Return input and class labels ``(N,)`` of a batch from any module; ``who`` is named in errors."""
-    image, label, _ = _parts(batch)
-    if image is not None and isinstance(label, Tensor):
-        return image, label
+def image_and_label(batch: Any, who: str, parts: BatchParts | None = None) -> tuple[Any, Tensor]:
+    """Return input and labels of a batch from any module, where ``parts`` says; ``who`` is named in errors."""
+    wanted = "batches (image, label, ...) or dicts with 'image' and 'label'"
+    if parts is None:
+        image, label, _ = _parts(batch)
+    elif callable(parts):
+        image, label = _pair(parts(batch), who)
+        wanted = "labels that are a tensor from batch=..."
+    else:
+        first, second = _pair(parts, who)
+        wanted = f"{first!r} and {second!r} in a batch, as batch=({first!r}, {second!r}) says"
+        try:
+            image, label = batch[first], batch[second]
+        except (KeyError, IndexError, TypeError):
+            image = label = None
+    if image is not None and isinstance(label, Tensor | Sequence | np.ndarray) and not isinstance(label, str):
+        with suppress(TypeError, ValueError, RuntimeError):  # a list of numbers has labels, others do not
+            return image, torch.as_tensor(label)
     raise TypeError(
-        f"{who} needs batches (image, label, ...) or dicts with 'image' and 'label', but the batch is "
-        f"{_description(batch)}. Let the data set return one of these forms."
+        f"{who} needs {wanted}, but the batch is {_description(batch)}. Give batch=(key of the input, key of the "
+        "labels), or a function that returns both."
+    )
+
+
+def _pair(parts: Any, who: str) -> tuple[Any, Any]:
+    if isinstance(parts, list | tuple) and len(parts) == 2:
+        return parts[0], parts[1]
+    raise TypeError(
+        f"batch of {who} gives {_description(parts)}; it must give two parts, the input and the labels. Pass two keys, "
+        "or a function that returns (input, labels)."
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from calib_lightning.core.heads import LinearHead, head_size
+from calib_lightning.core.own_data import BatchParts
 from calib_lightning.core.stored_features import caught_features
 from calib_lightning.core.submodules import ModuleState, evaluating, submodule_of
 from calib_lightning.types import FeatureFeed, Views
@@ -82,6 +83,7 @@ class SwitchOptions(TypedDict, total=False):
     encoder: str
     head: str
     init_from: str | None
+    batch: BatchParts | None
 
 
 class Stage(Callback):
@@ -99,6 +101,7 @@ class Stage(Callback):
         encoder: str = "encoder",
         head: str = "head",
         init_from: str | None = None,
+        batch: BatchParts | None = None,
     ) -> None:
         self.at_epoch = at_epoch
         self.classifier = classifier
@@ -106,6 +109,7 @@ class Stage(Callback):
         self.encoder = encoder
         self.head = head
         self.init_from = init_from
+        self.batch = batch
         self.head_loaded = False  # whether the head of init_from fitted
         self.brought = False  # whether a method brought the switch, rather than the trainer
         # state of the run; a checkpoint has current and first_epoch, and whether before is there
@@ -214,13 +218,13 @@ class Stage(Callback):
 
         Args:
             module: The module, with its trainer.
-            batch: A batch that starts with the images; it is moved to the module's device.
+            batch: A batch of the loader; it is moved to the module's device.
 
         Returns:
             ``(N, d)``, without gradient, computed in evaluation mode.
         """
         with evaluating(module):
-            return caught_features(module, self.module_head(module), batch)
+            return caught_features(module, self.module_head(module), batch, parts=self.batch)
 
     def first(self, trainer: Trainer) -> int:
         """First epoch of the stage."""

@@ -50,6 +50,11 @@ def check_stage(stage: Stage, trainer: Trainer, module: LightningModule) -> None
     views, transform = stage.training.views, _kept_transform(stage, module)
     if views is None or not views.stores_features:
         _check_images(stage, trainer, transform)
+    if views is not None and views.stores_features and stage.batch is not None:
+        raise ValueError(
+            f"batch of {name} is {stage.batch!r}; it must be None with {type(views).__name__}, which stores features "
+            "of tuples that start with the images. Omit the cache, or let the data set return such tuples."
+        )
     if views is not None:
         views.check(trainer, module, encoder, head, transform)
     foreign = not isinstance(module, ClassificationModule)

@@ -65,6 +65,9 @@ class StageSwitch(Stage):
         head: Name of the submodule that is replaced (``"classifier"``, ``"model.fc"``).
         init_from: A trained checkpoint whose encoder, and head if it fits, is loaded before a fit that begins with
             this switch.
+        batch: Where a stage that reads batches, such as `MaskedClassifier`, finds the input and the labels in those of
+            another package: two keys or positions, as in ``("pixel_values", "labels")``, or a function
+            ``batch -> (input, labels)``; ``None`` reads ``(image, label, ...)`` and ``{"image": ..., "label": ...}``.
 
     Raises:
         ValueError: Before training starts, if the switch is impossible: its epoch is not within the run, another

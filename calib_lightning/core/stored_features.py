@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from calib_lightning.core.own_data import BatchParts, image_and_label
 from calib_lightning.core.submodules import evaluating
 
 
@@ -103,12 +104,15 @@ class StoredFeatures:
                 vars(self.encoder)["forward"] = self._own
 
 
-def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, grad: bool = False) -> Tensor:
+def caught_features(
+    module: LightningModule, head: nn.Module, batch: Any, *, parts: BatchParts | None = None, grad: bool = False
+) -> Tensor:
     """Call a module on the images of a batch and return the input ``(N, d)`` of its head.
 
-    The batch is a tuple or list that starts with the images, or a dict with ``image``; on any device.
+    The images are where ``parts`` says, else the batch is a tuple or list that starts with them, or a dict with
+    ``image``; it may be on any device.
     """
-    if not isinstance(batch, list | tuple) and not (isinstance(batch, Mapping) and "image" in batch):
+    if parts is None and not isinstance(batch, list | tuple) and not (isinstance(batch, Mapping) and "image" in batch):
         raise TypeError(
             f"The batch is a {type(batch).__name__}; features are computed only from tuples or lists that start with "
             "the images and from dicts with 'image'. Let the loader return one of these, or override "
@@ -120,7 +124,11 @@ def caught_features(module: LightningModule, head: nn.Module, batch: Any, *, gra
     handle = head.register_forward_pre_hook(lambda _, inputs: caught.extend(inputs[:1]))
     try:
         with torch.set_grad_enabled(grad), trainer.precision_plugin.forward_context():
-            module.forward(batch["image"] if isinstance(batch, Mapping) else batch[0])
+            if parts is not None:
+                image, _ = image_and_label(batch, "StageSwitch", parts)
+            else:
+                image = batch["image"] if isinstance(batch, Mapping) else batch[0]
+            module.forward(image)
     finally:
         handle.remove()
     if len(caught) != 1:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from calib_lightning.core.module import ClassificationModule
+from calib_lightning.core.own_data import BatchParts, image_and_label
 from calib_lightning.deploy.decision import Decision, OperatingPoint, decide, operating_point
 from calib_lightning.deploy.metadata import Metadata, metadata_of
 from calib_lightning.deploy.preprocessing import Preprocessing
-from calib_lightning.functional import binary_labels, two_columns
+from calib_lightning.functional import binary_labels, logits_of, two_columns
 from calib_lightning.posthoc.base import Calibrator
 from calib_lightning.posthoc.evidence import Evidence
 from calib_lightning.types import Prediction
@@ -26,7 +27,8 @@ class CalibratedClassifier(nn.Module):
 
     Args:
         network: Maps images ``(N, C, H, W)`` to logits ``(N, K)``: a timm model, a `ClassificationModule` or any other
-            module. One logit z of a binary network, ``(N,)`` or ``(N, 1)``, becomes ``(0, z)``: K = 2.
+            module. One logit z of a binary network, ``(N,)`` or ``(N, 1)``, becomes ``(0, z)``: K = 2. It may also
+            return a mapping or an object with such ``logits``.
         calibrator: Any calibrator, fitted or to be fitted with `fit`, including those that need features or the
             network.
         preprocessing: Converts an image file to the network's input, for ``calib classify``.
@@ -136,7 +138,7 @@ class CalibratedClassifier(nn.Module):
             At least what the calibrator needs.
 
         Raises:
-            TypeError: The network does not return one tensor.
+            TypeError: The network does not return logits.
             ValueError: The submodule of the features does not run exactly once.
         """
         if "features" in self.calibrator.needs:
@@ -177,12 +179,13 @@ class CalibratedClassifier(nn.Module):
 
     # --- fits --------------------------------------------------------------------------------------------------------
 
-    def fit(self, loader: Iterable[Any]) -> Self:
+    def fit(self, loader: Iterable[Any], batch: BatchParts | None = None) -> Self:
         """Fit the calibrator to held-out images, with one forward pass; any earlier threshold is dropped.
 
         Args:
             loader: Batches ``(image, label, ...)``, or dicts with ``image`` and ``label``, of images that the network
                 was not trained on.
+            batch: Where they are in other batches: two keys or positions, or a function ``batch -> (image, label)``.
 
         Returns:
             Itself; ``calibrator.report`` describes the fit.
@@ -195,13 +198,18 @@ class CalibratedClassifier(nn.Module):
             ``CalibratedClassifier(network, Temperature()).fit(data.calibration_dataloader())``
         """
         self.operating_point = None
-        evidence, labels = self._collected(loader)
+        evidence, labels = self._collected(loader, batch)
         self.calibrator.fit(labels=labels, **evidence._asdict())
         self._check_classes()
         return self
 
     def set_threshold(
-        self, rows: Iterable[Any] | Tensor, labels: Tensor | None = None, *, risk: float = 0.05
+        self,
+        rows: Iterable[Any] | Tensor,
+        labels: Tensor | None = None,
+        *,
+        risk: float = 0.05,
+        batch: BatchParts | None = None,
     ) -> OperatingPoint:
         """Choose the lowest threshold at which the error rate of the accepted rows is at most ``risk``.
 
@@ -213,6 +221,7 @@ class CalibratedClassifier(nn.Module):
                 calibrator does not change the images.
             labels: Class labels ``(N,)`` of the logits.
             risk: Maximum error rate of the accepted rows, in ``[0, 1]``.
+            batch: As in `fit`.
 
         Returns:
             The operating point, also stored as an attribute.
@@ -223,7 +232,7 @@ class CalibratedClassifier(nn.Module):
                 the calibrator changes the images.
         """
         if not isinstance(rows, Tensor):
-            evidence, labels = self._collected(rows)
+            evidence, labels = self._collected(rows, batch)
         elif "network" in self.calibrator.needs:
             raise ValueError(
                 f"set_threshold: logits were given, but {self.calibrator.name} changes the images before they enter "
@@ -239,25 +248,19 @@ class CalibratedClassifier(nn.Module):
         return self.operating_point
 
     @torch.no_grad()
-    def _collected(self, loader: Iterable[Any]) -> tuple[Evidence, Tensor]:
+    def _collected(self, loader: Iterable[Any], where: BatchParts | None) -> tuple[Evidence, Tensor]:
         """Evidence and labels of all batches; images are kept only if the calibrator needs the network."""
         self.eval()
         asks_network = "network" in self.calibrator.needs
         parts: list[Evidence] = []
         labels: list[Tensor] = []
         for batch in loader:
-            found = [batch.get("image"), batch.get("label")] if isinstance(batch, Mapping) else batch
-            if not isinstance(found, list | tuple) or len(found) < 2 or not isinstance(found[0], Tensor):
-                raise TypeError(
-                    f"a batch of the loader is {type(batch).__name__}; it must be a tuple (image, label, ...) of "
-                    "tensors, or a dict with 'image' and 'label'."
-                )
-            if found[1] is None:
-                keys = ", ".join(map(repr, batch))
-                raise TypeError(f"a batch of the loader is a dict with the keys {keys}; it must also have 'label'.")
-            part = self.evidence(found[0].to(self.device))
-            parts.append(part._replace(network=None, images=found[0].cpu() if asks_network else None))
-            labels.append(binary_labels(torch.as_tensor(found[1])).to(self.device))
+            image, label = image_and_label(batch, type(self).__name__, where)
+            if not isinstance(image, Tensor):
+                raise TypeError(f"the input in a batch is {type(image).__name__}; it must be a tensor (N, C, H, W).")
+            part = self.evidence(image.to(self.device))
+            parts.append(part._replace(network=None, images=image.cpu() if asks_network else None))
+            labels.append(binary_labels(label).to(self.device))
         if not parts:
             raise ValueError("the loader has no batches; it must have at least one, of held-out images with labels.")
         return Evidence(
@@ -284,13 +287,7 @@ class CalibratedClassifier(nn.Module):
         return image.to(self.device, dtypes[0] if dtypes and image.is_floating_point() else image.dtype)
 
     def _logits(self, image: Tensor) -> Tensor:
-        logits: Any = self.network(image)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"{type(self.network).__name__} returns {type(logits).__name__}; it must return only logits (N, K). "
-                "Wrap it in a module that does."
-            )
-        return two_columns(logits, image.shape[0])  # len() would fix it in an export
+        return logits_of(self.network(image), image.shape[0])  # len() would fix it in an export
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -122,21 +122,18 @@ class MaskedClassifier(StageSwitch):
         self.labels(batch)
 
     def labels(self, batch: Any) -> Tensor:
-        """Return labels ``(N,)`` or soft targets ``(N, K)`` of a batch; override it for other batch formats.
+        """Return labels ``(N,)`` or soft targets ``(N, K)`` of a batch, where the option ``batch`` says.
 
         Args:
-            batch: A tuple or list whose second part is the labels, or a dict with ``image`` and ``label``.
+            batch: A batch of the loader.
 
         Returns:
             The labels.
 
         Raises:
-            TypeError: If the batch is anything else.
+            TypeError: If they are not there.
         """
-        try:
-            return image_and_label(batch, type(self).__name__)[1]
-        except TypeError as error:
-            raise TypeError(f"{error} Or override labels(batch) to return the labels.") from error
+        return image_and_label(batch, type(self).__name__, self.batch)[1]
 
     def new_head(self, module: LightningModule, old: nn.Module) -> nn.Module:
         """Build the masked classifier with the initial keep rate."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from calib_lightning.functional import at_least_float32, two_columns
+from calib_lightning.functional import at_least_float32, logits_of
 from calib_lightning.posthoc.evidence import Images, Network, look_like_probs
 
 WHERE = "NeuralClamping.fit"
@@ -122,14 +122,15 @@ class ClampRows:
 
     def logits(self, image: Tensor) -> Tensor:
         """Run the network; return logits ``(N, K)``, float32 or float64."""
-        found: Any = self._network(image)
-        if not isinstance(found, Tensor) or found.ndim > 2 or len(two_columns(found)) != len(image):
-            found = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        try:
+            logits = logits_of(self._network(image), len(image))
+        except TypeError as error:
+            raise ValueError(f"{WHERE}: {error}") from error
+        if len(logits) != len(image):
             raise ValueError(
-                f"{WHERE}: the network's output is {found}; it must be logits of shape ({len(image)}, K). Wrap the "
-                "network in a function that returns them."
+                f"{WHERE}: the network's output is {tuple(logits.shape)}; it must be logits of shape ({len(image)}, "
+                "K). Wrap the network in a function that returns them."
             )
-        logits = two_columns(found)
         self.classes = logits.shape[1]
         self.look_like_probs = self.look_like_probs and look_like_probs(logits.detach())
         return at_least_float32(logits)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calib_lightning.functional import at_least_float32, two_columns
+from calib_lightning.functional import at_least_float32, logits_of
 from calib_lightning.metrics.functional.checks import check_shapes, check_values, seem_probs
 
 Need = Literal["logits", "features", "network"]
@@ -75,7 +75,7 @@ def missing(evidence: Evidence, needs: Sequence[Need]) -> str:
 
 def asked(network: Network, image: Tensor) -> Tensor:
     """Logits ``(N, K)`` of one batch; one logit z of a binary network becomes ``(0, z)``."""
-    return two_columns(network(image), image.shape[0])  # len() would fix the number of images in an export
+    return logits_of(network(image), image.shape[0])  # len() would fix the number of images in an export
 
 
 def asked_logits(network: Network, images: Images) -> Tensor:

@@ -194,7 +194,7 @@ def test_sequences_as_output_are_named(tmp_path):
         def validation_step(self, batch, batch_idx):
             self(batch[0])
 
-    with pytest.warns(UserWarning, match="forward returned tuple, but .* needs logits"):
+    with pytest.warns(UserWarning, match="network returned tuple; it must return logits"):
         trainer_with(CalibrationMonitor(), tmp_path).fit(Wrong(), loader(16), loader(16, seed=1))
 
 

@@ -789,7 +789,7 @@ def test_modules_and_batches_that_cannot_be_staged_are_refused_before_the_first_
     masked = MaskedClassifier(1, encoder="net", head="net.fc", sparsity=AdaptiveSparsity(held_out=False))
     for own, loader, switch, error, message in (
         (Two(), train, StageSwitch(1, encoder="net", head="net.fc"), ValueError, "has 2 optimisers"),
-        (Named(), named, masked, TypeError, "override labels"),
+        (Named(), named, masked, TypeError, r"keys 'x', 'y'\. Give batch="),
         (Foreign(), train, StageSwitch(1, encoder="net", head="net.fc", training=plateau), ValueError, "val/nll"),
     ):
         before = digest(own)

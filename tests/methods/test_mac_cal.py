@@ -739,8 +739,9 @@ class ForeignData(LightningDataModule):
         return DataLoader(self._set(24), batch_size=10)
 
 
-def _foreign_switch(sparsity, cls=MaskedClassifier):
-    return cls(-3, sparsity=sparsity, training=StageTraining(optimizer=_sgd), encoder="backbone", head="fc")
+def _foreign_switch(sparsity, cls=MaskedClassifier, **options):
+    options |= {"encoder": "backbone", "head": "fc"}
+    return cls(-3, sparsity=sparsity, training=StageTraining(optimizer=_sgd), **options)
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -788,7 +789,10 @@ def test_labels_of_other_batches_can_be_named(fit):
     log, sparsity = Log(), AdaptiveSparsity(held_out=False)
     fit(DictBatches(), Loaders(), 4, callbacks=[log, _foreign_switch(sparsity, Named)])
     assert list(log.figures) == [1, 2, 3]
-    with pytest.raises(TypeError, match=r"MaskedClassifier needs batches.*dict.*override labels"):
+    named = Log()
+    fit(DictBatches(), Loaders(), 4, callbacks=[named, _foreign_switch(sparsity, batch=("x", "y"))])
+    assert list(named.figures) == [1, 2, 3]
+    with pytest.raises(TypeError, match=r"MaskedClassifier needs batches.*dict.*Give batch="):
         fit(DictBatches(), Loaders(), 4, callbacks=[_foreign_switch(sparsity)])
 
 

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.submodules import evaluating
-from calib_lightning.functional import at_least_float32, two_columns
+from calib_lightning.functional import at_least_float32, binary_labels, two_columns
 from calib_lightning.methods.parts.mac_cal_rows import Features, HeldOut, Labels, check_pass, check_rows, deployed_rows
 
 
@@ -23,6 +23,7 @@ def confidence_sums(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.ndim == 1 or logits.shape[1] == 1:
         logits = two_columns(logits)
         labels = (labels.reshape(-1) > 0.5) if labels.is_floating_point() else labels.reshape(-1)
+    labels = binary_labels(labels)  # class numbers may be a column, too
     if len(labels) != len(logits):
         raise ValueError(
             f"The classifier returned {len(logits)} rows of logits for {len(labels)} labels; there must be one label "

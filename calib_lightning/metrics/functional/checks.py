@@ -30,12 +30,14 @@ def check_shapes(logits: Tensor, labels: Tensor, confidence: Tensor | None, wher
     named = {"logits": logits, "labels": labels} | ({} if confidence is None else {"confidence": confidence})
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} is {type(tensor).__name__}; it must be a tensor.")
+            hint = " Of a network's output with logits, pass functional.logits_of(output)." if name == "logits" else ""
+            raise TypeError(f"{where}: {name} is {type(tensor).__name__}; it must be a tensor.{hint}")
         is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
         if name == "labels" and not is_integer:
             raise TypeError(
                 f"{where}: labels is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be class numbers of an "
-                "integer dtype. Pass the hard labels of mixed or soft targets."
+                "integer dtype. Pass the hard labels of mixed or soft targets, or functional.binary_labels(labels) of "
+                "a binary network."
             )
         if name != "labels" and not tensor.is_floating_point():
             raise TypeError(f"{where}: {name} is {tensor.dtype}; it must be floating point. Convert it with .float().")
@@ -43,9 +45,10 @@ def check_shapes(logits: Tensor, labels: Tensor, confidence: Tensor | None, wher
         raise ValueError(f"{where}: logits has shape {tuple(logits.shape)}; it must have shape (N, K) with K >= 1.")
     for name in named.keys() - {"logits"}:
         if named[name].shape != logits.shape[:1]:
+            column = f" Pass {name}.squeeze(1)." if named[name].shape == (len(logits), 1) else ""
             raise ValueError(
                 f"{where}: {name} has shape {tuple(named[name].shape)}; it must have shape ({logits.shape[0]},) to "
-                f"match logits of shape {tuple(logits.shape)}."
+                f"match logits of shape {tuple(logits.shape)}.{column}"
             )
 
 
