@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from calib_lightning.callbacks.figures import shows_figures
+from calib_lightning.callbacks.figures import shows_figures, title_of
 from calib_lightning.core.own_data import BatchParts, image_and_label
 from calib_lightning.functional import binary_labels, logits_of
 from calib_lightning.metrics import REPORT, EvaluationState
@@ -125,9 +125,9 @@ class CalibrationMonitor(Callback):
             pl_module.log_dict(values, add_dataloader_idx=False)
             self._sound[prefix] = state
         if trainer.state.fn == "validate":  # `trainer.validating` is true within a fit as well
-            self._draw(trainer)
+            self._draw(trainer, pl_module)
         elif self.figures_every and trainer.current_epoch % self.figures_every == 0:
-            self._draw(trainer, trainer.current_epoch)
+            self._draw(trainer, pl_module, trainer.current_epoch)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier validation."""
@@ -135,18 +135,19 @@ class CalibrationMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figures of the last validation."""
-        self._draw(trainer)
+        self._draw(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hook."""
         self._stop_listening()
 
-    def _draw(self, trainer: Trainer, epoch: int | None = None) -> None:
+    def _draw(self, trainer: Trainer, module: LightningModule, epoch: int | None = None) -> None:
         if self.figures_every == 0 or not shows_figures(trainer):
             return
         for prefix, state in self._sound.items():
+            shown = "validation" + prefix.removeprefix(self.prefix) + ("" if epoch is None else f", epoch {epoch}")
             try:
-                drawn = figures(state, title=prefix)
+                drawn = figures(state, title=title_of(trainer, module, trainer.val_dataloaders, shown))
             except Exception as error:  # a failed figure must not stop a run
                 rank_zero_warn(f"no figures of {prefix}: {error}")
                 continue

@@ -223,8 +223,9 @@ def _write_figures(folder: Path, report: ScoreReport) -> int:
 
     sys.stdout.flush()
     code = 0
+    sets = {name: entry.predictions for name, entry in report.sets.items()}
     values = {name: entry.values.values for name, entry in report.sets.items()}
-    work = {name: partial(write_curves, folder, name, values) for name in curve_names(report.sets)}
+    work = {name: partial(write_curves, folder, name, values, sets) for name in curve_names(report.sets)}
     for name in shown_sets(report.sets):
         work[name] = partial(write_figures, folder, name, report.sets[name].predictions, report.settings.bins[0])
     for name, write in work.items():

@@ -18,7 +18,7 @@ def figures(state: EvaluationState, title: str | None = None) -> dict[str, Figur
 
     Args:
         state: A state with the parts of ``"ece"`` and ``"correctness_auroc"``, as both are by default.
-        title: Title of each figure.
+        title: Title of each figure, such as method and data; the number of rows follows.
 
     Returns:
         ``"reliability"``, ``"confidence"`` and ``"risk_coverage"``; those without a part in the state are left out.

@@ -48,7 +48,7 @@ def confidence_histogram(ordered: Ordered, *, n_bins: int = 20, title: str | Non
         ordered: Groups ``(G,)`` of rows in ascending order of the score, from
             `calib_lightning.metrics.functional.ordered.order_rows`.
         n_bins: Number of bins of each panel.
-        title: Title of the figure.
+        title: Title of the figure, such as method and data; the number of rows follows.
 
     Returns:
         A figure of 3.3 x 3.6 inches; without rows it says so.
@@ -61,7 +61,7 @@ def confidence_histogram(ordered: Ordered, *, n_bins: int = 20, title: str | Non
         >>> from calib_lightning.metrics.functional.ordered import order_rows
         >>> figure = confidence_histogram(order_rows(torch.tensor([0.0, 2.0]), torch.tensor([False, True])))
         >>> figure.axes[0].get_title(loc="left")
-        'accuracy 50.00 %   N 2'
+        'accuracy 50.00 %'
     """
     check_n_bins(n_bins)
     count, correct, confidence = (field.numpy() for field in groups_with_rows(ordered, "confidence_histogram"))
@@ -72,7 +72,7 @@ def confidence_histogram(ordered: Ordered, *, n_bins: int = 20, title: str | Non
         log_odds = np.log(mean) - np.log1p(-mean)
     weights = {"correct": correct, "wrong": count - correct}
 
-    figure = new_figure(_HEIGHT, title)
+    figure = new_figure(_HEIGHT, title, count.sum())
     plain, logarithmic = figure.subplots(2, 1)
     _draw_groups(plain, mean, np.arange(n_bins + 1) / n_bins, weights)
     handles = _draw_means(plain, mean, weights)
@@ -86,8 +86,7 @@ def confidence_histogram(ordered: Ordered, *, n_bins: int = 20, title: str | Non
     logarithmic.set_xticks(list(ticks), list(ticks.values()))
     finish_axes(logarithmic, "confidence, log-odds scale", "share of group")
 
-    numbers = f"accuracy {percent(correct.sum() / count.sum())}   N {count.sum():,.0f}"
-    finish_figure(figure, numbers, handles)
+    finish_figure(figure, f"accuracy {percent(correct.sum() / count.sum())}", handles)
     return figure
 
 

@@ -28,6 +28,13 @@ from calib_lightning.plots.style import (
 _HEIGHT = 4.0
 _OVER: dict[str, Any] = {"facecolor": "#fcbba1", "edgecolor": DARK, "hatch": "/////"}
 _UNDER: dict[str, Any] = {"facecolor": "white", "edgecolor": "#08519c", "hatch": "....."}
+_ACCURACY: dict[str, Any] = {"facecolor": LIGHT, "edgecolor": "#1f78b4"}
+_FEW: dict[str, Any] = {"facecolor": "white", "edgecolor": "#1f78b4", "linestyle": "--"}
+_FEW_ROWS = 20
+"""Below it the 95 % interval of an accuracy of one half is more than 0.4 wide."""
+_FEW_LABEL = f"accuracy, < {_FEW_ROWS} rows"
+_BAR = 0.58
+"""Part of a bin's width that the bar of its accuracy takes; the gap has the rest."""
 _LOG_FROM_RATIO = 20.0
 # Sums of weights may differ in the last digits.
 _ROUNDING = 1 + 1e-9
@@ -73,16 +80,18 @@ def wilson_interval(correct: Tensor, count: Tensor, level: float = 0.95) -> Tens
 def reliability_diagram(bins: Tensor, *, intervals: Tensor | None = None, title: str | None = None) -> Figure:
     """Draw the accuracy of each bin of confidence against its mean confidence (Niculescu-Mizil and Caruana, 2005).
 
-    A bar is the accuracy of a bin, a hatched box its gap to the mean confidence, a dot marks (mean confidence,
-    accuracy) with the interval of the accuracy: a dot below the diagonal is over-confident. The panel below shows the
-    share of the rows in each bin, on a logarithmic scale if the shares differ 20-fold. Empty bins are left out.
+    In each bin the bar on the left is the accuracy, and the hatched box on the right the gap from it to the mean
+    confidence. A dot marks (mean confidence, accuracy) with the interval of the accuracy: a dot below the diagonal is
+    over-confident. The panel below shows the share of the rows in each bin, on a logarithmic scale if the shares differ
+    20-fold. Empty bins are left out. A bin of fewer than 20 rows has a hollow bar and dot; a set with fewer than 20
+    rows for each bin is said to be small, as its ECE tends to be too high.
 
     Args:
         bins: ``(M, 3)`` float64 from `calib_lightning.metrics.functional.calibration.bin_sums`: count, sum of the
             confidences, number of correct rows.
         intervals: ``(M, 2)`` lower and upper ends of the accuracy of each bin, fractions, for example of a bootstrap;
             ``None``: 95 % Wilson intervals.
-        title: Title of the figure.
+        title: Title of the figure, such as method and data; the number of rows follows.
 
     Returns:
         A figure of 3.3 x 4 inches; without rows it says so.
@@ -91,9 +100,9 @@ def reliability_diagram(bins: Tensor, *, intervals: Tensor | None = None, title:
         ValueError: A wrong shape, or values that are not sums of bins.
 
     Example:
-        >>> figure = reliability_diagram(torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64))
+        >>> figure = reliability_diagram(torch.tensor([[20, 5.0, 10.0], [20, 15.0, 10.0]], dtype=torch.float64))
         >>> figure.axes[0].get_title(loc="left")
-        'ECE 25.00 % (2 bins)   gap +0.00 %   N 4'
+        'ECE 25.00 % (2 bins)   gap +0.00 %'
     """
     sums = _checked_bins(bins)
     ends = wilson_interval(sums[:, 2], sums[:, 0]) if intervals is None else intervals.detach().cpu().double()
@@ -110,19 +119,27 @@ def reliability_diagram(bins: Tensor, *, intervals: Tensor | None = None, title:
     confidence, accuracy = confidence_sum / count, correct_sum / count
     lower, upper = ends.numpy()[held].T
 
-    figure = new_figure(_HEIGHT, title)
+    figure = new_figure(_HEIGHT, title, total)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1.0])
-    line, thick, dot = (0.6, 0.8, 2.0) if len(sums) <= 25 else (0.2, 0.4, 0.8)
-    top.bar(centre, accuracy, width, facecolor=LIGHT, edgecolor="white", linewidth=line, label="accuracy")
+    line, thick, dot = (0.6, 0.8, 2.2) if len(sums) <= 25 else (0.2, 0.4, 0.8)
+    left, few = centre - width / 2, count < _FEW_ROWS
+    for label, style, where in (("accuracy", _ACCURACY, ~few), (_FEW_LABEL, _FEW, few)):
+        top.bar(left[where], accuracy[where], _BAR * width, align="edge", linewidth=line, label=label, **style)
     for label, style, where in (
         ("over-confident", _OVER, confidence > accuracy),
         ("under-confident", _UNDER, confidence < accuracy),
     ):
         gap, start = np.abs(confidence - accuracy)[where], np.minimum(confidence, accuracy)[where]
-        top.bar(centre[where], gap, width, bottom=start, linewidth=line, label=label, **style)
+        beside, rest = left[where] + _BAR * width, (1 - _BAR) * width
+        top.bar(beside, gap, rest, bottom=start, align="edge", linewidth=line, label=label, **style)
     top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=0.8, label="identity")
     top.vlines(confidence, lower, upper, color="black", linewidth=thick, clip_on=False, label="interval")
-    top.plot(confidence, accuracy, "o", color="black", markersize=dot, clip_on=False, label="dots")
+    for label, inside, where in (("dots", "black", ~few), ("hollow dots", "white", few)):
+        if where.any():  # a line without points would disturb the layout
+            top.plot(
+                confidence[where], accuracy[where], "o", color="black", markerfacecolor=inside, markeredgewidth=0.6,
+                markersize=dot, clip_on=False, label=label,
+            )  # fmt: skip
     top.set(xlim=(0, 1), ylim=(0, 1.02))
     finish_axes(top, "", "accuracy")
 
@@ -138,14 +155,16 @@ def reliability_diagram(bins: Tensor, *, intervals: Tensor | None = None, title:
     ece = percent(float(ece_from_bins(sums)))
     kind = "95 % interval" if intervals is None else "interval"
     handles = [
-        Patch(facecolor=LIGHT, label="accuracy"),
-        Patch(**_OVER, linewidth=line, label="over-confident"),
-        Patch(**_UNDER, linewidth=line, label="under-confident"),
+        Patch(**_ACCURACY, linewidth=line, label="accuracy"),
+        *([Patch(**_FEW, linewidth=line, label=_FEW_LABEL)] if few.any() else []),
+        Patch(**_OVER, linewidth=line, label="gap: over-confident"),
+        Patch(**_UNDER, linewidth=line, label="gap: under-confident"),
         Line2D([], [], color="black", marker="o", markersize=2, linewidth=0.8, label=kind),
         Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="equality"),
     ]
     bins_text = f"{len(sums)} bin" + ("s" if len(sums) > 1 else "")
-    finish_figure(figure, f"ECE {ece} ({bins_text})   gap {percent(gap, signed=True)}   N {total:,.0f}", handles)
+    small = "\nfew rows: the ECE tends to be too high" if total < _FEW_ROWS * len(sums) else ""
+    finish_figure(figure, f"ECE {ece} ({bins_text})   gap {percent(gap, signed=True)}{small}", handles)
     return figure
 
 

@@ -39,7 +39,7 @@ def risk_coverage_curve(ordered: Ordered, *, title: str | None = None) -> Figure
     Args:
         ordered: Groups ``(G,)`` of rows in ascending order of the score, from
             `calib_lightning.metrics.functional.ordered.order_rows`.
-        title: Title of the figure.
+        title: Title of the figure, such as method and data; the number of rows follows.
 
     Returns:
         A figure of 3.3 x 3 inches; without rows it says so.
@@ -52,7 +52,7 @@ def risk_coverage_curve(ordered: Ordered, *, title: str | None = None) -> Figure
         >>> from calib_lightning.metrics.functional.ordered import order_rows
         >>> figure = risk_coverage_curve(order_rows(torch.tensor([0.0, 2.0]), torch.tensor([False, True])))
         >>> figure.axes[0].get_title(loc="left")
-        'AURC 25.00 % (optimum 25.00 %)   N 2'
+        'AURC 25.00 % (optimum 25.00 %)'
     """
     held = groups_with_rows(ordered, "risk_coverage_curve")
     if len(held.count) == 0:
@@ -65,7 +65,7 @@ def risk_coverage_curve(ordered: Ordered, *, title: str | None = None) -> Figure
     kept = _thinned(coverage, risk)
     coverage, risk = coverage[kept], risk[kept]
 
-    figure = new_figure(_HEIGHT, title)
+    figure = new_figure(_HEIGHT, title, total)
     axes = figure.subplots()
     grid = np.linspace(0, 1, 501)
     axes.fill_between(coverage, _optimum(coverage, accuracy), risk, color="#e0e0e0", linewidth=0)
@@ -82,8 +82,7 @@ def risk_coverage_curve(ordered: Ordered, *, title: str | None = None) -> Figure
 
     area = float(aurc_from_ordered(held))
     best = area - float(e_aurc_from_ordered(held, exact=True))
-    numbers = f"AURC {percent(area)} (optimum {percent(best)})   N {total:,.0f}"
-    finish_figure(figure, numbers, handles)
+    finish_figure(figure, f"AURC {percent(area)} (optimum {percent(best)})", handles)
     return figure
 
 

@@ -21,6 +21,7 @@ def robustness_curves(
     *,
     metrics: Sequence[str] = SHOWN,
     title: str | None = None,
+    rows: int | None = None,
 ) -> Figure:
     """Draw metrics over the severity of corruptions (Hendrycks and Dietterich, ICLR 2019), a panel for each.
 
@@ -30,7 +31,8 @@ def robustness_curves(
     Args:
         values: By severity, the values of each corruption by key; fractions.
         metrics: Keys of `calib_lightning.metrics.METRICS`, at most four.
-        title: Title of the figure.
+        title: Title of the figure, such as method and data.
+        rows: Number of rows of a set, for the title.
 
     Returns:
         A figure of 3.3 inches width, with two panels in a row.
@@ -52,9 +54,9 @@ def robustness_curves(
         if key not in METRICS or missing:
             where = f", missing at severity {missing[0]}" if missing else ""
             raise ValueError(f"metrics has {key!r}{where}; it must be a metric that every set has.")
-    rows = (len(metrics) + 1) // 2
-    figure = new_figure(_HEIGHT * rows / 2, title)
-    panels = iter(figure.subplots(rows, min(2, len(metrics)), squeeze=False).flat)
+    lines = (len(metrics) + 1) // 2
+    figure = new_figure(_HEIGHT * lines / 2, title, rows)
+    panels = iter(figure.subplots(lines, min(2, len(metrics)), squeeze=False).flat)
     handles: list[Artist] = []
     for key, axes in zip(metrics, panels, strict=False):
         row = METRICS[key]

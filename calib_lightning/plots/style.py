@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,18 +25,24 @@ TEXT, SMALL = 8.0, 7.0
 LIGHT, DARK, GREY = "#a6cee3", "#99000d", "#555555"
 """A light fill, a dark line and the grey of reference lines."""
 
+_TITLE_LETTERS = 50
 
-def new_figure(height: float, title: str | None) -> Figure:
-    """An empty figure outside of any global list, with a layout that makes room for all labels."""
+
+def new_figure(height: float, title: str | None, rows: float | None = None) -> Figure:
+    """An empty figure outside of any global list, with a layout that makes room for all labels.
+
+    The title ends in the number of rows, if it is given, and goes on in a second line where it is long.
+    """
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
-    if title:
-        figure.suptitle(title, fontsize=TEXT)
+    whole = ", ".join([*([title] if title else []), *([] if rows is None else [f"N {rows:,.0f}"])])
+    if whole:
+        figure.suptitle(textwrap.fill(whole, _TITLE_LETTERS), fontsize=TEXT, parse_math=False)
     return figure
 
 
 def empty_figure(height: float, title: str | None) -> Figure:
     """The figure of a set without rows, which says so."""
-    figure = new_figure(height, title)
+    figure = new_figure(height, title, 0)
     axes = figure.subplots()
     axes.set_axis_off()
     axes.text(0.5, 0.5, "no rows", ha="center", va="center", fontsize=TEXT, transform=axes.transAxes)
