@@ -19,6 +19,7 @@ from calib_lightning.posthoc.evidence import (
     checked_rows,
     frozen,
     missing,
+    warned_of_probs,
     with_logits,
 )
 from calib_lightning.posthoc.fit_report import FitReport, FitValues, Optimum, notes_on_absent_classes
@@ -276,7 +277,7 @@ class Calibrator(FittedState, Described, ABC):
             check_shape_of_features(features, logits.shape[0], name)  # `len` would fix the rows of an exported graph
             features = at_least_float32(features)
             features = features if features.device == logits.device else features.to(logits.device)
-        return at_least_float32(logits), features
+        return warned_of_probs(at_least_float32(logits), name), features
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,9 @@ PROBS_HINT = (
 )
 """Warning about logits that `look_like_probs`."""
 
+LEAST_PROBABILITY = 2.0**-52
+"""What `as_logits` takes smaller probabilities for, 0 among them."""
+
 _BATCH = 512
 
 
@@ -128,6 +131,15 @@ def look_like_probs(logits: Tensor) -> bool:
     return wide and seem_probs(at_least_float32(logits[:1])) and seem_probs(at_least_float32(logits))
 
 
+def warned_of_probs(logits: Tensor, where: str) -> Tensor:
+    """The logits, after a warning if they `look_like_probs`; not in a graph, nor where it would wait for a device."""
+    if torch.compiler.is_compiling() or logits.device.type != "cpu":
+        return logits
+    if look_like_probs(logits):
+        warnings.warn(f"{where}: {PROBS_HINT}", stacklevel=4)
+    return logits
+
+
 def check_shape_of_features(features: Tensor, rows: int, where: str) -> None:
     """Raise ``ValueError`` unless features are floating point of shape ``(rows, d)``."""
     if not isinstance(features, Tensor):
@@ -180,11 +192,15 @@ def checked_rows(evidence: Evidence, labels: Tensor | None, where: str) -> tuple
     return evidence._replace(logits=at_least_float32(logits.detach()), features=features), labels.detach().long()
 
 
-def as_logits(probs: Tensor) -> Tensor:
-    """Convert probabilities to logits for a calibrator: ``log p``, bounded below by that of the smallest normal number.
+def as_logits(probs: Any) -> Tensor:
+    """Convert probabilities to logits for a calibrator: ``log p``, with p at least 2.2e-16.
+
+    No smaller probability changes the sum of a row in double precision. A forest says 0 where none of its trees has
+    seen a class: without the bound, one wrong 0 (-708 as a logit) would decide a temperature.
 
     Args:
-        probs: ``(N, K)``, rows >= 0 that sum to 1 +- 1e-3.
+        probs: A tensor, an array or a DataFrame ``(N, K)``, rows >= 0 that sum to 1 +- 1e-3; or ``(N,)``, of class 1 of
+            two.
 
     Returns:
         ``(N, K)``, float32 or float64.
@@ -197,8 +213,16 @@ def as_logits(probs: Tensor) -> Tensor:
         >>> as_logits(torch.tensor([[0.5, 0.5]])).exp()
         tensor([[0.5000, 0.5000]])
     """
+    probs = probs if isinstance(probs, Tensor) else torch.as_tensor(np.require(probs, requirements="W"))
+    if not probs.is_floating_point():
+        raise TypeError(f"as_logits: probs is {probs.dtype}; it must be floating point. Give probabilities.")
+    if probs.ndim == 1 or probs.shape[1:] == (1,):
+        probs = torch.stack([1 - probs.reshape(-1), probs.reshape(-1)], dim=1)
+    if probs.ndim != 2:
+        raise ValueError(
+            f"as_logits: probs has shape {tuple(probs.shape)}; it must be (N, K), or (N,) of class 1 of two. Give one "
+            "row for each sample."
+        )
     labels = torch.zeros(probs.shape[:1], dtype=torch.int64, device=probs.device)
-    check_shapes(probs, labels, None, "as_logits")
     check_values(probs, labels, None, "probs", "as_logits")
-    wide = at_least_float32(probs)
-    return torch.log(wide.clamp_min(torch.finfo(wide.dtype).tiny))
+    return torch.log(at_least_float32(probs).clamp_min(LEAST_PROBABILITY))

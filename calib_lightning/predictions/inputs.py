@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from calib_lightning.metrics import OTHERS
 from calib_lightning.metrics.functional.checks import seem_probs
+from calib_lightning.posthoc.evidence import LEAST_PROBABILITY
 from calib_lightning.predictions.held_out import LOOKS_BETTER, check_apart, check_role
 from calib_lightning.predictions.others import TEST, once_each, read_others
 from calib_lightning.predictions.reading import REPLACED_CONFIDENCE, Predictions, input_notes, read_predictions
@@ -110,9 +111,23 @@ def _noted(calibration: Predictions, tests: dict[str, Predictions], run: Path | 
     for name, found in {"calibration": calibration, **tests}.items():
         said += [(name, REPLACED_CONFIDENCE)] if found.confidence is not None else []
         said += [(name, note) for note in input_notes(found)]
+    said += [("calibration", note) for note in _zeros(calibration)]
     said += [(name, note) for name, test in tests.items() for note in check_apart(calibration, test)]
     notes += once_each(said, tests)
     return Inputs(calibration, tests, list(dict.fromkeys(notes)))
+
+
+def _zeros(calibration: Predictions) -> Iterator[str]:
+    """Of rows whose label has the probability 0, on which what is fitted hangs."""
+    if calibration.input != "probs":
+        return
+    count = int((calibration.scores.gather(1, calibration.labels[:, None]) == 0).sum())
+    if count:
+        yield (
+            f"{count} of {len(calibration.labels)} rows give their label the probability 0, taken for "
+            f"{LEAST_PROBABILITY:.1e}: a few such rows decide a temperature or a matrix. Compare IRM and "
+            "EnsembleTemperature, or raise the zeros first; those of a forest to 1 / (2 trees)"
+        )
 
 
 def _run_notes(run: Path) -> Iterator[str]:

@@ -131,5 +131,6 @@ def _describe(
     total = float(scores.sum())
     lowest = int(scores.argmin())
     found = f"has {float(scores[lowest])} for class {lowest} and sums to {total:.6g}"
-    hint = "Pass input='logits' if these are logits."
+    rounded = bool((scores >= 0).all()) and abs(total - 1.0) < 0.1
+    hint = "Divide rounded rows by their sum." if rounded else "If these are logits, do not give them as probabilities."
     return _Finding(found, f"be >= 0 and sum to 1 +- {PROBS_TOLERANCE}. {hint}")
