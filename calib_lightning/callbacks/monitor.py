@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from calib_lightning.callbacks.figures import shows_figures, title_of
 from calib_lightning.core.own_data import BatchParts, image_and_label
-from calib_lightning.functional import binary_labels, logits_of
+from calib_lightning.functional import at_least_float32, binary_labels, logits_of
 from calib_lightning.metrics import REPORT, EvaluationState
+from calib_lightning.metrics.functional.checks import seem_probs
 from calib_lightning.plots import figures, log_figure
 
 
@@ -97,6 +98,11 @@ class CalibrationMonitor(Callback):
                     output = pl_module(image)
                 found = {0: logits_of(output, len(labels))}
             logits = next(iter(found.values()))
+            if batch_idx == 0 and seem_probs(at_least_float32(logits.detach())):
+                rank_zero_warn(
+                    f"CalibrationMonitor: outputs of {type(pl_module).__name__} are all in [0, 1] and each row sums to "
+                    "1. If they are probabilities, what is logged is wrong: let forward return logits."
+                )
             self._states[dataloader_idx].update(logits.detach(), binary_labels(labels))
         except Exception as error:  # metrics must not stop a run, whatever the module's forward raises
             plain = isinstance(error, TypeError | ValueError)

@@ -17,11 +17,13 @@ from calib_lightning.core.data_in_use import can_change_loading, datamodule_in_u
 from calib_lightning.core.distributed import check_strategy
 from calib_lightning.core.heads import Head, head_size
 from calib_lightning.core.module import ClassificationModule
+from calib_lightning.core.own_data import image_and_label
 from calib_lightning.core.randomness import seeded_head
 from calib_lightning.core.schedules import CosineToEnd
 from calib_lightning.core.stage_base import Stage, stages_of
 from calib_lightning.core.submodules import evaluating, linear_layers, submodule_of
 from calib_lightning.core.twins import is_twin
+from calib_lightning.functional import logits_of
 from calib_lightning.types import Views
 
 FEW_STEPS = 100
@@ -184,6 +186,30 @@ def check_heads(stages: Sequence[Stage], module: LightningModule) -> None:
                 f"The head {name} of {type(stage).__name__} does not fit: it maps 2 rows of {features} features to "
                 f"{shape}, but {classes} classes need (2, {classes})."
             )
+
+
+def check_is_last(stage: Stage, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+    """Reject a head that does not return the logits of a module from outside this package; called in the first step.
+
+    Where the module cannot be called on the images of a batch, nothing is known and nothing said.
+    """
+    if isinstance(module, ClassificationModule) or stage.feed is not None:
+        return
+    returned: list[Any] = []
+    handle = stage.module_head(module).register_forward_hook(lambda _, inputs, output: returned.append(output))
+    try:
+        with evaluating(module), torch.no_grad(), torch.random.fork_rng([]), trainer.precision_plugin.forward_context():
+            output = module.forward(image_and_label(batch, type(stage).__name__, stage.batch)[0])
+        of_head, of_module = (logits_of(found).shape[1] for found in (returned[-1], output))
+    except Exception:  # its forward may need more than images, or return something else
+        return
+    finally:
+        handle.remove()
+    if of_head != of_module:
+        raise ValueError(
+            f"head is {stage.head!r}, which returns {of_head} values for each image; it must be the layer that returns "
+            f"the {of_module} logits of {type(module).__name__}. Name that layer: {linear_layers(module)}."
+        )
 
 
 def check_optimizers(stage: Stage, trainer: Trainer, module: LightningModule) -> None:

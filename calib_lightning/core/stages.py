@@ -20,7 +20,13 @@ from calib_lightning.core.stage_base import (
     added_stages,
     stages_of,
 )
-from calib_lightning.core.stage_checks import check_heads, check_optimizers, check_stage, warn_of_few_steps
+from calib_lightning.core.stage_checks import (
+    check_heads,
+    check_is_last,
+    check_optimizers,
+    check_stage,
+    warn_of_few_steps,
+)
 from calib_lightning.core.stage_entry import (
     enter,
     enter_before_weights,
@@ -149,6 +155,7 @@ class StageSwitch(Stage):
         """Keep the frozen part in evaluation mode, even after ``train()`` calls."""
         if not self.looked_at:  # in the first step of any fit, even before the switch
             self.look_at(batch)
+            check_is_last(self, trainer, pl_module, batch)
             self.looked_at = True
         if not self.current:
             return

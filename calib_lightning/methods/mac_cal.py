@@ -6,6 +6,7 @@ the rate in `parts.mac_cal_figures`. Here are the stage, which ties them togethe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from functools import partial
 from typing import Any, Literal, Unpack, cast
@@ -47,6 +48,7 @@ class MaskedClassifier(StageSwitch):
         mask_every: "batch" or "epoch".
         warm_start: Whether a `MaskedLinearHead` starts from the weights of the previous linear classifier, scaled so
             that the deployed classifier initially equals it.
+        loader: Batches of the calibration split, where the data module has none.
         **options: See `StageSwitch`. Default training: unaugmented images (if the data module is of this package), SGD
             with lr 0.1, momentum 0.9 and weight decay 5e-4, cosine to 0 over the epochs of the stage. Without a
             criterion, methods of this package use cross-entropy; other modules keep their loss.
@@ -76,6 +78,7 @@ class MaskedClassifier(StageSwitch):
         sparsity: AdaptiveSparsity | None = None,
         mask_every: Interval = "batch",
         warm_start: bool = False,
+        loader: Iterable[Any] | None = None,
         **options: Unpack[SwitchOptions],
     ) -> None:
         check_choice("mask_every", mask_every, Interval)
@@ -86,7 +89,7 @@ class MaskedClassifier(StageSwitch):
         self.sparsity = AdaptiveSparsity() if sparsity is None else sparsity
         self.mask_every, self.warm_start = mask_every, warm_start
         self._rate = KeepRate(self.sparsity)
-        self._figures = EpochFigures(self.features, self.labels, held_out=self.sparsity.held_out)
+        self._figures = EpochFigures(self.features, self.labels, held_out=self.sparsity.held_out, loader=loader)
         self._rank = 0
 
     @classmethod

@@ -230,3 +230,15 @@ def test_the_training_is_the_same_with_it(tmp_path):
             trainer.fit(module, loader(40), loader(37, seed=1))
         weights.append(module.net.weight.detach().clone())
     assert torch.equal(*weights)
+
+
+def test_probabilities_that_are_taken_for_logits_are_told_of(tmp_path):
+    class Soft(Foreign):
+        def forward(self, x):
+            return super().forward(x).softmax(-1)
+
+    for module, told in ((Soft(), True), (Foreign(), False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer_with(CalibrationMonitor(), tmp_path).fit(module, loader(16), loader(16))
+        assert any("let forward return logits" in str(warning.message) for warning in caught) == told

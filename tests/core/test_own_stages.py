@@ -4,12 +4,15 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
 from calib_lightning.core import StageSwitch, load_stages
 from calib_lightning.core.module_record import load_checkpoint
+from calib_lightning.methods import AdaptiveSparsity, MaskedClassifier
 from tests.core.test_stages import Foreign, loaders
 from tests.ddp.cases import trainer
 
@@ -95,6 +98,63 @@ def test_names_of_parts_are_helped_with(tmp_path):
 def test_advice_on_few_steps_can_be_followed(tmp_path):
     with pytest.warns(UserWarning, match=r"smaller batches \(of your loader\)"):
         run(tmp_path, Foreign(), [switch(1)])
+
+
+def test_a_layer_that_is_not_the_last_is_refused(tmp_path):
+    class Deep(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.net.fc = nn.Linear(32, 8)
+            self.net.add_module("last", nn.Linear(8, 3))
+
+    class Unlike(Deep):
+        def forward(self, x, y):
+            return super().forward(x)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(*batch), batch[1])
+
+        validation_step = None
+
+    with pytest.raises(ValueError, match=r"head is 'net\.fc', which returns 8 values .* the 3 logits.*'net\.last'"):
+        run(tmp_path, Deep(), [switch(1)])
+    run(tmp_path, Deep(), [StageSwitch(1, encoder="net", head="net.last")])
+    run(tmp_path, Unlike(), [switch(1)])  # it cannot be called on images alone
+
+
+def test_looking_at_the_first_batch_changes_no_random_number(tmp_path):
+    class Drawn(Foreign):
+        def forward(self, x):
+            return super().forward(x) + 0 * torch.rand(())  # also in evaluation
+
+    class Numbers(Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            found.append(torch.rand(()).item())
+
+    kinds = []
+    for switches in ([], [switch(1)]):
+        found = []
+        made = run(tmp_path, Drawn(), switches, 1 if not switches else 2, callbacks=[Numbers()])
+        kinds.append(found[: made.num_training_batches])
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_calibration_images_may_come_from_a_plain_loader(tmp_path, held_out):
+    _, val, _ = loaders()
+    if not held_out:
+        with pytest.raises(ValueError, match="loader is given, but held_out of the sparsity is False"):
+            MaskedClassifier(1, sparsity=AdaptiveSparsity(held_out=False), loader=val)
+        return
+    own, masked = Foreign(), MaskedClassifier(1, loader=val, encoder="net", head="net.fc")
+    made = run(tmp_path, own, [masked], 3)
+    with torch.no_grad():
+        logits = torch.cat([own.eval()(image) for image, _ in val])
+    labels = torch.cat([label for _, label in val])
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    assert float(made.callback_metrics["mac_cal/accuracy"]) == pytest.approx(float(accuracy))
+    confidence = logits.softmax(1).amax(1).mean()
+    assert float(made.callback_metrics["mac_cal/confidence"]) == pytest.approx(float(confidence), abs=1e-6)
 
 
 def test_a_class_is_not_a_module(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,10 +53,21 @@ class EpochFigures:
         features: Returns the features ``(N, d)`` of a batch, given the module and the batch.
         labels: Returns the labels of a batch.
         held_out: Which of them, as in `AdaptiveSparsity`.
+        loader: Batches of the calibration split; ``None`` asks the data module for them.
+
+    Raises:
+        ValueError: If a loader is given, and confidence and accuracy are not measured on the calibration split.
     """
 
-    def __init__(self, features: Features, labels: Labels, *, held_out: HeldOut) -> None:
-        self.features, self.labels, self.held_out = features, labels, held_out
+    def __init__(
+        self, features: Features, labels: Labels, *, held_out: HeldOut, loader: Iterable[Any] | None = None
+    ) -> None:
+        if loader is not None and held_out is not True:
+            raise ValueError(
+                f"loader is given, but held_out of the sparsity is {held_out!r}; it must be True, or the calibration "
+                "split is not read. Omit the loader, or set held_out=True."
+            )
+        self.features, self.labels, self.held_out, self.loader = features, labels, held_out, loader
         self._sums: Tensor | None = None  # over the steps, of this process
         self._rows: list[tuple[Tensor, Tensor]] | None = None  # features and labels on which it is measured as deployed
         self._logits: Tensor | None = None
@@ -63,7 +75,7 @@ class EpochFigures:
 
     def check(self, trainer: Trainer, owner: str) -> None:
         """Raise if there is no calibration split for ``owner`` to measure on."""
-        check_rows(trainer, self.held_out, owner)
+        check_rows(trainer, self.held_out, self.loader, owner)
 
     def begin_fit(self, module: LightningModule, owner: str) -> None:
         """Raise if the training images cannot be read again; move the sums of a checkpoint to the module's device."""
@@ -128,7 +140,7 @@ class EpochFigures:
     def _deployed_sums(self, module: LightningModule, head: nn.Module, owner: str) -> Tensor:
         """Sums over this process's part of the rows, with the classifier as deployed."""
         if self._rows is None:
-            self._rows = deployed_rows(module, self.held_out, self.features, self.labels, owner)
+            self._rows = deployed_rows(module, self.held_out, self.loader, self.features, self.labels, owner)
         sums = torch.zeros(3, dtype=torch.float64, device=_summing_device(module.device))
         with evaluating(head), module.trainer.precision_plugin.forward_context():
             for features, labels in self._rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -27,9 +27,9 @@ _PASS = 102  # separates this random stream from others
 _ROWS = 4096  # stored features that the classifier is given at once
 
 
-def check_rows(trainer: Trainer, held_out: HeldOut, owner: str) -> None:
+def check_rows(trainer: Trainer, held_out: HeldOut, loader: Iterable[Any] | None, owner: str) -> None:
     """Raise if there is no calibration split for ``owner`` to measure on; called before training."""
-    if held_out is True:
+    if held_out is True and loader is None:
         _calibration_loader(trainer, owner)
 
 
@@ -40,14 +40,19 @@ def check_pass(trainer: Trainer, held_out: HeldOut, owner: str) -> None:
 
 
 def deployed_rows(
-    module: LightningModule, held_out: HeldOut, features: Features, labels: Labels, owner: str
+    module: LightningModule,
+    held_out: HeldOut,
+    loader: Iterable[Any] | None,
+    features: Features,
+    labels: Labels,
+    owner: str,
 ) -> list[tuple[Tensor, Tensor]]:
     """Features and labels of this process's part of the rows, in batches, on the device of the module.
 
     A pass over the training images leaves the random numbers of the run as they are.
     """
     if held_out is True:
-        loader = _calibration_loader(module.trainer, owner)
+        loader = _calibration_loader(module.trainer, owner) if loader is None else loader
         held = ((features(module, batch), labels(batch)) for batch in loader)
         return [(found, label.to(found.device)) for found, label in held]
     with torch.random.fork_rng(devices=[]):
@@ -125,7 +130,7 @@ def _calibration_loader(trainer: Trainer, owner: str) -> Any:
         name = "plain loaders" if data is None else type(data).__name__
         raise ValueError(
             f"The data ({name}) has no calibration split, on which {owner} measures confidence and accuracy. Give the "
-            "data module calibration images (split.calibration, or a method calibration_dataloader), or use "
-            "AdaptiveSparsity(held_out=False)."
+            f"data module calibration images (split.calibration, or a method calibration_dataloader), pass {owner} a "
+            "loader of them, or use AdaptiveSparsity(held_out=False)."
         )
     return loader
