@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -243,6 +244,48 @@ def test_a_metric_says_how_to_pass_an_output():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             EvaluationState().update(logits, labels)
+
+
+def test_under_ddp_what_a_step_returns_for_a_dict_is_not_taken_for_logits():
+    monitor, module, (x, y) = CalibrationMonitor(), Foreign(), rows(8)
+    batch = {"image": x, "label": y}
+    # as DDP runs a step: as a call of the module with the batch and its number
+    module.forward = lambda batch, batch_idx=0: module.fc(module.backbone(batch["image"])).softmax(dim=1)
+    monitor.on_validation_batch_start(None, module, batch, 0)
+    module(batch, 0)
+    assert monitor._outputs == []
+    module(batch)  # a step that calls the module with its whole batch
+    assert len(monitor._outputs) == 1
+    monitor.on_exception(None, module, RuntimeError())
+
+
+class Timm(Foreign):
+    """A network of timm, in which the head lies."""
+
+    def __init__(self, shape="transformers"):
+        super().__init__(shape)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.net = timm.create_model("test_resnet", num_classes=2, in_chans=1)
+        del self.backbone, self.fc
+
+    def forward(self, x):
+        return {"logits": self.net(x.repeat_interleave(6, dim=1).view(-1, 1, 6, 6).repeat(1, 1, 6, 6))}
+
+    def training_step(self, batch, batch_idx):
+        x, y = BATCHES[self.shape][2](batch)
+        return F.cross_entropy(self(x)["logits"], y)
+
+
+def test_a_network_of_timm():
+    module, where = Timm(), BATCHES["transformers"][1]
+    switch = MaskedClassifier(-1, encoder="net", head="net.fc", batch=where)
+    calibrate = PostHocCalibrate(Temperature(), batch=where)
+    found = fitted(module, CalibrationMonitor(figures_every=0, batch=where), switch, calibrate)
+    metrics, temperature = expected(module)
+    assert found["monitor/nll"] == pytest.approx(float(metrics["nll"]), rel=1e-5)
+    assert calibrate.calibrator.temperature == pytest.approx(temperature, rel=1e-4)
+    assert type(module.net.fc).__name__ == "MaskedLinearHead"
 
 
 def test_labels_of_a_masked_classifier_may_be_a_column():
