@@ -6,6 +6,7 @@ from calib_lightning.core.encoders import Encoder, build_encoder, encoder_names
 from calib_lightning.core.feature_cache import CachedFeatures
 from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.history import CorrectnessHistory
+from calib_lightning.core.learning import LearningCriterion
 from calib_lightning.core.loading import load_module
 from calib_lightning.core.module import ClassificationModule
 from calib_lightning.core.module_options import ModuleOptions
@@ -24,6 +25,7 @@ __all__ = [
     "CosineToEnd",
     "Encoder",
     "Head",
+    "LearningCriterion",
     "LinearHead",
     "ModuleOptions",
     "Preemption",

@@ -70,3 +70,13 @@ class BatchTransform(nn.Module, ABC):
         Returns:
             Loss (scalar), and logits ``(N, K)`` that belong to ``batch.label``, for the training metrics.
         """
+
+
+def attached(transform: Any, module: Classifier) -> BatchTransform | None:
+    """Return the batch transform, or ``None``, once it has been checked that it can work with the module."""
+    if transform is None:
+        return None
+    if not isinstance(transform, BatchTransform):
+        raise TypeError(f"batch_transform is {transform!r}; it must be an object such as MixupTransform().")
+    transform.attach(module)
+    return transform

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,13 @@ class CorrectnessHistory(nn.Module):
         """
         self.count = torch.zeros(size, dtype=torch.int64, device=self.count.device)
         self._counts, self._rows = None, []
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Take the size of a checkpoint; rows that have been restored from it stay."""
+        saved = state_dict.get(f"{prefix}count")
+        if saved is not None and len(saved) != len(self.count):
+            self.count, self._counts = torch.zeros_like(saved, device=self.count.device), None
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def update(self, index: Tensor, correct: Tensor) -> None:
         """Count the rows of one batch.

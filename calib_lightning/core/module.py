@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from calib_lightning.core.batch_transform import BatchTransform
+from calib_lightning.core.batch_transform import BatchTransform, attached
 from calib_lightning.core.data_in_use import datamodule_in_use
-from calib_lightning.core.distributed import own_rows, rows_by_rank
+from calib_lightning.core.distributed import rows_by_rank
 from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
-from calib_lightning.core.evaluated_module import EvaluatedModule
 from calib_lightning.core.finite import guard_saves
 from calib_lightning.core.heads import Head, LinearHead, build_head, has_spec
+from calib_lightning.core.learning import TeachingModule, restore_rows, rows_of
 from calib_lightning.core.module_record import (
     CHECKPOINT_KEY,
     ModuleRecord,
@@ -39,7 +39,7 @@ from calib_lightning.types import Batch, Criterion, EncoderSpec
 from calib_lightning.utils.registry import class_path_of
 
 
-class ClassificationModule(EvaluatedModule):
+class ClassificationModule(TeachingModule):
     """Encoder, head, criterion and metrics with one optimiser: the base of every training-time method.
 
     A method is a subclass with a criterion; one that needs more overrides `loss`. It accepts any data module or loader
@@ -100,15 +100,10 @@ class ClassificationModule(EvaluatedModule):
         self.criterion: Criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.batch_transform = batch_transform
         # whether a stage's criterion has replaced the method's own training, whose hooks then stand back
         self.plain_loss = False
-        if batch_transform is not None:
-            if not isinstance(batch_transform, BatchTransform):
-                raise TypeError(
-                    f"batch_transform is {batch_transform!r}; it must be an object such as MixupTransform()."
-                )
-            batch_transform.attach(self)
+        self.batch_transform = attached(batch_transform, self)
+        self.stage_transform: BatchTransform | None = None  # around the criterion of a stage, if the method has one
         self.train_state = EvaluationState([key for key in CORE if key != "correctness_auroc"])
         self._image_shape: tuple[int, ...] = ()
 
@@ -194,7 +189,7 @@ class ClassificationModule(EvaluatedModule):
         """
         self.stage = stage
         if criterion is not None:
-            self.criterion, self.batch_transform, self.plain_loss = criterion, None, True
+            self.criterion, self.batch_transform, self.plain_loss = criterion, self.stage_transform, True
 
     def criterion_value(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Criterion (scalar) of logits ``(N, K)`` and labels, in float32 or wider for any precision of the run."""
@@ -206,6 +201,7 @@ class ClassificationModule(EvaluatedModule):
         """Let the method prepare its step."""
         if not self.plain_loss:
             self.begin_step(batch)
+        super().on_train_batch_start(batch, batch_idx)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: loss, log, and training metrics if there is a classifier."""
@@ -221,6 +217,7 @@ class ClassificationModule(EvaluatedModule):
                 raise ValueError(f"In training, at step {self.global_step}: {error}") from error
         if not self.plain_loss:
             self.end_step()
+        self.end_learning_step()
         return loss
 
     def on_fit_start(self) -> None:
@@ -233,13 +230,14 @@ class ClassificationModule(EvaluatedModule):
 
     def on_train_epoch_end(self) -> None:
         """Compute and log the epoch's training metrics, once."""
+        super().on_train_epoch_end()
         if self.classifies:
             self._log_state("train", self.train_state)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; let the method learn from the validation."""
         super().on_validation_epoch_end()
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking and not self.plain_loss:
+        if self._learns and not self.plain_loss:
             self.end_validation()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -253,6 +251,7 @@ class ClassificationModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint self-describing: class, K, stage, head, training metrics of an unfinished epoch."""
+        collected = {**self.epoch_rows(), **rows_of(self.criterion)}
         checkpoint[CHECKPOINT_KEY] = ModuleRecord(
             class_path=class_path_of(type(self)),
             num_classes=self.num_classes,
@@ -261,7 +260,7 @@ class ClassificationModule(EvaluatedModule):
             train_state=summed_state(self.train_state),
             plain_loss=self.plain_loss,
             class_names=None if self.class_names is None else list(self.class_names),
-            epoch_rows={name: [part.cpu() for part in rows_by_rank(rows)] for name, rows in self.epoch_rows().items()},
+            epoch_rows={name: [part.cpu() for part in rows_by_rank(rows)] for name, rows in collected.items()},
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -284,7 +283,7 @@ class ClassificationModule(EvaluatedModule):
             check_has_switches(checkpoint, self.trainer)
             if was_plain and not self.plain_loss:  # back to a stage of the method's own, whose hooks `setup` left out
                 self.begin_fit()
-        rows = {name: own_rows(parts, self.global_rank) for name, parts in record.get("epoch_rows", {}).items()}
+        rows = restore_rows(self.criterion, record.get("epoch_rows", {}), self.global_rank)
         if rows:
             self.restore_epoch_rows(rows)
 

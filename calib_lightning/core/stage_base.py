@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from calib_lightning.core.heads import LinearHead, head_size
+from calib_lightning.core.learning import learners_of
 from calib_lightning.core.own_data import BatchParts
 from calib_lightning.core.stored_features import caught_features
 from calib_lightning.core.submodules import ModuleState, evaluating, submodule_of
@@ -154,9 +155,12 @@ class Stage(Callback):
 
         Raises:
             TypeError: If the views of the stage cannot use the batch.
+            ValueError: If its criterion cannot learn from it.
         """
         if self.training.views is not None:
             self.training.views.check_batch(batch)
+        for part in learners_of(self.training.criterion):
+            part.look_at(batch)
 
     # --- available to subclasses --------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.data_in_use import can_change_loading, datamodule_in_use
 from calib_lightning.core.distributed import check_strategy
 from calib_lightning.core.heads import Head, head_size
+from calib_lightning.core.learning import learners_of
 from calib_lightning.core.module import ClassificationModule
 from calib_lightning.core.own_data import image_and_label
 from calib_lightning.core.randomness import seeded_head
@@ -59,12 +60,26 @@ def check_stage(stage: Stage, trainer: Trainer, module: LightningModule) -> None
         )
     if views is not None:
         views.check(trainer, module, encoder, head, transform)
-    foreign = not isinstance(module, ClassificationModule)
-    if stage.training.criterion is not None and foreign and not hasattr(module, "criterion"):
-        raise ValueError(
-            f"{name}'s training has a criterion, but {type(module).__name__} has no attribute 'criterion' for its "
-            "training step to call. Omit the criterion, or make the module call self.criterion."
-        )
+    _check_criterion(stage, trainer, module, transform)
+
+
+def _check_criterion(stage: Stage, trainer: Trainer, module: LightningModule, transform: BatchTransform | None) -> None:
+    """Check criterion and batch transform of the stage against the module and the run."""
+    name, training, learners = type(stage).__name__, stage.training, learners_of(stage.training.criterion)
+    if not isinstance(module, ClassificationModule):
+        if training.criterion is not None and not hasattr(module, "criterion"):
+            raise ValueError(
+                f"{name}'s training has a criterion, but {type(module).__name__} has no attribute 'criterion' for its "
+                "training step to call. Omit the criterion, or make the module call self.criterion."
+            )
+        if learners:
+            raise ValueError(
+                f"{name}'s training has a {type(learners[0]).__name__}, which learns from what a ClassificationModule "
+                f"tells it, but the module is a {type(module).__name__}. Use a method of this package, or another "
+                "criterion."
+            )
+    for part in learners:
+        part.check(trainer, transform)
 
 
 def _check_epoch(stage: Stage, trainer: Trainer) -> None:
@@ -109,10 +124,10 @@ def _check_schedule(stage: Stage, trainer: Trainer, module: LightningModule) -> 
 
 
 def _kept_transform(stage: Stage, module: LightningModule) -> BatchTransform | None:
-    """The batch transform of the stage: that of the module, unless a criterion replaces it."""
-    if stage.training.criterion is not None or not isinstance(module, ClassificationModule):
+    """The batch transform of the stage: that of the module; with a criterion, that for stages."""
+    if not isinstance(module, ClassificationModule):
         return None
-    return module.batch_transform
+    return module.batch_transform if stage.training.criterion is None else module.stage_transform
 
 
 def _check_images(stage: Stage, trainer: Trainer, transform: BatchTransform | None) -> None:

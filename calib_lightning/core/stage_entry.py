@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from calib_lightning.core.data_in_use import set_loading
 from calib_lightning.core.heads import Head
+from calib_lightning.core.learning import learners_of
 from calib_lightning.core.module import ClassificationModule
 from calib_lightning.core.randomness import seeded_head
 from calib_lightning.core.schedules import with_schedule
@@ -37,6 +38,9 @@ def enter(stage: Stage, trainer: Trainer, module: LightningModule) -> None:
         criterion = stage.training.criterion
         if criterion is not None:
             criterion.to(module.device, None if parameter is None else parameter.dtype)
+            for part in learners_of(criterion):
+                part.renew()
+                part.first_epoch = stage.first(trainer)
         if isinstance(module, ClassificationModule):
             module.enter_stage(module.stage + 1, criterion)
         elif criterion is not None:

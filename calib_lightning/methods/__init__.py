@@ -13,7 +13,7 @@ from calib_lightning.methods.class_balanced import (
 )
 from calib_lightning.methods.confidnet import ConfidenceSwitch, ConfidenceTuning, ConfidNet
 from calib_lightning.methods.cpc import CPC, CPCLoss, cpc_loss
-from calib_lightning.methods.crl import CRL, correctness_ranking_loss, correctness_rate, ranking_confidence
+from calib_lightning.methods.crl import CRL, CRLLoss, correctness_ranking_loss, correctness_rate, ranking_confidence
 from calib_lightning.methods.cross_entropy import CrossEntropy, CrossEntropyLoss, cross_entropy_loss
 from calib_lightning.methods.dca import DCA, DCALoss, dca_penalty
 from calib_lightning.methods.dual_focal import DualFocal, DualFocalLoss, dual_focal_loss
@@ -73,6 +73,7 @@ __all__ = [
     "Brier",
     "BrierLoss",
     "CPCLoss",
+    "CRLLoss",
     "ClassBalanced",
     "ClassBalancedLoss",
     "ConfidNet",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import NoReturn, Unpack
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from calib_lightning.core import ClassificationModule, ModuleOptions
+from calib_lightning.core import ClassificationModule, LearningCriterion, ModuleOptions
 from calib_lightning.core.distributed import gather_rows
+from calib_lightning.core.learning import will_validate
 from calib_lightning.functional import at_least_float32, checked_batch
-from calib_lightning.types import Prediction
 from calib_lightning.utils.described import Described
 
 
@@ -69,8 +70,11 @@ def equal_mass_edges(confidence: Tensor, n_bins: int) -> Tensor:
     return ordered[low] + (rank - low) * (ordered[high] - ordered[low])
 
 
-class AdaFocalLoss(Described, nn.Module):
+class AdaFocalLoss(Described, LearningCriterion):
     """Criterion of `ada_focal_loss`; its bins and gammas are buffers that `adapt` updates.
+
+    As the criterion of a module or of a stage it is adapted after each validation within the fit, except the sanity
+    check, to the whole validation split; a stage starts with equal bins and gammas of 1.
 
     Args:
         n_bins: B.
@@ -117,6 +121,7 @@ class AdaFocalLoss(Described, nn.Module):
         self.rate, self.gamma_max, self.gamma_min, self.switch = rate, gamma_max, gamma_min, switch
         self.register_buffer("edges", torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
         self.register_buffer("gammas", torch.ones(n_bins, dtype=torch.float64))
+        self._validated: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss (scalar) of logits ``(N, K)`` and labels ``(N,)``."""
@@ -152,6 +157,43 @@ class AdaFocalLoss(Described, nn.Module):
         self.edges.copy_(edges)
         self.gammas.copy_(gammas)
 
+    def check(self, trainer: Trainer, transform: nn.Module | None) -> None:
+        """Reject a fit without a validation set."""
+        if not will_validate(trainer):
+            _refuse()
+
+    def renew(self) -> None:
+        """Return to equal bins and gammas of 1."""
+        self.edges.copy_(torch.linspace(0, 1, len(self.edges), dtype=torch.float64))
+        self.gammas.fill_(1)
+        self._validated.clear()
+
+    def begin_fit(self, trainer: Trainer, *, fresh: bool) -> None:
+        """Reject a fit without validation batches."""
+        self._validated.clear()
+        if not sum(trainer.num_val_batches):
+            _refuse()
+
+    def see(self, logits: Tensor, labels: Tensor) -> None:
+        """Keep confidences of a validation."""
+        confidence, predicted = at_least_float32(logits).softmax(dim=-1).max(dim=-1)
+        self._validated.append((confidence, predicted == labels))
+
+    def end_validation(self) -> None:
+        """Update bins and gammas."""
+        nothing = self.gammas.new_empty(0, dtype=torch.float32)
+        confidence = torch.cat([part for part, _ in self._validated] or [nothing])
+        correct = torch.cat([part.float() for _, part in self._validated] or [nothing])
+        self._validated.clear()
+        self.adapt(gather_rows(confidence), gather_rows(correct))
+
+
+def _refuse() -> NoReturn:
+    raise ValueError(
+        "There are no validation batches; AdaFocal needs them to update its gammas. Give the data a validation split "
+        "(data.init_args.split.val above 0), and do not set limit_val_batches to 0."
+    )
+
 
 class AdaFocal(ClassificationModule):
     """Train with AdaFocal (Ghosh, Schaaf and Gormley, NeurIPS 2022).
@@ -160,8 +202,7 @@ class AdaFocal(ClassificationModule):
     Mechanism: focal loss whose gamma follows the validation gap of each confidence bin.
     Extra cost: none beyond validation.
 
-    After each validation within the fit, except the sanity check, the confidences of the whole validation split update
-    bins and gammas (`AdaFocalLoss.adapt`), which are saved in checkpoints.
+    The criterion is `AdaFocalLoss`, whose bins and gammas are saved in checkpoints.
 
     Args:
         num_classes: K; the command line takes it from the data.
@@ -189,37 +230,3 @@ class AdaFocal(ClassificationModule):
     ) -> None:
         criterion = AdaFocalLoss(n_bins, rate, gamma_max, gamma_min, switch)
         super().__init__(num_classes, criterion=criterion, **options)
-        self._validated: list[tuple[Tensor, Tensor]] = []
-
-    def on_train_start(self) -> None:
-        """Reject a fit without validation.
-
-        Raises:
-            ValueError: If there are no validation batches.
-        """
-        if not sum(self.trainer.num_val_batches):
-            raise ValueError(
-                "There are no validation batches; AdaFocal needs them to update its gammas. Give the data a validation "
-                "split (data.init_args.split.val above 0), and do not set limit_val_batches to 0."
-            )
-
-    def on_validation_epoch_start(self) -> None:
-        """Reset the validation metrics and predictions."""
-        super().on_validation_epoch_start()
-        self._validated.clear()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> Prediction:  # type: ignore[override]
-        """Add one batch to the validation metrics, and keep its confidences for the gammas."""
-        prediction = super().validation_step(batch, batch_idx)
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            confidence, predicted = at_least_float32(prediction.logits).softmax(dim=-1).max(dim=-1)
-            self._validated.append((confidence, predicted == self._checked(batch).label))
-        return prediction
-
-    def end_validation(self) -> None:
-        """Update bins and gammas."""
-        confidence = torch.cat([part for part, _ in self._validated] or [torch.empty(0, device=self.device)])
-        correct = torch.cat([part for _, part in self._validated] or [torch.empty(0, device=self.device)])
-        assert isinstance(self.criterion, AdaFocalLoss)
-        self.criterion.adapt(gather_rows(confidence), gather_rows(correct.float()))
-        self._validated.clear()

@@ -16,6 +16,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from calib_lightning.core import ClassificationModule, Head, LinearHead, ModuleOptions
+from calib_lightning.core.batch_transform import attached
 from calib_lightning.core.data_in_use import staged_data
 from calib_lightning.core.stages import StageSwitch, StageTraining, own_switches
 from calib_lightning.data.views import ContrastiveViews, ResizedCropFlip
@@ -76,20 +77,27 @@ class RefCal(ClassificationModule):
             return images ``(N, V, C, H, W)`` itself.
         switch: When and how the second stage is trained. Default, from the authors' example: 100 more epochs, a
             linear head, focal loss with gamma 2 and ten times the MDCA penalty, `ResizedCropFlip`, batches of 512, SGD
-            with lr 5 (x 0.2 after 60, 75 and 90 epochs), momentum 0.9, no weight decay.
-        **options: See `ClassificationModule`; they apply to the first stage. No batch transform. The authors' first
-            stage is ``recipe/refcal`` with the configuration's SGD (lr 0.5, weight decay 1e-4) and
-            ``WarmupCosine(epochs=1000)``: the defaults are those of the base, for runs of any length.
+            with lr 5 (x 0.2 after 60, 75 and 90 epochs), momentum 0.9, no weight decay. Any criterion of this package
+            may take the place of that loss, also `CRLLoss` and `AdaFocalLoss`, which learn within the stage.
+        joint: Weight ``w`` of the contrastive loss in training by one stage; ``None`` means two stages. The linear
+            classifier and the projection then share the features of both views, ``L = mean_v criterion(view v) + w
+            contrast``, with the criterion of ``switch``, which does not take place.
+        **options: See `ClassificationModule`; they apply to the first stage, except ``batch_transform``, which applies
+            to the second (the authors' optional mixup). The authors' first stage is ``recipe/refcal`` with the
+            configuration's SGD (lr 0.5, weight decay 1e-4) and ``WarmupCosine(epochs=1000)``: the defaults are those
+            of the base, for runs of any length.
 
     Attributes:
-        switch: The switch to the second stage.
+        switch: The switch to the second stage; ``None`` if there is only one.
 
     Raises:
-        TypeError: If ``refinement_loss``, ``views`` or ``switch`` has the wrong type.
-        ValueError: If ``projection`` is below 1 or a batch transform is given.
+        TypeError: If ``refinement_loss``, ``views``, ``switch`` or the batch transform has the wrong type.
+        ValueError: If ``projection`` is below 1, ``joint`` is not above 0, or ``joint`` comes with a batch transform.
 
     Deviations:
-        The authors select the checkpoint by test accuracy; here it is selected on held-out images.
+        The authors select the checkpoint by test accuracy; here it is selected on held-out images. Their code trains in
+        two stages; ``joint`` is our reading of the abstract, which speaks of training end to end. In their code CRL and
+        AdaFocal do not learn: its CRL is cross-entropy, its AdaFocal a focal loss with gamma 1.
 
     Example:
         >>> RefCal(10, encoder="digits_cnn").switch.at_epoch
@@ -103,16 +111,20 @@ class RefCal(ClassificationModule):
         refinement_loss: nn.Module | None = None,
         views: Views | None = None,
         switch: StageSwitch | None = None,
+        joint: float | None = None,
         **options: Unpack[ModuleOptions],
     ) -> None:
-        transform = options.get("batch_transform")
-        if transform is not None:
+        transform = options.pop("batch_transform", None)
+        if joint is not None and not 0 < joint < float("inf"):
+            raise ValueError(f"joint is {joint}; it must be above 0 and finite, or None for two stages.")
+        if joint is not None and transform is not None:
             raise ValueError(
-                f"RefCal does not support batch_transform ({type(transform).__name__}): its first stage has neither "
-                "logits nor a criterion to wrap. Use it with a method such as CrossEntropy or Focal."
+                f"joint is {joint} and batch_transform is a {type(transform).__name__}, which would mix what is "
+                "contrasted. Omit one of them."
             )
         super().__init__(num_classes, criterion=CrossEntropyLoss(), **options)
-        self.head = ProjectionHead(self.encoder.num_features, projection)
+        self.stage_transform = attached(transform, self)
+        self.joint = joint
         self.refinement_loss = SupConLoss() if refinement_loss is None else refinement_loss
         self.views = ContrastiveViews() if views is None else views
         if switch is None:
@@ -131,19 +143,33 @@ class RefCal(ClassificationModule):
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} of RefCal is {value!r}; it must be an object such as {example}.")
-        self.switch = switch
+        if transform is not None and switch.training.criterion is None:
+            raise ValueError(
+                f"RefCal has a batch_transform ({type(transform).__name__}) for its second stage, whose training has "
+                "no criterion for it to wrap. Give the switch's training one, such as CrossEntropyLoss()."
+            )
+        contrast = ProjectionHead(self.encoder.num_features, projection)
+        self.switch = switch if joint is None else None
+        if joint is None:
+            self.head = contrast
+        else:
+            self.projection = contrast
+            given = switch.training.criterion
+            self.criterion = self.criterion if given is None else given
         self._no_validation = _NoValidation()
 
     def configure_callbacks(self) -> list[Callback]:
         """Add the switch, and disable validation in the first stage."""
+        if self.switch is None:
+            return []
         trainer: Any = getattr(self, "_trainer", None)
         there = () if trainer is None else trainer.callbacks
         return [*own_switches(self, self.switch), *(() if self._no_validation in there else (self._no_validation,))]
 
     @property
     def classifies(self) -> bool:
-        """Whether the first stage is over."""
-        return self.stage > 0
+        """Whether there is a classifier: the first stage is over, or it is the only one."""
+        return self.stage > 0 or self.joint is not None
 
     def setup(self, stage: str) -> None:
         """Request the views of the first stage from a data module of this package."""
@@ -168,7 +194,7 @@ class RefCal(ClassificationModule):
         Raises:
             RuntimeError: In the first stage, which has no classifier.
         """
-        if self.stage == 0:
+        if not self.classifies:
             raise RuntimeError(
                 "This RefCal network has no classifier yet: it is in its first stage, contrastive learning. Train it "
                 "through its switch; until then only module.features(image) can be used."
@@ -176,7 +202,7 @@ class RefCal(ClassificationModule):
         return super().forward(image)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss (scalar) and logits ``(N, K)`` of one batch; in the first stage embeddings ``(N, V, D)``.
+        """Loss (scalar) and logits ``(N, K)`` of one batch; without a classifier embeddings ``(N, V, D)``.
 
         Raises:
             ValueError: In the first stage, if there are fewer than two rows or fewer than two views.
@@ -195,9 +221,16 @@ class RefCal(ClassificationModule):
                 f"A training batch has {len(image)} image; a contrastive loss needs at least two. Use larger batches, "
                 "and drop a smaller last one (drop_last)."
             )
-        embeddings = self.head(self.features(image.flatten(0, 1))).view(*image.shape[:2], -1)
+        features = self.features(image.flatten(0, 1))
+        contrast = self.head if self.joint is None else self.projection
+        embeddings = contrast(features).view(*image.shape[:2], -1)
         with torch.autocast(image.device.type, enabled=False):
-            return self.refinement_loss(embeddings, batch.label), embeddings
+            loss: Tensor = self.refinement_loss(embeddings, batch.label)
+        if self.joint is None:
+            return loss, embeddings
+        logits = self.head(features).view(*image.shape[:2], -1).unbind(dim=1)
+        classification = torch.stack([self.criterion_value(view, batch.label) for view in logits]).mean()
+        return classification + self.joint * loss, logits[0]
 
 
 class _NoValidation(Callback):

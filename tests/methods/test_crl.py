@@ -75,7 +75,7 @@ class Record(Callback):
         self.steps = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        index, right = pl_module._seen
+        index, right = pl_module.criterion._seen
         self.steps.append((trainer.current_epoch, index.numpy().copy(), right.numpy().copy(), outputs["loss"].item()))
 
 

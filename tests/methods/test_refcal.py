@@ -436,8 +436,13 @@ def test_two_processes_end_with_equal_weights(pool2, tmp_path):
 
 
 def test_it_refuses_what_it_cannot_use():
-    with pytest.raises(ValueError, match=r"RefCal does not support batch_transform \(MixupTransform\)"):
-        module(batch_transform=MixupTransform())
+    with pytest.raises(ValueError, match=r"RefCal has a batch_transform \(MixupTransform\).*no criterion"):
+        module(batch_transform=MixupTransform(), switch=StageSwitch(-1))
+    with pytest.raises(ValueError, match=r"joint is 1\.0 and batch_transform is a MixupTransform"):
+        module(batch_transform=MixupTransform(), joint=1.0)
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"^joint is {weight}; it must be above 0"):
+            module(joint=weight)
     for name, example in (("switch", "StageSwitch"), ("views", "ContrastiveViews"), ("refinement_loss", "SupConLoss")):
         with pytest.raises(TypeError, match=rf"^{name} of RefCal is 3; it must be an object such as {example}"):
             module(**{name: 3})
