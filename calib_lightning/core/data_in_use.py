@@ -83,16 +83,47 @@ def staged_data(trainer: Trainer) -> StagedData | None:
     return cast(StagedData, data) if all(hasattr(data, name) for name in _OFFERED) else None
 
 
+class ViewedData(Protocol):
+    """What prepares its images as a stage asks: a `StagedData`, or a data set such as `ViewedDataset`."""
+
+    stage_views: Views | None
+    """How the stage prepares its images; ``None`` keeps those of the data."""
+
+
+def viewed_data(trainer: Trainer) -> ViewedData | None:
+    """Return what prepares the training images of a fit as a stage asks, else ``None``."""
+    data = staged_data(trainer)
+    plain = getattr(trainer.fit_loop._data_source.instance, "dataset", None)  # of a plain loader
+    return cast(ViewedData, plain) if data is None and hasattr(plain, "stage_views") else data
+
+
+def can_change_views(trainer: Trainer) -> bool:
+    """Return whether the trainer's data can change its images at a switch."""
+    return viewed_data(trainer) is not None
+
+
 def can_change_loading(trainer: Trainer) -> bool:
     """Return whether the trainer's data can change its images and batch size at a switch."""
     return staged_data(trainer) is not None
 
 
+def tell_epoch(trainer: Trainer, loader: Any = None) -> None:
+    """Tell the data set of a plain training loader the epoch, if it prepares its images as a stage asks."""
+    loop = trainer.fit_loop
+    given = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    for each in given if loader is None else [loader]:
+        data: Any = getattr(each, "dataset", None)
+        if hasattr(data, "stage_views"):
+            data.set_epoch(trainer.current_epoch)
+
+
 def set_loading(trainer: Trainer, views: Views | None, batch_size: int | None) -> None:
     """Set the images and the batch size of the next training loader, if the data can change them."""
-    data = staged_data(trainer)
+    viewed, data = viewed_data(trainer), staged_data(trainer)
+    if viewed is not None:
+        viewed.stage_views = views
     if data is not None:
-        data.stage_views, data.stage_batch_size, data.stage_features = views, batch_size, None
+        data.stage_batch_size, data.stage_features = batch_size, None
 
 
 def reload_train_loader(trainer: Trainer, loader: Any = None, *, resumed: bool = False) -> None:

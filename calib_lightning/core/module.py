@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from calib_lightning.core.batch_transform import BatchTransform, attached
-from calib_lightning.core.data_in_use import datamodule_in_use
+from calib_lightning.core.data_in_use import datamodule_in_use, tell_epoch
 from calib_lightning.core.distributed import rows_by_rank
 from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
 from calib_lightning.core.finite import guard_saves
@@ -225,7 +225,8 @@ class ClassificationModule(TeachingModule):
         self._take_class_names()
 
     def on_train_epoch_start(self) -> None:
-        """Reset the epoch's training metrics."""
+        """Reset the epoch's training metrics; tell the data which epoch it is."""
+        tell_epoch(self.trainer)
         self.train_state.reset()
 
     def on_train_epoch_end(self) -> None:

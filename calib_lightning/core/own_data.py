@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from calib_lightning.core.data_in_use import tell_epoch
 from calib_lightning.types import Batch
 
 BatchParts = tuple[str | int, str | int] | Callable[[Any], tuple[Any, Tensor]]
@@ -180,6 +181,8 @@ def report_positions(trainer: Trainer, wanted: type[LightningModule]) -> None:
 
     def process_dataloader(loader: object) -> object:
         ours = isinstance(trainer.lightning_module, wanted)
+        if ours and trainer.training:
+            tell_epoch(trainer, loader)  # worker processes start before the epoch does
         return type(strategy).process_dataloader(strategy, with_positions(loader) if ours else loader)
 
     strategy = trainer.strategy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from calib_lightning.core.batch_transform import BatchTransform
-from calib_lightning.core.data_in_use import can_change_loading, datamodule_in_use
+from calib_lightning.core.data_in_use import can_change_loading, can_change_views, datamodule_in_use
 from calib_lightning.core.distributed import check_strategy
 from calib_lightning.core.heads import Head, head_size
 from calib_lightning.core.learning import learners_of
@@ -133,15 +133,17 @@ def _kept_transform(stage: Stage, module: LightningModule) -> BatchTransform | N
 def _check_images(stage: Stage, trainer: Trainer, transform: BatchTransform | None) -> None:
     """Check images and batch size of the stage against the data and the batch transform."""
     views, size = stage.training.views, stage.training.batch_size
-    if (views or size) and not can_change_loading(trainer):
+    blocked = None if can_change_views(trainer) else views
+    if blocked or (size and not can_change_loading(trainer)):
         data = datamodule_in_use(trainer)
         said = (
-            f"{'views' if views else 'batch_size'} of {type(stage).__name__}'s training is incompatible with "
+            f"{'views' if blocked else 'batch_size'} of {type(stage).__name__}'s training is incompatible with "
             f"{type(data).__name__ if data else 'plain loaders'}: only data modules of this package change their "
             "images and batch size at a switch."
         )
-        if views is None or not views.optional:
-            raise ValueError(f"{said} Omit it, or use a BenchmarkDataModule.")
+        if blocked is None or not blocked.optional:
+            wrap = "for views a DataLoader over a ViewedDataset, or " if blocked and data is None else ""
+            raise ValueError(f"{said} Omit it, or use {wrap}a BenchmarkDataModule.")
         rank_zero_warn(f"{said} The stage uses the loader's batches.")
     elif views is not None:
         _check_views(views, transform)

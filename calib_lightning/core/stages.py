@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from calib_lightning.core.data_in_use import can_change_loading, reload_train_loader, set_loading
+from calib_lightning.core.data_in_use import can_change_views, reload_train_loader, set_loading
 from calib_lightning.core.module import ClassificationModule
 from calib_lightning.core.stage_base import (
     HeadFactory,
@@ -142,7 +142,7 @@ class StageSwitch(Stage):
             if is_twin(callback, EarlyStopping):  # a new head starts out worse than the old one
                 callback.wait_count, callback.stopped_epoch = 0, 0
                 callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        if stored or can_change_loading(trainer):
+        if stored or can_change_views(trainer):
             reload_train_loader(trainer)
         store_features(self, trainer, pl_module, resumed=False)
         warn_of_few_steps(self, trainer)

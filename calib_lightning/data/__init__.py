@@ -26,6 +26,7 @@ from calib_lightning.data.textures import TexturesDataModule
 from calib_lightning.data.tiny_imagenet import TinyImageNetDataModule
 from calib_lightning.data.toy import ToyDataModule
 from calib_lightning.data.transforms import Compose, CropFlip, Normalize
+from calib_lightning.data.viewed import ViewedDataset
 from calib_lightning.data.views import CleanViews, ContrastiveViews, ResizedCropFlip
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "TexturesDataModule",
     "TinyImageNetDataModule",
     "ToyDataModule",
+    "ViewedDataset",
     "long_tail_counts",
     "long_tail_rows",
 ]

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from calib_lightning.core import ClassificationModule, CosineToEnd, ModuleOptions, StageSwitch
-from calib_lightning.core.data_in_use import can_change_loading
+from calib_lightning.core.data_in_use import can_change_views
 from calib_lightning.core.own_data import image_and_label
 from calib_lightning.core.stages import HeadFactory, StageTraining, SwitchOptions, own_switches
 from calib_lightning.data.views import CleanViews
@@ -164,7 +164,7 @@ class MaskedClassifier(StageSwitch):
             self.training = copy(self.training)  # may be shared with another switch
             self.training.criterion = CrossEntropyLoss()
         if stage == "fit" and self._default_training:
-            self.training.views = CleanViews() if can_change_loading(trainer) else None  # plain loaders cannot
+            self.training.views = CleanViews() if can_change_views(trainer) else None  # plain loaders cannot
         super().setup(trainer, pl_module, stage)
         self._rank = trainer.global_rank
         if stage != "fit":

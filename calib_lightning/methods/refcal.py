@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from calib_lightning.core import ClassificationModule, Head, LinearHead, ModuleOptions
 from calib_lightning.core.batch_transform import attached
-from calib_lightning.core.data_in_use import staged_data
+from calib_lightning.core.data_in_use import viewed_data
 from calib_lightning.core.stages import StageSwitch, StageTraining, own_switches
 from calib_lightning.data.views import ContrastiveViews, ResizedCropFlip
 from calib_lightning.functional import at_least_float32
@@ -73,8 +73,9 @@ class RefCal(ClassificationModule):
         refinement_loss: Loss of the first stage: maps ``(embeddings (N, V, D) of length 1, labels (N,))`` to a scalar.
             Default: `SupConLoss`; `SimCLRLoss` ignores labels. Checkpoints do not store it.
         views: Views of the training images in the first stage. Default: `ContrastiveViews`; for digits and
-            letters use ``flip=False`` here and in the switch's views. A data module from outside this package must
-            return images ``(N, V, C, H, W)`` itself.
+            letters use ``flip=False`` here and in the switch's views. A plain ``DataLoader`` needs a `ViewedDataset`
+            and a switch without ``batch_size``; a data module from outside this package must return images
+            ``(N, V, C, H, W)`` itself.
         switch: When and how the second stage is trained. Default, from the authors' example: 100 more epochs, a
             linear head, focal loss with gamma 2 and ten times the MDCA penalty, `ResizedCropFlip`, batches of 512, SGD
             with lr 5 (x 0.2 after 60, 75 and 90 epochs), momentum 0.9, no weight decay. Any criterion of this package
@@ -172,7 +173,7 @@ class RefCal(ClassificationModule):
         return self.stage > 0 or self.joint is not None
 
     def setup(self, stage: str) -> None:
-        """Request the views of the first stage from a data module of this package."""
+        """Request the views of the first stage from a data module of this package, or a `ViewedDataset`."""
         super().setup(stage)
         if stage == "fit":
             self._ask_for_views()
@@ -184,7 +185,7 @@ class RefCal(ClassificationModule):
             self._ask_for_views()
 
     def _ask_for_views(self) -> None:
-        data = staged_data(self.trainer)
+        data = viewed_data(self.trainer)
         if self.stage == 0 and data is not None:
             data.stage_views = self.views
 
@@ -213,8 +214,8 @@ class RefCal(ClassificationModule):
         if image.ndim != 5 or image.shape[1] < 2:
             raise ValueError(
                 f"The images have shape {tuple(image.shape)}; the first stage of RefCal needs two views of each, (N, "
-                "2, C, H, W). Data modules of calib_lightning make them during a fit of the module; your own data set "
-                "must return (2, C, H, W)."
+                "2, C, H, W). Data modules of calib_lightning make them during a fit of the module; for a plain loader "
+                "wrap the data set: DataLoader(ViewedDataset(dataset), ...)."
             )
         if len(image) < 2:
             raise ValueError(

@@ -165,6 +165,23 @@ def test_a_new_fit_of_a_trained_module_starts_a_new_history(fit, tmp_path):
     assert int(module.history.count.max()) == 4
 
 
+def test_a_checkpoint_from_before_the_criterion_had_the_history_is_read(fit, tmp_path):
+    module = CRL(3, encoder="digits_cnn", optimizer=_sgd)
+    trainer = fit(module, ToyDataModule(batch_size=16, train_size=60), epochs=3)
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    old = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    old["state_dict"]["history.count"] = old["state_dict"].pop("criterion.history.count")
+    rows = old["calib_lightning"]["epoch_rows"]
+    rows["history"] = rows.pop("criterion/0/history")
+    old.pop("checksums", None)
+    torch.save(old, tmp_path / "old.ckpt")
+    assert torch.equal(load_module(tmp_path / "old.ckpt").history.count, module.history.count)
+    assert int(module.history.count.max()) > 1
+    rows["history"] = [torch.tensor([[2, 1], [5, 1]])]
+    torch.save(old, tmp_path / "old.ckpt")
+    assert load_module(tmp_path / "old.ckpt").history.counts.sum() == module.history.count.sum() + 2
+
+
 def test_repeated_rows_keep_the_rate_in_its_range():
     # a count above the number of epochs
     rate = methods.correctness_rate(torch.tensor([4, 0, 1]), torch.tensor([0, 1, 2]), 2)
