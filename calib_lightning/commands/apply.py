@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from calib_lightning.commands.options import parse
-from calib_lightning.commands.running import check_output, reported
+from calib_lightning.commands.running import check_headers, check_output, reported
 from calib_lightning.predictions.settings import Reading
 
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(options: Options) -> int:
     check_output(options)
+    check_headers([options.file], options.labels_key, "scores")
     from calib_lightning.predictions.applying import apply_to_file
 
     after = apply_to_file(options.calibrator, options.file, options.output, options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_lightning.commands.options import parse
-from calib_lightning.commands.running import check_metrics, one_line, print_report, reported, wrong
+from calib_lightning.commands.running import check_headers, check_metrics, one_line, print_report, reported, wrong
 from calib_lightning.predictions.settings import (
     CALIBRATION_METRICS,
     DEFAULT_CALIBRATOR,
@@ -107,7 +107,8 @@ def main(argv: Sequence[str]) -> int:
     if "--list" in argv:
         wrong("calibrate", "--list is now `calib list calibrators`")
     options = parse(Options, "calibrate", argv)
-    check_metrics("calibrate", options.metrics)
+    if code := reported(lambda: _headers(options)):
+        return code
     from calib_lightning.predictions.calibrating import named_calibrators
 
     try:
@@ -118,6 +119,13 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         wrong("calibrate", f"--calibrators: {one_line(error)}")
     return reported(lambda: _run(options, calibrators))
+
+
+def _headers(options: Options) -> int:
+    files = [options.calibration, *options.test] if options.calibration is not None else []
+    check_headers(files, options.labels_key, "scores" if options.labels else "scores and labels")
+    check_metrics("calibrate", options.metrics)
+    return 0
 
 
 def _run(options: Options, calibrators: Sequence[Calibrator]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -9,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from calib_lightning.predictions.csv_header import Holds, columns_of
 from calib_lightning.utils.disk import disk_message
 from calib_lightning.utils.files import check_output_file, write_whole
 
@@ -27,8 +29,21 @@ def reported(work: Callable[[], int]) -> int:
     try:
         return work()
     except FAULTS as error:
-        print(f"calib: error: {disk_message(error, '--output') or one_line(error)}", file=sys.stderr)
+        print(f"calib: error: {disk_message(error, '--output') or as_options(one_line(error))}", file=sys.stderr)
         return 1
+
+
+def as_options(message: str) -> str:
+    """Spell the settings of a reading, which the library names as in Python, as options of the command line."""
+    message = re.sub(r"(?<![\w-])input=(logits|probs)\b", r"--input \1", message)
+    return re.sub(r"(?<![\w-])(scores_key|labels_key|features_key|max_gb)\b", r"--\1", message)
+
+
+def check_headers(files: Iterable[Path], labels_key: str | None, holds: Holds) -> None:
+    """Raise ``ValueError`` for a wrong header of a CSV file, before the seconds that the import of torch takes."""
+    for path in files:
+        if path.suffix.lower() == ".csv" and path.is_file():
+            columns_of(path, labels_key, holds)
 
 
 def one_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from calib_lightning.commands.options import parse
 from calib_lightning.commands.running import (
+    check_headers,
     check_metrics,
     check_output,
     named_files,
@@ -126,8 +127,13 @@ class Options(Compared, Written, Settings, Reading):
 def main(argv: Sequence[str]) -> int:
     """Run ``calib score``; exit code 1 if a file is invalid or a figure cannot be drawn, 2 for a wrong command line."""
     options = parse(Options, "score", argv)
+    return reported(lambda: _headers(options)) or reported(lambda: _run(options))
+
+
+def _headers(options: Options) -> int:
+    check_headers(options.files, options.labels_key, "scores" if options.labels else "scores and labels")
     check_metrics("score", options.metrics)
-    return reported(lambda: _run(options))
+    return 0
 
 
 def _run(options: Options) -> int:

@@ -137,7 +137,7 @@ class CalibrationReport(Report):
             rows, classes = test.scores.shape
             entries = [Entry(called, [], row.values) for called, row in self.rows[name].items()]
             title = f"{name}: {rows:,} rows, {classes:,} classes, {bins_title(self.settings)}"
-            yield from value_grids(title, [""], entries)
+            yield from value_grids(title, [""], entries, best=True)
             if spreads := self.spreads(name):
                 keys = list(next(iter(spreads.values())))
                 means = [[called, *(_mean_and_std(k, found[k]) for k in keys)] for called, found in spreads.items()]
@@ -168,7 +168,7 @@ class CalibrationReport(Report):
         found = {called: lines_of_corruptions(self._values(called)) for called in (UNCALIBRATED, *self.fitted)}
         for place, line in enumerate(found[UNCALIBRATED]):
             entries = [Entry(called, [], Values(dict(lines[place].values), {}, {})) for called, lines in found.items()]
-            yield from value_grids(f"{line.name}: {line.size}, {bins_title(self.settings)}", [""], entries)
+            yield from value_grids(f"{line.name}: {line.size}, {bins_title(self.settings)}", [""], entries, best=True)
 
     def _values(self, called: str) -> dict[str, dict[str, float]]:
         return {name: rows[called].values.values for name, rows in self.rows.items()}
@@ -182,6 +182,7 @@ class CalibrationReport(Report):
     def remarks(self) -> Iterator[str]:
         """The method of the intervals, the notes and the failures."""
         yield from intervals_remark(self.settings)
+        yield "Bold (plain text: between stars): the best value. Where intervals overlap, chance may decide it."
         for name, fitted in self.fitted.items():
             for note in fitted.notes:
                 yield f"Note: {name}: {note}."

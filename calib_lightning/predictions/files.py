@@ -152,7 +152,10 @@ def _suffix(path: Path, allowed: tuple[str, ...]) -> str:
         raise IsADirectoryError(f"{path} is a folder; it must be a file, such as RUN/predictions/test.npz of a run")
     suffix = path.suffix.lower()
     if suffix not in allowed:
-        raise ValueError(f"{path}: the suffix is {suffix or '(none)'!r}; it must be one of {', '.join(allowed)}.")
+        packed = " Unpack it first." if suffix in (".gz", ".bz2", ".xz", ".zip") else ""
+        raise ValueError(
+            f"{path}: the suffix is {suffix or '(none)'!r}; it must be one of {', '.join(allowed)}.{packed}"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     return suffix

@@ -79,10 +79,10 @@ class ScoreReport(Report):
 
     def grids(self) -> Iterator[Grid]:
         """The tables: all sets, mean and standard deviation, differences, groups."""
-        title = f"{self.input}, {bins_title(self.settings)}"
-        calibrators = {entry.predictions.origin.calibrator for entry in self.sets.values()} - {""}
-        if calibrators:
-            title += f", calibrated by {', '.join(sorted(calibrators))}"
+        calibrators = {entry.predictions.origin.calibrator for entry in self.sets.values()}
+        title = f"{'' if all(calibrators) else f'{self.input}, '}{bins_title(self.settings)}"
+        if any(calibrators):  # then the scores are its log-probabilities, whatever the file has
+            title += f", calibrated by {', '.join(sorted(calibrators - {''}))}"
         entries = {name: Entry(name, _sizes(entry.predictions), entry.values) for name, entry in self.sets.items()}
         yield from value_grids(title, ["set", "N", "K"], condensed(entries))
         if self.ood:

@@ -114,17 +114,26 @@ class Report(ABC):
         return json.dumps(_json_values(self.content()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def value_grids(title: str, header: Sequence[str], entries: Sequence[Entry]) -> Iterator[Grid]:
-    """Tables of values: one row per entry or, with many metrics, per metric; ``header`` titles name and cells."""
+def value_grids(title: str, header: Sequence[str], entries: Sequence[Entry], *, best: bool = False) -> Iterator[Grid]:
+    """Tables of values: one row per entry or, with many metrics, per metric; ``header`` titles name and cells.
+
+    With ``best``, the best value of each metric is bold, unless all are equal.
+    """
     keys = list(dict.fromkeys(key for entry in entries for key in entry.values.values))
+    lowest = {key: _lowest_cost(key, entries) if best else math.nan for key in keys}
+
+    def shown(values: Values, key: str) -> str:
+        text = _value(values, key)
+        return bold(text) if _cost(key, values) == lowest[key] else text
+
     if len(keys) <= MOST_COLUMNS:
-        rows = [[entry.name, *entry.cells, *(_value(entry.values, key) for key in keys)] for entry in entries]
+        rows = [[entry.name, *entry.cells, *(shown(entry.values, key) for key in keys)] for entry in entries]
         yield Grid(title, [*header, *map(heading, keys)], rows)
         return
     for start in range(0, len(entries), _SIDE_BY_SIDE):
         some = entries[start : start + _SIDE_BY_SIDE]
         before = [[name, *(entry.cells[place] for entry in some)] for place, name in enumerate(header[1:])]
-        cells = {key: [_value(entry.values, key) for entry in some] for key in keys}
+        cells = {key: [shown(entry.values, key) for entry in some] for key in keys}
         yield Grid(title, ["metric", *(entry.name for entry in some)], [*before, *sectioned(cells)])
 
 
@@ -200,6 +209,18 @@ def values_content(values: Values) -> dict[str, Any]:
 def _row(key: str) -> MetricRow:
     metric = key.partition("@")[0]
     return (METRICS | OOD | SOFT)[metric]
+
+
+def _cost(key: str, values: Values) -> float:
+    """The value so that a smaller number is better; nan where none is."""
+    value = values.values.get(key, math.nan)
+    return {"higher": -value, "lower": value, "zero": abs(value), "none": math.nan}[_row(key).better]
+
+
+def _lowest_cost(key: str, entries: Sequence[Entry]) -> float:
+    """The cost of the best entry; nan if all are equal."""
+    costs = {cost for entry in entries if not math.isnan(cost := _cost(key, entry.values))}
+    return min(costs) if len(costs) > 1 else math.nan
 
 
 def _value(values: Values, key: str) -> str:

@@ -899,7 +899,7 @@ def test_probabilities_taken_for_logits_are_refused(tmp_path, capsys):
         np.savez(tmp_path / f"{name}.npz", logits=probs, labels=labels)
     files = ["--calibration", str(tmp_path / "cal.npz"), "--test", str(tmp_path / "test.npz")]
     assert main(["calibrate", *files]) == 1
-    assert "Set input=probs" in capsys.readouterr().err
+    assert "Set --input probs" in capsys.readouterr().err
 
 
 def test_what_cannot_stand_alone_says_how_to_write_it(capsys):

@@ -207,7 +207,9 @@ def test_input_is_stated_and_never_guessed(scored, calib, tmp_path):
     assert as_probs["notes"] == []
     refused = calib("score", path, "--format", "json")
     assert (refused.code, refused.out) == (1, "")
-    assert "they look like probabilities, but they are taken for logits. Set input=probs, or input=log" in refused.err
+    assert (
+        "they look like probabilities, but they are taken for logits. Set --input probs, or --input log" in refused.err
+    )
     as_logits = scored(path, "--input", "logits")
     assert only(as_logits)["values"]["nll"] == pytest.approx(expected(probs)["nll"], abs=1e-12)
     assert [word in as_logits["notes"][0] for word in ("run", "input=probs")] == [True, True]
@@ -542,7 +544,7 @@ BAD = {
     "no zip": (lambda p: p.write_bytes(b"PK\3\4broken"), "run.npz", ["damaged"]),
     "empty npz": (lambda p: p.write_bytes(b""), "run.npz", ["damaged"]),
     "missing scores": (lambda p: _array(p, z=Z, labels=Y), "run.npz", ["'logits'", "'z'", "scores_key"]),
-    "probs only": (lambda p: _array(p, probs=Z, labels=Y), "run.npz", ["'logits'", "input=probs"]),
+    "probs only": (lambda p: _array(p, probs=Z, labels=Y), "run.npz", ["'logits'", "--input probs"]),
     "missing labels": (lambda p: _array(p, logits=Z, y=Y), "run.npz", ["'labels'", "'y'", "labels_key"]),
     "objects": (lambda p: _array(p, logits=Z, labels=Y.astype(object)), "run.npz", ["'labels'", "plain NumPy array"]),
     "text": (lambda p: _array(p, logits=Z.astype(str), labels=Y), "run.npz", ["'logits'", "array of numbers"]),
@@ -555,7 +557,7 @@ BAD = {
     "float labels": (lambda p: _array(p, logits=Z, labels=Y * 1.0), "run.npz", ["float64", "integer"]),
     "bool labels": (lambda p: _array(p, logits=Z, labels=Y > 2), "run.npz", ["bool", "integer"]),
     "one column": (lambda p: _array(p, logits=Z[:, :1], labels=Y), "run.npz", ["500 rows", "must be in 0..1"]),
-    "flat": (lambda p: _array(p, logits=np.abs(np.sin(Z[:, 0])), labels=Y % 2), "run.npz", ["[0, 1]", "input=probs"]),
+    "flat": (lambda p: _array(p, logits=np.abs(np.sin(Z[:, 0])), labels=Y % 2), "run.npz", ["[0, 1]", "--input probs"]),
     "images": (lambda p: _array(p, logits=Z.reshape(100, 5, 5), labels=Y[:100]), "run.npz", ["(100, 5, 5)", "(N, K)"]),
     "integer scores": (lambda p: _array(p, logits=Z.astype(int), labels=Y), "run.npz", ["int64", "floating"]),
     "confidence": (
@@ -578,7 +580,7 @@ BAD = {
     "word": (lambda p: p.write_text("z0,z1,label\n1,x,0\n"), "run.csv", ["'x'", "column 2"]),
     "half label": (lambda p: p.write_text("1,2,0\n1,2,0.5\n"), "run.csv", ["row 1", "0.5", "whole"]),
     "hole in first row": (lambda p: p.write_text("1,,2,0\n1,2,3,1\n"), "run.csv", ["row 0", "column 2", "header"]),
-    "p is probs": (lambda p: p.write_text("p,label\n0.5,1\n"), "run.csv", ["'p'", "class 1", "input=probs"]),
+    "p is probs": (lambda p: p.write_text("p,label\n0.5,1\n"), "run.csv", ["'p'", "class 1", "--input probs"]),
     "two extras": (
         lambda p: p.write_text("z0,z1,prediction,top 1,label\n1,2,1,1,0\n"),
         "run.csv",

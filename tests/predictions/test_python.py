@@ -246,3 +246,18 @@ def test_the_face_is_lazy_and_complete():
     assert set(calib_lightning.__all__) <= set(dir(calib_lightning))
     with pytest.raises(AttributeError, match="no attribute 'scores'"):
         _ = calib_lightning.scores
+
+
+def test_the_best_value_of_each_column_is_bold():
+    report = calibrate(
+        HALF, OTHER, "Temperature,FixedTemperature(50.0)", intervals=None, metrics="accuracy,nll,entropy"
+    )
+    table = next(report.grids())
+    values = {name: row.values.values for name, row in report.rows["set"].items()}
+    best = min(values, key=lambda name: values[name]["nll"])
+    for name, accuracy, nll, entropy in table.rows:
+        assert not accuracy.startswith("**")  # equal for all
+        assert nll.startswith("**") == (name == best)
+        assert not entropy.startswith("**")  # no direction is better
+    assert "Bold (plain text: between stars): the best value." in report.table()
+    assert "**" not in next(calibrate(HALF, OTHER, "FixedTemperature(1.0)", intervals=None).grids()).rows[0][2]
