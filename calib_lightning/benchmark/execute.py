@@ -95,7 +95,7 @@ def execute(plan: Plan, record: Record, work: Work, say: Callable[[str], None]) 
         if plan.done(run):
             record.set(run, "finished")
             continue
-        say(f"{number} of {len(order)}: {run.folder.name}: ")
+        say(f"{number} of {len(order)}: {run.folder.name}: log in {_log_of(plan, run)}; ")
         error, seconds = _run(plan, run, record, work)
         record.set(run, "failed" if error else "finished", error, seconds)
         say(f"failed after {duration(seconds)}: {error}" if error else duration(seconds))
@@ -133,7 +133,7 @@ def _settle(plan: Plan, run: Run) -> None:
 def _run(plan: Plan, run: Run, record: Record, work: Work) -> tuple[str | None, float]:
     """Run the commands of a run to their end: why they failed, and how long it took."""
     record.set(run, "running")
-    log = plan.out / LOGS / f"{run.folder.name}.txt"
+    log = _log_of(plan, run)
     log.parent.mkdir(exist_ok=True)
     printed = log.stat().st_size if log.is_file() else 0
     began = time.monotonic()
@@ -146,6 +146,11 @@ def _run(plan: Plan, run: Run, record: Record, work: Work) -> tuple[str | None, 
     plan.look()
     error = None if code == 0 and plan.done(run) else _reason(code, log, printed)
     return error, time.monotonic() - began
+
+
+def _log_of(plan: Plan, run: Run) -> Path:
+    """The file of what a run prints."""
+    return plan.out / LOGS / f"{run.folder.name}.txt"
 
 
 def _call(work: Work, command: list[str], log: Path) -> int:

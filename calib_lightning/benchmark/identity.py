@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 _NO_RESULT = {
@@ -16,7 +17,7 @@ _NO_RESULT = {
 }
 """Settings that change no result."""
 
-_OWN_FILES = ("FolderDataModule", "ArraysDataModule")
+OWN_FILES = {"FolderDataModule": "root", "ArraysDataModule": "file"}
 """Data of ours whose place says what it is; the files of the others are those of their benchmark, wherever they are."""
 
 _STAGED = ("TwoStage", "TST", "VTST", "MaCCal", "ConfidNet")
@@ -49,8 +50,12 @@ def content_of(config: dict[str, Any]) -> dict[str, Any]:
         for name in names:
             part.pop(name, None)
     package, _, name = str((found.get("data") or {}).get("class_path", "")).rpartition(".")
-    if package == "calib_lightning.data" and name not in _OWN_FILES:
-        (found["data"].get("init_args") or {}).pop("root", None)
+    if package == "calib_lightning.data":
+        settings, own = found["data"].get("init_args") or {}, OWN_FILES.get(name)
+        if own is None:
+            settings.pop("root", None)
+        elif own in settings:  # as runs write it down, and as their command lines do
+            settings[own] = str(Path(settings[own]).expanduser().resolve())
     return dict(found)
 
 

@@ -84,6 +84,7 @@ def _run(options: Options) -> int:
             print(f"calib: error: {file}: {fault}", file=sys.stderr)
         print("Nothing was started.", file=sys.stderr)
         return 1
+    _say_first(plan)
     if options.dry_run:
         print(listed(plan, Record(plan)))
         return 0
@@ -93,6 +94,27 @@ def _run(options: Options) -> int:
         if options.print:
             return _print(plan)
         return _execute(plan, record)
+
+
+def _say_first(plan: Plan) -> None:
+    """Say before hours of training what nobody would see in time otherwise."""
+    from calib_lightning.benchmark.folders import runs_in
+    from calib_lightning.metrics.spread import FEWEST_SEEDS
+
+    seeds, methods = {run.seed for run in plan.runs}, {run.method for run in plan.runs}
+    if len(methods) > 1 and len(seeds) < FEWEST_SEEDS:
+        had = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        _note(
+            f"the grid has {had}, so that no difference between methods will be marked; marks need {FEWEST_SEEDS} seeds"
+        )
+    asked = {run.folder for run in plan.runs}
+    for found in runs_in(plan.out):
+        if found.path not in asked and not found.is_trained(tested=False):
+            _note(f"{found.path} is unfinished and no run of this grid; remove it, unless you change the grid back")
+
+
+def _note(text: str) -> None:
+    print(f"calib: note: {text}", file=sys.stderr)
 
 
 @contextmanager
@@ -125,8 +147,8 @@ def _print(plan: Plan) -> int:
         print(command)
     if first:
         others = f"the first {first} of {len(commands)} commands train first stages from which later commands start"
-        print(f"calib: note: {others}: let them end before the rest begins", file=sys.stderr)
-    print("calib: note: when all have ended, run this benchmark without --print", file=sys.stderr)
+        _note(f"{others}: let them end before the rest begins")
+    _note("when all have ended, run this benchmark without --print")
     return 0
 
 
@@ -174,6 +196,7 @@ def run_command(command: list[str], log: Path, folder: Path, environment: dict[s
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     sys.argv = ["calib", *command]
     print("$", shlex.join(sys.argv), flush=True)
+    sys.modules.pop("calib_lightning.__main__", None)  # runpy would warn of it
     # as `python -m calib_lightning`, which Lightning's launcher of several devices starts once more
     runpy.run_module("calib_lightning", run_name="__main__", alter_sys=True)
 

@@ -28,9 +28,10 @@ from calib_lightning.commands.fit_folder import (
     folder_of_restarted_job,
     is_numbered,
     save_config,
+    with_whole_paths,
 )
 from calib_lightning.commands.fit_parser import CalibParser, data_begins_anew
-from calib_lightning.commands.fit_report import beginning, print_results
+from calib_lightning.commands.fit_report import EpochLines, beginning, print_results
 from calib_lightning.commands.loggers import ending_loggers, run_log, start_loggers
 from calib_lightning.commands.quiet import be_quiet, without_noise
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
@@ -160,7 +161,7 @@ class CalibCLI(LightningCLI):
         if config.batch_size is not None and not self.own_batch_size:
             set_batch_size(config)
         # What is saved is what was asked for: not where this run's files went, nor where it was resumed.
-        self.asked = config.clone()
+        self.asked = with_whole_paths(config.clone())
         self.asked.ckpt_path = None
 
     def _make_folder(self, config: Namespace) -> Path:
@@ -215,7 +216,6 @@ class CalibCLI(LightningCLI):
             return [RunRecord(self.run_folder, None, self.trained_in), *logged, Preemption()]
         folder = self.run_folder / "checkpoints"
         self.keeper = last = RunCheckpoint(folder, "last")
-        keepers = [last]
         if command.select_on is None and self.model.select_on != "last" and not self.validates:
             command.select_on = "last"
             rank_zero_warn("The data has no validation set: the last checkpoint is kept.")
@@ -225,13 +225,13 @@ class CalibCLI(LightningCLI):
         if command.select_on != "last":
             mode = "max" if METRICS[command.select_on.rpartition("/")[2]].better == "higher" else "min"
             self.keeper = RunCheckpoint(folder, "best", command.select_on, mode)
-            keepers = [self.keeper, last]  # in this order: the last checkpoint knows the best score of its epoch
         return [
             StepSeed(),
+            EpochLines(command.quiet),
             RunRecord(self.run_folder, self.keeper, self.trained_in),
             *logged,
             Preemption(folder),
-            *keepers,
+            *dict.fromkeys([self.keeper, last]),  # in this order: the last checkpoint knows the best score of its epoch
         ]
 
     # --- the commands ------------------------------------------------------------------------------------------------

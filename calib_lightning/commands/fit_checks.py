@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from calib_lightning.callbacks.record import check_data_of_run
+from calib_lightning.commands.fit_channels import is_but_for_channels, take_channels
 from calib_lightning.core import ClassificationModule
 from calib_lightning.core.data_facts import declared_classes, lacks_class_counts, num_classes_of
-from calib_lightning.core.networks import NETWORKS
 from calib_lightning.data import BenchmarkDataModule
 from calib_lightning.metrics import CORE, METRICS
 from calib_lightning.utils.described import is_spec
@@ -141,31 +140,12 @@ def told_by_data(datamodule: LightningDataModule, config: Namespace, command: st
     """
     try:
         classes = checked_num_classes(datamodule, config, command)
-        changed = _take_channels(config.model, datamodule, saved_encoder)
+        changed = take_channels(config.model, datamodule, saved_encoder)
     except Exception as error:
         raise FromLinkError(error) from error
     if changed:
         raise FromLinkError(None)
     return classes
-
-
-def _take_channels(model: Namespace, datamodule: LightningDataModule, saved: Any) -> bool:
-    """Let an encoder whose channels are not set take those of the checkpoint, or else of the data; tell if it does."""
-    spec = model.get("init_args.encoder")
-    asked = {"name": spec} if isinstance(spec, str) else spec
-    if not isinstance(asked, dict) or not isinstance(asked.get("name"), str) or "in_channels" in asked:
-        return False
-    own = NETWORKS.get(asked["name"])
-    channels = usual = own.in_channels if own else 3
-    if saved is not None:
-        channels = saved.get("in_channels", usual) if isinstance(saved, dict) else usual
-    elif isinstance(datamodule, BenchmarkDataModule):
-        with suppress(ValueError, OSError):  # the check of all files says more
-            channels = datamodule.image_channels
-    if channels == usual:
-        return False
-    model.init_args.encoder = {**asked, "in_channels": channels}
-    return True
 
 
 def is_same_method(model: Namespace, checkpoint: dict[str, Any], record: Any, path: str) -> bool:
@@ -189,7 +169,7 @@ def is_same_method(model: Namespace, checkpoint: dict[str, Any], record: Any, pa
     saved = checkpoint.get("hyper_parameters", {})
     asked = {**(model.get("init_args") or {}), **(model.get("dict_kwargs") or {})}
     for name in sorted(set(saved) & set(asked) - {"num_classes"}):  # K comes from the data
-        if name == "encoder" and _names_encoder(asked[name], saved[name]):
+        if name == "encoder" and is_but_for_channels(asked[name], saved[name]):
             continue
         if saved[name] != asked[name] and not is_spec(saved[name]):  # criteria are written differently there
             rank_zero_warn(
@@ -197,16 +177,6 @@ def is_same_method(model: Namespace, checkpoint: dict[str, Any], record: Any, pa
                 f"{name}={asked[name]!r}, which is used.",
             )
     return same
-
-
-def _names_encoder(asked: Any, saved: Any) -> bool:
-    """Whether an encoder is the saved one, but for channels that were taken from the data."""
-    spec = {"name": asked} if isinstance(asked, str) else asked
-    return (
-        isinstance(spec, dict)
-        and isinstance(saved, dict)
-        and {"in_channels": saved.get("in_channels"), **spec} == saved
-    )
 
 
 def ready_data(

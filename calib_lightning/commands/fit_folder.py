@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from calib_lightning.benchmark.identity import OWN_FILES
 from calib_lightning.utils.files import write_text
 from calib_lightning.utils.run_folder import job_id, run_of
 
@@ -23,9 +24,13 @@ def default_folder(config: Namespace) -> Path:
         config: Configuration of the command.
 
     Returns:
-        Such as ``runs/digits-cross_entropy-0``.
+        Such as ``runs/digits-cross_entropy-0``; of the user's own files with their name in place of that of the data.
     """
     parts = list(names_of(config))
+    place = _own_place(config.data)
+    if place is not None:
+        name = Path(config.data.init_args[place]).resolve().name.removesuffix(".npz")
+        parts[0] = re.sub(r"[^\w.+@=-]+", "_", name) or parts[0]
     seed = config.seed_everything
     if not isinstance(seed, bool | None):
         parts.append(str(seed))
@@ -59,6 +64,28 @@ def spelled(part: Namespace, suffix: str = "") -> str:
         return Path(str(path)).stem
     name = part.class_path.rpartition(".")[2].removesuffix(suffix)
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def with_whole_paths(config: Namespace) -> Namespace:
+    """Write down where the user's own files are, so that the configuration of a run works from any folder.
+
+    Args:
+        config: Configuration of the command, which is changed.
+
+    Returns:
+        It.
+    """
+    place = _own_place(config.data)
+    if place is not None:
+        config.data.init_args[place] = str(Path(config.data.init_args[place]).expanduser().resolve())
+    return config
+
+
+def _own_place(data: Namespace) -> str | None:
+    """The setting that says where the user's own files are, if the data is theirs."""
+    package, _, name = data.class_path.rpartition(".")
+    place = OWN_FILES.get(name)
+    return place if package == "calib_lightning.data" and data.get(f"init_args.{place}") else None
 
 
 def is_numbered(folder: Path, wanted: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
@@ -89,6 +90,9 @@ class CalibParser(LightningArgumentParser):
     """Lightning's parser; its errors name what comes nearest to a misspelt name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        about = re.fullmatch(r"Help for --(\w+)\.help=\S*\.(\w+)", str(kwargs.get("description")))
+        if about:
+            kwargs["description"] = f"Settings of {about[2]}, in the configuration of --{about[1]}."
         # An abbreviated option would be taken for the one that it begins: a misspelling in disguise.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 

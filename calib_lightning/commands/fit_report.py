@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from calib_lightning.callbacks.record import uses_calibration
 from calib_lightning.core import ClassificationModule
 from calib_lightning.predictions.results import SHARED, print_table
 from calib_lightning.utils.seeding import run_seed
+
+_BY_EPOCH = {
+    "train/loss": ("loss", "{:.4f}"),
+    "val/nll": ("validation NLL", "{:.4f}"),
+    "val/accuracy": ("accuracy", "{:.2%}"),
+}
+"""What is said of an epoch, and how."""
+
+
+class EpochLines(Callback):
+    """Prints a line for each epoch where there is no progress bar, as in the log of a benchmark.
+
+    Args:
+        quiet: Whether nothing is printed.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self._began = quiet, 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the clock."""
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what the epoch has come to."""
+        if self.quiet or trainer.progress_bar_callback is not None or not trainer.is_global_zero:
+            return
+        found = {key: float(value) for key, value in trainer.callback_metrics.items() if key in _BY_EPOCH}
+        values = "".join(
+            f", {name} {style.format(found[key])}" for key, (name, style) in _BY_EPOCH.items() if key in found
+        )
+        seconds = time.monotonic() - self._began
+        print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}{values}, {seconds:.1f} s", flush=True)
 
 
 def beginning(model: ClassificationModule, trainer: Trainer, folder: Path) -> str:

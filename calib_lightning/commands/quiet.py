@@ -25,6 +25,7 @@ _LOGGERS = (
     "lightning.fabric.utilities.distributed",
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.accelerators.cuda",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
 )
 """Those that Lightning's messages go to; a filter of a logger does not see what its children log."""
 
@@ -36,6 +37,8 @@ _MESSAGES = re.compile(
     r"|Initializing distributed|-+\ndistributed_backend"
     # the usual end of a training
     r"|`Trainer\.fit` stopped: `max_epochs="
+    # how Lightning writes a checkpoint by default
+    "|`weights_only` was not set, defaulting"
     # the table's title names the checkpoint
     "|Restoring states from|Loaded model weights from"
 )
@@ -77,6 +80,18 @@ class _Noise(logging.Filter):
 _noise = _Noise()
 
 
+def _plainly(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning without the place in Lightning's files or ours, which is none of the user's."""
+    if filename.startswith((_LIGHTNING, _OURS)):
+        return f"calib: warning: {message}\n"
+    return _before(message, category, filename, lineno, line)
+
+
+_before = warnings.formatwarning
+
+
 @contextmanager
 def without_noise() -> Iterator[None]:
     """Leave out what is in the lists, until the context ends."""
@@ -86,9 +101,11 @@ def without_noise() -> Iterator[None]:
             warnings.filterwarnings("ignore", message, module=re.escape(module) + "$")
         for logger in loggers:
             logger.addFilter(_noise)
+        warnings.formatwarning = _plainly
         try:
             yield
         finally:
+            warnings.formatwarning = _before
             _noise.quiet = False
             for logger in loggers:
                 logger.removeFilter(_noise)

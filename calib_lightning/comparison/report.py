@@ -113,9 +113,11 @@ class Comparison(Report):
             if self.settings.intervals is not None:
                 yield text.intervals_grid(table, self.settings.level)
             if table.pairs:
-                yield text.differences_grid(table, None, self.alpha)
-                if self.baseline_of(table) is not None:
-                    yield text.differences_grid(table, self.baseline_of(table), self.alpha)
+                baseline = self.baseline_of(table)
+                if baseline is None or text.tells_of_seeds(table):
+                    yield text.differences_grid(table, None, self.alpha)
+                if baseline is not None:
+                    yield text.differences_grid(table, baseline, self.alpha)
         yield from text.average_grids(self)
         yield from text.rank_grids(self)
         if self.costs:

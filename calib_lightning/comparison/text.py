@@ -74,9 +74,15 @@ def intervals_grid(table: Table, level: float) -> Grid:
     return Grid(title, ["method", "calibrator", *map(heading, metrics)], rows)
 
 
+def tells_of_seeds(table: Table) -> bool:
+    """Whether there are seeds enough for the question about new seeds, of any two methods."""
+    return any(not math.isnan(pair.methods_adjusted) for pairs in table.pairs.values() for pair in pairs)
+
+
 def differences_grid(table: Table, baseline: Method | None, alpha: float) -> Grid:
-    """Both questions, for each metric and method against the baseline, or else the best."""
+    """Both questions, for each metric and method against the baseline, or else the best; one where seeds are few."""
     rows: list[list[str]] = []
+    questions = None if tells_of_seeds(table) else 4
     for metric in table.pairs:
         other = baseline or table.best(metric)
         if other is None:
@@ -85,10 +91,10 @@ def differences_grid(table: Table, baseline: Method | None, alpha: float) -> Gri
         for method in table.methods:
             pair = None if method == other else table.pair(metric, method, other)
             if pair is not None:
-                rows.append([str(method), *_pair_cells(metric, pair), _apart(pair, alpha)])
+                rows.append([str(method), *_pair_cells(metric, pair), _apart(pair, alpha)][:questions])
     what = f"from {baseline}" if baseline is not None else "from the best"
     header = ["method", "difference", "p networks", "p networks adj.", "new seeds", "p seeds", "p seeds adj.", "apart"]
-    return Grid(f"{table.key.title or 'test'}: differences {what}", header, rows)
+    return Grid(f"{table.key.title or 'test'}: differences {what}", header[:questions], rows)
 
 
 def _apart(pair: Pair, alpha: float) -> str:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from calib_lightning.core.finite import DivergedError, guard_saves
 from calib_lightning.core.twins import is_twin
+from calib_lightning.utils.run_folder import current_run_folder
 from calib_lightning.utils.stopping import EXIT_CODES, Stopped, StopRequests, die_of, end_launched
 
 _SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGUSR1"))  # Windows has no SIGUSR1
@@ -231,7 +232,9 @@ class Preemption(Callback):
             self._children.clear()
         try:
             trainer.save_checkpoint(path)  # collective; ends with a barrier
-            done = f"wrote {path}, exiting with code {code}. Resume with ckpt_path={path}"
+            # the command line, which has a run's folder, says the whole command
+            how = "" if current_run_folder() else f" Resume with ckpt_path={path}"
+            done = f"wrote {path}, exiting with code {code}.{how}"
         except DivergedError as error:
             if code == _SAVE:
                 raise

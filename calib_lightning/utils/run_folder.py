@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,9 @@ def _is_rank_zero() -> bool:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that readers never see half a file; undefined numbers become null, as JSON has no NaN."""
-    text = json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n"
-    write_text(path, text)
+    text = json.dumps(_plain(content), indent=2, default=str, allow_nan=False, ensure_ascii=False) + "\n"
+    # names of files that are not UTF-8 have characters that cannot be written as they are
+    write_text(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def read_json(path: Path) -> dict[str, Any]:

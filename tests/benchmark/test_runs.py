@@ -35,7 +35,12 @@ def test_finished_runs_stay_and_only_what_changed_runs_again(run_grid, tmp_path)
         assert stages_of(out / run["folder"]) == ["fit", "test"]
         assert "temperature" in results_of(out / run["folder"])
         assert "$ calib fit" in (out / "logs" / f"{run['folder']}.txt").read_text()
-    assert "1 of 2: toy-digits_cnn-cross_entropy-0: " in done.out
+    assert f"1 of 2: toy-digits_cnn-cross_entropy-0: log in {OUT}/logs/toy-digits_cnn-cross_entropy-0.txt; " in done.out
+    log = (out / "logs" / "toy-digits_cnn-cross_entropy-0.txt").read_text()
+    assert log.startswith("$ calib fit")
+    assert [line[:12] for line in log.splitlines() if line.startswith("epoch ")] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert "RuntimeWarning" not in log
+    assert "calib: note: the grid has 1 seed, so that no difference between methods will be marked" in done.err
     assert " s left\n" in done.out
     first = _times(out)
 
@@ -192,6 +197,18 @@ def test_a_dry_run_lists_and_starts_nothing(run_grid, tmp_path):
     assert run_grid("grid.yaml", "--dry-run", "--print").code == 2
 
 
+def test_an_unfinished_run_of_an_earlier_grid_is_said(run_grid, tmp_path):
+    write_grid(tmp_path, method="cross_entropy")
+    left = tmp_path / OUT / "toy-digits_cnn-focal-0"
+    left.mkdir(parents=True)
+    (left / "config.yaml").write_text("seed_everything: 0\nmodel: {class_path: calib_lightning.methods.Focal}\n")
+    (left / "run.json").write_text('{"stages": [{"stage": "fit", "status": "stopped by SIGINT"}]}')
+    note = f"calib: note: {OUT}/toy-digits_cnn-focal-0 is unfinished and no run of this grid; remove it"
+    assert note in run_grid("grid.yaml", "--dry-run").err
+    (left / "run.json").write_text('{"stages": [{"stage": "test", "status": "finished"}]}')
+    assert note not in run_grid("grid.yaml", "--dry-run").err
+
+
 def test_runs_on_two_processes(calib, tmp_path):
     # with figures: a process that Lightning launches draws them, which is a collective
     write_grid(tmp_path, method="cross_entropy", options={"trainer.devices": 2, "trainer.strategy": "ddp"})
@@ -253,7 +270,10 @@ def test_all_impossible_runs_are_said_at_once_and_nothing_starts(run_grid, tmp_p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"network": "resnet18_cifar"}, ("toy-resnet18_cifar-cross_entropy", "channels")),
+        (
+            {"network": {"as": "colour", "network": {"name": "resnet18_cifar", "in_channels": 3}}},
+            ("toy-colour-cross_entropy", "channels"),
+        ),
         ({"data": "ToyDataModule"}, ("ToyDataModule: calibrators need a calibration split",)),
         ({"baseline": "cros_entropy"}, ("baseline: it is 'cros_entropy'", "Did you mean cross_entropy?")),
         ({"network": ["digits_cnn", {"as": "digits_cnn", "network": "digits_cnn"}]}, ("two runs have this name",)),

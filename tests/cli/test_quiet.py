@@ -116,6 +116,18 @@ def test_warnings_that_matter_stay(module, text):
     assert [str(warning.message) for warning in caught] == [text]
 
 
+def test_warnings_of_a_run_name_no_file_of_lightning_or_ours():
+    for module, prefix in (
+        (lightning, "calib: warning: "),
+        (calib_lightning, "calib: warning: "),
+        (json, json.__file__),
+    ):
+        with without_noise():
+            said = warnings.formatwarning("ECE is nan", UserWarning, module.__file__, 177)
+        assert said.startswith(prefix)
+        assert "ECE is nan\n" in said
+
+
 def test_a_quiet_run_hides_nothing_of_anybody_but_lightning_and_torch(caplog):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -135,6 +147,7 @@ def test_a_quiet_run_hides_nothing_of_anybody_but_lightning_and_torch(caplog):
     [
         (lightning.__file__, "Seed set to 0", "INFO", False, False),
         (lightning.__file__, "[rank: 1] Seed set to 0", "INFO", False, False),
+        (lightning.__file__, "`weights_only` was not set, defaulting to `False`.", "INFO", False, False),
         (lightning.__file__, "Restored all states from the checkpoint", "INFO", True, False),
         (lightning.__file__, "Seed set to 0", "WARNING", True, True),
         (calib_lightning.__file__, "Temperature, fitted to 50 calibration rows", "INFO", True, False),

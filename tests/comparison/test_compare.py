@@ -168,6 +168,19 @@ def test_two_seeds_have_no_marks_but_a_note():
     assert any("≈ and ‡ need 3 seeds of each method" in line for line in report.remarks())
 
 
+def test_two_seeds_have_one_short_table_of_differences():
+    sets = {"good": networks([20, 21], seed=1), "bad": networks([80, 81], seed=2)}
+    _, short = compare(sets, metrics="accuracy", baseline="bad").grids()
+    assert (short.title, short.header) == (
+        "test: differences from bad",
+        ["method", "difference", "p networks", "p networks adj."],
+    )
+    assert [len(row) for row in short.rows] == [1, 4]
+    more = {"good": networks([20, 21, 22], seed=1), "bad": networks([80, 81, 82], seed=2)}
+    _, *long = compare(more, metrics="accuracy", baseline="bad").grids()
+    assert [len(grid.header) for grid in long] == [8, 8]
+
+
 def test_one_method_has_nothing_to_compare_with():
     report = compare({"good": networks([20, 21, 22], seed=1)}, metrics="accuracy")
     assert report.tables[0].pairs == {}

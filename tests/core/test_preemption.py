@@ -30,6 +30,11 @@ BATCHES = 6
 EPOCHS = 3
 
 
+@pytest.fixture(autouse=True)
+def _no_run_of_the_command_line(monkeypatch):
+    monkeypatch.delenv("CALIB_RUN_FOLDER", raising=False)
+
+
 class Loader:
     """Batches that are a function of (epoch, batch, rank), with a position that can be saved."""
 
