@@ -72,7 +72,7 @@ def test_a_run_leaves_everything_and_every_figure_can_be_computed_again(calib, t
     ):
         assert (run / name).is_file(), name
 
-    names = {path.name.rpartition("_step")[0] for path in (run / "figures").glob("*.png")}
+    names = {path.stem for path in (run / "figures").glob("*.png")}
     kinds = ("confidence", "reliability", "risk_coverage")
     assert names == {f"{name}_{kind}" for name in ("test", "calibration") for kind in kinds}
 

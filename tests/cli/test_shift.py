@@ -87,7 +87,7 @@ def test_a_run_evaluates_every_named_set_and_its_predictions_say_the_same(calib,
     assert "constants 'cifar', seed 0; not the archive's images" in done.out
     assert "of shifted sets at most the first 150 test rows" in done.out
     assert "ood/noise: 12 x 12 resized to 8 x 8" in done.out
-    figures = {path.name.rpartition("_step")[0] for path in (run / "figures").iterdir()}
+    figures = {path.stem for path in (run / "figures").iterdir()}
     assert "shift_generated_robustness" in figures
     assert not any("contrast" in name for name in figures)
 
