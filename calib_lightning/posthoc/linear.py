@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from calib_lightning.posthoc.solver import Preconditioner, Solution, Solver
+from calib_lightning.posthoc.curvature import Quadratic, Whitened, newton
+from calib_lightning.posthoc.solver import LBFGS, Preconditioner, Solution, Solver
 from calib_lightning.posthoc.temperature import bounded_temperature
 
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 """Logarithm of the smallest normal float32 number, a lower bound for log-probabilities."""
 
 _BLOCK = 2**18
-_JITTER = 1e-9
-_ROWS_A_PARAMETER = 5
+_JITTER, _ROWS_A_PARAMETER = 1e-9, 5
+_MANY_CLASSES, _ROWS_A_CLASS = range(32, 401), 10
 
 
 class Ridge(NamedTuple):
@@ -142,6 +144,10 @@ class FullMap:
         self.start = self.temperature.beta * self.identity
         self.present = torch.bincount(labels, minlength=classes) > 0
 
+    @cached_property
+    def _whitened(self) -> Whitened:
+        return Whitened(self.inputs)
+
     def fit(self, ridge: Ridge, solver: Solver, start: Tensor | None = None, as_written: bool = False) -> Fit:
         """Fit with a ridge R, from ``[W, b]`` or the attribute `start`; ``as_written`` keeps M as it is for R."""
         shape = self.identity.shape
@@ -162,14 +168,23 @@ class FullMap:
             pulled = factors * change
             return value + (pulled * change).sum(), free(gradient.add_(pulled, alpha=2.0)).flatten()
 
+        def pull(change: Tensor) -> Tensor:
+            return 2.0 * factors * (change - (factors * change).sum(dim=0) / total)
+
         def curvature(point: Tensor) -> Preconditioner:
             inverse = self._inverse_hessian(ridge, point.view(shape))
             return lambda gradient: free(inverse(free(gradient.view(shape)))).flatten()
 
-        solution = solver.minimise(objective, (self.start if start is None else start).flatten(), curvature)
+        point, passes = (self.start if start is None else start).flatten(), 0
+        many = shape[0] in _MANY_CLASSES and len(self.labels) >= _ROWS_A_CLASS * shape[0]
+        if isinstance(solver, LBFGS) and ridge.off_diagonal > 0.0 and many:
+            # Here its inverses cost no more than the rows. L-BFGS goes on where it cannot, and else ends at once.
+            limits = solver.tolerance, solver.max_passes
+            point, passes = newton(objective, point, self._whitened, Quadratic(ridge, pull, free), *limits)
+        solution = solver.minimise(objective, point, curvature)
         matrix = self.identity + least(solution.point.view(shape))
         matrix[:, -1] -= matrix[:, -1].mean()
-        return Fit(matrix, solution)
+        return Fit(matrix, solution._replace(passes=passes + solution.passes))
 
     def _free(self, ridge: Ridge) -> Callable[[Tensor], Tensor]:
         """Return the projection of changes of M on those that are allowed."""
@@ -179,12 +194,8 @@ class FullMap:
             return lambda change: (change - change[self.present].mean(dim=0)) * self.present.unsqueeze(1)
         # As a row may be added to all, the diagonal entry is held relative to the mean of the others in its column.
         classes = len(self.identity)
-        held = (
-            (self.identity * classes - 1.0)
-            / (classes - 1)
-            * torch.cat([~self.present, torch.zeros_like(self.present[:1])])
-        )
-        length = classes / (classes - 1)
+        absent = torch.nn.functional.pad(~self.present, (0, 1))
+        held, length = (self.identity * classes - 1.0) / (classes - 1) * absent, classes / (classes - 1)
         return lambda change: change - held * ((held * change).sum(dim=0) / length)
 
     def _inverse_hessian(self, ridge: Ridge, matrix: Tensor) -> Callable[[Tensor], Tensor]:
