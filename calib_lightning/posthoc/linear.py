@@ -23,7 +23,7 @@ LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
 _BLOCK = 2**18
 _JITTER, _ROWS_A_PARAMETER = 1e-9, 5
-_MANY_CLASSES, _ROWS_A_CLASS = range(32, 401), 10
+_MANY_CLASSES, _ROWS_A_CLASS = range(32, 201), 10
 
 
 class Ridge(NamedTuple):
