@@ -22,6 +22,7 @@ from calib_lightning.commands.fit_checks import (
     set_batch_size,
     told_by_data,
 )
+from calib_lightning.commands.fit_devices import check_device
 from calib_lightning.commands.fit_folder import (
     checkpoint_of_run,
     default_folder,
@@ -32,6 +33,7 @@ from calib_lightning.commands.fit_folder import (
 )
 from calib_lightning.commands.fit_parser import CalibParser, data_begins_anew
 from calib_lightning.commands.fit_report import EpochLines, beginning, print_results
+from calib_lightning.commands.fit_resumed import checked_checkpoint
 from calib_lightning.commands.loggers import ending_loggers, run_log, start_loggers
 from calib_lightning.commands.quiet import be_quiet, without_noise
 from calib_lightning.core import AtomicCheckpointIO, ClassificationModule, Preemption, StepSeed, load_checkpoint
@@ -117,7 +119,7 @@ class CalibCLI(LightningCLI):
             config.ckpt_path = checkpoint_of_run(config.get("config") or [], self.config.subcommand)
         if config.ckpt_path is None:
             return
-        checkpoint = load_checkpoint(config.ckpt_path)
+        checkpoint = checked_checkpoint(config, self.config.subcommand)
         record = module_record(checkpoint)
         self.checkpoint_classes = record["num_classes"]
         self.saved_encoder = checkpoint.get("hyper_parameters", {}).get("encoder", "")
@@ -152,10 +154,7 @@ class CalibCLI(LightningCLI):
 
     def _check_asked(self, config: Namespace) -> None:
         """Check what needs no data and no network, and remember what was asked for."""
-        if self.config.subcommand == "fit" and config.trainer.max_epochs == 0 and config.ckpt_path is not None:
-            raise ValueError(
-                "trainer.max_epochs is 0; it must be above 0 to go on from a checkpoint. To evaluate it use calib test."
-            )
+        check_device(config.trainer)
         if config.select_on is not None:
             check_select_on(config.select_on)
         if config.batch_size is not None and not self.own_batch_size:
@@ -179,7 +178,7 @@ class CalibCLI(LightningCLI):
         use_run_folder(restarted, patience=60.0)  # what is left of this job may take a while to end, and to save
         last = restarted / "checkpoints" / "last.ckpt"
         if last.is_file():
-            config.ckpt_path, self.resumed_step = str(last), load_checkpoint(last)["global_step"]
+            config.ckpt_path, self.resumed_step = str(last), int(load_checkpoint(last).get("global_step", 0))
         rank_zero_info(f"This job was started before: it goes on in {restarted}, from step {self.resumed_step}.")
         return restarted
 

@@ -4,6 +4,7 @@ from calib_lightning.core.batch_transform import BatchTransform
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO
 from calib_lightning.core.encoders import Encoder, build_encoder, encoder_names
 from calib_lightning.core.feature_cache import CachedFeatures
+from calib_lightning.core.finite import DivergedError
 from calib_lightning.core.heads import Head, LinearHead, build_head
 from calib_lightning.core.history import CorrectnessHistory
 from calib_lightning.core.learning import LearningCriterion
@@ -23,6 +24,7 @@ __all__ = [
     "ClassificationModule",
     "CorrectnessHistory",
     "CosineToEnd",
+    "DivergedError",
     "Encoder",
     "Head",
     "LearningCriterion",

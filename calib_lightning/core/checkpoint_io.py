@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,14 +93,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 strip_protocol(str(path)), map_location, weights_only=weights_only is not False
             )
             if not isinstance(found, dict):
-                raise DamagedFileError(f"it holds a {type(found).__name__}, not the dict of a checkpoint")
+                raise RuntimeError(
+                    f"{path} holds {_kind(found)}, not the dict of a checkpoint. Give a file that a trainer has saved."
+                )
             return found
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(
-                f"{path} is not a checkpoint of tensors and plain data only ({_reason(error)}), so it was not loaded. "
-                "If you created it yourself and trust all of it, load it once with weights_only=False and save it "
-                "again with plain data only. Never do this with a file from somebody else."
-            ) from error
+                f"{path} is not a checkpoint of tensors and plain data only: {_refusal(error)}. It was not loaded. "
+                "Give a file that a trainer has saved. If it is your own, save its weights with "
+                "torch.save(module.state_dict(), FILE), and settings as numbers and text."
+            ) from None
         except (EOFError, RuntimeError) as error:
             # torch raises RuntimeError for other problems too (a missing device), whose messages are clear
             torchs = any(name in str(error) for name in ("PytorchStreamReader", "inline_container"))
@@ -175,6 +176,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The relevant line of torch's long message."""
-    told = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
-    return told[1].strip() if told else str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    """Why a file was refused; other readers than `load_torch` quote torch, which advises to execute it."""
+    return "it holds Python objects" if "weights_only" in str(error) else _reason(error)
+
+
+def _kind(content: object) -> str:
+    name = type(content).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from calib_lightning.core.checkpoint_io import AtomicCheckpointIO, check_checkpoint
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.data_in_use import datamodule_in_use, label_distributions_of
+from calib_lightning.core.finite import naming_cause
 from calib_lightning.core.own_data import Positioned, as_batch
 from calib_lightning.functional import at_least_float32
 from calib_lightning.metrics import REPORT, EvaluationState, OODDetection, SoftLabelScores, means_of_families
@@ -159,7 +160,8 @@ class EvaluatedModule(LightningModule):
 
     def _evaluate(self, batch: Batch, state: EvaluationState) -> Prediction:
         prediction = self.outputs(batch.image)
-        state.update(prediction.logits, batch.label, prediction.confidence)
+        with naming_cause(self, batch.image, prediction.logits):
+            state.update(prediction.logits, batch.label, prediction.confidence)
         return prediction
 
     def _compare(self, prediction: Prediction, names: Iterable[str], *, inside: bool) -> None:
@@ -171,7 +173,8 @@ class EvaluatedModule(LightningModule):
             self._ood[name].update(scores, torch.full_like(scores, inside, dtype=torch.bool))
 
     def _log_state(self, prefix: str, state: EvaluationState | OODDetection | SoftLabelScores) -> dict[str, float]:
-        values = state.compute()
+        with naming_cause(self):  # on a GPU what is not finite is found here
+            values = state.compute()
         self._log_values(f"{prefix}/", values)
         return {key: float(value) for key, value in values.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calib_lightning.core.module import ClassificationModule
-from calib_lightning.core.module_record import load_checkpoint, module_record
+from calib_lightning.core.module_record import check_has, load_checkpoint, module_record, naming_file
 from calib_lightning.utils.described import rebuilt
 from calib_lightning.utils.registry import find_class
 
@@ -37,7 +37,11 @@ def load_module(path: str | Path, map_location: str | torch.device = "cpu") -> C
     Example:
         ``module = load_module("runs/digits-focal-0/checkpoints/best.ckpt")``
     """
-    return module_of(load_checkpoint(path, map_location)).to(map_location)
+    checkpoint = load_checkpoint(path, map_location)
+    module_record(checkpoint, path)
+    check_has(checkpoint, ["hyper_parameters"], path, "build the network. Give a file that a trainer has saved")
+    with naming_file(path):
+        return module_of(checkpoint).to(map_location)
 
 
 def module_of(checkpoint: dict[str, Any]) -> ClassificationModule:

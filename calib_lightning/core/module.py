@@ -17,7 +17,7 @@ from calib_lightning.core.batch_transform import BatchTransform, attached
 from calib_lightning.core.data_in_use import datamodule_in_use, tell_epoch
 from calib_lightning.core.distributed import rows_by_rank
 from calib_lightning.core.encoders import Encoder, TimmEncoder, build_encoder
-from calib_lightning.core.finite import guard_saves
+from calib_lightning.core.finite import guard_saves, naming_cause
 from calib_lightning.core.heads import Head, LinearHead, build_head, has_spec
 from calib_lightning.core.learning import TeachingModule, restore_rows, rows_of
 from calib_lightning.core.module_record import (
@@ -25,6 +25,7 @@ from calib_lightning.core.module_record import (
     ModuleRecord,
     check_classes,
     check_has_switches,
+    check_resumable,
     module_record,
     network_only,
     restore_state,
@@ -211,10 +212,8 @@ class ClassificationModule(TeachingModule):
         self.log("train/loss", loss.detach(), batch_size=len(batch.label))
         if self.classifies:
             labels = batch.label if batch.label.ndim == 1 else batch.label.argmax(dim=-1)
-            try:
+            with naming_cause(self, batch.image, logits):
                 self.train_state.update(logits.detach(), labels)
-            except ValueError as error:
-                raise ValueError(f"In training, at step {self.global_step}: {error}") from error
         if not self.plain_loss:
             self.end_step()
         self.end_learning_step()
@@ -281,6 +280,7 @@ class ClassificationModule(TeachingModule):
             checkpoint["state_dict"] = network_only(checkpoint["state_dict"], self.state_dict())
         restore_state(self.train_state, record["train_state"], self.global_rank)
         if getattr(self, "_trainer", None) is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_resumable(checkpoint, self.trainer.ckpt_path)
             check_has_switches(checkpoint, self.trainer)
             if was_plain and not self.plain_loss:  # back to a stage of the method's own, whose hooks `setup` left out
                 self.begin_fit()

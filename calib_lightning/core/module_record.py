@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypedDict, cast
@@ -20,6 +21,24 @@ from calib_lightning.utils.described import Described, Spec, is_data, storable, 
 
 CHECKPOINT_KEY = "calib_lightning"
 
+_PARTS: dict[str, type] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "pytorch-lightning_version": str,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "fit_loop": dict,
+}
+"""What Lightning writes into a checkpoint, the last one into its loops."""
+_RESUME = (
+    "go on with its training. Give a checkpoint that was saved whole, without save_weights_only, or start a new fit "
+    "from its weights: load_module(path)"
+)
+
 
 class _ModuleRecord(TypedDict):
     class_path: str
@@ -35,6 +54,20 @@ class ModuleRecord(_ModuleRecord, total=False):
     epoch_rows: dict[str, list[Tensor]]
     plain_loss: bool
     class_names: list[str] | None
+
+
+_RECORD = {"class_path": str, "num_classes": int, "stage": int, "head": dict, "train_state": dict}
+"""The keys that every `ModuleRecord` has, and what they hold."""
+
+
+@contextmanager
+def naming_file(path: str | Path) -> Iterator[None]:
+    """Put the name of a checkpoint before what is wrong with what it holds."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = next(kind for kind in (TypeError, ValueError, RuntimeError) if isinstance(error, kind))
+        raise kind(f"{path}: {error}") from error
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -54,15 +87,59 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"The checkpoint {path} does not exist.")
-    return AtomicCheckpointIO().load_checkpoint(path, map_location)  # type: ignore[arg-type]
+    found = AtomicCheckpointIO().load_checkpoint(path, map_location)  # type: ignore[arg-type]
+    check_has(found, ["state_dict"], path, "hold the weights of a network. Give a file that a trainer has saved")
+    return found
 
 
-def module_record(checkpoint: Mapping[str, Any]) -> ModuleRecord:
-    """Return what a loaded checkpoint says about its module; reject other checkpoints."""
+def check_has(checkpoint: Mapping[str, Any], keys: Iterable[str], path: str | Path | None, to: str) -> None:
+    """Reject a checkpoint that lacks what it is needed for.
+
+    Args:
+        checkpoint: The checkpoint.
+        keys: Names of its parts.
+        path: Its file, for the message.
+        to: What it must have them for, and what to do, without a full stop.
+
+    Raises:
+        RuntimeError: If a part is missing or of another type than Lightning's.
+    """
+    for key in keys:
+        kind, where = _PARTS[key], path or "The checkpoint"
+        if key not in checkpoint:
+            raise RuntimeError(f"{where} has no {key!r}; it must have one to {to}.")
+        if not isinstance(checkpoint[key], kind):
+            held = type(checkpoint[key]).__name__
+            raise RuntimeError(f"{where} has a {held} as {key!r}; it must be of type {kind.__name__} to {to}.")
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: str | Path | None) -> None:
+    """Reject a checkpoint with which a fit cannot go on, such as one of weights alone."""
+    keys = [key for key in _PARTS if key not in ("hyper_parameters", "fit_loop")]
+    for part, wanted in ((checkpoint, keys), (checkpoint.get("loops", {}), ["fit_loop"])):
+        check_has(part, wanted, path, _RESUME)
+
+
+def epochs_of(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many epochs a checkpoint has been trained for, those of its stages among them."""
+    progress: Any = checkpoint["loops"]["fit_loop"].get("epoch_progress", {})
+    return int(progress.get("current", {}).get("processed", 0))
+
+
+def epochs_asked(checkpoint: Mapping[str, Any], epochs: int) -> int:
+    """Return how many epochs a trainer of ``epochs`` trains, with the stages that a checkpoint says it appends."""
+    states = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("StageSwitch[")]
+    added = [state for state in states if state["at_epoch"] < 0]
+    from_trained = any(state["first_epoch"] == 0 for state in added)  # init_from was the first stage
+    return (0 if from_trained else epochs) - sum(int(state["at_epoch"]) for state in added)
+
+
+def module_record(checkpoint: Mapping[str, Any], path: str | Path = "This checkpoint") -> ModuleRecord:
+    """Return what a loaded checkpoint says about its module; reject other checkpoints, by the name of their file."""
     record = checkpoint.get(CHECKPOINT_KEY)
-    if not isinstance(record, dict) or not ModuleRecord.__required_keys__ <= set(record):
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in _RECORD.items()):
         raise ValueError(
-            "This checkpoint does not name its calib_lightning module; only checkpoints of a ClassificationModule do. "
+            f"{path} does not name its calib_lightning module; only checkpoints of a ClassificationModule do. "
             "Load other weights with torch.load and load_state_dict, and those of your own modules that a StageSwitch "
             "has trained with load_stages."
         )

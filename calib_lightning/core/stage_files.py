@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from calib_lightning.core.heads import build_head
-from calib_lightning.core.module_record import load_checkpoint
+from calib_lightning.core.module_record import check_has, load_checkpoint, naming_file
 from calib_lightning.core.stage_base import Stage
 from calib_lightning.core.submodules import put_submodule
 from calib_lightning.core.twins import is_twin
@@ -66,6 +66,7 @@ def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
         the first switch.
 
     Raises:
+        RuntimeError: If the file is damaged or lacks a part, or its weights do not fit the module.
         TypeError: If ``module`` is a class.
         ValueError: If a head in the file is not a `Head` and therefore cannot be rebuilt.
 
@@ -75,6 +76,7 @@ def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
     if isinstance(module, type):
         raise TypeError(f"module is the class {module.__name__}; it must be a module. Pass {module.__name__}(...).")
     checkpoint = load_checkpoint(path)
+    check_has({"callbacks": {}, **checkpoint}, ["callbacks"], path, "rebuild heads. Give a file that a trainer saved")
     switches = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("StageSwitch[")]
     states = [state for state in switches if state["active"]]
     if switches and not states:
@@ -88,8 +90,10 @@ def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
                 "rebuilt from the file. Test or resume with a trainer that has the same StageSwitch."
             )
         if state["current"] or len(states) == 1:
-            put_submodule(module, state["head"], build_head(state["head_spec"]))
-    module.load_state_dict(checkpoint["state_dict"])
+            with naming_file(path):
+                put_submodule(module, state["head"], build_head(state["head_spec"]))
+    with naming_file(path):
+        module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
 
 

@@ -124,8 +124,7 @@ def _plain(path: Path) -> Any:
         return load_torch(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} contains more than tensors and plain data, or was not written by torch.save, and is not loaded: "
-            f"{str(error).splitlines()[0]}"
+            f"{path} is not loaded: {error}. Save a classifier with save_classifier(classifier, path)."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or was not written by save_classifier: {error}") from error

@@ -132,10 +132,7 @@ def _read(path: Path) -> Any:
     try:
         content = load_torch(path)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds more than tensors and plain data, or is not a file of torch.save, and is not read. Pass a "
-            "file of save_calibrator."
-        ) from error
+        raise ValueError(f"{path}: {error}. It is not read. Pass a file of save_calibrator.") from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: is damaged or not a file of save_calibrator: {error}") from error
     content = content if isinstance(content, Mapping) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -257,7 +256,7 @@ def _load_torch(path: Path) -> tuple[Mapping[str, Tensor] | Tensor, Any]:
             content = load_torch(path)
     except Exception as error:  # a damaged file may raise anything
         raise ValueError(
-            f"{path} cannot be read as tensors ({_why_refused(error)}). Save a dict of tensors with torch.save."
+            f"{path} cannot be read as tensors ({first_line(error)}). Save a dict of tensors with torch.save."
         ) from error
     if isinstance(content, Tensor):
         return content.detach(), None
@@ -268,11 +267,3 @@ def _load_torch(path: Path) -> tuple[Mapping[str, Tensor] | Tensor, Any]:
         )
     tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     return tensors, content.get("class_names")
-
-
-def _why_refused(error: Exception) -> str:
-    # PyTorch's message recommends executing the file's content, so only the reason is taken from it.
-    if "weights_only" not in str(error):
-        return first_line(error)
-    foreign = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it contains the Python object {foreign[1]}" if foreign else "it is damaged or contains Python objects"

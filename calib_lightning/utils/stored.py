@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
+import re
 import tokenize
 import warnings
 import zipfile
@@ -43,7 +45,8 @@ def load_torch(path: str | Path, map_location: Any = "cpu", *, weights_only: boo
 
     Raises:
         DamagedFileError: A part of the file does not match its checksum, or a tensor is larger than the file.
-        pickle.UnpicklingError: The file holds more than tensors and plain data, or is not one of `torch.save`.
+        pickle.UnpicklingError: The file holds more than tensors and plain data, or is not one of `torch.save`; which it
+            is, without torch's advice to execute it.
         Exception: What else `torch.load` raises for a damaged file.
 
     Example:
@@ -51,7 +54,12 @@ def load_torch(path: str | Path, map_location: Any = "cpu", *, weights_only: boo
     """
     with Path(path).open("rb") as file:  # one file for both: nobody replaces it in between
         checked = check_archive(file)
-        content = torch.load(file, map_location=map_location, weights_only=weights_only)
+        try:
+            content = torch.load(file, map_location=map_location, weights_only=weights_only)
+        except pickle.UnpicklingError as error:
+            if not weights_only:
+                raise
+            raise pickle.UnpicklingError(_why_refused(error)) from None  # a traceback would show the advice
         if weights_only:
             _check_sizes(content, os.fstat(file.fileno()).st_size)
     if not checked:
@@ -60,6 +68,14 @@ def load_torch(path: str | Path, map_location: Any = "cpu", *, weights_only: boo
             stacklevel=2,
         )
     return content
+
+
+def _why_refused(error: pickle.UnpicklingError) -> str:
+    """What the file is, in the words of torch's message that are not advice to execute it."""
+    foreign = re.search(r"GLOBAL (\S+)", str(error))
+    if foreign:
+        return f"it holds the Python object {foreign[1]}, and loading such an object can execute code"
+    return "it is not a file of torch.save, or holds Python objects, which can execute code when they are loaded"
 
 
 def check_archive(source: str | Path | IO[bytes], limit: float = 0) -> bool:

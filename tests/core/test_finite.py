@@ -174,3 +174,41 @@ def test_two_processes_refuse_alike_where_one_of_them_has_diverged(tmp_path: Pat
     assert "(on another process)" in first
     assert f"({PLACES['a running variance']})" in second
     assert saved(tmp_path / "last.ckpt") == (3, True)
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_a_training_that_diverges_is_named_with_epoch_step_and_what_to_try(tmp_path, saved_before):
+    class Diverging(ClassificationModule):
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            if self.current_epoch == saved_before:  # as a learning rate that is too large
+                for group in self.trainer.optimizers[0].param_groups:
+                    group["lr"] = 1e30
+
+    keep = [ModelCheckpoint(tmp_path)] if saved_before else []
+    epoch = int(saved_before)
+    kept = "Checkpoints from before are as they were" if saved_before else "Start again"
+    said = rf"in epoch {epoch}, at step {2 * epoch + 1}: .* not finite\. {kept}.* lower learning rate, ClipGradients"
+    with pytest.raises(DivergedError, match=said):
+        fit(tmp_path, module(Diverging), keep)
+
+
+@pytest.mark.parametrize("where", ["training", "validation", "sanity check"])
+def test_images_that_are_not_finite_are_no_divergence(tmp_path, where):
+    good, bad = torch.zeros(8, 1, 8, 8), torch.zeros(8, 1, 8, 8)
+    bad[6, 0, 3, 3] = torch.nan
+    first, second = (
+        DataLoader([(image, 0, i) for i, image in enumerate(images)], batch_size=8)
+        for images in ((bad, good) if where == "training" else (good, bad))
+    )
+    run = trainer(tmp_path, 1, [], max_epochs=1)
+    run.num_sanity_val_steps = int(where == "sanity check")
+    with pytest.raises(ValueError, match=r"1 of 8 images of a batch .* nan or infinite, the first in row 6"):
+        run.fit(module(ClassificationModule), first, second)
+
+
+def test_a_device_that_reports_late_names_the_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr("calib_lightning.metrics.devices.checks_at_once", lambda device: False)
+    own = module(ClassificationModule)
+    with pytest.raises(DivergedError, match="diverged in epoch 2, at step 6: the weights are not finite"):
+        fit(tmp_path, own, [Poison(PLACES["a weight"], step=5)])

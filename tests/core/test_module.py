@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.callbacks import SavePredictions
-from calib_lightning.core import ClassificationModule, Head, LinearHead, load_module
+from calib_lightning.core import ClassificationModule, DivergedError, Head, LinearHead, load_module
 from calib_lightning.data import SplitSpec, ToyDataModule
 from calib_lightning.methods import CRL, MDCA, AdaFocal, CrossEntropy, CrossEntropyLoss, Focal, LabelSmoothingLoss
 from calib_lightning.metrics import EvaluationState, waiting
@@ -103,7 +103,7 @@ def test_training_that_breaks_down_is_told_at_its_step(tmp_path):
             return loss, logits + (torch.nan if self.global_step == 3 else 0.0)
 
     module = Breaking(3, encoder="digits_cnn", optimizer=sgd)
-    with pytest.raises(ValueError, match=r"In training, at step 3: EvaluationState, batch 2: 4 of 4 rows have invalid"):
+    with pytest.raises(DivergedError, match=r"diverged in epoch 1, at step 3: the logits are not finite\. Start again"):
         trainer(tmp_path, max_epochs=2).fit(module, train_dataloaders=_tuples(), val_dataloaders=_tuples())
 
 

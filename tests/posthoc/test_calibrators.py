@@ -483,11 +483,11 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, capsys):
     def with_record(**parts):
         return {"calib_lightning.calibrator": {**record, **parts}}
 
-    refused("more than tensors", {"calib_lightning.calibrator": _Gadget()})
+    refused("holds the Python object", {"calib_lightning.calibrator": _Gadget()})
     assert "executed" not in capsys.readouterr().out
     refused("damaged|no file", raw=whole[: len(whole) // 2])
-    refused("damaged|no file|more than tensors", raw=b"<html>not found</html>")
-    refused("damaged|no file|more than tensors", raw=b"")
+    refused("not a file of torch.save", raw=b"<html>not found</html>")
+    refused("damaged|no file", raw=b"")
     refused("holds no calibrator", {"state_dict": {}})
     refused("not that of a calibrator", {"calib_lightning.calibrator": 3})
     for class_path in ("os.system", "torch.nn.Linear", "calib_lightning.posthoc.base.Calibrator", 7):
