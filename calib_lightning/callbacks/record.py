@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from calib_lightning.core.data_facts import class_names_of
 from calib_lightning.core.own_data import rows_in
-from calib_lightning.utils.run_folder import job_id, write_json
+from calib_lightning.utils.run_folder import job_id, newest_config, write_json
 from calib_lightning.utils.seeding import run_seed
 from calib_lightning.utils.stopping import Stopped
 
@@ -69,6 +69,9 @@ class RunRecord(Callback):
         if names is not None:
             self._record["class_names"] = list(names)
         begun = {"stage": str(getattr(stage, "value", stage)), "status": "started"}
+        config = newest_config(self.path.parent)
+        if config is not None:
+            begun["config"] = config.name
         self._record["stages"].append(begun | environment(trainer))
         self._started = time.perf_counter()
         if trainer.strategy.root_device.type == "cuda":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import sys
@@ -138,6 +136,7 @@ def _model(options: Options) -> CalibratedClassifier | ExportedClassifier:
 
 
 def _write(rows: list[Row], output: Path | None) -> None:
+    from calib_lightning.predictions.long_table import to_csv
     from calib_lightning.utils.files import write_whole
 
     if output is None:
@@ -146,11 +145,7 @@ def _write(rows: list[Row], output: Path | None) -> None:
     if output.suffix.lower() == ".json":
         text = json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False) + "\n"
     else:
-        buffer = io.StringIO(newline="")
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows((row.file, row.label, row.confidence, str(row.abstain).lower()) for row in rows)
-        text = buffer.getvalue()
+        text = to_csv(row._asdict() for row in rows) or ",".join(Row._fields) + "\n"
     write_whole(output, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 

@@ -271,7 +271,8 @@ class CalibCLI(LightningCLI):
             )
             return
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=chosen, verbose=False, weights_only=True)
-        title = f"{self.run_folder} ({Path(chosen).name}, chosen by {command.select_on})"
+        how = "the last epoch" if command.select_on == "last" else f"chosen by {command.select_on}"
+        title = f"{self.run_folder} ({Path(chosen).name}, {how})"
         print_results(self.trainer, self.datamodule, title)
 
     def fit(self, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from calib_lightning.benchmark.identity import OWN_FILES
 from calib_lightning.utils.files import write_text
-from calib_lightning.utils.run_folder import job_id, run_of
+from calib_lightning.utils.run_folder import job_id, newest_config, run_of
 
 
 def default_folder(config: Namespace) -> Path:
@@ -166,14 +166,9 @@ def resume_command(folder: Path) -> str | None:
     Returns:
         The command; None if the run has no checkpoint to go on from.
     """
-    configs, last = (
-        [*folder.glob("config.yaml"), *folder.glob("config-[0-9]*.yaml")],
-        folder / "checkpoints" / "last.ckpt",
-    )
-    if not (configs and last.is_file()):
+    newest, last = newest_config(folder), folder / "checkpoints" / "last.ckpt"
+    if newest is None or not last.is_file():
         return None
-    # that of the last resume: config-2.yaml, ... come after config.yaml
-    newest = max(configs, key=lambda path: int(path.stem.removeprefix("config").strip("-") or 1))
     return shlex.join(["calib", "fit", "-c", str(newest), "--ckpt_path", str(last)])
 
 

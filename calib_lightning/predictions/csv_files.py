@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calib_lightning.predictions.csv_header import PROBABILITY, Columns, Holds, columns_of
+from calib_lightning.predictions.csv_header import DELIMITERS, PROBABILITY, Columns, Holds, columns_of, delimiter_of
 
 
 class Table(NamedTuple):
@@ -53,12 +53,13 @@ def numbers(
 ) -> npt.NDArray[Any]:
     """Read numbers ``(rows, columns)``; ``texts`` takes the cells of some columns, which are 0 in the result."""
     converters: dict[int | str, Any] = {place: _passed_to(take) for place, take in (texts or {}).items()}
+    delimiter = delimiter_of(path)
     with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input contained no data")
         try:
             return np.loadtxt(
                 file,
-                delimiter=",",
+                delimiter=delimiter,
                 skiprows=skipped_rows,
                 ndmin=2,
                 comments=None,
@@ -66,7 +67,7 @@ def numbers(
                 converters=converters or None,
             )
         except ValueError as error:
-            raise ValueError(f"{path}: {_why(str(error), list(header))}") from error
+            raise ValueError(f"{path}: {_why(str(error), list(header), delimiter)}") from error
 
 
 def _passed_to(take: Callable[[str], object]) -> Callable[[str], float]:
@@ -77,22 +78,23 @@ def _passed_to(take: Callable[[str], object]) -> Callable[[str], float]:
     return convert
 
 
-def _why(message: str, header: list[str]) -> str:
+def _why(message: str, header: list[str], delimiter: str) -> str:
     """What numpy says of a cell, with the name of its column."""
     too_few = re.search(r"number of fields (\d+)", message) if header else None
     if too_few is not None:
         return f"the header has {len(header)} columns, but the rows have {too_few[1]}."
     cell = re.match(r"could not convert string (.*) to \w+ at row (\d+), column (\d+)", message, re.DOTALL)
     if cell is None:
-        reason = (message.splitlines() or [""])[0].partition(";")[0].rstrip(".")
+        reason = (message.splitlines() or [""])[0].partition("; use ")[0].rstrip(".")
         return (
-            f"{reason} (rows are counted after the header); it must have comma-separated numbers, the same count in "
-            "each row."
+            f"{reason} (rows are counted after the header); it must have numbers separated by "
+            f"{DELIMITERS[delimiter]}, the same count in each row."
         )
     found, row, column = cell[1], cell[2], int(cell[3])
+    is_decimal = delimiter != "," and re.fullmatch(r"'-?\d+,\d+'", found)
     name = f" {header[column - 1]!r}" if column <= len(header) else ""
     what = "is empty" if found in ("''", '""') else f"has {found:.40}"
     return (
         f"column {column}{name} {what} in row {row} (rows are counted after the header); it must have a number in each "
-        "cell. Leave the row or the column out."
+        f"cell. {'Write decimals with a point' if is_decimal else 'Leave the row or the column out'}."
     )

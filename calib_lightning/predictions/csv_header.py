@@ -104,10 +104,20 @@ def quoted(names: Sequence[str]) -> str:
     return ", ".join(shown if len(shown) <= 12 else [*shown[:10], "...", shown[-1]])
 
 
+DELIMITERS = {";": "semicolons", "\t": "tabs", ",": "commas"}
+
+
+def delimiter_of(path: Path) -> str:
+    """What separates the cells of the first line; a comma beside a semicolon is one of decimals."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = file.readline()
+    return next((mark for mark in DELIMITERS if mark in line), ",")
+
+
 def _first_row(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            first = [cell.strip() for cell in next(csv.reader(file), [])]
+            first = [cell.strip() for cell in next(csv.reader(file, delimiter=delimiter_of(path)), [])]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read ({error}); it must be comma-separated UTF-8 text.") from error
     if not first:

@@ -47,7 +47,7 @@ class Stored:
             self.columns, self.content, self._texts = load_csv(path, reading.labels_key, holds)
             self.class_names = self.columns.class_names
         else:
-            self.content, self.class_names = _load_torch(path)
+            self.content, self.class_names = _load_torch(path, reading.kind)
 
     def _named(self, name: str, option: str, hint: str = "") -> Tensor:
         assert not isinstance(self.content, Tensor)
@@ -247,7 +247,7 @@ def _load_arrays(path: Path, max_gb: float) -> _Arrays:
     return _Arrays(path)
 
 
-def _load_torch(path: Path) -> tuple[Mapping[str, Tensor] | Tensor, Any]:
+def _load_torch(path: Path, kind: str) -> tuple[Mapping[str, Tensor] | Tensor, Any]:
     """The tensors, and the class names or ``None``."""
     try:
         with warnings.catch_warnings():
@@ -260,10 +260,12 @@ def _load_torch(path: Path) -> tuple[Mapping[str, Tensor] | Tensor, Any]:
         ) from error
     if isinstance(content, Tensor):
         return content.detach(), None
+    if isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(part, Tensor) for part in content):
+        return {kind: content[0].detach(), "labels": content[1].detach()}, None
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} contains a {type(content).__name__}; it must contain a dict of tensors, or one tensor with a "
-            "separate file of labels."
+            f"{path} contains a {type(content).__name__}; it must contain a dict of the tensors {kind!r} and "
+            f"'labels', a tuple of these two, or one tensor of {kind} with a separate file of labels."
         )
     tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     return tensors, content.get("class_names")

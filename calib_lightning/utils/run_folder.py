@@ -98,6 +98,12 @@ def calibrators_of(run: Path) -> dict[str, Path]:
     return {path.stem: path for path in found}
 
 
+def newest_config(folder: Path) -> Path | None:
+    """Return the configuration of a run's last fit: ``config.yaml``, or that of a resume, ``config-2.yaml``, ..."""
+    found = [*folder.glob("config.yaml"), *folder.glob("config-[0-9]*.yaml")]
+    return max(found, key=lambda path: int(path.stem.removeprefix("config").strip("-") or 1), default=None)
+
+
 def _is_rank_zero() -> bool:
     """Whether this process leads, as Lightning reads it from the environment before a process group exists."""
     from lightning.pytorch.utilities import rank_zero_only  # here: it takes seconds, and `run_of` needs none of it

@@ -164,6 +164,18 @@ def test_a_resumed_run_goes_on_in_its_folder_and_ends_as_if_never_stopped(calib,
     assert columns[0] == columns[1]
 
 
+def test_a_resume_says_in_run_json_which_configuration_it_had(calib, tmp_path):
+    assert calib(*QUICK, "--trainer.max_epochs=1", "--select_on=last").code == 0
+    run = tmp_path / "runs" / "quickstart"
+    last = run / "checkpoints" / "last.ckpt"
+    done = calib("fit", "-c", run / "config.yaml", "--ckpt_path", last, "--trainer.max_epochs=2")
+    assert done.code == 0, done.err
+    assert "(last.ckpt, the last epoch)" in done.out
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    said = [(stage["stage"], stage["config"]) for stage in stages]
+    assert said == [(name, config) for config in ("config.yaml", "config-2.yaml") for name in ("fit", "test")]
+
+
 def test_last_checkpoint_is_of_the_last_epoch_even_if_the_best_is_not(calib, tmp_path):
     # a learning rate that soon makes things worse
     done = calib(*QUICK, "--trainer.max_epochs=6", "--model.optimizer.init_args.lr=3", "--model.scheduler=null")

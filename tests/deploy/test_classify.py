@@ -87,6 +87,13 @@ def test_every_format_gives_the_same_table(suffix, size, calib, pictures, models
     assert accepted.sum() == 4
 
 
+def test_no_cell_of_a_file_is_a_formula(calib, pictures, models, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(next(pictures.rglob("*.png")), tmp_path / "in" / "=1+1.png")
+    assert calib("classify", "in", "--model", models / "model.pt", "--output=out.csv").code == 0
+    assert [row["file"] for row in table(tmp_path / "out.csv")] == ["'=1+1.png"]
+
+
 def test_json_and_the_table_say_the_same(calib, pictures, models, tmp_path):
     argv = ("classify", pictures, f"--model={models / 'model.pt'}")
     assert calib(*argv, "--output=out.json").code == 0
