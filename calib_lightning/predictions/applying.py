@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calib_lightning.posthoc import Calibrator, load_calibrator
-from calib_lightning.predictions.csv_header import PROBABILITY, Columns, classes_of
+from calib_lightning.predictions.csv_header import PROBABILITY, Columns, classes_of, delimiter_of
 from calib_lightning.predictions.files import Stored
 from calib_lightning.predictions.others import unlabelled
 from calib_lightning.predictions.reading import Predictions, with_features
@@ -122,7 +122,7 @@ def _applied(calibrator: Calibrator | str | Path, found: Predictions, reading: R
 def _csv_again(path: Path, columns: Columns, after: Predictions) -> str:
     """The text of a CSV file with calibrated probabilities, and the calibrator's confidence if it has its own."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+        rows = [row for row in csv.reader(file, delimiter=delimiter_of(path)) if any(cell.strip() for cell in row)]
     header = rows[0] if columns.header else None
     rows = rows[1:] if columns.header else rows
     probs = after.scores.exp()
