@@ -235,6 +235,17 @@ def test_batches_whose_parts_are_not_found(where, message):
         CalibratedClassifier(Foreign(), Temperature()).fit(loader("transformers", 16, 0), batch=where)
 
 
+@pytest.mark.parametrize("parts", [3, ("a",), "xy"])
+def test_parts_that_no_batch_has_are_refused_before_a_run(parts):
+    for make in (
+        lambda: CalibrationMonitor(batch=parts),
+        lambda: PostHocCalibrate(Temperature(), [], batch=parts),
+        lambda: StageSwitch(1, batch=parts),
+    ):
+        with pytest.raises(TypeError, match="it must give two parts, the input and the labels"):
+            make()
+
+
 def test_a_metric_says_how_to_pass_an_output():
     z, y = torch.randn(3, 2), torch.tensor([0, 1, 1])
     for logits, labels, message in (

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from calib_lightning.callbacks.figures import shows_figures, title_of
-from calib_lightning.core.own_data import BatchParts, image_and_label
+from calib_lightning.core.own_data import BatchParts, check_parts, image_and_label
 from calib_lightning.functional import at_least_float32, binary_labels, logits_of
 from calib_lightning.metrics import REPORT, EvaluationState
 from calib_lightning.metrics.functional.checks import seem_probs
@@ -54,6 +54,7 @@ class CalibrationMonitor(Callback):
                 "none), or None for those of the last validation."
             )
         self.metrics, self.prefix, self.figures_every = tuple(metrics), prefix, figures_every
+        check_parts(batch, type(self).__name__)
         self.batch = batch
         self._states: dict[int, EvaluationState] = {}
         self._outputs: list[Any] = []

@@ -17,7 +17,7 @@ from calib_lightning.core import AtomicCheckpointIO
 from calib_lightning.core.data_in_use import datamodule_in_use
 from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.module_record import equal_weights
-from calib_lightning.core.own_data import BatchParts, image_and_label
+from calib_lightning.core.own_data import BatchParts, check_parts, image_and_label
 from calib_lightning.core.submodules import evaluating
 from calib_lightning.core.twins import is_twin
 from calib_lightning.data.loader import ResumableLoader
@@ -59,6 +59,7 @@ class PostHocCalibrate(Callback):
                 f"{calibrator.name} needs {' and '.join(calibrator.needs)}, and this callback has logits alone. Fit it "
                 "after training, with CalibratedClassifier(module, calibrator).fit(loader)."
             )
+        check_parts(batch, type(self).__name__)
         self.calibrator, self.loader, self.batch = calibrator, loader, batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

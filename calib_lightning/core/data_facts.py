@@ -22,6 +22,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
+from calib_lightning.core.twins import is_twin
+
 _prepared: WeakSet[LightningDataModule] = WeakSet()
 _UNKNOWN = object()
 
@@ -85,7 +87,7 @@ def class_names_of(data: Any) -> tuple[str, ...] | None:
             return tuple(names) if declared_classes(data) == len(names) else None
     if isinstance(data, Subset):
         return class_names_of(data.dataset)
-    if isinstance(data, LightningDataModule):
+    if is_twin(data, LightningDataModule):
         with contextlib.suppress(Exception):  # it may not be set up yet
             return class_names_of(_dataset_of(loader_of(data, "train_dataloader")))
     return None
@@ -93,7 +95,7 @@ def class_names_of(data: Any) -> tuple[str, ...] | None:
 
 def training_labels(source: Any) -> Tensor | None:
     """Labels ``(N,)`` int64 that a fit trains on, from a data module that is set up or a loader, or ``None``."""
-    loader = loader_of(source, "train_dataloader") if isinstance(source, LightningDataModule) else source
+    loader = loader_of(source, "train_dataloader") if is_twin(source, LightningDataModule) else source
     labels = labels_of(_dataset_of(loader))
     if labels is not None and isinstance(loader.sampler, SubsetRandomSampler):
         labels = labels[torch.as_tensor(loader.sampler.indices, dtype=torch.int64)]

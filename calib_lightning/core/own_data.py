@@ -77,6 +77,12 @@ def image_and_label(batch: Any, who: str, parts: BatchParts | None = None) -> tu
     )
 
 
+def check_parts(parts: BatchParts | None, who: str) -> None:
+    """Reject a ``batch`` of an argument that no batch could be read with."""
+    if parts is not None and not callable(parts):
+        _pair(parts, who)
+
+
 def _pair(parts: Any, who: str) -> tuple[Any, Any]:
     if isinstance(parts, list | tuple) and len(parts) == 2:
         return parts[0], parts[1]

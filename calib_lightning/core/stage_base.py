@@ -12,7 +12,7 @@ from torch.optim import SGD
 
 from calib_lightning.core.heads import LinearHead, head_size
 from calib_lightning.core.learning import learners_of
-from calib_lightning.core.own_data import BatchParts
+from calib_lightning.core.own_data import BatchParts, check_parts
 from calib_lightning.core.stored_features import caught_features
 from calib_lightning.core.submodules import ModuleState, evaluating, submodule_of
 from calib_lightning.types import FeatureFeed, Views
@@ -110,6 +110,7 @@ class Stage(Callback):
         self.encoder = encoder
         self.head = head
         self.init_from = init_from
+        check_parts(batch, type(self).__name__)
         self.batch = batch
         self.head_loaded = False  # whether the head of init_from fitted
         self.brought = False  # whether a method brought the switch, rather than the trainer

@@ -44,7 +44,8 @@ def check_stage(stage: Stage, trainer: Trainer, module: LightningModule) -> None
         )
     head, encoder = stage.module_head(module), submodule_of(module, stage.encoder, "encoder")
     kept = {id(parameter) for parameter in head.parameters()}
-    if kept and all(id(parameter) in kept for parameter in module.parameters()):
+    layers = [part for part in head.modules() if part._parameters]
+    if len(layers) > 1 and all(id(parameter) in kept for parameter in module.parameters()):
         raise ValueError(
             f"head is {stage.head!r}, which holds all parameters of {type(module).__name__}; it must be the last layer "
             f"alone, since {name} freezes the rest. Name that layer: {linear_layers(module)}."
@@ -152,8 +153,8 @@ def _check_images(stage: Stage, trainer: Trainer, transform: BatchTransform | No
 def _check_views(views: Views, transform: BatchTransform | None) -> None:
     if transform is not None and type(transform).views is not BatchTransform.views:
         raise ValueError(
-            f"{type(transform).__name__} needs its own views, but the stage has {type(views).__name__}. Give the "
-            "stage a criterion, which replaces the transform, or omit its views."
+            f"{type(transform).__name__} needs its own views, but the stage has {type(views).__name__}. Omit one of "
+            "them."
         )
     image = views.transform(_AsFloat(), None, 0)(torch.zeros(1, 3, 32, 32).byte(), torch.zeros(1).long(), 0)
     if image.ndim != 4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ def enter(stage: Stage, trainer: Trainer, module: LightningModule) -> None:
     hold_still(stage, module)
     if trainer.state.fn == TrainerFn.FITTING:
         # Lightning asks the module alone for its optimisers, and on a resume before any hook of a callback
-        vars(module)["configure_optimizers"] = partial(_optimizers_of, stage, module)
+        _put_optimizers(module, partial(_optimizers_of, stage, module))
         set_loading(trainer, stage.training.views, stage.training.batch_size)
 
 
@@ -124,18 +125,32 @@ def plan_first_stage(trainer: Trainer, module: LightningModule) -> None:
     begin = min(stage.first(trainer) for stage in stages)
     if begin < 1:
         return
-    own = type(module).configure_optimizers.__get__(module)
+    _put_optimizers(module, partial(_planned, module.configure_optimizers, trainer, begin))
 
-    def configure_optimizers() -> OptimizerLRScheduler:
-        epochs = trainer.fit_loop.max_epochs
-        trainer.fit_loop.max_epochs = begin
-        try:
-            planned: OptimizerLRScheduler = own()
-        finally:
-            trainer.fit_loop.max_epochs = epochs
-        return planned
 
-    vars(module)["configure_optimizers"] = configure_optimizers
+def _planned(own: Callable[[], OptimizerLRScheduler], trainer: Trainer, epochs: int) -> OptimizerLRScheduler:
+    given = trainer.fit_loop.max_epochs
+    trainer.fit_loop.max_epochs = epochs
+    try:
+        return own()
+    finally:
+        trainer.fit_loop.max_epochs = given
+
+
+def _put_optimizers(module: LightningModule, make: partial[OptimizerLRScheduler]) -> None:
+    """Replace the module's hook; what stood at the module itself, as LightningCLI puts it there, is kept."""
+    give_optimizers_back(module)
+    vars(make)["given"] = vars(module).get("configure_optimizers")
+    vars(module)["configure_optimizers"] = make
+
+
+def give_optimizers_back(module: LightningModule) -> None:
+    """Undo `_put_optimizers`."""
+    there = vars(module).get("configure_optimizers")
+    if isinstance(there, partial) and "given" in vars(there):
+        vars(module)["configure_optimizers"] = vars(there)["given"]
+        if vars(there)["given"] is None:
+            del vars(module)["configure_optimizers"]
 
 
 # --- from a checkpoint -----------------------------------------------------------------------------------------------
@@ -176,7 +191,7 @@ def enter_before_weights(trainer: Trainer, module: LightningModule) -> None:
             if not records[stage]["active"]:
                 undo(stage)
         if trainer.state.fn == TrainerFn.FITTING:
-            vars(module).pop("configure_optimizers", None)
+            give_optimizers_back(module)
             plan_first_stage(trainer, module)
             set_loading(trainer, None, None)
         active = {stage: record for stage, record in records.items() if record["active"]}
@@ -206,8 +221,8 @@ def _tell_of_other_epochs(stage: Stage, trainer: Trainer, began: int) -> None:
 
 def restore_module_hooks(module: LightningModule) -> None:
     """Give the module its own hooks back."""
-    for name in ("on_load_checkpoint", "configure_optimizers"):
-        vars(module).pop(name, None)
+    give_optimizers_back(module)
+    vars(module).pop("on_load_checkpoint", None)
 
 
 def _check_same_switch(stage: Stage, record: dict[str, Any]) -> None:

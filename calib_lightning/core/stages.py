@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from calib_lightning.core.data_in_use import can_change_views, reload_train_loader, set_loading
+from calib_lightning.core.data_in_use import can_change_views, reload_train_loader, set_loading, tell_epoch
 from calib_lightning.core.module import ClassificationModule
 from calib_lightning.core.stage_base import (
     HeadFactory,
@@ -128,6 +128,7 @@ class StageSwitch(Stage):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch at the first epoch of the stage."""
+        tell_epoch(trainer)  # to a data set that prepares its images; other modules than ours do not
         if self.active or trainer.current_epoch < self.first(trainer):
             return
         self.first_epoch = trainer.current_epoch

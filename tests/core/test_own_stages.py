@@ -1,6 +1,7 @@
 """Stages of a module of somebody else's: what goes wrong in silence is told, and what is wrong is named."""
 
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
-from calib_lightning.core import StageSwitch, load_stages
+from calib_lightning.core import StageSwitch, StageTraining, load_stages
 from calib_lightning.core.module_record import load_checkpoint
+from calib_lightning.data import ResizedCropFlip, ViewedDataset
 from calib_lightning.methods import AdaptiveSparsity, MaskedClassifier
 from tests.core.test_stages import Foreign, loaders
 from tests.ddp.cases import trainer
@@ -57,6 +60,48 @@ def test_a_run_checkpoint_keeps_the_stage_before(tmp_path):
     parts = {name: set(load_checkpoint(tmp_path / name)["state_dict"]) for name in ("stage-1-best.ckpt", "best.ckpt")}
     assert "net.fc.weight" in parts["stage-1-best.ckpt"]
     assert "net.fc.linear.weight" in parts["best.ckpt"]
+
+
+def test_an_optimiser_that_was_put_at_the_module_trains_the_first_stage(tmp_path):
+    """As LightningCLI does."""
+    own, seen = Foreign(), []
+
+    def put(self):
+        seen.append(self.trainer.max_epochs)
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    before, hook = own.net.conv.weight.detach().clone(), MethodType(put, own)
+    own.configure_optimizers = hook
+    run(tmp_path, own, [switch(-1)])
+    assert not torch.equal(own.net.conv.weight, before)
+    assert seen == [2]
+    assert own.configure_optimizers is hook
+
+
+def test_a_layer_after_an_encoder_without_parameters_is_a_head(tmp_path):
+    class Flat(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential()
+            self.net.add_module("flat", nn.Flatten())
+            self.net.add_module("fc", nn.Linear(64, 3))
+
+    run(tmp_path, Flat(), [switch(1)])
+
+
+def test_random_views_of_a_wrapped_data_set_differ_between_epochs(tmp_path):
+    data = ViewedDataset(TensorDataset(torch.randint(256, (8, 1, 16, 16)).byte(), torch.arange(8) % 3))
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(batch[0].clone())
+
+    views = StageTraining(views=ResizedCropFlip())
+    made = trainer(tmp_path, 1, [switch(1, training=views), Look()], max_epochs=4)
+    made.fit(Foreign(), DataLoader(data, 8))
+    assert not torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[2], seen[3])
 
 
 @pytest.mark.parametrize("at_epoch", [-4, 3])
