@@ -69,12 +69,13 @@ def apply_calibrator(
 def apply_to_file(
     calibrator: Calibrator | str | Path, path: str | Path, output: str | Path, reading: Reading | None = None
 ) -> Predictions:
-    """Write a file again with calibrated probabilities in place of its scores; all else in it stays.
+    """Write a file again with calibrated probabilities in place of its scores; all else stays.
 
     Args:
         calibrator: A fitted calibrator, or its file.
         path: A file of scores; labels are not needed.
-        output: The file to write: ``.csv`` for a CSV file, with its columns; ``.npz`` for others, with ``probs``.
+        output: The file to write: ``.csv`` for a CSV file, with its columns; ``.npz`` for others, with ``probs``
+            in place of scores of either kind.
             `score` reads both with ``input="probs"``.
         reading: Kind of the scores, and names of the arrays.
 

@@ -47,6 +47,13 @@ def numbered(labels: Any, names: Names, where: str) -> tuple[Any, Names]:
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     array = array.reshape(-1) if array.shape[1:] == (1,) else array
     is_text = array.dtype.kind in "OUST" and array.ndim == 1
+    missing = _missing(array) if array.ndim == 1 else np.zeros(0, dtype=bool)
+    if missing.any():
+        row = int(missing.argmax())
+        raise ValueError(
+            f"{where}: row {row} has no label ({str(array[row])!r}); each row must have one. Give it, or "
+            "leave the row out."
+        )
     whole = _whole(array)
     of_two = names is not None and len(names) == 1
     if whole is None and is_text and (names is None or (of_two and names[0].lower() not in ("true", "false"))):
@@ -71,6 +78,46 @@ def numbered(labels: Any, names: Names, where: str) -> tuple[Any, Names]:
             f"{'' if whole is not None else did_you_mean(str(array[row]), names)} The columns of scores name them."
         )
     return torch.from_numpy(np.array([by_name[str(text)] for text in texts], dtype=np.int64)[places]), names
+
+
+def check_columns(scores: Tensor, labels: Tensor, names: Names, where: str) -> tuple[str, ...]:
+    """Refuse columns that are no scores, such as an age; a note on those that are the label of no row.
+
+    Args:
+        scores: ``(N, K)``.
+        labels: ``(N,)``.
+        names: The names of their columns, or ``None``.
+        where: Their source, for messages.
+
+    Raises:
+        ValueError: A column has whole numbers, others have not, and no row has its name as label.
+    """
+    present = set(labels.tolist())
+    absent = [] if names is None else [place for place in range(len(names)) if place not in present]
+    if names is None or not absent:
+        return ()
+    whole = (scores == scores.floor()).all(dim=0)
+    foreign = [names[place] for place in absent if whole[place] and not whole.all() and scores[:, place].any()]
+    if foreign:
+        raise ValueError(
+            f"{where}: {quoted(foreign)} must be the scores of a class, as all columns but 'label' and 'confidence'; "
+            "there are whole numbers, and no row has this label. Drop what is no class."
+        )
+    return (f"no row has the label {quoted([names[place] for place in absent])}; drop columns that are no class",)
+
+
+def _missing(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which labels are missing: empty cells, None and NaN."""
+    if array.dtype.kind == "f":
+        return np.asarray(np.isnan(array))
+    if array.dtype.kind not in "OUST":
+        return np.zeros(len(array), dtype=bool)
+    texts = np.char.strip(array.astype(str))
+    missing = np.isin(texts, ["", "nan"])  # numpy makes the text "nan" of a NaN among texts in a list
+    if array.dtype.kind == "O":
+        is_text = np.array([isinstance(label, str) for label in array], dtype=bool)
+        missing |= np.isin(texts, ["None", "<NA>", "NaT"]) & ~is_text
+    return missing
 
 
 def _whole(array: npt.NDArray[Any]) -> npt.NDArray[np.int64] | None:
@@ -106,8 +153,8 @@ def _both(found: Sequence[str], positive: str, where: str) -> tuple[str, str]:
 
 def _unnamed(array: npt.NDArray[Any], where: str) -> str:
     row = next(place for place, text in enumerate(array) if _whole(np.array([text], dtype=object)) is None)
-    what = f"row {row} has label {str(array[row])!r}" if str(array[row]) else f"row {row} has no label"
     return (
-        f"{where}: {what}; it must be a whole number, since the classes have no names. Name the columns of scores by "
-        "their classes (in Python: pandas.DataFrame(probs, columns=model.classes_)), or give class numbers from 0."
+        f"{where}: row {row} has label {str(array[row])!r}; it must be a whole number, since the classes have no "
+        "names. Name the columns of scores by their classes (in Python: pandas.DataFrame(probs, columns=model.classes_)"
+        "), or give class numbers from 0."
     )

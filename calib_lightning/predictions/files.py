@@ -67,9 +67,9 @@ class Stored:
         return None if isinstance(self.content, Tensor) else self.content.get(name)
 
     def others(self, scores: str) -> dict[str, Array]:
-        """The named arrays beside the scores and their confidence, numbers or text; for another file to hold."""
+        """The named arrays, numbers or text, beside scores of any kind and their confidence; for another file."""
         names = [] if isinstance(self.content, Tensor) else self.content
-        kept = [name for name in names if name not in (scores, "confidence")]
+        kept = [name for name in names if name not in (scores, "logits", "probs", "confidence")]
         assert not isinstance(self.content, Tensor) or not kept
         found = {name: self._raw(name) for name in kept}
         return found if self.class_names is None else found | {"class_names": np.array(self.class_names)}

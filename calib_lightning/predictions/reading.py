@@ -15,7 +15,7 @@ from calib_lightning.functional import binary_labels, two_columns
 from calib_lightning.metrics.functional.checks import InputKind, check_shapes, check_values, seem_probs
 from calib_lightning.metrics.functional.proper import check_soft_labels, check_soft_values
 from calib_lightning.posthoc import as_logits
-from calib_lightning.predictions.class_names import named_columns, numbered
+from calib_lightning.predictions.class_names import check_columns, named_columns, numbered
 from calib_lightning.predictions.files import Stored
 from calib_lightning.predictions.settings import Reading
 
@@ -108,7 +108,8 @@ def read_predictions(
     )
     files = (path,) if labels_path is None else (path, labels_path)
     origin = Origin(files, names, (stored.columns.note,) if stored.columns is not None and stored.columns.note else ())
-    return _not_probs(_checked(found, origin, str(labels_path or path)), reading)
+    columns = stored.columns is not None and len(stored.columns.scores) > 1
+    return _plausible(_checked(found, origin, str(labels_path or path)), reading, columns)
 
 
 def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> Predictions:
@@ -127,6 +128,7 @@ def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> P
         )
     if isinstance(source[0], str | Path) and isinstance(source[1], str | Path):
         return read_predictions(source[0], reading, source[1])
+    columns = hasattr(source[0], "columns") and np.shape(source[0])[1:] != (1,)
     if isinstance(source[0], str | Path):  # scores in a file, labels in memory
         stored = Stored(Path(source[0]), reading or Reading(), "scores")
         given, names = stored.scores, stored.class_names
@@ -135,7 +137,7 @@ def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> P
     labels, names = numbered(source[1], names, "predictions")
     scores, labels, *features = map(_as_tensor, (given, labels, *source[2:]))
     found = Predictions(scores, labels, input=(reading or Reading()).kind, features=features[0] if features else None)
-    return _not_probs(_checked(found, Origin(class_names=names), "predictions"), reading)
+    return _plausible(_checked(found, Origin(class_names=names), "predictions"), reading, columns)
 
 
 def with_features(predictions: Predictions, reading: Reading | None = None) -> Predictions:
@@ -208,14 +210,16 @@ def input_notes(predictions: Predictions) -> Iterator[str]:
         )
 
 
-def _not_probs(found: Predictions, reading: Reading | None) -> Predictions:
-    """Refuse scores that are taken for logits by default, and look like probabilities."""
+def _plausible(found: Predictions, reading: Reading | None, columns: bool) -> Predictions:
+    """Refuse scores that look like probabilities and are logits by default, and named columns that are no scores."""
     if (reading is None or reading.input is None) and found.input == "logits" and seem_probs(found.scores):
         raise ValueError(
             f"{found.where}: all scores are in [0, 1] and each row sums to 1, so they look like probabilities, but "
             "they are taken for logits. Set input=probs, or input=logits if they are logits."
         )
-    return found
+    origin = found.origin
+    notes = check_columns(found.scores, found.labels, origin.class_names, found.where) if columns else ()
+    return found._replace(origin=origin._replace(notes=(*notes, *origin.notes)))
 
 
 def _as_tensor(part: Any) -> Tensor:

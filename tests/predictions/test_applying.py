@@ -82,6 +82,14 @@ def test_an_archive_keeps_its_other_arrays(capsys):
     assert (np.load("plain.npz")["probs"] == out["probs"]).all()
 
 
+def test_no_uncalibrated_scores_stay_in_an_archive():
+    np.savez("new.npz", logits=LOGITS, probs=PROBS, labels=LABELS)
+    apply_to_file(FITTED, "new.npz", "out.npz", Reading(input="probs"))
+    assert sorted(np.load("out.npz")) == ["labels", "probs"]
+    with pytest.raises(ValueError, match="has no 'logits'"):
+        score("out.npz")
+
+
 def test_a_confidence_of_the_calibrators_own_is_written():
     features = torch.tanh(LOGITS @ torch.ones(3, 4, dtype=LOGITS.dtype)) + torch.arange(80)[:, None] / 80
     ratio = DensityRatio().fit(LOGITS, LABELS, features)

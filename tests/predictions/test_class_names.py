@@ -107,6 +107,33 @@ def test_what_is_no_class_is_named(tmp_path, columns, labels, words):
             assert word in str(error.value)
 
 
+@pytest.mark.parametrize("missing", ["", None, np.nan, pandas.NA])
+def test_a_missing_label_is_no_class(tmp_path, missing):
+    labels = ["spam", "spam", missing, "spam"]
+    p = [0.9, 0.8, 0.1, 0.7]
+    pandas.DataFrame({"spam": p, "label": labels}).to_csv(tmp_path / "run.csv", index=False)
+    for source in ((tmp_path / "run.csv",), (pandas.DataFrame({"spam": p}), labels)):
+        with pytest.raises(ValueError, match=r"row 2 has no label \('.*'\); each row must have one\."):
+            _scored(*source)
+    with pytest.raises(ValueError, match="row 1 has no label"):
+        _scored(pandas.DataFrame({"spam": p}), [1.0, np.nan, 1.0, 0.0])
+    assert _scored(pandas.DataFrame({"spam": p}), ["None" if label is not labels[0] else label for label in labels])
+
+
+def test_a_column_that_is_no_class_is_named(tmp_path):
+    frame = pandas.DataFrame(LOGITS.numpy(), columns=NAMES).assign(age=np.arange(60) + 20, label=TEXT)
+    frame.to_csv(tmp_path / "run.csv", index=False)
+    for source in ((tmp_path / "run.csv",), (frame.drop(columns="label"), TEXT)):
+        with pytest.raises(ValueError, match=r"'age' must be the scores of a class.*Drop what is no class\."):
+            score(*source)
+    path = _file(tmp_path / "fold.csv", NAMES, TEXT)
+    pandas.read_csv(path, index_col=0).assign(fold=0).to_csv(path)
+    assert _scored(path).notes[0] == "fold: no row has the label 'fold'; drop columns that are no class"
+    frame = pandas.DataFrame(PROBS, columns=NAMES)
+    assert "no row has the label 'eel'" in repr(_scored(frame[Y < 2], TEXT[Y < 2]))
+    assert "no row has the label" not in repr(_scored(frame, TEXT))
+
+
 def test_labels_as_text_of_an_array_ask_for_names():
     with pytest.raises(ValueError, match=r"row 0 has label '\w+'; it must be a whole number.*columns=model.classes_"):
         _scored(PROBS, TEXT)
