@@ -133,7 +133,7 @@ def _tell(logger: Logger, what: str, error: Exception) -> None:
         return
     message = (
         f"{type(logger).__name__}.{what} failed ({type(error).__name__}: {error}). The run goes on, and metrics.csv "
-        "has every value (in Python: that of a CSVLogger). Further failures of this logger are not reported; look at "
-        "its connection, login and space."
+        "and run.json have every value (in Python: those of a CSVLogger). Further failures of this logger are not "
+        "reported; look at its connection, login and space."
     )
     warn_once(logger, message, stacklevel=1)  # in a quiet run warnings from Lightning's files are not seen

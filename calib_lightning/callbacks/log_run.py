@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from calib_lightning.callbacks.guarded import attempt, guarded
 from calib_lightning.callbacks.logged_keys import is_core
 from calib_lightning.callbacks.record import environment
+from calib_lightning.callbacks.run_logger import RunLogger
 from calib_lightning.callbacks.tensorboard_run import log_hparams
 from calib_lightning.callbacks.wandb_run import define_metrics, log_files, log_predictions
 from calib_lightning.core.twins import is_twin
@@ -62,7 +63,9 @@ class LogRun(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Guard the loggers; tell Lightning not to log a part of what is logged here."""
         for logger in trainer.loggers:
-            if not is_twin(logger, CSVLogger):
+            if isinstance(logger, RunLogger):
+                logger.of_epochs = stage == "fit"
+            elif not is_twin(logger, CSVLogger):
                 guarded(logger).core_only = not self.log_all  # type: ignore[attr-defined]
         for part in (pl_module, getattr(trainer, "datamodule", None)):
             if part is not None:

@@ -120,6 +120,6 @@ def _cannot_start(name: str, error: BaseException) -> str:
         remedy = "Mend that"
     why = " ".join(str(error).split()).rstrip(".")
     return (
-        f"trainer.logger is {name}, which cannot start: {why}. {remedy}, or leave the logger out; metrics.csv has "
-        "every value without it."
+        f"trainer.logger is {name}, which cannot start: {why}. {remedy}, or leave the logger out; metrics.csv and "
+        "run.json have every value without it."
     )

@@ -75,3 +75,39 @@ def test_part_of_a_header_is_no_header(tmp_path):
     (tmp_path / "metrics.csv").write_text("lo")
     write(tmp_path)
     assert steps(tmp_path) == WHOLE
+
+
+def table(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_epoch_has_one_row_with_all_that_was_logged_in_it(tmp_path):
+    logger = RunLogger(tmp_path)
+    for epoch in range(3):
+        logger.log_metrics({"train/step_loss": 1.0, "epoch": epoch}, 10 * epoch + 4)
+        logger.log_metrics({"train/step_loss": 0.5, "epoch": epoch}, 10 * epoch + 8)
+        logger.log_metrics({"val/nll": epoch / 4, "epoch": epoch}, 10 * epoch + 9)
+        logger.log_metrics({"train/nll": epoch / 8, "epoch": epoch}, 10 * epoch + 9)
+    rows = table(tmp_path)
+    assert list(rows[0]) == ["epoch", "step", "train/nll", "train/step_loss", "val/nll"]
+    expected = [(epoch, 10 * epoch + 9, epoch / 8, 0.5, epoch / 4) for epoch in range(3)]
+    assert [tuple(map(float, row.values())) for row in rows] == expected
+
+
+def test_a_run_resumed_within_an_epoch_goes_on_in_its_row(tmp_path):
+    RunLogger(tmp_path).log_metrics({"train/step_loss": 1.0, "epoch": 0}, 4)
+    RunLogger(tmp_path, before_step=5).log_metrics({"val/nll": 0.25, "epoch": 0}, 9)
+    assert table(tmp_path) == [{"epoch": "0", "step": "9", "train/step_loss": "1.0", "val/nll": "0.25"}]
+
+
+def test_a_run_that_is_killed_while_a_row_grows_loses_nothing(tmp_path, monkeypatch):
+    logger = RunLogger(tmp_path)
+    for epoch in range(8):
+        logger.log_metrics({"val/nll": 0.5, "epoch": epoch}, epoch)
+        logger.log_metrics({"train/nll": 0.25, "epoch": epoch}, epoch)
+    before = table(tmp_path)
+    die_in_the_middle(monkeypatch)
+    with pytest.raises(Killed):
+        logger.log_metrics({"val/ece": 0.1, "epoch": 7}, 7)
+    assert table(tmp_path) == before

@@ -31,7 +31,7 @@ def test_a_logger_that_fails_ends_neither_fit_nor_test(calib, tmp_path):
     (weights, logged), (expected, values) = _left(tmp_path / "runs/quickstart"), _left(tmp_path / "runs/alone")
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert logged == values
-    assert "test/accuracy" in logged
+    assert "val/accuracy" in logged
 
 
 @pytest.fixture
