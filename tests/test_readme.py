@@ -167,7 +167,7 @@ def _names(block):
     logits = 2 * torch.randn(48, 3, generator=generator) + torch.nn.functional.one_hot(labels, 3)
     names = {"logits": logits, "labels": labels, "images": images, "features": logits[:, :2]}
     names |= {"val_logits": logits.flip(0) + 0.1, "val_labels": labels.flip(0)}
-    names |= {"train_loader": loader, "val_loader": loader, "calibration_loader": loader}
+    names |= dict.fromkeys(("train_loader", "val_loader", "calibration_loader", "test_loader"), loader)
     names |= {"batches": [(logits[:24], labels[:24]), (logits[24:], labels[24:])]}
     if "timm" in block:
         import timm

@@ -77,11 +77,10 @@ def load_stages(module: LightningModule, path: str | Path) -> LightningModule:
         raise TypeError(f"module is the class {module.__name__}; it must be a module. Pass {module.__name__}(...).")
     checkpoint = load_checkpoint(path)
     check_has({"callbacks": {}, **checkpoint}, ["callbacks"], path, "rebuild heads. Give a file that a trainer saved")
-    switches = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith("StageSwitch[")]
-    states = [state for state in switches if state["active"]]
-    if switches and not states:
+    states = [s for key, s in checkpoint.get("callbacks", {}).items() if key.startswith("StageSwitch[") and s["active"]]
+    if not states:
         rank_zero_warn(
-            f"{path} is from before the first switch of its run, so it holds the network without a new head."
+            f"{path} is from before the first switch of its run, or from a run without one: it holds no new head."
         )
     for state in sorted(states, key=lambda state: int(state["first_epoch"])):
         if state["head_spec"] is None:

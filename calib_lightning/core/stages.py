@@ -96,10 +96,12 @@ class StageSwitch(Stage):
         stages = stages_of(trainer)
         self.position = stages.index(self)
         self.looked_at = False
+        if self.position == 0:
+            for other in stages:  # used before, with another module
+                if other.before is not None and other.before.module is not pl_module:
+                    other.before, other.current, other.first_epoch = None, False, None
         if stage == "fit" and self.position == 0:
             self.given_epochs = _add_epochs(trainer)
-        if self.before is not None and self.before.module is not pl_module:
-            self.before, self.current = None, False
         if stage == "fit":
             if not self.active:
                 self.first_epoch = None
@@ -108,6 +110,11 @@ class StageSwitch(Stage):
                 self.first_epoch = trainer.current_epoch if self.current else self.position - len(stages)
             check_stage(self, trainer, pl_module)
             if self.active:
+                if self.init_from is not None and trainer.ckpt_path is None:
+                    rank_zero_warn(
+                        f"{type(self).__name__} has taken place in this module, which goes on in its stage, and "
+                        "init_from is not read again. To start anew, build the module anew."
+                    )
                 if self.current:
                     enter(self, trainer, pl_module)
             elif self.init_from is not None and trainer.ckpt_path is None:
@@ -182,8 +189,15 @@ class StageSwitch(Stage):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of checkpoints from before the last stage, which would be mistaken for those of the new head."""
-        if self.current and trainer.is_global_zero:
-            warn_of_earlier_files(self, trainer)
+        if not self.current or not trainer.is_global_zero:
+            return
+        warn_of_earlier_files(self, trainer)
+        length, done = self.length(trainer) if (trainer.max_epochs or -1) > 0 else 0, self.stage_epoch(trainer)
+        if trainer.should_stop and done < length and self.training.scheduler is not None:
+            rank_zero_warn(
+                f"The stage of {type(self).__name__} was stopped after {done} of {length} epochs, before the end of "
+                "its schedule. Leave EarlyStopping out of a run with such a stage, or give it more patience."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore module and data module for use outside of a fit."""

@@ -175,7 +175,7 @@ class MaskedClassifier(StageSwitch):
         if self.warm_start and self.init_from is not None and fresh and not self.head_loaded:
             raise ValueError(
                 f"warm_start is true, but the head of {self.init_from!r} has a different type from this module's. Use "
-                "the checkpoint of a linear classifier, or warm_start=False."
+                "that of a linear classifier and a newly built module, or warm_start=False."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from calib_lightning.callbacks.checkpoints import RunCheckpoint
-from calib_lightning.core import StageSwitch, StageTraining, load_stages
+from calib_lightning.core import CosineToEnd, LinearHead, StageSwitch, StageTraining, load_stages
 from calib_lightning.core.module_record import load_checkpoint
 from calib_lightning.data import ResizedCropFlip, ViewedDataset
 from calib_lightning.methods import AdaptiveSparsity, MaskedClassifier
@@ -200,6 +200,28 @@ def test_calibration_images_may_come_from_a_plain_loader(tmp_path, held_out):
     assert float(made.callback_metrics["mac_cal/accuracy"]) == pytest.approx(float(accuracy))
     confidence = logits.softmax(1).amax(1).mean()
     assert float(made.callback_metrics["mac_cal/confidence"]) == pytest.approx(float(confidence), abs=1e-6)
+
+
+def test_a_stage_that_is_stopped_before_the_end_of_its_schedule_is_told_of(tmp_path):
+    def stopped(training):
+        stop = EarlyStopping("score", patience=2)
+        return run(tmp_path, Foreign(), [switch(-6, training=training)], callbacks=[Score(), stop])
+
+    with pytest.warns(UserWarning, match="stopped after 3 of 6 epochs, before the end of its schedule"):
+        stopped(StageTraining(scheduler=CosineToEnd))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*before the end of its schedule")
+        assert stopped(StageTraining()).current_epoch < 8
+
+
+def test_a_switch_may_be_used_again(tmp_path):
+    used, networks = switch(-1), [Foreign(), Foreign()]
+    for own in networks:
+        run(tmp_path, own, [used])
+        assert isinstance(own.net.fc, LinearHead)
+    used.init_from = str(next(tmp_path.rglob("*.ckpt"), ""))
+    with pytest.warns(UserWarning, match="has taken place in this module.*build the module anew"):
+        run(tmp_path, networks[-1], [used])
 
 
 def test_a_class_is_not_a_module(tmp_path):
