@@ -28,7 +28,6 @@ from calib_lightning.types import Prediction
 from calib_lightning.utils.described import Described
 
 _BLOCK = 2**18
-
 ANY_CLASSES = -1
 """K of a fit of version 0.1 that did not record it."""
 
@@ -49,6 +48,7 @@ class Calibrator(FittedState, Described, ABC):
         full_distribution: Whether all K probabilities are calibrated, not only that of the predicted class.
         per_class: Whether it has parameters for every class, which need rows of every class.
         num_classes: K; 0 before the fit.
+        class_names: The classes of the fit in their order, as `calib_lightning.calibrate` knows them, or ``None``.
         report: How the last fit went; ``None`` before.
     """
 
@@ -60,6 +60,7 @@ class Calibrator(FittedState, Described, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.num_classes = 0
+        self.class_names: tuple[str, ...] | None = None
         self.report: FitReport | None = None
 
     @property
@@ -161,7 +162,7 @@ class Calibrator(FittedState, Described, ABC):
         evidence, labels = checked_rows(evidence, labels, where)
         assert evidence.logits is not None
         classes = evidence.logits.shape[1]
-        self.num_classes, self.report = 0, None  # after a failed fit the calibrator counts as not fitted
+        self.num_classes, self.report, self.class_names = 0, None, None  # after a failed fit it counts as not fitted
         # Tensors created in inference mode could not be used with gradients later.
         with torch.inference_mode(False), torch.no_grad(), no_autocast(labels), frozen(evidence.network):
             optimum = self.fit_evidence(evidence, labels) if classes > 1 else Optimum()
@@ -279,22 +280,21 @@ class Calibrator(FittedState, Described, ABC):
             features = features if features.device == logits.device else features.to(logits.device)
         return warned_of_probs(at_least_float32(logits), name), features
 
-    # --- checkpoints -------------------------------------------------------------------------------------------------
-
     def get_extra_state(self) -> dict[str, Any]:
-        """Return K and the report as plain data."""
+        """Return K, the report and the names of the classes as plain data."""
         report = None if self.report is None else {**self.report._asdict(), "notes": list(self.report.notes)}
-        return {"num_classes": self.num_classes, "report": report}
+        return {"num_classes": self.num_classes, "report": report, "class_names": self.class_names}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore K and the report from a checkpoint.
+        """Restore K, the report and the names of the classes from a checkpoint.
 
         Raises:
             ValueError: The state is damaged.
         """
         try:
             self.num_classes = int(state["num_classes"])
-            report = state["report"]
+            report, names = state["report"], state.get("class_names")
+            self.class_names = None if names is None else tuple(names)
             self.report = None if report is None else FitReport(**{**report, "notes": tuple(report["notes"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The state of {type(self).__name__} is damaged: {error!r}.") from None

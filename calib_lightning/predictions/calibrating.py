@@ -252,6 +252,7 @@ def _fit(calibrator: Calibrator, predictions: Predictions, evidence: Evidence) -
     calibrator = copy.deepcopy(calibrator)  # the caller's object may be in another report
     with warnings_as_notes(warned):
         calibrator.fit(labels=predictions.labels, **evidence._asdict())
+    calibrator.class_names = predictions.origin.class_names
     where = f"{type(calibrator).__name__}.fit: "
     return Fitted(calibrator, list(dict.fromkeys(note.removeprefix(where) for note in warned)))
 

@@ -80,6 +80,14 @@ def numbered(labels: Any, names: Names, where: str) -> tuple[Any, Names]:
     return torch.from_numpy(np.array([by_name[str(text)] for text in texts], dtype=np.int64)[places]), names
 
 
+def same_classes(one: Names, other: Names) -> bool:
+    """Whether classes and their order agree; names that are unknown, or made up (``not spam``), agree with any."""
+    if one is None or other is None:
+        return True
+    made_up = any(len(names) == 2 and names[0] == f"not {names[1]}" for names in (one, other))
+    return one[1:] == other[1:] if made_up else one == other
+
+
 def check_columns(scores: Tensor, labels: Tensor, names: Names, where: str) -> tuple[str, ...]:
     """Refuse columns that are no scores, such as an age; a note on those that are the label of no row.
 

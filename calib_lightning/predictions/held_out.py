@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from calib_lightning.predictions.class_names import same_classes
 from calib_lightning.predictions.csv_header import quoted
 from calib_lightning.predictions.reading import Predictions
 
@@ -36,9 +37,10 @@ def check_apart(calibration: Predictions, test: Predictions) -> list[str]:
             f"{places} must have the same classes, but have {calibration.scores.shape[1]} and {test.scores.shape[1]}."
         )
     names, test_names = calibration.origin.class_names, test.origin.class_names
-    if names is not None and test_names is not None and names != test_names:
+    if not same_classes(names, test_names):
         raise ValueError(
-            f"{places} must have the same classes in the same order, but have {quoted(names)} and {quoted(test_names)}."
+            f"{places} must have the same classes in the same order, but have {quoted(names or ())} and "
+            f"{quoted(test_names or ())}."
         )
     rows, test_rows = _distinct_rows(calibration), _distinct_rows(test)
     shared = len(rows & test_rows)

@@ -20,6 +20,8 @@ from calib_lightning.metrics import (
 )
 from calib_lightning.posthoc import Calibrator, Evidence
 from calib_lightning.posthoc.base import ANY_CLASSES
+from calib_lightning.predictions.class_names import same_classes
+from calib_lightning.predictions.csv_header import quoted
 from calib_lightning.predictions.files import checked_counts
 from calib_lightning.predictions.inputs import files_of_run
 from calib_lightning.predictions.others import corrupted_sets, once_each, ood_values, read_others, reference
@@ -143,7 +145,7 @@ def apply(
         The set with calibrated log-probabilities as logits, and a confidence if it is not the largest probability.
 
     Raises:
-        ValueError: The calibrator was fitted to another number of classes, or needs other inputs.
+        ValueError: The calibrator was fitted to other classes or to another order of them, or needs other inputs.
     """
     evidence = evidence or Evidence(predictions.logits, predictions.features)
     classes = predictions.scores.shape[1]
@@ -151,6 +153,12 @@ def apply(
         raise ValueError(
             f"{predictions.where}: the scores have {classes} classes, but {calibrator.name} was fitted to "
             f"{calibrator.num_classes}. Give logits of the network that it was fitted for."
+        )
+    names, fitted_names = predictions.origin.class_names, calibrator.class_names
+    if not same_classes(names, fitted_names):
+        raise ValueError(
+            f"{predictions.where}: the classes are {quoted(names or ())}; {calibrator.name} was fitted to "
+            f"{quoted(fitted_names or ())}, in this order. Give the columns of scores in it."
         )
     with torch.no_grad():
         found = [calibrator.predict(*block) for block in evidence.blocks(_ROWS_AT_ONCE)]

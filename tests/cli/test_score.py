@@ -571,7 +571,7 @@ BAD = {
     "npz that is npy": (lambda p: np.save(p.open("wb"), Z), "run.npz", [".npy", "savez"]),
     "pickle": (lambda p: torch.save({"logits": _Gadget()}, p), "run.pt", ["dict of tensors"]),
     "broken pt": (lambda p: p.write_bytes(b"nonsense"), "run.pt", ["dict of tensors"]),
-    "list": (lambda p: torch.save([LOGITS, LABELS], p), "run.pt", ["list", "dict of tensors"]),
+    "list": (lambda p: torch.save([LOGITS, LABELS, LABELS], p), "run.pt", ["a list", "dict of the tensors"]),
     "tensor alone": (lambda p: torch.save(LOGITS, p), "run.pt", ["in a separate file (labels)"]),
     "empty csv": (lambda p: p.write_text(""), "run.csv", ["empty"]),
     "binary csv": (lambda p: p.write_bytes(b"\xff\xfe1,2"), "run.csv", ["UTF-8"]),
@@ -639,7 +639,7 @@ def test_a_refusal_does_not_advise_to_execute_the_file(calib, tmp_path, content)
     torch.save({"logits": _Gadget()}, path) if content is None else path.write_bytes(content)
     done = calib("score", path)
     assert done.code == 1
-    assert ("print" if content is None else "damaged") in done.err
+    assert ("print" if content is None else "not a file of torch.save") in done.err
     for word in ("weights_only", "safe_globals", "\x1b", "trust", "executed"):
         assert word not in done.err + done.out
 

@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 
-from calib_lightning import apply_calibrator, load_calibrator, save_calibrator, score
+from calib_lightning import apply_calibrator, calibrate, load_calibrator, save_calibrator, score
 from calib_lightning.__main__ import main
 from calib_lightning.posthoc import DensityRatio, FixedTemperature, TopLabel, VectorScaling, as_logits
 from calib_lightning.posthoc.isotonic import Isotonic
@@ -80,6 +80,25 @@ def test_an_archive_keeps_its_other_arrays(capsys):
     np.save("new.npy", LOGITS)
     apply_to_file("cal.pt", "new.npy", "plain.npz")
     assert (np.load("plain.npz")["probs"] == out["probs"]).all()
+
+
+def test_columns_in_another_order_than_in_the_fit_are_refused(capsys):
+    _table(label=TEXT).to_csv("new.csv", index=False)
+    frame = _table()
+    report = calibrate((frame[:40], TEXT[:40]), (frame[40:], TEXT[40:]), "VectorScaling", intervals=None, input="probs")
+    report.save("made")
+    frame = frame[NAMES[::-1]]
+    frame.assign(label=TEXT).to_csv("turned.csv", index=False)
+    expected = apply_calibrator(report.calibrators["VectorScaling"], _table(), input="probs")
+    assert apply_calibrator("made/VectorScaling.pt", _table(), input="probs").equals(expected)
+    assert apply_calibrator("made/VectorScaling.pt", PROBS, input="probs").numpy() == pytest.approx(expected.to_numpy())
+    words = "the classes are 'eel', 'dog', 'cat'; VectorScaling was fitted to 'cat', 'dog', 'eel', in this order"
+    with pytest.raises(ValueError, match=words):
+        apply_calibrator("made/VectorScaling.pt", frame, input="probs")
+    for argv in (("score", "turned.csv"), ("apply", "turned.csv", "--output", "out.csv")):
+        assert main([*argv, "--input", "probs", "--calibrator", "made/VectorScaling.pt"]) == 1
+        assert words in capsys.readouterr().err
+    assert report.calibrators["VectorScaling"].fit(LOGITS, LABELS).class_names is None
 
 
 def test_no_uncalibrated_scores_stay_in_an_archive():

@@ -161,3 +161,14 @@ def test_sets_have_the_same_classes_in_the_same_order():
     assert found == pytest.approx(same, abs=1e-12)
     with pytest.raises(ValueError, match="same classes in the same order, but have 'cat', 'dog', 'eel' and 'eel'"):
         calibrate(held_out, (test[0][NAMES[::-1]], test[1]), intervals=None, metrics="nll", input="probs")
+
+
+def test_the_other_class_of_one_column_has_no_name_that_could_differ():
+    frame = pandas.DataFrame({"spam": PROBS[:, 1]})
+    text, numbers = np.where(Y == 1, "spam", "ham"), (Y == 1).astype(int)
+    for first, second in ((text, numbers), (numbers, text)):
+        report = calibrate((frame[:30], first[:30]), (frame[30:], second[30:]), intervals=None, input="probs")
+        assert list(report.calibrators) == ["Temperature"]
+    other = frame.set_axis(["eel"], axis=1)
+    with pytest.raises(ValueError, match="same classes in the same order, but have 'ham', 'spam' and 'not eel', 'eel'"):
+        calibrate((frame[:30], text[:30]), (other[30:], numbers[30:]), intervals=None, input="probs")
