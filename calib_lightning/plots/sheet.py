@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from calib_lightning.plots.style import SMALL, TEXT
+from calib_lightning.plots.style import SMALL, TEXT, drawable
 
 _DOTS = 300  # per inch, as files are saved
 _CELL, _GAP, _LABELS, _TOP, _EDGE = 210, 15, 450, 150, 30  # in dots
@@ -47,14 +47,14 @@ def image_sheet(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], *, t
     size = _LABELS + len(columns) * step_right + _EDGE, _TOP + len(rows) * step_down + _EDGE
     figure = Figure(figsize=(size[0] / _DOTS, size[1] / _DOTS), dpi=_DOTS)
     if title:
-        figure.text(_EDGE / size[0], 1 - _EDGE / size[1], title, fontsize=TEXT, va="top", parse_math=False)
+        figure.text(_EDGE / size[0], 1 - _EDGE / size[1], drawable(title), fontsize=TEXT, va="top", parse_math=False)
     for column, name in enumerate(columns):
         across = (_LABELS + column * step_right + wide / 2) / size[0]
-        figure.text(across, 1 - (_TOP - 15) / size[1], name, fontsize=SMALL, ha="center", parse_math=False)
+        figure.text(across, 1 - (_TOP - 15) / size[1], drawable(name), fontsize=SMALL, ha="center", parse_math=False)
     for row, (label, images) in enumerate(rows):
         bottom = size[1] - _TOP - row * step_down - tall
         where = (_LABELS - _EDGE) / size[0], (bottom + tall / 2) / size[1]
-        figure.text(*where, _short(label), fontsize=SMALL, ha="right", va="center", parse_math=False)
+        figure.text(*where, _short(drawable(label)), fontsize=SMALL, ha="right", va="center", parse_math=False)
         for column, image in enumerate(images):
             left = _LABELS + column * step_right
             axes = figure.add_axes((left / size[0], bottom / size[1], wide / size[0], tall / size[1]))

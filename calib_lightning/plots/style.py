@@ -36,8 +36,13 @@ def new_figure(height: float, title: str | None, rows: float | None = None) -> F
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout="constrained")
     whole = ", ".join([*([title] if title else []), *([] if rows is None else [f"N {rows:,.0f}"])])
     if whole:
-        figure.suptitle(textwrap.fill(whole, _TITLE_LETTERS), fontsize=TEXT, parse_math=False)
+        figure.suptitle(textwrap.fill(drawable(whole), _TITLE_LETTERS), fontsize=TEXT, parse_math=False)
     return figure
+
+
+def drawable(text: str) -> str:
+    """The text with a question mark for each byte of a file's name that is not UTF-8, which fonts refuse."""
+    return text.encode(errors="replace").decode()
 
 
 def empty_figure(height: float, title: str | None) -> Figure:

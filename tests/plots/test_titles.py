@@ -10,6 +10,7 @@ from calib_lightning.callbacks.monitor import CalibrationMonitor
 from calib_lightning.data import ToyDataModule
 from calib_lightning.methods import CrossEntropy
 from calib_lightning.plots import confidence_histogram, reliability_diagram, risk_coverage_curve
+from calib_lightning.plots.sheet import image_sheet
 from calib_lightning.predictions import figures as score_figures
 from calib_lightning.predictions.reading import Origin, Predictions
 from tests.callbacks.modules import Foreign, loader
@@ -82,3 +83,12 @@ def test_figures_of_files_name_run_set_and_calibrator(tmp_path, monkeypatch):
         found = Predictions(torch.eye(3), torch.arange(3), origin=origin)
         score_figures.write_figures(tmp_path, "test", found, 15)
     assert titles[::3] == ["digits-focal-0, test", "digits-focal-0, test, Temperature", "test"]
+
+
+def test_names_that_are_not_utf8_are_drawn(tmp_path):
+    name = b"caf\xe9".decode(errors="surrogateescape")
+    figure = reliability_diagram(bins_of(ROWS, 10), title=name)
+    assert figure.get_suptitle().startswith("caf?, N")
+    figure.savefig(tmp_path / "reliability.png")
+    sheet = image_sheet([(name, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))], [name], title=name)
+    sheet.savefig(tmp_path / "sheet.png")
