@@ -18,6 +18,9 @@ SKIPPED = re.compile(r"id|index|Unnamed: \d+")
 PROBABILITY = ("p", "prob", "proba", "probability")
 """Names of a single column that is the probability of class 1 of two."""
 
+_OF_SCORES = ("z", "p", "prob", "proba", "probability", "score", "logit", "output", "pred", "y", "col")
+"""Names of numbered columns that say what the numbers are, not which class they belong to, without a plural s."""
+
 _GENERIC = (*PROBABILITY, "z", "score")
 
 _HOW = (
@@ -91,7 +94,8 @@ def classes_of(columns: Sequence[str], where: str) -> tuple[list[int], tuple[str
     if not extra:
         if found and (found[0] not in (0, 1) or found != list(range(found[0], found[0] + len(found)))):
             raise ValueError(f"{where}: columns of scores out of order or missing: {quoted(columns)}; {_HOW}")
-        return places, None
+        of_scores = (first or "").rstrip("_-. ").lower().removesuffix("s") in _OF_SCORES
+        return places, None if of_scores else tuple(columns)  # scikit-learn calls classes class_0, class_1, ...
     numbered = first == "" or (len(found) > 1 and found == list(range(found[0], found[0] + len(found))))
     if numbered or not all(name and _is_name(name) for name in columns):
         raise ValueError(f"{where}: unrecognised columns: {quoted(extra)}; drop or rename them: {_HOW}")

@@ -39,6 +39,19 @@ def test_headers_of_a_file_are_the_names_of_the_classes(tmp_path, labels, index)
     assert '"class_names": [\n        "cat",' in report.to_json()
 
 
+@pytest.mark.parametrize("labels", ["text", "numbers"])
+@pytest.mark.parametrize(("prefix", "named"), [("class_", True), ("z", False), ("prob_", False), ("scores", False)])
+def test_numbered_names_of_classes_are_names(tmp_path, prefix, named, labels):
+    columns = [f"{prefix}{number}" for number in range(3)]
+    if labels == "text" and not named:
+        with pytest.raises(ValueError, match="the classes have no names"):
+            _scored(_file(tmp_path / "run.csv", columns, np.array(columns)[Y]))
+        return
+    report = _scored(_file(tmp_path / "run.csv", columns, np.array(columns)[Y] if labels == "text" else Y))
+    assert report.values == CORE
+    assert report.sets["run"].predictions.origin.class_names == (tuple(columns) if named else None)
+
+
 @pytest.mark.parametrize(("columns", "names"), [(["2", "0", "1"], None), (["7", "3", "5"], ("3", "5", "7"))])
 def test_whole_numbers_are_matched_in_any_order(tmp_path, columns, names):
     labels = np.array(columns)[Y].astype(int)
