@@ -61,6 +61,10 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.calibrator is not None and not self.is_run:
+            if not self.model.exists():
+                raise ValueError(
+                    f"--model is {self.model}, which does not exist; it must be a run or a file of a model."
+                )
             raise ValueError(f"--calibrator is for a RUN only; {self.model} has its own")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size is {self.batch_size}; it must be >= 1. 32 is usual.")
@@ -124,12 +128,15 @@ def _model(options: Options) -> CalibratedClassifier | ExportedClassifier:
     from calib_lightning.deploy.saving import load_classifier
 
     if options.is_run:
-        from calib_lightning.deploy.of_run import classifier_of_run
+        from calib_lightning.deploy.of_run import calibrator_file, classifier_of_run
 
         if options.calibrator is None:
             known = ", ".join(calibrators_of(run_of(options.model) or options.model)) or "none is fitted yet"
             _say("note", f"no calibrator: confidences are those of the network; --calibrator NAME takes one ({known})")
-        return classifier_of_run(options.model, options.calibrator, options.device)
+            return classifier_of_run(options.model, device=options.device)
+        file = calibrator_file(options.model, options.calibrator)
+        _say("note", f"calibrator: {file}")
+        return classifier_of_run(options.model, file, options.device)
     if options.model.suffix in (".onnx", ".pt2"):
         return load_exported(options.model, options.device)
     return load_classifier(options.model, device=options.device)

@@ -36,7 +36,9 @@ def classifier_of_run(
     """
     folder, checkpoint = _places(Path(run))
     module = load_module(checkpoint, device)
-    fitted = _uncalibrated(module.num_classes) if calibrator is None else load_calibrator(_file_of(folder, calibrator))
+    fitted = (
+        _uncalibrated(module.num_classes) if calibrator is None else load_calibrator(calibrator_file(run, calibrator))
+    )
     features = "encoder" if "features" in fitted.needs else None
     return CalibratedClassifier(module, fitted, preprocessing=Preprocessing.from_run(folder), features=features)
 
@@ -59,9 +61,11 @@ def _places(given: Path) -> tuple[Path, Path]:
     return given, given / chosen
 
 
-def _file_of(run: Path, calibrator: str | Path) -> Path:
+def calibrator_file(run: str | Path, calibrator: str | Path) -> Path:
+    """The file of a calibrator, given as in `classifier_of_run`."""
     if Path(calibrator).is_file():
         return Path(calibrator)
+    run, _ = _places(Path(run))
     found = calibrators_of(run)
     by_name = found | {load_calibrator(path).name: path for path in found.values()}
     if str(calibrator) in by_name:

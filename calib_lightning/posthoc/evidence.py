@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -192,6 +193,33 @@ def checked_rows(evidence: Evidence, labels: Tensor | None, where: str) -> tuple
     return evidence._replace(logits=at_least_float32(logits.detach()), features=features), labels.detach().long()
 
 
+def as_rows(values: Any, what: str) -> Tensor:
+    """A tensor of numbers from a tensor, an array, a list or a DataFrame; lists become float64.
+
+    Raises:
+        ValueError: Lists of different lengths.
+        TypeError: Not numbers.
+    """
+    if isinstance(values, Tensor):
+        return values
+    array = as_array(values, what)
+    if array.dtype.kind not in "fiubc":
+        raise TypeError(
+            f"{what} are of the type {array.dtype}; they must be numbers. Convert them with .astype(float)."
+        )
+    return torch.as_tensor(array)
+
+
+def as_array(values: Any, what: str) -> npt.NDArray[Any]:
+    """A writable array; lists of different lengths are a ``ValueError``."""
+    try:
+        return np.require(values, requirements="W")
+    except ValueError as error:
+        raise ValueError(
+            f"{what} are lists of different lengths; each row must have the same. Complete them."
+        ) from error
+
+
 def as_logits(probs: Any) -> Tensor:
     """Convert probabilities to logits for a calibrator: ``log p``, with p at least 2.2e-16.
 
@@ -213,7 +241,7 @@ def as_logits(probs: Any) -> Tensor:
         >>> as_logits(torch.tensor([[0.5, 0.5]])).exp()
         tensor([[0.5000, 0.5000]])
     """
-    probs = probs if isinstance(probs, Tensor) else torch.as_tensor(np.require(probs, requirements="W"))
+    probs = as_rows(probs, "as_logits: probs")
     if not probs.is_floating_point():
         raise TypeError(f"as_logits: probs is {probs.dtype}; it must be floating point. Give probabilities.")
     if probs.ndim == 1 or probs.shape[1:] == (1,):

@@ -28,8 +28,8 @@ def apply_calibrator(
 
     Args:
         calibrator: A fitted calibrator, or its file.
-        scores: ``(N, K)``, or ``(N,)`` of class 1 of two: a tensor, an array, or a DataFrame of pandas, whose index and
-            columns stay.
+        scores: ``(N, K)``, or ``(N,)`` of class 1 of two: a tensor, an array, or a DataFrame or Series of pandas,
+            whose index and names stay.
         features: ``(N, d)`` for calibrators that need them.
         input: ``"logits"`` (default) or ``"probs"``.
 
@@ -39,7 +39,7 @@ def apply_calibrator(
     Raises:
         ValueError: The calibrator was fitted to another number of classes, the scores are invalid, or they look like
             probabilities and are not said to be.
-        TypeError: A dtype is not allowed.
+        TypeError: A dtype is not allowed, or the calibrator is neither a calibrator nor a file.
         OSError: The file cannot be read.
 
     Example:
@@ -60,8 +60,10 @@ def apply_calibrator(
         return after.to(scores.device)
     columns, index = getattr(scores, "columns", None), getattr(scores, "index", None)
     values = after.numpy()
-    if columns is None or callable(index):  # a list has a method of this name
+    if index is None or callable(index):  # a list has a method of this name
         return values
+    if columns is None:
+        return type(scores)(values, index=index, name=scores.name)
     order, _ = classes_of([str(name) for name in columns], "scores")
     return type(scores)(values[:, np.argsort(order)], index=index, columns=columns)
 
@@ -109,6 +111,8 @@ def apply_to_file(
 
 
 def _applied(calibrator: Calibrator | str | Path, found: Predictions, reading: Reading | None = None) -> Predictions:
+    if not isinstance(calibrator, Calibrator | str | Path):
+        raise TypeError(f"calibrator is {calibrator!r:.200}; it must be a fitted calibrator or a file. Give one.")
     file = None if isinstance(calibrator, Calibrator) else Path(calibrator)
     loaded = calibrator if isinstance(calibrator, Calibrator) else load_calibrator(calibrator)
     if "network" in loaded.needs:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from calib_lightning.posthoc.evidence import as_array
 from calib_lightning.predictions.csv_header import classes_of, quoted
 from calib_lightning.utils.names import did_you_mean
 
@@ -44,7 +45,7 @@ def numbered(labels: Any, names: Names, where: str) -> tuple[Any, Names]:
     """
     if names is None and isinstance(labels, Tensor):
         return labels, None
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    array = as_array(labels.detach().cpu() if isinstance(labels, Tensor) else labels, f"{where}: labels")
     array = array.reshape(-1) if array.shape[1:] == (1,) else array
     is_text = array.dtype.kind in "OUST" and array.ndim == 1
     missing = _missing(array) if array.ndim == 1 else np.zeros(0, dtype=bool)

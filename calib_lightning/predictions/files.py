@@ -78,7 +78,14 @@ class Stored:
         assert not isinstance(self.content, Tensor)
         if isinstance(self.content, _Arrays):
             return self.content.raw(name)
-        array: Array = self.content[name].numpy()
+        tensor = self.content[name]
+        try:
+            array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.path}: {name!r} is {tensor.dtype} ({tensor.layout}), which no .npz file holds. Leave it out, "
+                "or save it as a dense tensor of float32."
+            ) from error
         return array
 
     @property

@@ -10,6 +10,7 @@ import torch
 
 from calib_lightning.metrics import OOD, OTHERS, OODDetection, families, mean_values
 from calib_lightning.metrics.functional.rows import Rows
+from calib_lightning.posthoc.evidence import as_rows
 from calib_lightning.predictions.class_names import named_columns
 from calib_lightning.predictions.files import Stored
 from calib_lightning.predictions.reading import Origin, Predictions, predictions_of, unique_names
@@ -62,7 +63,9 @@ def unlabelled(source: Any, reading: Reading | None = None) -> Predictions:
     else:
         source = source[0] if isinstance(source, tuple) else source
         source, names = named_columns(source, "scores")
-        origin = Origin(class_names=names)
+        source, origin = as_rows(source, "scores"), Origin(class_names=names)
+        if source.ndim == 0:
+            raise ValueError(f"scores are the number {source.item()}; they must have shape (N, K). Give rows.")
     found = predictions_of((source, torch.zeros(len(source), dtype=torch.int64)), reading)
     names = origin.class_names if len(origin.class_names or ()) == found.scores.shape[1] else None
     return found._replace(labels=found.labels - 1, origin=origin._replace(class_names=names))

@@ -14,7 +14,7 @@ from torch import Tensor
 from calib_lightning.functional import binary_labels, two_columns
 from calib_lightning.metrics.functional.checks import InputKind, check_shapes, check_values, seem_probs
 from calib_lightning.metrics.functional.proper import check_soft_labels, check_soft_values
-from calib_lightning.posthoc import as_logits
+from calib_lightning.posthoc.evidence import as_logits, as_rows
 from calib_lightning.predictions.class_names import check_columns, named_columns, numbered
 from calib_lightning.predictions.files import Stored
 from calib_lightning.predictions.settings import Reading
@@ -118,7 +118,9 @@ def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> P
         if source.origin != Origin():  # read from a file or calibrated: checked before
             return source
         arrays = {name: getattr(source, name) for name in _ARRAYS}
-        tensors: dict[str, Any] = {name: _as_tensor(part) for name, part in arrays.items() if part is not None}
+        tensors: dict[str, Any] = {
+            name: as_rows(part, name).detach().cpu() for name, part in arrays.items() if part is not None
+        }
         return _checked(source._replace(**tensors), Origin(), "predictions")
     if isinstance(source, str | Path):
         return read_predictions(source, reading)
@@ -135,7 +137,8 @@ def predictions_of(source: PredictionsLike, reading: Reading | None = None) -> P
     else:
         given, names = named_columns(source[0], "predictions")
     labels, names = numbered(source[1], names, "predictions")
-    scores, labels, *features = map(_as_tensor, (given, labels, *source[2:]))
+    parts = zip(("predictions: scores", "predictions: labels", "features"), (given, labels, *source[2:]), strict=False)
+    scores, labels, *features = (as_rows(part, what).detach().cpu() for what, part in parts)
     found = Predictions(scores, labels, input=(reading or Reading()).kind, features=features[0] if features else None)
     return _plausible(_checked(found, Origin(class_names=names), "predictions"), reading, columns)
 
@@ -220,11 +223,6 @@ def _plausible(found: Predictions, reading: Reading | None, columns: bool) -> Pr
     origin = found.origin
     notes = check_columns(found.scores, found.labels, origin.class_names, found.where) if columns else ()
     return found._replace(origin=origin._replace(notes=(*notes, *origin.notes)))
-
-
-def _as_tensor(part: Any) -> Tensor:
-    """Convert to a tensor; lists become float64, which torch would round to float32."""
-    return part.detach().cpu() if isinstance(part, Tensor) else torch.as_tensor(np.require(part, requirements="W"))
 
 
 def _checked(found: Predictions, origin: Origin, labels_where: str) -> Predictions:

@@ -68,6 +68,8 @@ def test_a_run_classifies_as_it_predicts(calib, run, folder, tmp_path, monkeypat
     np.testing.assert_allclose([float(row["confidence"]) for row in rows], confidence.numpy(), atol=2e-5)
     assert ("no calibrator: confidences are those of the network" in done.err) == (calibrator is None)
     assert calibrator is not None or "takes one (Temperature, VectorScaling)" in done.err
+    said = [line for line in done.err.splitlines() if line.startswith("calib: note: calibrator: ")]
+    assert [line.endswith("run/calibrate/Temperature.pt") for line in said] == [True] * (calibrator is not None)
 
 
 def test_the_newest_calibrator_of_a_name_is_taken(run):
@@ -91,12 +93,14 @@ def test_calib_calibrate_names_the_command(calib, run):
         (("--model=loose.ckpt",), "loose.ckpt is in no folder of a run, whose run.json says how images are prepared"),
         (("--model=half",), "half has no chosen checkpoint, so there is no network. Finish the training"),
         (("--model=model.pt",), "There is no classifier model.pt. Save one with save_classifier(classifier, path), or"),
-        (("--model=model.pt", "--calibrator=Temperature"), "--calibrator is for a RUN only; model.pt has its own"),
+        (("--model=loose.pt", "--calibrator=Temperature"), "--calibrator is for a RUN only; loose.pt has its own"),
+        (("--model=typo", "--calibrator=Temperature"), "--model is typo, which does not exist; it must be a run or a"),
     ],
 )
 def test_what_is_no_model(calib, run, folder, monkeypatch, options, message):
     monkeypatch.chdir(folder)
     (folder / "loose.ckpt").write_bytes((run / "checkpoints" / "best.ckpt").read_bytes())
+    (folder / "loose.pt").touch()
     (folder / "half").mkdir(exist_ok=True)
     (folder / "half" / "run.json").write_text("{}")
     model = () if options[0].startswith("--model") else ("--model=run",)

@@ -173,3 +173,43 @@ def test_probabilities_of_class_one_keep_their_shape(shape):
     p = np.array([0.9, 0.1, 0.5]).reshape(shape)
     found = apply_calibrator(halved, p, input="probs")
     assert found == pytest.approx(np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p)), abs=1e-12)
+
+
+def test_a_series_stays_a_series():
+    halved = FixedTemperature(2.0).fit(LOGITS[:, :2], LABELS.clamp(max=1))
+    p = pandas.Series([0.9, 0.1, 0.5], index=["a", "b", "c"], name="spam")
+    found = apply_calibrator(halved, p, input="probs")
+    pandas.testing.assert_series_equal(found, np.sqrt(p) / (np.sqrt(p) + np.sqrt(1 - p)))
+
+
+@pytest.mark.parametrize(
+    ("calibrator", "scores", "words"),
+    [
+        (FITTED, pandas.DataFrame([["a", "b", "c"]]), "scores are of the type object; they must be numbers"),
+        (FITTED, 3.0, r"scores are the number 3\.0; they must have shape \(N, K\)"),
+        (FITTED, [[1.0, 2.0, 3.0], [1.0]], "scores are lists of different lengths"),
+        (None, LOGITS, "calibrator is None; it must be a fitted calibrator or a file"),
+    ],
+)
+def test_what_is_no_calibrator_and_no_scores_is_named(calibrator, scores, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        apply_calibrator(calibrator, scores)
+
+
+def test_probabilities_that_are_no_numbers_are_named():
+    with pytest.raises(TypeError, match="as_logits: probs are of the type <U3; they must be numbers"):
+        as_logits("abc")
+    with pytest.raises(ValueError, match="predictions: scores are lists of different lengths"):
+        score([[1, 2], [3]], [0, 1])
+    with pytest.raises(ValueError, match="predictions: labels are lists of different lengths"):
+        score(LOGITS[:2], [[0], [1, 2]])
+
+
+def test_further_tensors_of_a_file_need_not_be_of_numpy():
+    extra = torch.ones(80, 2, dtype=torch.bfloat16)
+    torch.save({"logits": LOGITS, "features": extra}, "new.pt")
+    apply_to_file(FITTED, "new.pt", "out.npz")
+    assert np.load("out.npz")["features"].dtype == np.float32
+    torch.save({"logits": LOGITS, "graph": torch.eye(80).to_sparse()}, "new.pt")
+    with pytest.raises(ValueError, match=r"new\.pt: 'graph' is torch\.float32 \(torch\.sparse_coo\), which no \.npz"):
+        apply_to_file(FITTED, "new.pt", "out.npz")
