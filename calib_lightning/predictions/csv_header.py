@@ -126,6 +126,10 @@ def _first_row(path: Path) -> list[str]:
         raise ValueError(f"{path} cannot be read ({error}); it must be comma-separated UTF-8 text.") from error
     if not first:
         raise ValueError(f"{path} is empty; it must have rows of scores and a label, with or without a header.")
+    if found := next((cell for cell in first if re.fullmatch(r"-?\d+,\d+", cell)), None):
+        raise ValueError(
+            f"{path}: row 0, the first, has {found!r}; it must have numbers or names. Write decimals with a point."
+        )
     if first[0].startswith("#"):  # numpy.savetxt writes its header as a comment
         first[0] = first[0].lstrip("# ")
     return first

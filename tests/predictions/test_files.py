@@ -26,6 +26,12 @@ def test_commas_of_decimals_are_named(tmp_path):
         read_predictions(path)
 
 
+def test_commas_of_decimals_in_the_first_row_are_no_header(tmp_path):
+    (tmp_path / "run.csv").write_text("0,5;0,5;1\n0,2;0,8;0\n")
+    with pytest.raises(ValueError, match=r"row 0, the first, has '0,5'.*Write decimals with a point"):
+        read_predictions(tmp_path / "run.csv")
+
+
 def test_a_cell_with_a_semicolon_is_shown_whole(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("label,z0,z1\n1,0.5;2,1\n")
