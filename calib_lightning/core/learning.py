@@ -24,12 +24,13 @@ class LearningCriterion(nn.Module):
     first_epoch: int = 0
     """Epoch in which the criterion came into use."""
 
-    def check(self, trainer: Trainer, transform: nn.Module | None) -> None:
-        """Reject a run in which the criterion cannot learn; called before training.
+    def check(self, trainer: Trainer, transform: nn.Module | None, epochs: range) -> None:
+        """Reject a stage in which the criterion cannot learn; called before training.
 
         Args:
             trainer: The trainer, in the set-up of a fit.
             transform: The batch transform that is used with the criterion, if any.
+            epochs: The epochs of the stage.
 
         Raises:
             ValueError: If it cannot.
@@ -112,9 +113,10 @@ def restore_rows(criterion: Any, saved: dict[str, list[Tensor]], rank: int) -> d
     return {name: rows for name, rows in own.items() if not name.startswith("criterion/")}
 
 
-def will_validate(trainer: Trainer) -> bool:
-    """Whether a fit has a validation set, as far as that is known in its set-up."""
-    if trainer.limit_val_batches == 0:
+def will_validate(trainer: Trainer, epochs: range) -> bool:
+    """Whether a fit has a validation set and reads it in these epochs, as far as that is known in its set-up."""
+    every = trainer.check_val_every_n_epoch  # None: by steps
+    if trainer.limit_val_batches == 0 or not any(every is None or (epoch + 1) % every == 0 for epoch in epochs):
         return False
     known = getattr(datamodule_in_use(trainer), "has_validation", None)
     return known if isinstance(known, bool) else trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,8 +80,9 @@ def _check_criterion(stage: Stage, trainer: Trainer, module: LightningModule, tr
                 f"tells it, but the module is a {type(module).__name__}. Use a method of this package, or another "
                 "criterion."
             )
+    first, known = stage.first(trainer), (trainer.max_epochs or -1) > 0
     for part in learners:
-        part.check(trainer, transform)
+        part.check(trainer, transform, range(first, first + stage.length(trainer) if known else sys.maxsize))
 
 
 def _check_epoch(stage: Stage, trainer: Trainer) -> None:

@@ -157,9 +157,9 @@ class AdaFocalLoss(Described, LearningCriterion):
         self.edges.copy_(edges)
         self.gammas.copy_(gammas)
 
-    def check(self, trainer: Trainer, transform: nn.Module | None) -> None:
-        """Reject a fit without a validation set."""
-        if not will_validate(trainer):
+    def check(self, trainer: Trainer, transform: nn.Module | None, epochs: range) -> None:
+        """Reject a stage without a validation."""
+        if not will_validate(trainer, epochs):
             _refuse()
 
     def renew(self) -> None:
@@ -190,8 +190,9 @@ class AdaFocalLoss(Described, LearningCriterion):
 
 def _refuse() -> NoReturn:
     raise ValueError(
-        "There are no validation batches; AdaFocal needs them to update its gammas. Give the data a validation split "
-        "(data.init_args.split.val above 0), and do not set limit_val_batches to 0."
+        "There are no validation batches in the epochs of AdaFocal; it needs them to update its gammas. Give the data "
+        "a validation split (data.init_args.split.val above 0), do not set limit_val_batches to 0, and choose "
+        "check_val_every_n_epoch so that a validation falls into these epochs."
     )
 
 

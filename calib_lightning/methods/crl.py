@@ -138,13 +138,9 @@ class CRLLoss(Described, LearningCriterion):
         self._seen = index, logits.detach().argmax(dim=-1) == labels
         return loss + self.strength * correctness_ranking_loss(ranking_confidence(logits, self.ranked), rate)
 
-    def check(self, trainer: Trainer, transform: nn.Module | None) -> None:
+    def check(self, trainer: Trainer, transform: nn.Module | None, epochs: range) -> None:
         """Reject a batch transform."""
-        if transform is not None:
-            raise ValueError(
-                f"CRL does not support batch_transform ({type(transform).__name__}): it compares the confidence of "
-                "individual training samples, not mixtures. Omit batch_transform."
-            )
+        _reject_transform(transform)
 
     def look_at(self, batch: Any) -> None:
         """Reject batches that do not identify their samples."""
@@ -226,6 +222,14 @@ class CRLLoss(Described, LearningCriterion):
             )
 
 
+def _reject_transform(transform: nn.Module | None) -> None:
+    if transform is not None:
+        raise ValueError(
+            f"CRL does not support batch_transform ({type(transform).__name__}): it compares the confidence of "
+            "individual training samples, not mixtures. Omit batch_transform."
+        )
+
+
 class CRL(ClassificationModule):
     """Train with cross-entropy and the correctness ranking loss, CRL (Moon et al., ICML 2020).
 
@@ -255,17 +259,21 @@ class CRL(ClassificationModule):
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; it must be at least 2 for CRL.")
         criterion = CRLLoss(strength, ranked)
-        if options.get("batch_transform") is not None:
-            raise ValueError(
-                "CRL does not support batch_transform: it compares the confidence of individual training samples, not "
-                "mixtures. Omit batch_transform."
-            )
+        _reject_transform(options.get("batch_transform"))
         super().__init__(num_classes, criterion=criterion, **options)
 
     @property
     def history(self) -> CorrectnessHistory:
-        """How often each training sample was classified correctly."""
-        assert isinstance(self.criterion, CRLLoss)
+        """How often each training sample was classified correctly.
+
+        Raises:
+            RuntimeError: In a stage with a criterion of its own.
+        """
+        if not isinstance(self.criterion, CRLLoss):
+            raise RuntimeError(
+                f"The criterion of this stage is a {type(self.criterion).__name__}, which keeps no history. Read the "
+                "history before the stage begins, from a checkpoint of the stage before, or give the stage a CRLLoss."
+            )
         return self.criterion.history
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -275,6 +283,7 @@ class CRL(ClassificationModule):
             (state, "history.count", "criterion.history.count"),
             (record.get("epoch_rows", {}), "history", "criterion/0/history"),
         ):
-            if old in values:
-                values[new] = values.pop(old)
+            rows = values.pop(old, None)
+            if rows is not None and isinstance(self.criterion, CRLLoss):  # a stage's criterion has none
+                values[new] = rows
         super().on_load_checkpoint(checkpoint)

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from calib_lightning import methods
 from calib_lightning.core import CorrectnessHistory, load_module
 from calib_lightning.data import SplitSpec, ToyDataModule
-from calib_lightning.methods import CRL
+from calib_lightning.methods import CRL, AdaptiveSparsity, MaskedClassifier
+
+OF_THE_STEPS = AdaptiveSparsity(held_out=False)
 
 
 def _sgd(params):
@@ -182,6 +184,27 @@ def test_a_checkpoint_from_before_the_criterion_had_the_history_is_read(fit, tmp
     assert load_module(tmp_path / "old.ckpt").history.counts.sum() == module.history.count.sum() + 2
 
 
+def test_a_checkpoint_of_a_later_stage_from_before_the_criterion_had_the_history_is_resumed(fit, tmp_path):
+    def run(epochs, **options):
+        module = CRL(3, encoder="digits_cnn", optimizer=_sgd)
+        data, switch = ToyDataModule(batch_size=16, train_size=60), MaskedClassifier(2, sparsity=OF_THE_STEPS)
+        return fit(module, data, epochs, callbacks=[switch], **options), module
+
+    trainer, module = run(4)
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    old = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    old["state_dict"]["history.count"] = torch.ones(60, dtype=torch.int64)
+    old["calib_lightning"]["epoch_rows"] = {"history": [torch.zeros((0, 2), dtype=torch.int64)]}
+    old.pop("checksums", None)
+    torch.save(old, tmp_path / "old.ckpt")
+    ends = [run(6, ckpt_path=tmp_path / name)[1].state_dict() for name in ("new.ckpt", "old.ckpt")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert not torch.equal(ends[0]["head.linear.weight"], module.head.linear.weight)
+    assert load_module(tmp_path / "old.ckpt").history.count.sum() == 60
+    with pytest.raises(RuntimeError, match="criterion of this stage is a CrossEntropyLoss, which keeps no history"):
+        _ = module.history
+
+
 def test_repeated_rows_keep_the_rate_in_its_range():
     # a count above the number of epochs
     rate = methods.correctness_rate(torch.tensor([4, 0, 1]), torch.tensor([0, 1, 2]), 2)
@@ -254,7 +277,7 @@ def test_bad_settings_are_named(fit):
         CRL(3, strength=-1.0)
     with pytest.raises(ValueError, match="'logit'"):
         CRL(3, ranked="logit")
-    with pytest.raises(ValueError, match="batch_transform"):
+    with pytest.raises(ValueError, match=r"batch_transform \(MixupTransform\)"):
         CRL(3, encoder="digits_cnn", batch_transform=methods.MixupTransform())
     with pytest.raises(ValueError, match="num_classes is 1"):
         CRL(1, encoder="digits_cnn")

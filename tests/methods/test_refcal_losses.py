@@ -154,6 +154,17 @@ def test_ada_focal_follows_the_validation_in_the_second_stage(fit, wrapped):
     assert len(np.unique(gammas)) > 2
 
 
+@pytest.mark.parametrize(("every", "epochs"), [(5, 3), (3, 2)])
+def test_ada_focal_needs_a_validation_within_its_stage(fit, every, epochs):
+    steps = Steps()
+    with pytest.raises(ValueError, match=r"no validation batches in the epochs.*check_val_every_n_epoch"):
+        fit(refcal(AdaFocalLoss(), at_epoch=1), data(), epochs, callbacks=[steps], check_val_every_n_epoch=every)
+    assert not steps.steps
+    criterion = AdaFocalLoss(n_bins=5, rate=2.0)
+    fit(refcal(criterion, at_epoch=1), data(), epochs, check_val_every_n_epoch=epochs)
+    assert len(criterion.gammas.unique()) > 1
+
+
 LEARNING = {"crl": lambda: CRLLoss(2.0), "ada_focal": lambda: AdaFocalLoss(n_bins=5, rate=3.0)}
 
 
