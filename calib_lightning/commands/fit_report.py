@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 
 from calib_lightning.callbacks.record import uses_calibration
 from calib_lightning.core import ClassificationModule
@@ -14,7 +16,6 @@ from calib_lightning.predictions.results import SHARED, print_table
 from calib_lightning.utils.seeding import run_seed
 
 _BY_EPOCH = {
-    "train/loss": ("loss", "{:.4f}"),
     "val/nll": ("validation NLL", "{:.4f}"),
     "val/accuracy": ("accuracy", "{:.2%}"),
 }
@@ -24,23 +25,37 @@ _BY_EPOCH = {
 class EpochLines(Callback):
     """Prints a line for each epoch where there is no progress bar, as in the log of a benchmark.
 
+    Its loss is the mean over the steps of the first process, after a resume within an epoch over those that were left.
+
     Args:
         quiet: Whether nothing is printed.
     """
 
     def __init__(self, quiet: bool) -> None:
         self.quiet, self._began = quiet, 0.0
+        self._losses: list[Tensor] = []  # of the epoch, one per step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, also where a fit resumes within an epoch."""
+        self._began, self._losses = time.monotonic(), []
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the clock."""
-        self._began = time.monotonic()
+        self._began, self._losses = time.monotonic(), []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss of the step."""
+        self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)  # Lightning has divided by it
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the epoch has come to."""
         if self.quiet or trainer.progress_bar_callback is not None or not trainer.is_global_zero:
             return
         found = {key: float(value) for key, value in trainer.callback_metrics.items() if key in _BY_EPOCH}
-        values = "".join(
+        values = f", loss {torch.stack(self._losses).mean():.4f}" if self._losses else ""
+        values += "".join(
             f", {name} {style.format(found[key])}" for key, (name, style) in _BY_EPOCH.items() if key in found
         )
         seconds = time.monotonic() - self._began
