@@ -321,6 +321,12 @@ def test_of_a_masked_classifier_the_deployed_weights_are_masked_and_errors_leave
     for keep in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=rf"keep is {keep}; it must be in \[0, 1\]"), masked_inference(head, keep):
             pass
+    with pytest.warns(FutureWarning, match="deprecated"):
+        old = nn.utils.weight_norm(nn.Linear(4, 2))
+    for normed in (nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), old):
+        refused = pytest.raises(ValueError, match=r"weight of a (Parametrized)?Linear is computed from others")
+        with refused, masked_inference(nn.Sequential(nn.Linear(4, 4), normed), 0.0):
+            pass
     without = pytest.raises(ValueError, match="The classifier is a ReLU without a linear layer")
     with without, masked_inference(nn.ReLU(), 0.5):
         pass

@@ -30,7 +30,8 @@ def masked_inference(classifier: nn.Module, keep: float, seed: int = 0) -> Itera
         Nothing.
 
     Raises:
-        ValueError: If ``keep`` is out of range, or the classifier has no linear layer.
+        ValueError: If ``keep`` is out of range, or the classifier has no linear layer, or one whose weight is computed
+            from others, as by ``weight_norm``.
 
     Deviations:
         The paper does not say how often masks are drawn; here, once for a whole evaluation.
@@ -48,6 +49,12 @@ def masked_inference(classifier: nn.Module, keep: float, seed: int = 0) -> Itera
         raise ValueError(
             f"The classifier is a {type(classifier).__name__} without a linear layer; it must have one to be masked. "
             "Pass the head of the network, such as module.head."
+        )
+    if computed := [layer for layer in layers if "weight" not in layer.state_dict()]:
+        raise ValueError(
+            f"The weight of a {type(computed[0]).__name__} is computed from others (weight_norm or another "
+            "parametrization); it must be a parameter, or the next forward pass would undo the mask. First call "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') or remove_weight_norm(layer)."
         )
     kept = [layer.weight.detach().clone() for layer in layers]
     try:
