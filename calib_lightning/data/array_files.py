@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calib_lightning.data.archives import REMEDY, naming_damage
 from calib_lightning.data.web_files import CHUNK
-from calib_lightning.utils.stored import read_array
+from calib_lightning.utils.stored import read_array, read_header
 
 
 def npz_names(path: Path) -> list[str]:
@@ -39,6 +39,13 @@ def load_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDAr
                 while file.read(CHUNK):  # the checksum is verified at the end
                     pass
         return arrays
+
+
+def npz_stand_in(path: Path, name: str) -> NDArray[Any]:
+    """An array of zeros of the shape and type of one of a ``.npz`` file, of which only the header is read."""
+    with naming_damage(path), zipfile.ZipFile(path) as pack, pack.open(f"{name}.npy") as file:
+        shape, dtype = read_header(file)
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def load_npy(path: Path, *, mmap: bool = False) -> NDArray[Any]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calib_lightning.data.array_files import load_npz, npz_names
+from calib_lightning.data.array_files import load_npz, npz_names, npz_stand_in
 from calib_lightning.data.base import BenchmarkDataModule
 from calib_lightning.data.card import Card
 from calib_lightning.data.folder import OWN_SPLIT
@@ -91,8 +91,9 @@ class ArraysDataModule(BenchmarkDataModule):
 
     @property
     def image_channels(self) -> int:
-        """C of the images; the file is read."""
-        return int(self._read_images(next(iter(self._labels))).shape[1])
+        """C of the images."""
+        part = next(iter(self._labels))
+        return int(self._channels_first(part, npz_stand_in(self.file, self._key(part, "images"))).shape[1])
 
     def load_part(self, part: File) -> Source | None:
         """Read the images of one of the parts that the file has."""
@@ -151,7 +152,10 @@ class ArraysDataModule(BenchmarkDataModule):
     def _read_images(self, part: File) -> Tensor:
         key = self._key(part, "images")
         image = load_npz(self.file, [key])[key]
-        shape, rows = image.shape, len(self._labels[part])
+        return torch.from_numpy(np.ascontiguousarray(self._channels_first(part, image)))
+
+    def _channels_first(self, part: File, image: NDArray[Any]) -> NDArray[Any]:
+        key, shape, rows = self._key(part, "images"), image.shape, len(self._labels[part])
         if image.ndim == 3:
             image = image[:, None]
         elif image.ndim == 4 and shape[3] in (1, 3):
@@ -170,4 +174,4 @@ class ArraysDataModule(BenchmarkDataModule):
             raise ValueError(
                 f"{self.file} has {rows} labels for {len(image)} {part} images; it must have one label per image."
             )
-        return torch.from_numpy(np.ascontiguousarray(image))
+        return image

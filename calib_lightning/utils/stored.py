@@ -133,6 +133,25 @@ def read_array(file: IO[bytes], size: int) -> npt.NDArray[Any]:
         ValueError: The header is damaged, or its shape needs more or fewer bytes than there are.
     """
     start = file.tell()
+    shape, dtype = read_header(file)
+    if not dtype.hasobject and math.prod(shape) * max(dtype.itemsize, 1) > size:
+        raise ValueError(f"its header says shape {shape} of {dtype}, which is more than the {size} bytes that it has")
+    file.seek(start)
+    array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    if file.tell() - start < size:  # a damaged length of the header shifts all numbers
+        raise ValueError(f"it has {size - (file.tell() - start)} bytes more than its header says")
+    return array
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read shape and type of an array in NumPy's format.
+
+    Args:
+        file: Open at the start of the array.
+
+    Raises:
+        ValueError: The header is damaged.
+    """
     version = np.lib.format.read_magic(file)
     headers: dict[Any, Any] = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -144,13 +163,7 @@ def read_array(file: IO[bytes], size: int) -> npt.NDArray[Any]:
         shape, _, dtype = headers[version](file)
     except (SyntaxError, tokenize.TokenError, RecursionError, TypeError) as error:  # NumPy evaluates the header
         raise ValueError(f"its header is damaged ({type(error).__name__})") from error
-    if not dtype.hasobject and math.prod(shape) * max(dtype.itemsize, 1) > size:
-        raise ValueError(f"its header says shape {shape} of {dtype}, which is more than the {size} bytes that it has")
-    file.seek(start)
-    array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-    if file.tell() - start < size:  # a damaged length of the header shifts all numbers
-        raise ValueError(f"it has {size - (file.tell() - start)} bytes more than its header says")
-    return array
+    return shape, dtype
 
 
 def _check_sizes(content: Any, size: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from calib_lightning.data import ArraysDataModule, FolderDataModule, Normalize, SplitSpec, folder, image_checks
+from calib_lightning.data import arrays as arrays_file
 
 SPLIT = SplitSpec(val=0.1, calibration=0.1, test=0.2, choose="proportional")
 
@@ -381,6 +382,17 @@ def test_layouts_of_arrays(tmp_path, shape):
         batch = next(iter(data.evaluation_loader(name)))
         assert batch.label.tolist() == label[rows].tolist()
         assert torch.equal(batch.image, normalize(torch.from_numpy(expected[rows].copy()), batch.index, 0))
+
+
+@pytest.mark.parametrize("shape", [(20, 6, 6), (20, 6, 6, 3), (20, 1, 6, 6), (20, 3, 3, 3)])
+def test_channels_are_known_without_reading_the_images(tmp_path, monkeypatch, shape):
+    file = tmp_path / "mine.npz"
+    np.savez(file, images=np.zeros(shape, np.uint8), labels=np.arange(20) % 2)
+    data = ArraysDataModule(file, SPLIT)
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays_file, "load_npz", None)
+        channels = data.image_channels
+    assert channels == ready(data).train_dataloader().data.image.shape[1]
 
 
 def test_arrays_of_sets_and_class_names(tmp_path):
