@@ -13,6 +13,8 @@ def test_notebook_runs(path, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="the extra 'notebooks' is not installed")
     pytest.importorskip("ipykernel", reason="the extra 'notebooks' is not installed")
     notebook = nbformat.read(path, as_version=4)
+    (tmp_path / "run").mkdir()  # what an earlier run of the notebook has left
+    (tmp_path / "run" / "run.json").write_text("{}")
     assert any(cell.get("outputs") for cell in notebook.cells), "commit it executed"
     nbclient.NotebookClient(
         notebook, timeout=170, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
