@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from calib_lightning.__main__ import main
 from calib_lightning.deploy import classifier_of_run
-from calib_lightning.posthoc import load_calibrator
+from calib_lightning.posthoc import VectorScaling, load_calibrator, save_calibrator
 
 from ..cli.conftest import calib
 
@@ -72,11 +74,21 @@ def test_a_run_classifies_as_it_predicts(calib, run, folder, tmp_path, monkeypat
     assert [line.endswith("run/calibrate/Temperature.pt") for line in said] == [True] * (calibrator is not None)
 
 
-def test_the_newest_calibrator_of_a_name_is_taken(run):
-    given, by_file = (classifier_of_run(run, one) for one in ("VectorScaling", run / "calibrate" / "VectorScaling.pt"))
+@pytest.mark.parametrize("newest", ["calibrate", "calibrate-2"])
+def test_the_newest_calibrator_of_a_name_is_taken(run, tmp_path, newest):
+    copy = shutil.copytree(run, tmp_path / "run")
+    for seed, name in enumerate(("calibrate", "calibrate-2")):
+        logits = torch.randn(60, 2, generator=torch.Generator().manual_seed(seed))
+        (copy / name).mkdir(exist_ok=True)
+        save_calibrator(VectorScaling().fit(logits, torch.arange(60) % 2), copy / name / "VectorScaling.pt")
+        os.utime(copy / name, (1e9 + (name == newest),) * 2)
     image = torch.randn(3, 1, 16, 16)
-    assert torch.equal(given(image), by_file(image))
-    assert given.classes == CLASSES
+    given, *by_file = (
+        classifier_of_run(copy, one)(image)
+        for one in ("VectorScaling", *(copy / name / "VectorScaling.pt" for name in ("calibrate", "calibrate-2")))
+    )
+    assert [torch.equal(given, other) for other in by_file] == [newest == "calibrate", newest == "calibrate-2"]
+    assert classifier_of_run(copy, "VectorScaling").classes == CLASSES
 
 
 def test_calib_calibrate_names_the_command(calib, run):
