@@ -99,7 +99,7 @@ class MaskedClassifier(StageSwitch):
         Args:
             at_epoch: First epoch of the stage; -T appends a stage of T epochs.
             q_is: "keep" as in the text, which drives ``q`` to a bound, or "sparsity" as in the algorithm.
-            **options: ``encoder``, ``head``, ``training`` and ``init_from`` of `StageSwitch`.
+            **options: ``encoder``, ``head``, ``training``, ``init_from`` and ``batch`` of `StageSwitch`.
 
         Returns:
             The callback.

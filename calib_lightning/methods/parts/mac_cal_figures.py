@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from calib_lightning.core.distributed import own_rows, rows_by_rank
 from calib_lightning.core.submodules import evaluating
 from calib_lightning.functional import at_least_float32, binary_labels, two_columns
-from calib_lightning.methods.parts.mac_cal_rows import Features, HeldOut, Labels, check_pass, check_rows, deployed_rows
+from calib_lightning.methods.parts.mac_cal_rows import Features, Labels, check_pass, check_rows, deployed_rows
+from calib_lightning.methods.parts.mac_cal_rule import HeldOut
 
 
 def confidence_sums(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,10 +16,10 @@ from calib_lightning.core.distributed import gather_rows
 from calib_lightning.core.feature_loader import FeatureRows
 from calib_lightning.core.own_data import without_positions
 from calib_lightning.data.sets import FeatureSet
+from calib_lightning.methods.parts.mac_cal_rule import HeldOut
 from calib_lightning.types import Batch
 from calib_lightning.utils.seeding import derive_seed, run_seed
 
-HeldOut = bool | Literal["clean_pass"]
 Features = Callable[[LightningModule, Any], Tensor]
 Labels = Callable[[Any], Tensor]
 

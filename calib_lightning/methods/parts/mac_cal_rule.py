@@ -9,6 +9,7 @@ from typing import Literal
 from calib_lightning.utils.names import check_choice
 
 Reading = Literal["keep", "sparsity"]
+HeldOut = bool | Literal["clean_pass"]
 
 
 def decayed_step(t: int, length: int, first: float = 0.1, last: float = 0.001) -> float:
@@ -98,10 +99,10 @@ class AdaptiveSparsity:
         minimum: Smallest keep rate, above 0 and at most ``start``.
         eta: First and last maximum change (see `decayed_step`); equal for a constant, both 0 for a fixed keep rate.
         q_is: Meaning of the paper's printed ``q``: "keep" or "sparsity".
-        held_out: Where confidence and accuracy are measured. True: on the calibration split, with the classifier as
-            deployed. False: over the masked training steps of the epoch, as running means. "clean_pass": on all
-            training images without augmentation, or their stored features, with the classifier as deployed; a further
-            reading of the paper. Features that cannot change are kept, N d values.
+        held_out: Where confidence and accuracy are measured; only True holds images out. True: on the calibration
+            split, with the classifier as deployed. False: over the masked training steps of the epoch, as running
+            means. "clean_pass": on all *training* images without augmentation, or their stored features, with the
+            classifier as deployed; a further reading of the paper. Features that cannot change are kept, N d values.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -116,7 +117,7 @@ class AdaptiveSparsity:
     minimum: float = 0.05
     eta: tuple[float, float] = (0.1, 0.1)
     q_is: Reading = "sparsity"
-    held_out: bool | Literal["clean_pass"] = True
+    held_out: HeldOut = True
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma < math.inf:
