@@ -215,7 +215,8 @@ class RefCal(ClassificationModule):
             raise ValueError(
                 f"The images have shape {tuple(image.shape)}; the first stage of RefCal needs two views of each, (N, "
                 "2, C, H, W). Data modules of calib_lightning make them during a fit of the module; for a plain loader "
-                "wrap the data set: DataLoader(ViewedDataset(dataset), ...)."
+                "wrap the data set: DataLoader(ViewedDataset(dataset), ...). Of a data set that you divide, wrap each "
+                "part, not the whole: ViewedDataset(part) after random_split."
             )
         if len(image) < 2:
             raise ValueError(

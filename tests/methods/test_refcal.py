@@ -332,7 +332,8 @@ class Plain(LightningDataModule):
 def test_one_view_is_refused_before_any_update(fit, shape):
     network = module(switch=switch(-1, views=None))
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(ValueError, match=r"images have shape \(4, 1.* first stage of RefCal needs two views"):
+    told = r"images have shape \(4, 1.* first stage of RefCal needs two views.*divide, wrap each part, not the whole"
+    with pytest.raises(ValueError, match=told):
         fit(network, Plain(*shape), 2)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
