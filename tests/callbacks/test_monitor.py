@@ -98,7 +98,9 @@ class HomeMade(Logger):
         pass
 
 
-@pytest.mark.parametrize("options", [{"logger": False}, {"logger": HomeMade()}, {"fast_dev_run": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"logger": False}, {"logger": HomeMade()}, {"fast_dev_run": True}], ids=["none", "own", "fast"]
+)
 def test_nothing_is_drawn_where_nobody_would_see_it(options, tmp_path, monkeypatch):
     def drawn(*args, **kwargs):
         raise AssertionError("drawn")
