@@ -43,8 +43,9 @@ def numbered(labels: Any, names: Names, where: str) -> tuple[Any, Names]:
     Raises:
         ValueError: A label is neither the name of a class nor a class number.
     """
-    if names is None and isinstance(labels, Tensor):
-        return labels, None
+    sound = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if isinstance(labels, Tensor) and not sound:  # no names, or some that a later check refuses
+        return labels, names
     array = as_array(labels.detach().cpu() if isinstance(labels, Tensor) else labels, f"{where}: labels")
     array = array.reshape(-1) if array.shape[1:] == (1,) else array
     is_text = array.dtype.kind in "OUST" and array.ndim == 1
