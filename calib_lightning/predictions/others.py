@@ -67,7 +67,8 @@ def unlabelled(source: Any, reading: Reading | None = None) -> Predictions:
         if source.ndim == 0:
             raise ValueError(f"scores are the number {source.item()}; they must have shape (N, K). Give rows.")
     found = predictions_of((source, torch.zeros(len(source), dtype=torch.int64)), reading)
-    names = origin.class_names if len(origin.class_names or ()) == found.scores.shape[1] else None
+    known = tuple(origin.class_names or ())
+    names = known if len(known) == found.scores.shape[1] else None
     return found._replace(labels=found.labels - 1, origin=origin._replace(class_names=names))
 
 

@@ -60,7 +60,8 @@ def test_other_splits_of_the_same_folder_are_refused(calib, trained):
 
 def test_a_renamed_file_is_another_split(calib, trained, tmp_path):
     (tmp_path / "mine" / "ant" / "03.png").rename(tmp_path / "mine" / "ant" / "zz.png")
-    done = calib(*FIT, "--data", "folder", "--data.root=mine", "--ckpt_path", trained / "checkpoints" / "last.ckpt")
+    last = trained / "checkpoints" / "last.ckpt"
+    done = calib(*FIT, "--data", "folder", "--data.root=mine", "--trainer.max_epochs=2", "--ckpt_path", last)
     assert done.code == 1
     assert "differ from those of the run" in done.err
 
