@@ -18,10 +18,10 @@ SKIPPED = re.compile(r"id|index|Unnamed: \d+")
 PROBABILITY = ("p", "prob", "proba", "probability")
 """Names of a single column that is the probability of class 1 of two."""
 
-_OF_SCORES = ("z", "p", "prob", "proba", "probability", "score", "logit", "output", "pred", "y", "col")
-"""Names of numbered columns that say what the numbers are, not which class they belong to, without a plural s."""
-
 _GENERIC = (*PROBABILITY, "z", "score")
+
+_OF_SCORES = (*_GENERIC, "logit", "output", "pred")
+"""Names of numbered columns that say what the numbers are, not which class they belong to, without a plural s."""
 
 _HOW = (
     "scores must be named 0, 1, 2, ... or z0, z1, z2, ... in class order, or all by the names of their classes; one "
